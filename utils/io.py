@@ -1,0 +1,196 @@
+"""Result paths, atomic files, provenance, and errors that a user can mend: shared by every script.
+
+Paths hold what a person sweeps (model, dataset, split); the file itself holds everything else. A file is written
+under a temporary name and renamed, so that an existing result is a finished one.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message says what was sought, what was found, and what mends it."""
+
+
+def run_script(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
+    """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback."""
+    config = tyro.cli(config_class, description=description)
+    try:
+        main(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(
+            f"error: cannot write {error.filename or 'the result'}: {error.strerror}. Free space or set --results_dir."
+        )
+
+
+# ------------------------------------------------------------------ names and paths
+def path_name(name: str) -> str:
+    """The folder name of a model or dataset: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a local path -> its stem."""
+    path = Path(name)
+    if path.is_file():
+        return path.stem
+    if path.is_dir():
+        return path.resolve().name
+    return name.strip("/").replace("/", "__")
+
+
+def model_path_name(model_name: str, adapter_dir: Path | None = None) -> str:
+    """As `path_name`, with `+lora` behind it where an adapter is merged."""
+    return path_name(model_name) + ("+lora" if adapter_dir else "")
+
+
+# ------------------------------------------------------------------ atomic files
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it on success, deletes it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Writes strict JSON (no NaN) atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with write_atomically(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> dict:
+    """The content of one result file.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not a JSON result ({error}). Delete it and run its script again.") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Writes tensors and one JSON string of metadata as safetensors, atomically."""
+    with write_atomically(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"json": json.dumps(metadata, allow_nan=False)})
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[Any, dict]]:
+    """Yields the open safetensors file (`get_tensor`, `get_slice`) and its metadata.
+
+    Raises:
+        UserError: the file is damaged, foreign, or of another format version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("json", "null"))
+            if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
+                raise UserError(f"{path} was not written by this version. Delete it, or recompute it with --overwrite.")
+            yield file, metadata
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Recompute it with --overwrite.") from None
+
+
+# ------------------------------------------------------------------ provenance
+def settings(config: Any) -> dict:
+    """Every field of a `Config` as JSON values."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def result_settings(config: Any) -> dict:
+    """The fields of a `Config` that change its result: all but those its `SPEED_OR_PLACE` names."""
+    # through JSON, so that a tuple compares equal to the list a file gives back
+    fields = {name: value for name, value in settings(config).items() if name not in config.SPEED_OR_PLACE}
+    return json.loads(json.dumps(fields))
+
+
+def check_same_settings(stored: dict, config: Any, path: Path) -> None:
+    """Compares the settings stored in `path` with those asked for.
+
+    Raises:
+        UserError: naming each field that differs.
+    """
+    wanted = result_settings(config)
+    differing = [
+        f"{name}: {stored.get(name)!r} there, {value!r} now"
+        for name, value in wanted.items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(differing)}). "
+            "Recompute it with --overwrite, or write elsewhere with --results_dir."
+        )
+
+
+def environment() -> dict:
+    """Versions of Python and the libraries, the platform, and this repository's git commit (None outside git)."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_commit": described.stdout.strip() or None,
+    }
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, numpy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, libraries still draw from the legacy state
+    torch.manual_seed(seed)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device named; `auto` takes the GPU if there is one.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
+        ) from None
+    return chosen
