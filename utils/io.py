@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -36,7 +37,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback."""
-    config = tyro.cli(config_class, description=description)
+    config: Any = tyro.cli(config_class, description=description)
     try:
         main(config)
     except UserError as error:
@@ -194,3 +195,22 @@ def pick_device(device: str) -> torch.device:
             f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
         ) from None
     return chosen
+
+
+def create_tensor_file(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict) -> dict[str, np.memmap]:
+    """A safetensors file of float32 zeros on disk, mapped for writing: for tensors that should not sit in memory."""
+    header: dict[str, Any] = {"__metadata__": {"json": json.dumps(metadata, allow_nan=False)}}
+    offsets, end = {}, 0
+    for name, shape in shapes.items():
+        offsets[name], end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offsets[name], end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    start = 8 + len(encoded)
+    return {
+        name: np.memmap(path, np.float32, "r+", offset=start + offsets[name], shape=shape)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,415 @@
+"""Solve the two eigenproblems of each layer and write the Next Token Perception Score over K.
+
+    python K_sweep.py                                                # embedded model and data
+    python K_sweep.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
+    python K_sweep.py --eigenvectors smallest                        # the order of the released script
+
+Reads results/moments/<model>/<dataset>/<split>.safetensors (and the other split's, for the held-out probe).
+Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default stand
+in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.test.json.
+
+Symbols, per layer: M, B, C0, C1 the moments of cache.py; mu, p the means of the pooled state m and of the label y;
+Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
+
+    perception      B B' u   = lambda M u     U: largest lambda first, r = rank B informative, the rest tied at 0
+    autoregression  C1 C1' v = lambda C0 v    V: largest lambda first
+    NTPS(K) = |P U|^2 / |U|^2                 P: Euclidean projector on span V, Frobenius norms
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cache
+from fig_plot.plotting import plot_sweep, save_figure
+from utils.io import (
+    UserError,
+    check_same_settings,
+    environment,
+    load_json,
+    open_tensors,
+    path_name,
+    pick_device,
+    result_settings,
+    run_script,
+    save_json,
+)
+from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
+from utils.permuted_labels import draw_permuted_factors, permuted_label_null
+
+SCORES = ("ntps", "ntps_label", "ntps_whitened", "retained")
+NULL_SCORES = SCORES[1:]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    # These change the result: stored in the file, compared when the file is reused.
+    model_name: str = "tiny"  # as given to cache.py; <model>+lora for a merged adapter
+    dataset_name: str = "docstrings/library"  # as given to cache.py
+    split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
+    eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: what the released script computes
+    center: bool = False  # subtract the means first; the paper does not
+    fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
+    num_null_draws: int = 100  # permuted-label draws for the null band and z
+    seed: int = 0  # of the draws
+    # These change only speed or place.
+    device: str = "cpu"  # cpu or cuda; float64 on both
+    results_dir: Path = Path("results")  # where moments are read and results go
+    overwrite: bool = False  # recompute a file that is already complete
+    SPEED_OR_PLACE: ClassVar = ("device", "results_dir", "overwrite")
+
+    def __post_init__(self) -> None:
+        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ValueError("--fractions must lie in (0, 1]")
+        if self.num_null_draws < 2:
+            raise ValueError("--num_null_draws must be at least 2, or the null has no spread")
+
+
+# ------------------------------------------------------------------ the eigenproblem
+def whiten(matrix: Tensor) -> Tensor:
+    """W with W' C W = I on the range of the symmetric, positive semi-definite C; its columns count the rank kept.
+
+    C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
+    massive coordinate; then eigenvalues above d * eps * the largest are kept (the rule of numpy.linalg.matrix_rank).
+
+    Args:
+        matrix: C, (d, d), float64.
+
+    Returns:
+        (d, rank).
+    """
+    diagonal = matrix.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()  # a coordinate that is always zero stays out
+    scaled = matrix * scale * scale[:, None]
+    eigenvalues, eigenvectors = torch.linalg.eigh((scaled + scaled.T) / 2)
+    kept = eigenvalues > len(matrix) * torch.finfo(matrix.dtype).eps * eigenvalues[-1].clamp(min=0)
+    return scale[:, None] * eigenvectors[:, kept] * eigenvalues[kept].rsqrt()
+
+
+def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values of W' F, largest first, without those that are zero.
+
+    Zero means below sqrt(rank * eps) of the largest: what an eigen-decomposition of W' F F' W can tell from zero.
+
+    Args:
+        whitened_factor: (rank, c), float64.
+
+    Returns:
+        (rank, r) and (r,).
+    """
+    if whitened_factor.shape[0] <= whitened_factor.shape[1]:  # wide: one symmetric problem is cheaper than an SVD
+        eigenvalues, vectors = torch.linalg.eigh(whitened_factor @ whitened_factor.T)
+        values, vectors = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    else:
+        vectors, values, _ = torch.linalg.svd(whitened_factor, full_matrices=False)
+    kept = values > math.sqrt(len(whitened_factor) * torch.finfo(values.dtype).eps) * values[:1]
+    return vectors[:, kept], values[kept]
+
+
+def solve_generalized_eigenproblem(factor: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
+
+    Args:
+        factor: F, (d, c), float64.
+        denominator: C, (d, d), symmetric, positive semi-definite, float64.
+
+    Returns:
+        Eigenvectors with lambda > 0, (d, r), C-orthonormal; their eigenvalues, (r,); the whitener W of C, (d, rank),
+        whose columns span these and the tied eigenvectors with lambda = 0.
+    """
+    whitener = whiten(denominator)
+    vectors, singular_values = informative_directions(whitener.T @ factor)
+    return whitener @ vectors, singular_values.square(), whitener
+
+
+def complete_by_variance(vectors: Tensor, whitener: Tensor, denominator: Tensor) -> Tensor:
+    """Appends the eigenvectors with lambda = 0, ordered by v' C v / |v|^2, to those with lambda > 0: (d, rank).
+
+    V has such ties only where the next tokens span less than the prefixes, as in a handful of short texts. Any order
+    of them is a solution; this one is the same on every machine.
+    """
+    missing = whitener.shape[1] - vectors.shape[1]
+    if not missing:
+        return vectors
+    inside = whitener.T @ denominator @ vectors  # coordinates of the vectors within the whitened space
+    rest = whitener @ torch.linalg.qr(inside, mode="complete").Q[:, vectors.shape[1] :]
+    axes = torch.linalg.svd(rest, full_matrices=False).Vh
+    return torch.cat([vectors, rest @ axes.T.flip(1)], dim=1)
+
+
+def nested_basis(vectors: Tensor) -> Tensor:
+    """Square orthogonal Q whose first k columns span the first k columns of `vectors`, for every k at once."""
+    return torch.linalg.qr(vectors / vectors.norm(dim=0), mode="complete").Q
+
+
+def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
+    """K for each fraction of the rank: floor(f * rank), at least 1."""
+    return [max(1, math.floor(fraction * rank + 1e-9)) for fraction in fractions]  # .15 * 20 is 2.9999999999999996
+
+
+# ------------------------------------------------------------------ the scores
+def captured(basis: Tensor, directions: Tensor, ks: list[int]) -> Tensor:
+    """|Q_k' u_j|^2 for each k of `ks` and each column u_j of `directions`: (len(ks), r); all of it where k > size."""
+    shares = (basis.T @ directions).square().cumsum(0)
+    return shares[[min(k, len(shares)) - 1 for k in ks]]
+
+
+def average_over_ties(
+    k: int, informative: tuple[Tensor, Tensor], tied: tuple[Tensor, Tensor], num_tied: int, largest: bool
+) -> Tensor:
+    """NTPS of the first k columns of U, averaged over all bases of its tied space (eigenvalue 0).
+
+    Rule 4 of the method: (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), g the share of the tied space within U_k.
+
+    Args:
+        k: columns of U.
+        informative: |P u_j|^2 and |u_j|^2 of the r informative columns, largest eigenvalue first, each (r,).
+        tied: |P Z|^2 and |Z|^2 of the whole tied space Z, scalars.
+        num_tied: dimension of Z.
+        largest: whether U starts with the largest eigenvalues or with the smallest.
+    """
+    num_informative = len(informative[0])
+    taken = min(k, num_informative) if largest else k - min(k, num_tied)
+    columns = slice(0, taken) if largest else slice(num_informative - taken, None)
+    share = (k - taken) / num_tied if num_tied else 0.0
+    numerator, denominator = (of[columns].sum() + share * whole for of, whole in zip(informative, tied, strict=True))
+    return numerator / denominator
+
+
+def ntps(
+    label_directions: Tensor,
+    perception_whitener: Tensor,
+    basis: Tensor,
+    k_us: list[int],
+    k_vs: list[int],
+    largest: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The paper's score over all k_U directions, and the same ratio over the r informative ones only.
+
+    Args:
+        label_directions: U_r, (d, r), largest eigenvalue first.
+        perception_whitener: W of M, (d, rank M): spans U_r and the tied space.
+        basis: `nested_basis` of V, (d, d).
+        k_us: columns of U for each fraction.
+        k_vs: columns of V for each fraction.
+        largest: order of U (V's is that of `basis`).
+
+    Returns:
+        `ntps` and `ntps_label`, (fractions,).
+    """
+    inside, norms = captured(basis, label_directions, k_vs), label_directions.square().sum(0)
+    tied_inside = captured(basis, perception_whitener, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
+    tied_norm = perception_whitener.square().sum() - norms.sum()
+    num_tied = perception_whitener.shape[1] - len(norms)
+    scores = [
+        average_over_ties(k_u, (inside[i], norms), (tied_inside[i], tied_norm), num_tied, largest)
+        for i, k_u in enumerate(k_us)
+    ]
+    return torch.stack(scores).clamp(0, 1), inside.sum(1) / norms.sum()
+
+
+# ------------------------------------------------------------------ one layer
+def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
+    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors."""
+    largest = config.eigenvectors == "largest"
+    sigma = moments.pooled_covariance
+    second_moment = sigma if config.center else moments.pooled_second_moment
+    cross_moment = moments.pooled_label_covariance if config.center else moments.pooled_label_cross_moment
+    u, _, whitener = solve_generalized_eigenproblem(cross_moment, second_moment)
+    prefix_moment, next_moment = moments.autoregression(config.center)
+    v, _, prefix_whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
+    v = complete_by_variance(v, prefix_whitener, prefix_moment)
+    k_us, k_vs = num_directions(config.fractions, whitener.shape[1]), num_directions(config.fractions, v.shape[1])
+    v = (v if largest else v.flip(1))[:, : max(k_vs)]
+    basis = nested_basis(v)
+    ntps_all, ntps_label = ntps(u, whitener, basis, k_us, k_vs, largest)
+    sigma_whitener = whitener if config.center else whiten(sigma)
+    whitened_basis = nested_basis(sigma_whitener.T @ sigma @ v)
+
+    rank, mean = sigma_whitener.shape[1], moments.pooled_mean * (not config.center)
+    random = np.random.default_rng([config.seed, layer])
+    null_draws = permuted_label_null(
+        draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random),
+        whitener.T @ sigma @ sigma_whitener @ whitened_basis,
+        torch.outer(whitener.T @ mean, moments.label_mean),
+        basis.T @ whitener,
+        (k_vs, [min(k, rank) for k in k_vs]),
+    )
+    return {
+        "layer": layer,
+        "rank_u": whitener.shape[1],
+        "rank_v": prefix_whitener.shape[1],
+        "rank_label": u.shape[1],
+        "ntps": ntps_all,
+        "ntps_label": ntps_label,
+        "chance": torch.tensor(k_vs) / len(sigma),
+        **excess_scores(moments, sigma_whitener, whitened_basis, basis, k_vs),
+        **probe_scores(moments, held_out, sigma_whitener @ (sigma_whitener.T @ moments.pooled_label_covariance)),
+        "null_draws": null_draws,
+    }
+
+
+def excess_scores(
+    moments: LayerMoments, whitener: Tensor, whitened_basis: Tensor, basis: Tensor, ks: list[int]
+) -> dict[str, Tensor]:
+    """What a linear probe with intercept loses inside V_K: the exact excess loss, its shares and its bounds.
+
+    With W' S = P diag(s) Q' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
+    (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
+
+    Args:
+        moments: of the layer.
+        whitener: W of Sigma, (d, rank).
+        whitened_basis: nested basis of W' Sigma V, (rank, rank).
+        basis: nested basis of V, (d, d), for the Euclidean form of the bounds.
+        ks: columns of V for each fraction.
+    """
+    sigma = moments.pooled_covariance
+    p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
+    inside, explained = captured(whitened_basis, p, ks), s.square().sum()
+    retained, ntps_whitened = inside @ s.square() / explained, inside.mean(1)
+    directions = whitener @ p
+    missing = directions.square().sum() - captured(basis, directions, ks).sum(1)
+    smallest, largest = torch.linalg.eigvalsh(sigma)[[0, -1]].clamp(min=0)
+    return {
+        "ntps_whitened": ntps_whitened,
+        "retained": retained,
+        "excess_loss": explained * (1 - retained),
+        "excess_lower": s[-1] ** 2 * len(s) * (1 - ntps_whitened),
+        "excess_upper": s[0] ** 2 * len(s) * (1 - ntps_whitened),
+        "excess_lower_euclidean": s[-1] ** 2 * smallest * missing,
+        "excess_upper_euclidean": s[0] ** 2 * largest * missing,
+    }
+
+
+def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
+    """One number a score, by a rule that selects nothing: the mean over all fractions at the last layer."""
+    last = layers[-1]
+    score: dict[str, Any] = {"rule": f"mean over {len(fractions)} fractions at the last layer ({last['layer']})"}
+    for name in SCORES:
+        value = last[name].mean().item()
+        score[name] = {"value": value}
+        if name in NULL_SCORES:
+            draws = last["null_draws"][name].mean(1)
+            mean, spread = draws.mean().item(), draws.std().item()
+            z = (value - mean) / spread if spread > 1e-12 else None  # no spread: V spans everything at every K
+            score[name] |= {"null_mean": mean, "null_std": spread, "z": z}
+    return score
+
+
+def to_json(layer: dict) -> dict:
+    """A layer's entry with lists for tensors, and the mean and standard deviation of the null for its draws."""
+    draws = layer.pop("null_draws")
+    entry = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in layer.items()}
+    entry["null"] = {name: {"mean": of.mean(0).tolist(), "std": of.std(0).tolist()} for name, of in draws.items()}
+    return entry
+
+
+def print_table(result: dict) -> None:
+    """The scores of every layer, averaged over the fractions, and the score of the run."""
+    print(f"\n{'layer':>5} {'rank U':>6} {'rank V':>6}{''.join(f'{name:>14}' for name in SCORES)}  probe R2  held out")
+    for layer in result["layers"]:
+        cells = [f"{layer['layer']:5d} {layer['rank_u']:6d} {layer['rank_v']:6d}"]
+        cells += [f"{sum(layer[name]) / len(layer[name]):14.4f}" for name in SCORES]
+        cells += [
+            " " * 9 + "-" if r2 is None else f"{r2:10.4f}" for r2 in (layer["probe_r2"], layer["probe_r2_held_out"])
+        ]
+        print("".join(cells))
+    if result["num_samples"] <= result["hidden_size"]:
+        print("n <= d: the least-squares probe interpolates its own rows; read the held-out column, not probe R2.")
+    print(f"\nscore: {result['score']['rule']}")
+    for name in SCORES:
+        score = result["score"][name]
+        null = ""
+        if name in NULL_SCORES:
+            z = "no spread" if score["z"] is None else f"z = {score['z']:+.1f}"
+            null = f"   permuted labels {score['null_mean']:.4f} +- {score['null_std']:.4f}   {z}"
+        print(f"  {name:<14}{score['value']:.4f}{null}")
+
+
+# ------------------------------------------------------------------ run
+def result_path(config: Config) -> Path:
+    """Where the result goes; options other than the default stand in the name."""
+    options = [config.split, config.eigenvectors, "centered" if config.center else "uncentered"]
+    name = ".".join(
+        [path_name(config.dataset_name), *(o for o in options if o not in ("train", "largest", "uncentered"))]
+    )
+    return config.results_dir / "ntps" / path_name(config.model_name) / f"{name}.json"
+
+
+def find_moments(config: Config) -> tuple[Path, Path | None]:
+    """The moments to solve, and those of the other split for the held-out probe (None if there are none).
+
+    Raises:
+        UserError: no moments, naming the command that makes them.
+    """
+
+    def of_split(split: str) -> Path:
+        return moments_path(config.results_dir, path_name(config.model_name), config.dataset_name, split)
+
+    path = of_split(config.split)
+    if not path.is_file():
+        if config.model_name != "tiny" or not config.dataset_name.startswith("docstrings/"):
+            command = f"python cache.py --model_name {config.model_name} --dataset_name {config.dataset_name}"
+            raise UserError(f"No moments at {path}. Run: {command} --split {config.split}")
+        print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+        for split in dict.fromkeys((config.split, "test")):
+            cache.main(cache.Config(dataset_name=config.dataset_name, split=split, results_dir=config.results_dir))
+    other = of_split({"train": "test", "test": "train", "all": ""}[config.split])
+    return path, other if other.is_file() else None
+
+
+def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path) -> dict:
+    """The result of all layers, one in memory at a time; the stored one where it was made from the same moments."""
+    device = pick_device(config.device)
+    with contextlib.ExitStack() as stack:
+        file, metadata = stack.enter_context(open_tensors(path))
+        other, other_metadata = stack.enter_context(open_tensors(other_path)) if other_path else (None, None)
+        provenance = {"moments": metadata, "held_out_fingerprint": other_metadata and other_metadata["fingerprint"]}
+        if output_path.is_file() and not config.overwrite:
+            stored = load_json(output_path)
+            check_same_settings(stored["config"], config, output_path)
+            if any(stored[name] != value for name, value in provenance.items()):
+                raise UserError(f"{output_path} was made from other moments. Recompute it with --overwrite.")
+            return stored
+        num_layers, hidden_size = file.get_slice("pooled_mean").get_shape()
+        layers = []
+        for layer in tqdm(range(num_layers), unit="layer", desc="K_sweep"):
+            moments = load_layer(file, metadata, layer, device)
+            held_out = load_layer(other, other_metadata, layer, device) if other_metadata else None
+            layers.append(sweep_layer(moments, held_out, config, layer))
+    return {
+        "config": result_settings(config),
+        "environment": environment(),
+        **provenance,
+        "num_samples": metadata["num_samples"],
+        "num_classes": len(metadata["label_names"]),
+        "hidden_size": hidden_size,
+        "fractions": list(config.fractions),
+        "score": summarize(layers, config.fractions),
+        "layers": [to_json(layer) for layer in layers],
+    }
+
+
+def main(config: Config) -> None:
+    """Writes the scores and a picture of them, and prints their table."""
+    path, other_path = find_moments(config)
+    output_path = result_path(config)
+    result = sweep(config, path, other_path, output_path)
+    print_table(result)
+    save_figure(plot_sweep(result), output_path)
+    save_json(output_path, result)  # last: where the JSON is, the picture is
+    print(output_path)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,422 @@
+"""Pretrain a small causal language model on docstrings by next-token prediction: the embedded models.
+
+    python demo/pretrain.py                        # the committed checkpoint, size tiny, on two CPU cores under an hour
+    python demo/pretrain.py --size small           # next step of the ladder: tiny, small, medium, large
+
+Reads the docstrings through demo/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for tiny and
+demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer, and pretraining.json,
+which is written last: a folder that has it is finished. Every few minutes the whole state goes to
+demo/runs/<size>/state.safetensors; the same command then goes on from there, over the same batches.
+
+Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
+joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends, as usual in
+pretraining.
+"""
+
+import json
+import math
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python demo/pretrain.py` finds utils
+from demo.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
+from utils.io import (
+    FORMAT_VERSION,
+    ROOT,
+    UserError,
+    check_same_settings,
+    environment,
+    load_json,
+    open_tensors,
+    pick_device,
+    result_settings,
+    run_script,
+    save_json,
+    save_tensors,
+    set_seed,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 4096
+MAX_POSITIONS = 1024
+HELD_OUT_ONE_IN = 50  # documents kept apart to measure the loss on
+
+
+@dataclass(frozen=True)
+class Size:
+    """One step of the ladder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    learning_rate: float  # peak
+
+
+SIZES = {
+    "tiny": Size(128, 384, 4, 4, 4e-3),  # 1.4 million parameters
+    "small": Size(192, 576, 6, 6, 3e-3),  # 3.7
+    "medium": Size(320, 960, 8, 5, 2e-3),  # 12
+    "large": Size(512, 1536, 8, 8, 1e-3),  # 29
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    # These change the result.
+    size: Literal["tiny", "small", "medium", "large"] = "tiny"  # model size
+    epochs: float = 2.5  # passes over the corpus
+    learning_rate: float | None = None  # peak; by default that of the size
+    batch_size: int = 16  # windows per step
+    window: int = 256  # tokens per window
+    warmup: float = 0.02  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.1  # of matrices; norms and biases have none
+    gradient_clip: float = 1.0  # largest gradient norm
+    max_documents: int | None = None  # use the first so many documents only
+    max_steps: int | None = None  # end, schedule included, after so many steps
+    seed: int = 0  # of the initial weights and of the document order
+    # These change only speed or place.
+    device: str = "auto"  # auto, cpu, cuda, ...
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+    minutes_per_state: float = 3.0  # time between two saved states
+    stop_at_step: int | None = None  # save the state there and stop; the same command goes on from it
+    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run lies
+    output_dir: Path | None = None  # by default demo/tiny-lm for tiny, <results_dir>/<size> for the others
+    overwrite: bool = False  # start afresh, replace a finished or unfinished run
+
+    SPEED_OR_PLACE: ClassVar = (
+        "device",
+        "compile",
+        "minutes_per_state",
+        "stop_at_step",
+        "results_dir",
+        "output_dir",
+        "overwrite",
+    )
+
+
+# ------------------------------------------------------------------ data
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Training and held-out documents; docstrings with the same first paragraph stay together."""
+    held_out = [text_hash(first_paragraph(text)) // 5 % HELD_OUT_ONE_IN == 0 for text in documents]
+    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
+    return train, [text for text, out in zip(documents, held_out, strict=True) if out]
+
+
+def train_tokenizer(documents: list[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts nothing before or behind a text.
+
+    It takes the normaliser and the pre-tokeniser of Qwen2: AutoTokenizer chooses the class by the model's type and
+    builds these two anew, so that any others would be lost on loading.
+    """
+    backend = Qwen2Tokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    trained = json.loads(backend.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in trained["merges"]]
+    # type: the annotation of `merges` is narrower than what it takes
+    return Qwen2Tokenizer(trained["vocab"], merges=merges, padding_side="right", model_max_length=MAX_POSITIONS)
+
+
+def encode(documents: list[str], tokenizer: Qwen2Tokenizer) -> list[np.ndarray]:
+    """Token ids of each document with the end-of-text token behind them, uint16."""
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    return [np.array([*encoding.ids, tokenizer.eos_token_id], np.uint16) for encoding in encodings]
+
+
+def cut_windows(tokens: np.ndarray, window: int) -> np.ndarray:
+    """Consecutive windows of `window` inputs and the token after them, (n, window + 1); neighbours share one token."""
+    num_windows = (len(tokens) - 1) // window
+    return np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[: num_windows * window : window]
+
+
+def batches(documents: list[np.ndarray], config: Config, first_step: int) -> Iterator[Tensor]:
+    """Endless batches (batch_size, window + 1) from `first_step` on; a function of seed and step alone."""
+    epoch_steps = steps_per_epoch(documents, config)
+    epoch, step = divmod(first_step, epoch_steps)
+    while True:
+        random = np.random.default_rng((config.seed, epoch))
+        order = random.permutation(len(documents))
+        windows = cut_windows(np.concatenate([documents[index] for index in order]), config.window)
+        shuffled = random.permutation(len(windows))
+        for start in range(step * config.batch_size, epoch_steps * config.batch_size, config.batch_size):
+            yield torch.from_numpy(windows[shuffled[start : start + config.batch_size]].astype(np.int64))
+        epoch, step = epoch + 1, 0
+
+
+def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
+    """Full batches in one pass over the corpus.
+
+    Raises:
+        UserError: the corpus does not fill one batch.
+    """
+    num_tokens = sum(map(len, documents))
+    steps = (num_tokens - 1) // config.window // config.batch_size
+    if steps == 0:
+        raise UserError(
+            f"The corpus has {num_tokens:,} tokens, one batch takes {config.batch_size} windows of {config.window}. "
+            "Lower --batch_size or --window, or raise --max_documents."
+        )
+    return steps
+
+
+def unigram_loss(train: list[np.ndarray], held_out: list[np.ndarray]) -> float:
+    """Held-out nats per token of a model that knows only how frequent each token is (add-one smoothing)."""
+    counts = np.bincount(np.concatenate(train), minlength=VOCAB_SIZE) + 1.0
+    return float(-np.log(counts / counts.sum())[np.concatenate(held_out)].mean())
+
+
+# ------------------------------------------------------------------ model and optimiser
+def build_model(size: Size, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 with tied embeddings."""
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def build_optimizer(model: Qwen2ForCausalLM, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; the learning rate is set at every step."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up, then half a cosine down to zero; `step` counts from 0."""
+    num_warmup = max(1, round(warmup * num_steps))
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+def next_token_loss(model: Callable, windows: Tensor) -> Tensor:
+    """Mean nats per token; windows (n, window + 1) on the model's device. Products in bfloat16, loss in float32."""
+    with torch.autocast(windows.device.type, torch.bfloat16):
+        logits = model(input_ids=windows[:, :-1]).logits
+    return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config) -> float:
+    """Held-out nats per token over the documents joined in their order."""
+    tokens = np.concatenate(held_out)
+    windows = torch.from_numpy(cut_windows(tokens, min(config.window, len(tokens) - 1)).astype(np.int64))
+    model.eval()
+    losses = [next_token_loss(model, part.to(model.device)).item() * len(part) for part in windows.split(64)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+# ------------------------------------------------------------------ state of an unfinished run
+def save_state(path: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, progress: dict) -> None:
+    """Writes weights, both moments of AdamW and the progress (with the settings) as one safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight.{name}"] = parameter
+        tensors[f"exp_avg.{name}"] = optimizer.state[parameter]["exp_avg"]
+        tensors[f"exp_avg_sq.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
+    save_tensors(path, tensors, {"format_version": FORMAT_VERSION, **progress})
+
+
+def load_state(path: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, config: Config) -> dict:
+    """Puts a saved state into model and optimiser; returns its progress.
+
+    Raises:
+        UserError: the state is damaged, was made with other settings, or from other docstrings.
+    """
+    with open_tensors(path) as (file, progress):
+        check_same_settings(progress["config"], config, path)
+        if progress["fingerprint"] != fingerprint():
+            raise UserError(
+                f"{path} was trained on docstrings {progress['fingerprint']}, those installed now are {fingerprint()}. "
+                "Install the same package versions, or start afresh with --overwrite."
+            )
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+            moments = {key: file.get_tensor(f"{key}.{name}").to(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])).to(parameter), **moments}
+    return progress
+
+
+# ------------------------------------------------------------------ training
+def train_step(
+    model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, learning_rate: float, clip: float
+) -> float:
+    """One update; returns the loss before it.
+
+    Raises:
+        UserError: the loss is no longer a finite number.
+    """
+    loss = next_token_loss(model, windows)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise UserError(f"The loss became {value}. Lower --learning_rate (now {learning_rate:g}), or --overwrite.")
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(
+        [parameter for group in optimizer.param_groups for parameter in group["params"]], clip
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def train(
+    model: Qwen2ForCausalLM, documents: list[np.ndarray], held_out: list[np.ndarray], config: Config, state_path: Path
+) -> dict:
+    """Trains in place, from the saved state if there is one; returns the progress: step, seconds, losses.
+
+    Raises:
+        UserError: the loss is no longer a finite number, or the saved state belongs to another run.
+    """
+    num_steps = config.max_steps or round(config.epochs * steps_per_epoch(documents, config))
+    peak = config.learning_rate or SIZES[config.size].learning_rate
+    optimizer = build_optimizer(model, config.weight_decay)
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None, "history": []}
+    progress |= {"num_steps": num_steps, "config": result_settings(config), "fingerprint": fingerprint()}
+    if state_path.exists():
+        progress = load_state(state_path, model, optimizer, config)
+    run_model = torch.compile(model) if config.compile else model
+    end = min(num_steps, config.stop_at_step or num_steps)
+    started, saved = time.monotonic() - progress["seconds"], time.monotonic()
+    bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
+    for step, batch in zip(range(progress["step"], end), batches(documents, config, progress["step"]), strict=False):
+        rate = learning_rate_at(step, num_steps, peak, config.warmup)
+        loss = train_step(run_model, optimizer, batch.to(model.device), rate, config.gradient_clip)
+        smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
+        progress |= {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
+        speed = (step + 1) * config.batch_size * config.window / progress["seconds"]
+        bar.update()
+        bar.set_postfix_str(f"loss {smoothed:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if (step + 1) % max(1, num_steps // 10) == 0:
+            held_out_loss = evaluate(model, held_out, config)
+            progress["history"].append({"step": step + 1, "held_out_loss": held_out_loss})
+            tqdm.write(f"step {step + 1}: held-out loss {held_out_loss:.4f} nats per token")
+        if step + 1 == end or time.monotonic() - saved > 60 * config.minutes_per_state:
+            save_state(state_path, model, optimizer, progress)
+            saved = time.monotonic()
+    bar.close()
+    return progress
+
+
+# ------------------------------------------------------------------ run
+def output_folder(config: Config) -> Path:
+    """Where the finished model goes."""
+    default = ROOT / "demo" / "tiny-lm" if config.size == "tiny" else config.results_dir / config.size
+    return config.output_dir or default
+
+
+def save_checkpoint(folder: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, report: dict) -> None:
+    """Writes bfloat16 weights, config, tokenizer and the report; a folder with a report is complete."""
+    (folder / "pretraining.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as temporary:
+        model.bfloat16().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            path.replace(folder / path.name)
+    save_json(folder / "pretraining.json", report)
+
+
+def finished(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a model of these settings.
+
+    Raises:
+        UserError: it holds one of other settings, naming them.
+    """
+    path = folder / "pretraining.json"
+    if not path.exists() or config.overwrite:
+        return False
+    stored = load_json(path)
+    check_same_settings(stored.get("config", {}), config, folder)
+    if stored.get("fingerprint") != fingerprint():
+        raise UserError(
+            f"{folder} was trained on docstrings {stored.get('fingerprint')}, those installed now are {fingerprint()}. "
+            "Keep it as it is, or train again with --overwrite."
+        )
+    return True
+
+
+def main(config: Config) -> None:
+    """Tokenizer, training, held-out loss, checkpoint."""
+    folder, state_path = output_folder(config), config.results_dir / config.size / "state.safetensors"
+    if finished(folder, config):
+        print(f"already complete, --overwrite trains it again\n{folder}")
+        return
+    if config.overwrite:
+        state_path.unlink(missing_ok=True)
+    device = pick_device(config.device)
+    train_texts, held_out_texts = split_documents(pretraining_corpus()[: config.max_documents])
+    if not held_out_texts:
+        raise UserError(f"None of the {len(train_texts)} documents is held out. Raise --max_documents.")
+    tokenizer = train_tokenizer(train_texts)
+    documents, held_out = encode(train_texts, tokenizer), encode(held_out_texts, tokenizer)
+    num_tokens, num_held_out_tokens = sum(map(len, documents)), sum(map(len, held_out))
+    print(f"{len(documents):,} documents of {num_tokens:,} tokens, {num_held_out_tokens:,} tokens held out")
+
+    set_seed(config.seed)
+    model = build_model(SIZES[config.size], tokenizer).to(device)  # type: ignore[arg-type]
+    progress = train(model, documents, held_out, config, state_path)
+    if progress["step"] < progress["num_steps"]:
+        print(f"stopped at step {progress['step']} of {progress['num_steps']}; the same command goes on\n{state_path}")
+        return
+    for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
+        parameter.data = parameter.data.bfloat16().float()
+    tokens_seen = progress["num_steps"] * config.batch_size * config.window
+    report = {
+        **progress,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_documents": len(documents),
+        "num_held_out_documents": len(held_out),
+        "corpus_tokens": num_tokens,
+        "held_out_tokens": num_held_out_tokens,
+        "tokens_seen": tokens_seen,
+        "epochs": round(tokens_seen / num_tokens, 3),
+        "held_out_loss": evaluate(model, held_out, config),
+        "unigram_loss": unigram_loss(documents, held_out),
+        "command": shlex.join(["python", "demo/pretrain.py", *sys.argv[1:]]),
+        "environment": environment(),
+    }
+    save_checkpoint(folder, model, tokenizer, report)
+    state_path.unlink(missing_ok=True)
+    print(f"held-out loss {report['held_out_loss']:.4f} nats per token, unigram {report['unigram_loss']:.4f}")
+    print(folder)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

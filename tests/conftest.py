@@ -1,0 +1,91 @@
+"""Random two-layer models and made-up texts that every test can share; nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are fastest on one thread, and a busy machine then slows them no further."""
+    torch.set_num_threads(1)
+
+
+def make_texts(num_texts: int, seed: int = 0, longest: int = 24) -> list[str]:
+    """Ragged made-up sentences, some of one word."""
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(1, longest))) for _ in range(num_texts)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    """A command line of the repository, as a user types it after `python`."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in `one_thread`
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+MODEL_CONFIGS = {
+    "qwen2": lambda vocab: Qwen2Config(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0,
+    ),
+    "llama": lambda vocab: LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, pad_token_id=None, bos_token_id=None,
+    ),
+}  # fmt: skip
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens without a pad token, as most causal LMs have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(make_texts(200), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory) -> dict[str, Path]:
+    """Folders with a random model and its tokenizer, one per architecture."""
+    tokenizer = make_tokenizer()
+    folders = {}
+    for name, make_config in MODEL_CONFIGS.items():
+        torch.manual_seed(0)
+        folders[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
+        AutoModelForCausalLM.from_config(make_config(len(tokenizer)), dtype=torch.float32).save_pretrained(
+            folders[name]
+        )
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def rows_path(tmp_path_factory) -> Path:
+    """A labelled JSON lines file of 240 ragged texts in 3 classes, the class showing in a word."""
+    texts = make_texts(240)
+    rows = [{"text": f"{text} {WORDS[i % 3]}", "label": f"class {i % 3}"} for i, text in enumerate(texts)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)

@@ -1,0 +1,424 @@
+"""K_sweep.py: eigenproblems against scipy and mpmath, scores against their definitions, and the command line."""
+
+import dataclasses
+import json
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LinearRegression
+
+import cache
+import K_sweep
+from tests.conftest import run_command
+from utils.io import open_tensors
+from utils.moments import LayerMoments, load_layer
+from utils.permuted_labels import draw_permuted_factors
+
+CPU = torch.device("cpu")
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(array), dtype=torch.float64)
+
+
+def make_data(num_samples, hidden_size, num_classes, seed=0, signal=1.0, decades=2.0):
+    """Pooled features with an uneven spectrum and a mean, one-hot labels, and a token sequence for the prefixes."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(hidden_size, hidden_size)) * np.logspace(0, -decades, hidden_size)
+    labels = random.integers(0, num_classes, num_samples)
+    labels[:num_classes] = range(num_classes)
+    centres = signal * random.normal(size=(num_classes, hidden_size))
+    features = (random.normal(size=(num_samples, hidden_size)) + centres[labels] + 0.5) @ mixing
+    states = (random.normal(size=(40 * hidden_size, hidden_size)) + 0.3) @ mixing
+    return features, np.eye(num_classes)[labels], states
+
+
+def moments_of(features, targets, states) -> LayerMoments:
+    """The moments of one layer from the data itself, by their definition; the states are one long text."""
+    prefix, following = states.cumsum(0)[:-1], states[1:]
+    prefix = prefix / np.arange(1, len(states))[:, None]  # a running mean: keeps the conditioning of a toy problem sane
+    n = len(features)
+    return LayerMoments(
+        pooled_second_moment=tensor(features.T @ features / n),
+        pooled_label_cross_moment=tensor(features.T @ targets / n),
+        pooled_mean=tensor(features.mean(0)),
+        prefix_second_moment=tensor(prefix.T @ prefix / n),
+        prefix_next_cross_moment=tensor(prefix.T @ following / n),
+        prefix_mean=tensor(prefix.sum(0) / n),
+        next_mean=tensor(following.sum(0) / n),
+        label_mean=tensor(targets.mean(0)),
+        label_second_moment=tensor(targets.T @ targets / n),
+        num_samples=n,
+        num_pairs=len(prefix),
+    )
+
+
+def sweep(features, targets, states, **options) -> dict:
+    return K_sweep.sweep_layer(moments_of(features, targets, states), None, K_sweep.Config(**options), 0)
+
+
+def projector(vectors) -> np.ndarray:
+    basis = scipy.linalg.orth(np.asarray(vectors), rcond=1e-13)
+    return basis @ basis.T
+
+
+# ------------------------------------------------------------------ the eigenproblem
+@pytest.mark.parametrize("num_columns", [3, 30])
+def test_solver_equals_scipy_at_full_rank(num_columns):
+    random = np.random.default_rng(0)
+    factor, root = random.normal(size=(30, num_columns)), random.normal(size=(30, 60))
+    denominator = root @ root.T
+    vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(tensor(factor), tensor(denominator))
+    expected, expected_vectors = scipy.linalg.eigh(factor @ factor.T, denominator)
+    np.testing.assert_allclose(eigenvalues, expected[::-1][:num_columns], rtol=1e-9)
+    signs = np.sign((vectors.numpy() * (denominator @ expected_vectors[:, ::-1][:, :num_columns])).sum(0))
+    np.testing.assert_allclose(vectors * signs, expected_vectors[:, ::-1][:, :num_columns], atol=1e-9)
+    np.testing.assert_allclose(whitener.T @ denominator @ whitener.numpy(), np.eye(30), atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 19])
+def test_rank_deficient_denominator(rank):
+    """Fewer samples than dimensions: the rank is found, and the solution is scipy's on a basis of the range."""
+    random = np.random.default_rng(rank)
+    samples, labels = random.normal(size=(rank, 20)), random.normal(size=(rank, 3))
+    denominator, factor = samples.T @ samples / rank, samples.T @ labels / rank
+    vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(tensor(factor), tensor(denominator))
+    assert whitener.shape[1] == rank
+    basis = scipy.linalg.orth(samples.T)
+    expected = scipy.linalg.eigh(basis.T @ factor @ factor.T @ basis, basis.T @ denominator @ basis, eigvals_only=True)
+    np.testing.assert_allclose(eigenvalues, expected[::-1][: len(eigenvalues)], rtol=1e-8)
+    np.testing.assert_allclose(vectors.T @ denominator @ vectors.numpy(), np.eye(vectors.shape[1]), atol=1e-8)
+
+
+def test_neither_unit_nor_one_massive_coordinate_changes_the_solution():
+    features, targets, _ = make_data(100, 24, 4)
+    features[:, :4] = features[:, 4:8] @ np.random.default_rng(1).normal(size=(4, 4))  # rank 20
+    scale = np.full(24, 1e-3)
+    scale[5] *= 1e4
+    solutions = []
+    for factor in (np.ones(24), scale):
+        scaled = features * factor
+        moments = tensor(scaled.T @ targets / 100), tensor(scaled.T @ scaled / 100)
+        vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(*moments)
+        solutions.append((vectors * factor[:, None], eigenvalues, whitener.shape[1], whitener * factor[:, None]))
+    (vectors, eigenvalues, rank, whitener), (vectors_scaled, eigenvalues_scaled, rank_scaled, whitener_scaled) = (
+        solutions
+    )
+    assert rank == rank_scaled == 20
+    np.testing.assert_allclose(eigenvalues, eigenvalues_scaled, rtol=1e-9)
+    signs = torch.sign((vectors * vectors_scaled).sum(0))
+    np.testing.assert_allclose(vectors, vectors_scaled * signs, atol=1e-7 * vectors.abs().max())
+    np.testing.assert_allclose(whitener @ whitener.T, whitener_scaled @ whitener_scaled.T, rtol=1e-6, atol=1e-6)
+
+
+def test_solver_against_forty_digits():
+    """Hilbert matrix of order 6 (condition 1.5e7), factor of two columns."""
+    with mpmath.workdps(40):
+        hilbert = mpmath.hilbert(6)
+        factor = mpmath.matrix([[1, 2], [0, 1], [3, -1], [1, 1], [-2, 0], [1, 4]])
+        small = factor.T * hilbert**-1 * factor  # same non-zero eigenvalues as C^-1 F F'
+        expected, columns = mpmath.eigsy(small)
+        vectors = hilbert**-1 * factor * columns  # C^-1 F q, to be scaled to C-norm 1
+        norms = [mpmath.sqrt((vectors[:, j].T * hilbert * vectors[:, j])[0]) for j in range(2)]
+        expected_vectors = np.array([[float(vectors[i, j] / norms[j]) for j in (1, 0)] for i in range(6)])
+        expected_values = [float(expected[1]), float(expected[0])]
+    denominator = scipy.linalg.hilbert(6)
+    found, eigenvalues, _ = K_sweep.solve_generalized_eigenproblem(
+        tensor([[float(v) for v in row] for row in factor.tolist()]), tensor(denominator)
+    )
+    np.testing.assert_allclose(eigenvalues, expected_values, rtol=1e-8)
+    signs = np.sign((found.numpy() * expected_vectors).sum(0))
+    np.testing.assert_allclose(found * signs, expected_vectors, rtol=1e-6, atol=1e-6 * np.abs(expected_vectors).max())
+
+
+def test_autoregression_is_the_reduced_rank_regression():
+    """span V_k gives the least loss that any k-dimensional bottleneck of the prefixes can reach (Eckart-Young)."""
+    _, _, states = make_data(50, 12, 2)
+    prefix, following = states.cumsum(0)[:-1] / np.arange(1, len(states))[:, None], states[1:]
+    v, _, _ = K_sweep.solve_generalized_eigenproblem(tensor(prefix.T @ following), tensor(prefix.T @ prefix))
+    fitted = prefix @ np.linalg.lstsq(prefix, following, rcond=None)[0]
+    singular_values = np.linalg.svd(fitted, compute_uv=False)
+    for k in (1, 4, 9):
+        inside = prefix @ v[:, :k].numpy()
+        loss = np.square(following - inside @ np.linalg.lstsq(inside, following, rcond=None)[0]).sum()
+        best = np.square(following - fitted).sum() + np.square(singular_values[k:]).sum()
+        assert loss == pytest.approx(best, rel=1e-9)
+
+
+def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
+    random = np.random.default_rng(2)
+    root = random.normal(size=(10, 10)) * np.logspace(0, -1, 10)
+    denominator, factor = tensor(root.T @ root), tensor(random.normal(size=(10, 3)))
+    vectors, _, whitener = K_sweep.solve_generalized_eigenproblem(factor, denominator)
+    complete = K_sweep.complete_by_variance(vectors, whitener, denominator)
+    np.testing.assert_allclose(complete.T @ denominator @ complete, np.eye(10), atol=1e-9)
+    np.testing.assert_allclose(factor.T @ complete[:, 3:], 0, atol=1e-9)
+    assert torch.all(complete[:, 3:].norm(dim=0).diff() > 0)  # C-norm 1: shorter means more variance
+
+
+# ------------------------------------------------------------------ the score
+def ntps_of(u, u_whitener, v, k_us, k_vs, largest=True) -> np.ndarray:
+    return K_sweep.ntps(tensor(u), tensor(u_whitener), K_sweep.nested_basis(tensor(v)), k_us, k_vs, largest)[0].numpy()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_score_is_the_projection_ratio(seed, k_u, k_v):
+    """Against an explicit projector, at ranks where nothing is tied; and it lies in [0, 1]."""
+    random = np.random.default_rng(seed)
+    u, v = random.normal(size=(12, 9)) * np.logspace(0, 2, 9), random.normal(size=(12, 9)) * np.logspace(-2, 1, 9)
+    score = ntps_of(u, u, v, [k_u], [k_v])[0]
+    inside = projector(v[:, :k_v]) @ u[:, :k_u]
+    assert score == pytest.approx(np.square(inside).sum() / np.square(u[:, :k_u]).sum(), abs=1e-9)
+    assert 0 <= score <= 1
+
+
+def test_one_inside_zero_orthogonal():
+    orthonormal = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0]
+    mixed = orthonormal[:, :4] @ np.random.default_rng(1).normal(size=(4, 4))
+    assert ntps_of(mixed, mixed, orthonormal[:, :6], [4], [6])[0] == pytest.approx(1, abs=1e-12)
+    assert ntps_of(mixed, mixed, orthonormal[:, 4:], [4], [6])[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_ties_are_the_average_over_random_bases(largest):
+    """The closed form of the tied space against the released way of doing it, repeated over 4,000 random bases."""
+    features, targets, states = make_data(300, 10, 3)
+    moments = moments_of(features, targets, states)
+    u, _, whitener = K_sweep.solve_generalized_eigenproblem(
+        moments.pooled_label_cross_moment, moments.pooled_second_moment
+    )
+    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    u, whitener, second_moment = u.numpy(), whitener.numpy(), moments.pooled_second_moment.numpy()
+    v = v.numpy() if largest else v.numpy()[:, ::-1].copy()
+    inside = whitener.T @ second_moment @ u
+    tied = whitener @ scipy.linalg.null_space(inside.T)  # M-orthonormal basis of the tied space, dimension 7
+    k_us, k_vs = [2, 5, 8, 10], [3, 5, 6, 9]
+    scores = ntps_of(u, whitener, v, k_us, k_vs, largest)
+    random = np.random.default_rng(0)
+    rotations = [np.linalg.qr(random.normal(size=(7, 7)))[0] for _ in range(4000)]
+    for score, k_u, k_v in zip(scores, k_us, k_vs, strict=True):
+        p = projector(v[:, :k_v])
+        numerators, denominators = [], []
+        for rotation in rotations:
+            columns = np.concatenate([u, tied @ rotation] if largest else [tied @ rotation, u[:, ::-1]], axis=1)[
+                :, :k_u
+            ]
+            numerators.append(np.square(p @ columns).sum())
+            denominators.append(np.square(columns).sum())
+        error = np.std(numerators) / np.mean(denominators) / np.sqrt(4000) + 1e-9
+        assert score == pytest.approx(np.mean(numerators) / np.mean(denominators), abs=5 * error)
+
+
+def test_rotating_the_features_changes_nothing():
+    features, targets, states = make_data(200, 16, 4)
+    rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(16, 16)))[0]
+    before, after = sweep(features, targets, states), sweep(features @ rotation, targets, states @ rotation)
+    for name in (*K_sweep.SCORES, "excess_loss", "excess_upper_euclidean"):
+        np.testing.assert_allclose(before[name], after[name], atol=1e-8, err_msg=name)
+
+
+def test_smallest_is_another_score_and_blind_to_the_labels():
+    features, targets, states = make_data(400, 20, 3, signal=2.0)
+    largest, smallest = (
+        sweep(features, targets, states, eigenvectors=order)["ntps"] for order in ("largest", "smallest")
+    )
+    assert (largest - smallest).abs().max() > 0.05
+    shuffled = np.random.default_rng(0).permutation(targets)
+    other = sweep(features, shuffled, states, eigenvectors="smallest")["ntps"]
+    # the whole tied space moves only by what the few informative directions take from it
+    assert (smallest - other).abs().max() < (largest - sweep(features, shuffled, states)["ntps"]).abs().max()
+
+
+def test_centring_equals_centred_data():
+    features, targets, states = make_data(200, 12, 3)
+    prefix_mean = sweep(features, targets, states, center=True)
+    moments = moments_of(features - features.mean(0), targets - targets.mean(0), states)
+    running = states.cumsum(0)[:-1] / np.arange(1, len(states))[:, None]
+    a, b = running - running.mean(0), states[1:] - states[1:].mean(0)
+    centred = dataclasses.replace(
+        moments,
+        prefix_second_moment=tensor(a.T @ a / 200),
+        prefix_next_cross_moment=tensor(a.T @ b / 200),
+        prefix_mean=torch.zeros(12, dtype=torch.float64),
+        next_mean=torch.zeros(12, dtype=torch.float64),
+    )
+    expected = K_sweep.sweep_layer(centred, None, K_sweep.Config(), 0)
+    for name in ("ntps", "ntps_label", "ntps_whitened", "retained"):
+        np.testing.assert_allclose(prefix_mean[name], expected[name], atol=1e-9, err_msg=name)
+
+
+def test_fractions_are_floors_of_the_rank():
+    fractions = K_sweep.Config().fractions
+    assert len(fractions) == 19
+    for rank in (1, 19, 20, 100, 896, 4096):
+        assert K_sweep.num_directions(fractions, rank) == [max(1, i * rank // 20) for i in range(1, 20)]
+
+
+# ------------------------------------------------------------------ excess loss, bounds, probe
+def least_squares_loss(features, targets) -> float:
+    """Mean over texts of the squared error, summed over labels, of a probe with intercept."""
+    residual = targets - LinearRegression().fit(features, targets).predict(features)
+    return np.square(residual).sum(1).mean()
+
+
+@pytest.mark.parametrize("num_samples", [300, 20])  # more and fewer texts than dimensions
+def test_excess_is_the_difference_of_two_least_squares_losses(num_samples):
+    features, targets, states = make_data(num_samples, 24, 4)
+    result = sweep(features, targets, states)
+    moments = moments_of(features, targets, states)
+    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    best = least_squares_loss(features, targets)
+    explained = np.square(targets - targets.mean(0)).sum(1).mean() - best
+    for i, k in enumerate(K_sweep.num_directions(K_sweep.Config().fractions, 24)):
+        excess = least_squares_loss(features @ v[:, :k].numpy(), targets) - best
+        assert result["excess_loss"][i].item() == pytest.approx(excess, abs=1e-7)
+        assert result["retained"][i].item() == pytest.approx(1 - excess / explained, abs=1e-7)
+
+
+def test_whitened_score_is_the_overlap_of_whitened_subspaces():
+    features, targets, states = make_data(500, 15, 5)
+    result, moments = sweep(features, targets, states), moments_of(features, targets, states)
+    root = scipy.linalg.sqrtm(moments.pooled_covariance.numpy()).real
+    left = np.linalg.svd(np.linalg.inv(root) @ moments.pooled_label_covariance.numpy())[0][:, :4]  # rank c - 1
+    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    for i, k in enumerate(K_sweep.num_directions(K_sweep.Config().fractions, 15)):
+        expected = np.square(projector(root @ v[:, :k].numpy()) @ left).sum() / 4
+        assert result["ntps_whitened"][i].item() == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("targets_are", ["classes", "numbers"])
+def test_probe_equals_scikit_learn_on_both_splits(targets_are):
+    features, targets, states = make_data(400, 12, 4, seed=3)
+    if targets_are == "numbers":
+        targets = features[:, :1] - 2 * features[:, 1:2] + np.random.default_rng(0).normal(size=(400, 1))
+    train, test = slice(0, 250), slice(250, None)
+    result = K_sweep.sweep_layer(
+        moments_of(features[train], targets[train], states),
+        moments_of(features[test], targets[test], states),
+        K_sweep.Config(),
+        0,
+    )
+    probe = LinearRegression().fit(features[train], targets[train])
+    for suffix, rows in (("", train), ("_held_out", test)):
+        error = np.square(targets[rows] - probe.predict(features[rows])).mean()
+        assert result[f"probe_mse{suffix}"] == pytest.approx(error, rel=1e-6)
+        variance = np.square(targets[rows] - targets[rows].mean(0)).mean()
+        assert result[f"probe_r2{suffix}"] == pytest.approx(1 - error / variance, rel=1e-6)
+
+
+# ------------------------------------------------------------------ permuted labels
+@pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
+def test_closed_form_null_agrees_with_real_permutations(n, d, c):
+    features, targets, states = make_data(n, d, c, seed=7)
+    drawn = sweep(features, targets, states, num_null_draws=1000)["null_draws"]
+    random = np.random.default_rng(0)
+    names = K_sweep.NULL_SCORES
+    real = {name: [] for name in names}
+    for _ in range(200):
+        permuted = sweep(features, random.permutation(targets), states, num_null_draws=2)
+        for name in names:
+            real[name].append(permuted[name].numpy())
+    for name in names:
+        permutations, draws = np.stack(real[name]), drawn[name].numpy()
+        standard_error = permutations.std(0) / np.sqrt(200) + draws.std(0) / np.sqrt(1000) + 1e-9
+        assert np.all(np.abs(permutations.mean(0) - draws.mean(0)) < 5 * standard_error), name
+        spread, drawn_spread = (np.diff(np.quantile(of.mean(1), [0.1, 0.9])) for of in (permutations, draws))
+        assert spread == pytest.approx(drawn_spread, rel=0.25, abs=1e-9), name  # quantiles: some tails are long
+
+
+def test_draws_have_the_known_mean():
+    """E tr(S' Sigma^-1 S) = rank tr(label covariance) / (n - 1), exactly, under permuted labels."""
+    p = np.array([0.5, 0.3, 0.2])
+    label_covariance = tensor(np.diag(p) - np.outer(p, p))
+    for n, rank in ((200, 30), (40, 30), (31, 30), (33, 30)):
+        factor, orthonormal = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
+        totals = factor.square().sum((1, 2))
+        expected = rank * label_covariance.trace() / (n - 1)
+        assert abs(totals.mean() - expected) < 5 * totals.std() / 4000**0.5 + 1e-12
+        np.testing.assert_allclose(orthonormal.mT @ orthonormal, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
+
+
+# ------------------------------------------------------------------ the embedded model, and the command line
+@pytest.fixture(scope="module")
+def tiny_results(tmp_path_factory):
+    """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
+    ways = {
+        "reference": {},
+        "small batches": {"tokens_per_batch": 256},
+        "float64 products": {"product_dtype": "float64"},
+    }
+    results = {}
+    for way, options in ways.items():
+        results_dir = tmp_path_factory.mktemp("tiny")
+        cache.main(cache.Config(dataset_name="docstrings/kind", max_samples=1500, results_dir=results_dir, **options))
+        [results[way]] = results_dir.glob("moments/*/*/train.safetensors")
+    return results
+
+
+def layers_of(path) -> list[dict]:
+    with open_tensors(path) as (file, metadata):
+        num_layers = file.get_slice("pooled_mean").get_shape()[0]
+        layers = [load_layer(file, metadata, layer, CPU) for layer in range(num_layers)]
+    config = K_sweep.Config(num_null_draws=2)
+    return [K_sweep.sweep_layer(moments, None, config, i) for i, moments in enumerate(layers)]
+
+
+def test_excess_lies_within_its_bounds_on_the_embedded_model(tiny_results):
+    for layer in layers_of(tiny_results["reference"]):
+        excess, slack = layer["excess_loss"], 1e-9
+        for form in ("", "_euclidean"):
+            assert torch.all(layer[f"excess_lower{form}"] <= excess + slack), layer["layer"]
+            assert torch.all(excess <= layer[f"excess_upper{form}"] + slack), layer["layer"]
+        assert torch.all(excess[:-1] - excess[1:] >= -slack)  # a larger V never loses more
+
+
+@pytest.mark.parametrize("way", ["small batches", "float64 products"])
+def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
+    reference, other = layers_of(tiny_results["reference"]), layers_of(tiny_results[way])
+    for a, b in zip(reference, other, strict=True):
+        assert (a["rank_u"], a["rank_v"], a["rank_label"]) == (b["rank_u"], b["rank_v"], b["rank_label"])
+        for name in K_sweep.SCORES:
+            assert (a[name] - b[name]).abs().max() < 1e-4, (name, a["layer"])
+
+
+def test_command_line_from_rows_to_picture(model_dirs, rows_path, tmp_path):
+    common = ["--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path]
+    missing = run_command("K_sweep.py", *common)
+    assert missing.returncode == 1 and "python cache.py --model_name" in missing.stderr
+    for split in ("train", "test"):
+        assert run_command("cache.py", *common, "--split", split).returncode == 0
+    result = run_command("K_sweep.py", *common)
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "ntps" / model_dirs["qwen2"].name / "rows.json"
+    assert result.stdout.strip().splitlines()[-1] == str(path)
+    content = json.loads(path.read_text())
+    assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
+    for layer in content["layers"]:
+        for name in (*K_sweep.SCORES, "chance", "excess_loss", "excess_lower", "excess_upper"):
+            assert len(layer[name]) == len(content["fractions"]) == 19
+        assert set(layer["null"]) == {"ntps_label", "ntps_whitened", "retained"}
+        assert 0 <= layer["probe_r2"] <= 1 and layer["probe_r2_held_out"] is not None
+    value = np.mean(content["layers"][-1]["retained"])
+    assert content["score"]["retained"]["value"] == pytest.approx(value)
+    assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".pdf").is_file()
+
+    assert run_command("K_sweep.py", *common).returncode == 0  # reused
+    refused = run_command("K_sweep.py", *common, "--seed", "1")
+    assert refused.returncode == 1 and "seed: 0 there, 1 now" in refused.stderr
+    smallest = run_command("K_sweep.py", *common, "--eigenvectors", "smallest", "--center")
+    assert smallest.returncode == 0 and path.with_name("rows.smallest.centered.json").is_file()
+    assert run_command("cache.py", *common, "--pooling", "last", "--overwrite").returncode == 0
+    stale = run_command("K_sweep.py", *common)
+    assert stale.returncode == 1 and "other moments" in stale.stderr
+
+
+@pytest.mark.parametrize("options", [["--fractions", "0.5", "1.5"], ["--num_null_draws", "1"], ["--device", "gpu9"]])
+def test_mistakes_end_in_one_sentence(options, tmp_path):
+    result = run_command("K_sweep.py", *options, "--results_dir", tmp_path)
+    assert result.returncode != 0 and "Traceback" not in result.stderr

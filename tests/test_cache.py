@@ -1,0 +1,290 @@
+"""cache.py: the streamed moments equal the definition, whatever the batches; and its command line."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+import cache
+from tests.conftest import ROOT, make_texts, run_command, write_rows
+from utils.data import LabelledTexts
+from utils.models import tokenize
+
+
+def dense_moments(model, token_ids: list[list[int]], targets: torch.Tensor, pooling: str) -> dict[str, torch.Tensor]:
+    """The moments text by text from the definition, with the triangular matrices L1, L2 of the paper, in float64."""
+    num_layers, d, c = model.config.num_hidden_layers + 1, model.config.hidden_size, targets.shape[1]
+    shapes = {"M": (d, d), "B": (d, c), "C0": (d, d), "C1": (d, d)}
+    total = {name: torch.zeros(num_layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for ids, y in zip(token_ids, targets, strict=True):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        length = len(ids)
+        prefix_sum = torch.ones(length, length - 1, dtype=torch.float64).triu()
+        shift = torch.cat([torch.zeros(1, length - 1), torch.eye(length - 1)]).double()
+        for layer, state in enumerate(states):
+            x = state[0].double().T  # (d, T)
+            m = x[:, -1] if pooling == "last" else x.mean(1)
+            total["M"][layer] += torch.outer(m, m)
+            total["B"][layer] += torch.outer(m, y)
+            total["C0"][layer] += x @ prefix_sum @ prefix_sum.T @ x.T
+            total["C1"][layer] += x @ prefix_sum @ shift.T @ x.T
+    return {name: value / len(token_ids) for name, value in total.items()}
+
+
+NAMES = {
+    "M": "pooled_second_moment",
+    "B": "pooled_label_cross_moment",
+    "C0": "prefix_second_moment",
+    "C1": "prefix_next_cross_moment",
+}
+
+
+def setup(model_dir, texts: list[str], regression: bool = False):
+    """A model in float64, so that a difference is a mistake and not rounding; tokens; targets; folds."""
+    model = AutoModel.from_pretrained(model_dir, dtype=torch.float64).eval()
+    tokens = tokenize(texts, AutoTokenizer.from_pretrained(model_dir), model.config)
+    random = np.random.default_rng(1)
+    labels = random.normal(size=len(texts)) if regression else random.integers(0, 3, len(texts))
+    names = [] if regression else ["a", "b", "c"]
+    data = LabelledTexts(texts=texts, labels=labels, label_names=names, fingerprint="")
+    return model, tokens, cache.one_hot_targets(data), cache.assign_folds(texts, 3)
+
+
+def token_lists(tokens) -> list[list[int]]:
+    return [part.tolist() for part in np.split(tokens.token_ids, tokens.offsets[1:-1])]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("texts_per_batch", [1, 3, 7])
+def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_per_batch):
+    texts = [*make_texts(20, seed=3, longest=12), "a", "e", "the"]  # one-token texts among them
+    model, tokens, targets, folds = setup(model_dirs[architecture], texts, regression=pooling == "last")
+    assert tokens.lengths.min() == 1 and tokens.lengths.max() > 10
+    config = cache.Config(
+        pooling=pooling, product_dtype="float64", tokens_per_batch=texts_per_batch * int(tokens.lengths.max())
+    )
+    averages = cache.accumulate_moments(model, tokens, targets, folds, config).averages()
+    dense = dense_moments(model, token_lists(tokens), targets, pooling)
+    for symbol, name in NAMES.items():
+        scale = dense[symbol].abs().max()
+        torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-12)
+
+
+def test_every_further_sum_equals_the_definition(model_dirs):
+    texts = make_texts(30, seed=5)
+    model, tokens, targets, folds = setup(model_dirs["qwen2"], texts)
+    config = cache.Config(product_dtype="float64", tokens_per_batch=64)
+    averages = cache.accumulate_moments(model, tokens, targets, folds, config).averages()
+    pooled, prefixes, following = [], [], []
+    for ids in token_lists(tokens):
+        with torch.no_grad():
+            x = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        pooled.append(x.mean(0))
+        prefixes.append(x.cumsum(0)[:-1].sum(0))
+        following.append(x[1:].sum(0))
+    m = torch.stack(pooled)
+    expected = {
+        "pooled_mean": m.mean(0),
+        "prefix_mean": torch.stack(prefixes).mean(0),
+        "next_mean": torch.stack(following).mean(0),
+        "pooled_norm_fourth_power": m.norm(dim=1).pow(4).mean(),
+        "pooled_norm_squared_pooled": (m.norm(dim=1).square()[:, None] * m).mean(0),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(averages[name][-1], value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(averages["label_mean"], targets.mean(0))
+    torch.testing.assert_close(averages["label_second_moment"], targets.T @ targets / len(texts))
+    for fold in range(3):
+        inside = folds[:, fold].bool()
+        assert averages["fold_num_samples"][fold] == inside.sum()
+        m_fold, y_fold = m[inside], targets[inside]
+        torch.testing.assert_close(averages["fold_pooled_second_moment"][-1, fold], m_fold.T @ m_fold / len(m_fold))
+        torch.testing.assert_close(
+            averages["fold_pooled_label_cross_moment"][-1, fold], m_fold.T @ y_fold / len(m_fold)
+        )
+        torch.testing.assert_close(averages["fold_pooled_mean"][-1, fold], m_fold.mean(0))
+        torch.testing.assert_close(averages["fold_label_mean"][fold], y_fold.mean(0))
+
+
+def test_folds_add_up_to_the_whole(model_dirs):
+    model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(40, seed=6))
+    averages = cache.accumulate_moments(model, tokens, targets, folds, cache.Config()).averages()
+    weights = averages["fold_num_samples"] / averages["fold_num_samples"].sum()
+    for name in ("pooled_second_moment", "pooled_label_cross_moment"):
+        whole = torch.einsum("f,lf...->l...", weights, averages[f"fold_{name}"])
+        torch.testing.assert_close(whole, averages[name])
+
+
+def test_equal_texts_share_a_fold_in_any_order():
+    texts = make_texts(50)
+    folds = cache.assign_folds(texts + texts[::-1], 5).argmax(1)
+    assert torch.equal(folds[:50], folds[50:].flip(0))
+    assert len(folds.unique()) == 5
+
+
+def test_half_precision_model_is_summed_in_float64(model_dirs):
+    """bfloat16 states of known value: their float32 products and float64 sums lose nothing."""
+    model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(12, seed=8))
+    model = model.to(torch.bfloat16)
+    averages = cache.accumulate_moments(model, tokens, targets, folds, cache.Config(tokens_per_batch=1)).averages()
+    dense = dense_moments(model, token_lists(tokens), targets, "mean")  # the same states, one text at a time
+    for symbol, name in NAMES.items():
+        assert averages[name].dtype == torch.float64
+        scale = dense[symbol].abs().max()
+        torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-6)
+
+
+def test_pooled_states_are_saved_row_by_row(model_dirs, rows_path, tmp_path):
+    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    cache.main(cache.Config(**base, save_pooled="all", tokens_per_batch=200))
+    [path] = tmp_path.glob("moments/*/*/train.safetensors")
+    [pooled_path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
+    moments, features = load_file(path), load_file(pooled_path)
+    pooled = features["pooled"].double()
+    second_moment = torch.einsum("lnd,lne->lde", pooled, pooled) / pooled.shape[1]
+    torch.testing.assert_close(second_moment, moments["pooled_second_moment"], rtol=1e-4, atol=1e-6)
+    one_hot = torch.nn.functional.one_hot(features["labels"].long()).double()
+    cross_moment = torch.einsum("lnd,nc->ldc", pooled, one_hot) / pooled.shape[1]
+    torch.testing.assert_close(cross_moment, moments["pooled_label_cross_moment"], rtol=1e-4, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_texts(model_dirs):
+    """Nothing the pass keeps has a text axis."""
+    kept = []
+    for num_texts in (10, 60):
+        model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9))
+        sums = cache.accumulate_moments(model, tokens, targets, folds, cache.Config())
+        kept.append({name: tuple(value.shape) for name, value in sums.sums.items()})
+    assert kept[0] == kept[1]
+
+
+# ------------------------------------------------------------------ command line
+def arguments(model_dir, rows, results_dir, *more):
+    return ["cache.py", "--model_name", model_dir, "--dataset_name", rows, "--results_dir", results_dir, *more]
+
+
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path):
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
+    first = run_command(*call)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "moments" / model_dirs["qwen2"].name / "rows" / "train.safetensors"
+    assert first.stdout.strip().splitlines()[-1] == str(path)
+    written = path.stat().st_mtime_ns
+    second = run_command(*call)
+    assert second.returncode == 0 and "reused" in second.stdout and path.stat().st_mtime_ns == written
+    other = run_command(*call, "--pooling", "last", "--max_length", "9")
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert "pooling: 'mean' there, 'last' now" in other.stderr and "max_length" in other.stderr
+    assert path.stat().st_mtime_ns == written
+    again = run_command(*call, "--pooling", "last", "--overwrite")
+    assert again.returncode == 0 and path.stat().st_mtime_ns != written
+    assert sorted(file.name for file in path.parent.iterdir()) == ["train.safetensors"]
+
+
+def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
+    cache.main(cache.Config(str(model_dirs["llama"]), str(rows_path), results_dir=tmp_path, split="all"))
+    [path] = tmp_path.glob("moments/*/*/all.safetensors")
+    with open(path, "rb") as file:  # the header, read without the library
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = json.loads(header["__metadata__"]["json"])
+    assert metadata["num_samples"] == 240 == sum(metadata["class_counts"])
+    assert metadata["label_names"] == ["class 0", "class 1", "class 2"]
+    assert metadata["environment"]["packages"]["torch"] == torch.__version__
+    assert metadata["config"]["split"] == "all" and metadata["num_pairs"] == metadata["num_tokens"] - 240
+    assert header["prefix_second_moment"]["dtype"] == "F64"
+
+
+def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
+    def rows(labels):
+        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
+
+    texts = make_texts(40)
+    call = arguments(model_dirs["qwen2"], rows("ab"), tmp_path)
+    assert run_command(*call).returncode == 0
+    rows("ac")
+    changed = run_command(*call)
+    assert changed.returncode == 1 and "other rows" in changed.stderr
+
+
+def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
+    model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
+    rare = tokenizer("quickly")["input_ids"][0]
+    broken = tmp_path / "broken"
+    tokenizer.save_pretrained(broken)
+    with torch.no_grad():
+        model.embed_tokens.weight[rare] = torch.inf
+    model.save_pretrained(broken)
+    result = run_command(*arguments(broken, rows_path, tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    texts = [json.loads(line)["text"] for line in rows_path.read_text().splitlines()]
+    message = result.stderr.strip().splitlines()[-1]
+    assert "layer 0, row" in message
+    assert not list(tmp_path.glob("moments/**/*.safetensors")) and any("quickly" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model_name", "tinny"], "nearest known: tiny"),
+        (["--model_name", "tests"], "config.json"),
+        (["--device", "cuda:7"], "Try --device cpu"),
+        (["--tokens_per_batch", "0"], "at least 1"),
+        (["--dtype", "float8"], "float8"),
+        (["--split", "dev"], "dev"),
+        (["--text_column", "body"], "body"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
+    for flag, value in zip(change[::2], change[1::2], strict=True):
+        if flag in call:
+            call[call.index(flag) + 1] = value
+        else:
+            call += [flag, value]
+    result = run_command(*call)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert message in result.stderr + result.stdout
+    assert not list(tmp_path.glob("moments/**/*.safetensors"))
+
+
+def test_damaged_and_foreign_files_are_named(model_dirs, rows_path, tmp_path):
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
+    path = tmp_path / "moments" / model_dirs["qwen2"].name / "rows" / "train.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a tensor file")
+    damaged = run_command(*call)
+    assert damaged.returncode == 1 and str(path) in damaged.stderr and "--overwrite" in damaged.stderr
+    save_file({"a": torch.zeros(1)}, path)
+    foreign = run_command(*call)
+    assert foreign.returncode == 1 and str(path) in foreign.stderr and "Traceback" not in foreign.stderr
+
+
+def test_a_kill_leaves_no_result(model_dirs, tmp_path):
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(make_texts(20000))]
+    call = arguments(model_dirs["qwen2"], write_rows(tmp_path / "many.jsonl", rows), tmp_path, "--save_pooled", "all")
+    process = subprocess.Popen([sys.executable, *map(str, call), "--tokens_per_batch", "64"], cwd=ROOT)
+    while not list(tmp_path.glob("moments/*/*/*.tmp")):  # the pass has begun to write
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("moments/**/*.safetensors"))
+
+
+def test_help_explains_every_field():
+    result = run_command("cache.py", "--help")
+    assert result.returncode == 0
+    for field in dataclasses.fields(cache.Config):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")
+    assert "right" not in result.stdout or "results/moments" in result.stdout

@@ -1,0 +1,331 @@
+"""Load a causal LM without its head, tokenise in bulk, and visit its hidden states one layer at a time."""
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import utils.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
+from utils.io import ROOT, UserError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFamily:
+    """What one architecture needs beyond the AutoModel defaults."""
+
+    lora_target_modules: tuple[str, ...]  # the attention input projections
+    tokenizer_name: str | None = None  # None: the tokenizer of the model's own repository
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """One row of the table of models the repository knows by name."""
+
+    path: str  # hub id, or folder relative to the repository root
+    parameters: str
+    access: str  # what a user has to accept before the download, and where
+
+
+FAMILIES = {  # keyed by `config.model_type`
+    "qwen2": ModelFamily(("q_proj", "k_proj", "v_proj")),
+    "llama": ModelFamily(("q_proj", "k_proj", "v_proj")),
+    "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
+}
+OPEN = "open"
+LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
+MODELS = {
+    "tiny": ModelSpec("demo/tiny-lm", "1.3M", "in this repository"),
+    "small": ModelSpec("demo/runs/small", "", "python demo/pretrain.py --size small"),
+    "medium": ModelSpec("demo/runs/medium", "", "python demo/pretrain.py --size medium"),
+    "large": ModelSpec("demo/runs/large", "", "python demo/pretrain.py --size large"),
+    "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
+    "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
+    "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
+    "apple/OpenELM-270M": ModelSpec("apple/OpenELM-270M", "270M", LLAMA_2),
+    "apple/OpenELM-450M": ModelSpec("apple/OpenELM-450M", "450M", LLAMA_2),
+    "apple/OpenELM-1_1B": ModelSpec("apple/OpenELM-1_1B", "1.1B", LLAMA_2),
+    "apple/OpenELM-3B": ModelSpec("apple/OpenELM-3B", "3B", LLAMA_2),
+    "meta-llama/Meta-Llama-3-8B": ModelSpec(
+        "meta-llama/Meta-Llama-3-8B", "8B", "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
+    ),
+}
+
+
+class ModelSettings(Protocol):
+    """The fields of a script's `Config` that choose a model."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def tokenizer_name(self) -> str | None: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+# ------------------------------------------------------------------ loading
+def model_source(model_name: str) -> str:
+    """The hub id or local folder that `model_name` stands for.
+
+    Raises:
+        UserError: a model of the pretraining ladder that is not there yet, or a folder without a model.
+    """
+    spec = MODELS.get(model_name)
+    if spec and spec.path.startswith("demo/"):
+        if not (ROOT / spec.path / "config.json").is_file():
+            raise UserError(f"No model at {spec.path}. Run: python demo/pretrain.py --size {model_name}")
+        return str(ROOT / spec.path)
+    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
+        raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
+    if "/" not in model_name and not Path(model_name).is_dir() and not spec:
+        nearest = difflib.get_close_matches(model_name, MODELS, n=3, cutoff=0.3)
+        raise UserError(f"Unknown model {model_name!r}; nearest known: {', '.join(nearest) or ', '.join(MODELS)}.")
+    return spec.path if spec else model_name
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what the hub's libraries raise while `name` is loaded into one sentence that says what mends it.
+
+    Raises:
+        UserError: gated or unknown repository, unknown revision, no connection, remote code, or a damaged folder.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+
+        def caused_by(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        if caused_by(GatedRepoError):
+            raise UserError(
+                f"{name} is gated. Accept its licence at huggingface.co/{name}, then log in with: hf auth login. "
+                "For a tokenizer, --tokenizer_name can name an open copy."
+            ) from None
+        if caused_by(RevisionNotFoundError):
+            raise UserError(f"{name} has no revision {revision!r}. See its history, or drop --revision.") from None
+        if caused_by(LocalEntryNotFoundError):
+            message = f"The hub cannot be reached and {name} is not in the local cache."
+            raise UserError(f"{message} Connect once, or give a local folder. Offline: --model_name tiny.") from None
+        if caused_by(RepositoryNotFoundError):
+            nearest = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
+            hint = f" Nearest known: {', '.join(nearest)}." if nearest else ""
+            raise UserError(f"The hub has no repository {name}, or it is private: hf auth login.{hint}") from None
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name} wants to run its own code. Read it; then add --trust_remote_code.") from None
+        raise UserError(f"{name} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+
+
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The model's configuration."""
+    with hub_errors(settings.model_name, settings.revision):
+        return AutoConfig.from_pretrained(
+            model_source(settings.model_name),
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
+def load_tokenizer(settings: ModelSettings, config: PreTrainedConfig) -> Tokenizer:
+    """The tokenizer, padding on the right, with a pad token (end of text where it has none of its own)."""
+    source = model_source(settings.model_name)
+    family = FAMILIES.get(config.model_type)
+    name, revision = source, settings.revision
+    if settings.tokenizer_name:
+        name, revision = settings.tokenizer_name, None
+    elif family and family.tokenizer_name and not Path(source, "tokenizer_config.json").is_file():
+        name, revision = family.tokenizer_name, None
+    with hub_errors(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, padding_side="right", trust_remote_code=settings.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"The tokenizer of {name} has no pad and no end-of-text token; use --tokenizer_name.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(settings: ModelSettings, device: torch.device, adapter_dir: Path | None = None) -> PreTrainedModel:
+    """The causal LM in evaluation mode, with a LoRA adapter merged if one is named.
+
+    Raises:
+        UserError: `hub_errors`, or a folder that holds no adapter.
+    """
+    with hub_errors(settings.model_name, settings.revision):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_source(settings.model_name),
+            revision=settings.revision,
+            dtype=getattr(torch, settings.dtype),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    if adapter_dir is not None:
+        from peft import PeftModel  # only where an adapter is asked for: the import takes a second
+
+        if not (adapter_dir / "adapter_config.json").is_file():
+            raise UserError(f"No adapter at {adapter_dir}. Make one: python lora_finetuning.py --model_name ...")
+        model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def load_base_model(settings: ModelSettings, device: torch.device, adapter_dir: Path | None = None) -> PreTrainedModel:
+    """The model without its lm_head, in evaluation mode: what hidden states are read from."""
+    if adapter_dir is not None:  # adapters are made for the causal LM and carry its module names
+        model = load_causal_lm(settings, device, adapter_dir)
+        return getattr(model, model.base_model_prefix)
+    with hub_errors(settings.model_name, settings.revision):
+        model = AutoModel.from_pretrained(
+            model_source(settings.model_name),
+            revision=settings.revision,
+            dtype=getattr(torch, settings.dtype),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+# ------------------------------------------------------------------ tokens
+@dataclasses.dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of n texts, end to end in one array: 4 bytes a token however many texts."""
+
+    token_ids: np.ndarray  # (num_tokens,) int32
+    offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
+    max_length: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per text, (n,)."""
+        return np.diff(self.offsets)
+
+    def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`input_ids` (b, t), right-padded with 0 (no valid token sees the padding), and `lengths` (b,)."""
+        lengths = self.lengths[indices]
+        positions = np.arange(lengths.max())
+        inside = positions < lengths[:, None]
+        input_ids = np.zeros(inside.shape, dtype=np.int64)
+        input_ids[inside] = self.token_ids[(self.offsets[indices][:, None] + positions)[inside]]
+        return torch.from_numpy(input_ids), torch.from_numpy(lengths)
+
+
+def tokenize(
+    texts: list[str], tokenizer: Tokenizer, config: PreTrainedConfig, max_length: int | None = None
+) -> TokenizedTexts:
+    """All texts as token ids, truncated to `max_length` or to the model's context.
+
+    Raises:
+        UserError: a text without any token, or a tokenizer that is not the model's.
+    """
+    context = min(config.max_position_embeddings, tokenizer.model_max_length)
+    max_length = min(max_length or context, context)
+    chunks: list[np.ndarray] = []
+    lengths: list[int] = []
+    for start in tqdm(range(0, len(texts), 4096), desc="tokenize", unit="chunk", leave=False):
+        chunk = texts[start : start + 4096]
+        encoded = tokenizer(chunk, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        lengths.extend(map(len, encoded))
+        chunks.append(np.fromiter((token for ids in encoded for token in ids), dtype=np.int32))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    empty = np.flatnonzero(np.diff(offsets) == 0)
+    if len(empty):
+        first = texts[empty[0]]
+        raise UserError(f"{len(empty)} texts have no token, the first is row {empty[0]}: {first!r}. Remove them.")
+    token_ids = np.concatenate(chunks)
+    if token_ids.max() >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
+            "they do not belong together. Name the right one with --tokenizer_name."
+        )
+    return TokenizedTexts(token_ids, offsets, max_length)
+
+
+def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices of the texts of each batch: sorted by length, longest first, at most `tokens_per_batch` padded tokens.
+
+    Longest first, so that a batch that does not fit into memory fails at once. A text longer than the budget is a
+    batch of its own; every text stands in exactly one batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+# ------------------------------------------------------------------ hidden states
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a base model.
+
+    Raises:
+        UserError: no list of `num_hidden_layers` modules is found.
+    """
+    num_layers = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {num_layers} decoder layers to read hidden states from.")
+
+
+@contextlib.contextmanager
+def visit_hidden_states(model: PreTrainedModel, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, every forward pass calls `visit(layer, hidden_states)`, layer 0 to L, as each appears.
+
+    Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
+    the final norm: the entries of `output_hidden_states=True`, without holding more than one of them.
+    """
+    layers = decoder_layers(model)
+
+    def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        visit(0, args[0] if args else kwargs["hidden_states"])
+
+    def inner(layer: int) -> Callable:
+        return lambda module, args, output: visit(layer, output if isinstance(output, Tensor) else output[0])
+
+    def last(module: nn.Module, args: tuple, output: Any) -> None:
+        visit(len(layers), output.last_hidden_state)
+
+    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True), model.register_forward_hook(last)]
+    handles += [layers[k - 1].register_forward_hook(inner(k)) for k in range(1, len(layers))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The last hidden states, (b, t, d), of right-padded `input_ids`.
+
+    No mask tensor: behind right padding the causal mask alone hides the padding from every valid token, and without a
+    mask tensor the fast attention kernels apply. The states of the padding itself are meaningless.
+    """
+    return model(input_ids=input_ids, use_cache=False).last_hidden_state

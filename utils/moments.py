@@ -1,0 +1,94 @@
+"""The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.io import path_name
+
+
+def moments_path(results_dir: Path, model: str, dataset_name: str, split: str) -> Path:
+    """Where the moments of a split are; `model` as given by `model_path_name`."""
+    return results_dir / "moments" / model / path_name(dataset_name) / f"{split}.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The moments of one layer, float64, averaged over texts; names and shapes as in cache.py."""
+
+    pooled_second_moment: Tensor
+    pooled_label_cross_moment: Tensor
+    pooled_mean: Tensor
+    prefix_second_moment: Tensor
+    prefix_next_cross_moment: Tensor
+    prefix_mean: Tensor
+    next_mean: Tensor
+    label_mean: Tensor
+    label_second_moment: Tensor
+    num_samples: int
+    num_pairs: int
+
+    @property
+    def pooled_covariance(self) -> Tensor:
+        """Sigma, (d, d)."""
+        return self.pooled_second_moment - torch.outer(self.pooled_mean, self.pooled_mean)
+
+    @property
+    def pooled_label_covariance(self) -> Tensor:
+        """S, (d, c)."""
+        return self.pooled_label_cross_moment - torch.outer(self.pooled_mean, self.label_mean)
+
+    @property
+    def label_covariance(self) -> Tensor:
+        """(c, c)."""
+        return self.label_second_moment - torch.outer(self.label_mean, self.label_mean)
+
+    def autoregression(self, center: bool) -> tuple[Tensor, Tensor]:
+        """C0 and C1; centred on the mean prefix and the mean next token if asked."""
+        if not center or not self.num_pairs:
+            return self.prefix_second_moment, self.prefix_next_cross_moment
+        # the means are sums over pairs divided by texts, so that the mean over pairs is n / pairs times them
+        pairs_per_text = self.num_pairs / self.num_samples
+        second_moment = torch.outer(self.prefix_mean, self.prefix_mean) / pairs_per_text
+        cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
+        return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
+
+
+def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
+    """The moments of one layer from an open file of cache.py; no other layer is read."""
+    tensors = {}
+    for name in (field.name for field in dataclasses.fields(LayerMoments) if field.type is Tensor):
+        part = file.get_slice(name)
+        tensors[name] = (part[:] if name.startswith("label_") else part[layer]).to(device)
+    return LayerMoments(**tensors, num_samples=metadata["num_samples"], num_pairs=metadata["num_pairs"])
+
+
+def probe_error(moments: LayerMoments, weights: Tensor, intercept: Tensor) -> float:
+    """Mean squared error of y ~ w' m + b over these texts, averaged over targets, from the moments alone."""
+    residual = (
+        moments.label_second_moment.trace()
+        - 2 * (weights * moments.pooled_label_cross_moment).sum()
+        + (weights * (moments.pooled_second_moment @ weights)).sum()
+        - 2 * intercept @ moments.label_mean
+        + 2 * intercept @ (weights.T @ moments.pooled_mean)
+        + intercept @ intercept
+    )
+    return residual.item() / len(intercept)
+
+
+def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
+    """MSE and R2 of the least-squares probe with intercept, on its own rows and on the held-out ones (None without)."""
+    intercept = moments.label_mean - weights.T @ moments.pooled_mean
+    scores: dict[str, float | None] = {}
+    for suffix, rows in (("", moments), ("_held_out", held_out)):
+        scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
+        if rows is not None:
+            error = probe_error(rows, weights, intercept)
+            scores[f"probe_mse{suffix}"] = error
+            variance = rows.label_covariance.trace().item() / len(intercept)
+            scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > 0 else None
+    return scores
