@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,13 @@ def rows_path(tmp_path_factory) -> Path:
     texts = make_texts(240)
     rows = [{"text": f"{text} {WORDS[i % 3]}", "label": f"class {i % 3}"} for i, text in enumerate(texts)]
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+def run_in_process(monkeypatch, script: str, *arguments: str | Path) -> int | str | None:
+    """Runs a script through its command line without a new interpreter; gives the exit code or its message."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as exit:
+        return exit.code
+    return 0

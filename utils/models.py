@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 import utils.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
 from utils.io import ROOT, UserError
@@ -171,19 +172,37 @@ def load_tokenizer(settings: ModelSettings, config: PreTrainedConfig) -> Tokeniz
     return tokenizer
 
 
+def load_weights(auto_class: type, settings: ModelSettings) -> PreTrainedModel:
+    """The model of `auto_class` on the CPU.
+
+    Raises:
+        UserError: `hub_errors`, or a weight the checkpoint lacks; the library would fill it with random numbers.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports that lm_head is left out, which is what we want
+    try:
+        with hub_errors(settings.model_name, settings.revision):
+            model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]
+                model_source(settings.model_name),
+                revision=settings.revision,
+                dtype=getattr(torch, settings.dtype),
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{settings.model_name} lacks {len(missing)} weights, the first is {missing[0]}. Load it anew.")
+    return model
+
+
 def load_causal_lm(settings: ModelSettings, device: torch.device, adapter_dir: Path | None = None) -> PreTrainedModel:
     """The causal LM in evaluation mode, with a LoRA adapter merged if one is named.
 
     Raises:
-        UserError: `hub_errors`, or a folder that holds no adapter.
+        UserError: of `load_weights`, or a folder that holds no adapter.
     """
-    with hub_errors(settings.model_name, settings.revision):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_source(settings.model_name),
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            trust_remote_code=settings.trust_remote_code,
-        )
+    model = load_weights(AutoModelForCausalLM, settings)
     if adapter_dir is not None:
         from peft import PeftModel  # only where an adapter is asked for: the import takes a second
 
@@ -199,13 +218,7 @@ def load_base_model(settings: ModelSettings, device: torch.device, adapter_dir: 
     if adapter_dir is not None:  # adapters are made for the causal LM and carry its module names
         model = load_causal_lm(settings, device, adapter_dir)
         return getattr(model, model.base_model_prefix)
-    with hub_errors(settings.model_name, settings.revision):
-        model = AutoModel.from_pretrained(
-            model_source(settings.model_name),
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            trust_remote_code=settings.trust_remote_code,
-        )
+    model = load_weights(AutoModel, settings)
     model.to(device)  # type: ignore[arg-type]
     return model.eval()
 

@@ -1,0 +1,91 @@
+"""What the eigenproblems of one layer cost, against three symmetric eigendecompositions of that size.
+
+    python benchmarks/bench_k_sweep.py
+
+The measure is `scipy.linalg.eigh` with its default driver, three times, on the layer's own matrices; both run in every
+round, ratios are of the fastest rounds. Writes results/benchmarks/bench_k_sweep.json.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
+
+import scipy.linalg
+import torch
+
+import K_sweep
+from utils.io import environment, pick_device, run_script, save_json, settings
+from utils.moments import LayerMoments
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    hidden_sizes: tuple[int, ...] = (512, 896, 2048)  # d
+    num_classes: int = 6  # c
+    num_rounds: int = 3  # rounds; the fastest counts
+    device: str = "cpu"  # where K_sweep solves; scipy stays on the CPU
+    results_dir: Path = Path("results")  # where the result goes
+
+
+def make_moments(hidden_size: int, num_classes: int, device: torch.device) -> LayerMoments:
+    """Moments of random states with an uneven spectrum, 4 d texts."""
+    generator = torch.Generator().manual_seed(0)
+    n = 4 * hidden_size
+    spectrum = torch.logspace(0, -2, hidden_size, dtype=torch.float64)
+    features = (torch.randn(n, hidden_size, dtype=torch.float64, generator=generator) + 0.5) * spectrum
+    targets = torch.nn.functional.one_hot(torch.arange(n) % num_classes, num_classes).double()
+    features[:, : num_classes - 1] += targets[:, 1:]
+    prefix, following = features[:-1].cumsum(0) / n, features[1:]
+    tensors = {
+        "pooled_second_moment": features.T @ features / n,
+        "pooled_label_cross_moment": features.T @ targets / n,
+        "pooled_mean": features.mean(0),
+        "prefix_second_moment": prefix.T @ prefix / n,
+        "prefix_next_cross_moment": prefix.T @ following / n,
+        "prefix_mean": prefix.sum(0) / n,
+        "next_mean": following.sum(0) / n,
+        "label_mean": targets.mean(0),
+        "label_second_moment": targets.T @ targets / n,
+    }
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return LayerMoments(**on_device, num_samples=n, num_pairs=n - 1)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(config: Config) -> None:
+    """Measures every hidden size and prints the table."""
+    device = pick_device(config.device)
+    print(f"{'d':>5} {'layer s':>9} {'3 eigh s':>9} {'ratio':>7}")
+    rows = []
+    for hidden_size in config.hidden_sizes:
+        moments = make_moments(hidden_size, config.num_classes, device)
+        matrices = (moments.pooled_second_moment, moments.prefix_second_moment, moments.pooled_covariance)
+        arrays = [matrix.cpu().numpy() for matrix in matrices]
+        times: dict[str, list[float]] = {"layer": [], "eigh": []}
+        for _ in range(config.num_rounds):
+            times["layer"].append(seconds(partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0)))
+            times["eigh"].append(seconds(partial(list, map(scipy.linalg.eigh, arrays))))
+        layer, eigh = min(times["layer"]), min(times["eigh"])
+        rows.append({"hidden_size": hidden_size, "seconds": times, "ratio": layer / eigh})
+        print(f"{hidden_size:5d} {layer:9.3f} {eigh:9.3f} {layer / eigh:7.2f}")
+    path = config.results_dir / "benchmarks" / "bench_k_sweep.json"
+    result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
+    save_json(path, {"config": settings(config), "environment": environment(), **result})
+    print(path)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
