@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +81,7 @@ def whiten(matrix: Tensor) -> Tensor:
 
     C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
     massive coordinate; then eigenvalues above d * eps * the largest are kept (the rule of numpy.linalg.matrix_rank).
+    Where a Cholesky factor proves that all are, it is the whitener: every W gives the same scores, and it costs less.
 
     Args:
         matrix: C, (d, d), float64.
@@ -90,9 +92,33 @@ def whiten(matrix: Tensor) -> Tensor:
     diagonal = matrix.diagonal()
     scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()  # a coordinate that is always zero stays out
     scaled = matrix * scale * scale[:, None]
+    cut = len(matrix) * torch.finfo(matrix.dtype).eps
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if not failed:
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(matrix)).to(matrix), upper=False)
+        # smallest eigenvalue >= 1 / |inverse|_F^2, largest <= the 1-norm; a thousandfold margin keeps rounding out
+        if 1 / inverse.square().sum() > 1e3 * cut * scaled.abs().sum(0).max():
+            return scale[:, None] * inverse.T
     eigenvalues, eigenvectors = torch.linalg.eigh((scaled + scaled.T) / 2)
-    kept = eigenvalues > len(matrix) * torch.finfo(matrix.dtype).eps * eigenvalues[-1].clamp(min=0)
+    kept = eigenvalues > cut * eigenvalues[-1].clamp(min=0)
     return scale[:, None] * eigenvectors[:, kept] * eigenvalues[kept].rsqrt()
+
+
+def whiten_uncentred(moments: LayerMoments, whitener: Tensor) -> tuple[Tensor, Tensor]:
+    """The whitener W_M of M, and W_M' Sigma W, from the whitener W of Sigma = M - mu mu'.
+
+    At full rank M is a rank-one update of what W whitens: W_M = W (I + a a')^{-1/2}, a = W' mu.
+
+    Returns:
+        (d, rank M) and (rank M, rank Sigma).
+    """
+    if whitener.shape[0] > whitener.shape[1]:
+        uncentred = whiten(moments.pooled_second_moment)
+        return uncentred, uncentred.T @ moments.pooled_covariance @ whitener
+    a = whitener.T @ moments.pooled_mean
+    squared = (a @ a).clamp(min=torch.finfo(a.dtype).tiny)
+    update = torch.outer(a * ((1 + squared).rsqrt() - 1) / squared, a)
+    return whitener + whitener @ update, torch.eye(len(a)).to(a) + update
 
 
 def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,9 +172,14 @@ def complete_by_variance(vectors: Tensor, whitener: Tensor, denominator: Tensor)
     return torch.cat([vectors, rest @ axes.T.flip(1)], dim=1)
 
 
-def nested_basis(vectors: Tensor) -> Tensor:
-    """Square orthogonal Q whose first k columns span the first k columns of `vectors`, for every k at once."""
-    return torch.linalg.qr(vectors / vectors.norm(dim=0), mode="complete").Q
+def nested_basis(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Square orthogonal Q whose first k columns span the first k columns of `vectors`, for every k at once.
+
+    Returns:
+        Householder reflectors and their factors: Q is applied (`torch.ormqr`), never formed.
+    """
+    reflectors, factors = torch.geqrf(vectors / vectors.norm(dim=0))
+    return reflectors[:, : len(factors)], factors
 
 
 def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
@@ -157,10 +188,9 @@ def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ the scores
-def captured(basis: Tensor, directions: Tensor, ks: list[int]) -> Tensor:
-    """|Q_k' u_j|^2 for each k of `ks` and each column u_j of `directions`: (len(ks), r); all of it where k > size."""
-    shares = (basis.T @ directions).square().cumsum(0)
-    return shares[[min(k, len(shares)) - 1 for k in ks]]
+def captured(rows: Tensor, ks: list[int]) -> Tensor:
+    """|Q_k' x_j|^2 for each k of `ks` and each column of X, from `rows` = Q' X: (len(ks), columns)."""
+    return rows.square().cumsum(0)[[min(k, len(rows)) - 1 for k in ks]]
 
 
 def average_over_ties(
@@ -186,30 +216,24 @@ def average_over_ties(
 
 
 def ntps(
-    label_directions: Tensor,
-    perception_whitener: Tensor,
-    basis: Tensor,
-    k_us: list[int],
-    k_vs: list[int],
-    largest: bool = True,
+    label_rows: Tensor, perception_rows: Tensor, k_us: list[int], k_vs: list[int], largest: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The paper's score over all k_U directions, and the same ratio over the r informative ones only.
 
     Args:
-        label_directions: U_r, (d, r), largest eigenvalue first.
-        perception_whitener: W of M, (d, rank M): spans U_r and the tied space.
-        basis: `nested_basis` of V, (d, d).
+        label_rows: Q' U_r, (d, r), Q the nested basis of V, U largest eigenvalue first.
+        perception_rows: Q' W, (d, rank M), W the whitener of M: it spans U_r and the tied space.
         k_us: columns of U for each fraction.
         k_vs: columns of V for each fraction.
-        largest: order of U (V's is that of `basis`).
+        largest: order of U (V's is that of Q).
 
     Returns:
         `ntps` and `ntps_label`, (fractions,).
     """
-    inside, norms = captured(basis, label_directions, k_vs), label_directions.square().sum(0)
-    tied_inside = captured(basis, perception_whitener, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
-    tied_norm = perception_whitener.square().sum() - norms.sum()
-    num_tied = perception_whitener.shape[1] - len(norms)
+    inside, norms = captured(label_rows, k_vs), label_rows.square().sum(0)
+    tied_inside = captured(perception_rows, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
+    tied_norm = perception_rows.square().sum() - norms.sum()
+    num_tied = perception_rows.shape[1] - len(norms)
     scores = [
         average_over_ties(k_u, (inside[i], norms), (tied_inside[i], tied_norm), num_tied, largest)
         for i, k_u in enumerate(k_us)
@@ -221,27 +245,30 @@ def ntps(
 def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
     """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors."""
     largest = config.eigenvectors == "largest"
-    sigma = moments.pooled_covariance
-    second_moment = sigma if config.center else moments.pooled_second_moment
-    cross_moment = moments.pooled_label_covariance if config.center else moments.pooled_label_cross_moment
-    u, _, whitener = solve_generalized_eigenproblem(cross_moment, second_moment)
+    sigma, cross_moment = moments.pooled_covariance, moments.pooled_label_cross_moment
+    sigma_whitener = whiten(sigma)
+    if config.center:
+        whitener, change = sigma_whitener, torch.eye(sigma_whitener.shape[1]).to(sigma)
+        cross_moment, mean = moments.pooled_label_covariance, torch.zeros_like(moments.pooled_mean)
+    else:
+        (whitener, change), mean = whiten_uncentred(moments, sigma_whitener), moments.pooled_mean
+    u, _ = informative_directions(whitener.T @ cross_moment)
     prefix_moment, next_moment = moments.autoregression(config.center)
     v, _, prefix_whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
     v = complete_by_variance(v, prefix_whitener, prefix_moment)
     k_us, k_vs = num_directions(config.fractions, whitener.shape[1]), num_directions(config.fractions, v.shape[1])
     v = (v if largest else v.flip(1))[:, : max(k_vs)]
-    basis = nested_basis(v)
-    ntps_all, ntps_label = ntps(u, whitener, basis, k_us, k_vs, largest)
-    sigma_whitener = whitener if config.center else whiten(sigma)
-    whitened_basis = nested_basis(sigma_whitener.T @ sigma @ v)
+    basis, whitened_basis = nested_basis(v), nested_basis(sigma_whitener.T @ (sigma @ v))
+    perception_rows = torch.ormqr(*basis, whitener, left=True, transpose=True)
+    ntps_all, ntps_label = ntps(perception_rows @ u, perception_rows, k_us, k_vs, largest)
 
-    rank, mean = sigma_whitener.shape[1], moments.pooled_mean * (not config.center)
+    rank = sigma_whitener.shape[1]
     random = np.random.default_rng([config.seed, layer])
     null_draws = permuted_label_null(
         draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random),
-        whitener.T @ sigma @ sigma_whitener @ whitened_basis,
+        torch.ormqr(*whitened_basis, change, left=False),
         torch.outer(whitener.T @ mean, moments.label_mean),
-        basis.T @ whitener,
+        perception_rows,
         (k_vs, [min(k, rank) for k in k_vs]),
     )
     return {
@@ -259,7 +286,11 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
 
 
 def excess_scores(
-    moments: LayerMoments, whitener: Tensor, whitened_basis: Tensor, basis: Tensor, ks: list[int]
+    moments: LayerMoments,
+    whitener: Tensor,
+    whitened_basis: tuple[Tensor, Tensor],
+    basis: tuple[Tensor, Tensor],
+    ks: list[int],
 ) -> dict[str, Tensor]:
     """What a linear probe with intercept loses inside V_K: the exact excess loss, its shares and its bounds.
 
@@ -269,17 +300,17 @@ def excess_scores(
     Args:
         moments: of the layer.
         whitener: W of Sigma, (d, rank).
-        whitened_basis: nested basis of W' Sigma V, (rank, rank).
-        basis: nested basis of V, (d, d), for the Euclidean form of the bounds.
+        whitened_basis: nested basis of W' Sigma V.
+        basis: nested basis of V, for the Euclidean form of the bounds.
         ks: columns of V for each fraction.
     """
-    sigma = moments.pooled_covariance
     p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
-    inside, explained = captured(whitened_basis, p, ks), s.square().sum()
+    inside = captured(torch.ormqr(*whitened_basis, p, left=True, transpose=True), ks)
+    explained = s.square().sum()
     retained, ntps_whitened = inside @ s.square() / explained, inside.mean(1)
-    directions = whitener @ p
-    missing = directions.square().sum() - captured(basis, directions, ks).sum(1)
-    smallest, largest = torch.linalg.eigvalsh(sigma)[[0, -1]].clamp(min=0)
+    directions = torch.ormqr(*basis, whitener @ p, left=True, transpose=True)
+    missing = directions.square().sum() - captured(directions, ks).sum(1)
+    smallest, largest = extreme_eigenvalues(moments.pooled_covariance, whitener)
     return {
         "ntps_whitened": ntps_whitened,
         "retained": retained,
@@ -289,6 +320,17 @@ def excess_scores(
         "excess_lower_euclidean": s[-1] ** 2 * smallest * missing,
         "excess_upper_euclidean": s[0] ** 2 * largest * missing,
     }
+
+
+def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of Sigma, by Lanczos; the smallest is 0 where its whitener dropped directions."""
+    covariance, w = sigma.cpu().numpy(), whitener.cpu().numpy()
+    inverse = LinearOperator(covariance.shape, matvec=lambda x: w @ (w.T @ x), dtype=covariance.dtype)
+    start = np.ones(len(covariance))  # ARPACK draws one at random otherwise
+    largest, largest_of_inverse = (
+        eigsh(of, k=1, which="LA", v0=start, return_eigenvectors=False)[0] for of in (covariance, inverse)
+    )
+    return 1 / largest_of_inverse if w.shape[0] == w.shape[1] else 0.0, largest
 
 
 def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:

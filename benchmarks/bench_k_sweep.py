@@ -35,27 +35,28 @@ class Config:
 
 
 def make_moments(hidden_size: int, num_classes: int, device: torch.device) -> LayerMoments:
-    """Moments of random states with an uneven spectrum, 4 d texts."""
+    """Moments of random states with an uneven spectrum: 4 d pooled states, 16 d tokens in texts of 32."""
     generator = torch.Generator().manual_seed(0)
-    n = 4 * hidden_size
+    n, num_texts = 4 * hidden_size, hidden_size // 2
     spectrum = torch.logspace(0, -2, hidden_size, dtype=torch.float64)
     features = (torch.randn(n, hidden_size, dtype=torch.float64, generator=generator) + 0.5) * spectrum
     targets = torch.nn.functional.one_hot(torch.arange(n) % num_classes, num_classes).double()
     features[:, : num_classes - 1] += targets[:, 1:]
-    prefix, following = features[:-1].cumsum(0) / n, features[1:]
+    states = (torch.randn(num_texts, 32, hidden_size, dtype=torch.float64, generator=generator) + 0.5) * spectrum
+    prefix, following = states.cumsum(1)[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
     tensors = {
         "pooled_second_moment": features.T @ features / n,
         "pooled_label_cross_moment": features.T @ targets / n,
         "pooled_mean": features.mean(0),
-        "prefix_second_moment": prefix.T @ prefix / n,
-        "prefix_next_cross_moment": prefix.T @ following / n,
-        "prefix_mean": prefix.sum(0) / n,
-        "next_mean": following.sum(0) / n,
+        "prefix_second_moment": prefix.T @ prefix / num_texts,
+        "prefix_next_cross_moment": prefix.T @ following / num_texts,
+        "prefix_mean": prefix.sum(0) / num_texts,
+        "next_mean": following.sum(0) / num_texts,
         "label_mean": targets.mean(0),
         "label_second_moment": targets.T @ targets / n,
     }
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return LayerMoments(**on_device, num_samples=n, num_pairs=n - 1)
+    return LayerMoments(**on_device, num_samples=n, num_pairs=len(prefix))
 
 
 def seconds(run: Callable[[], object]) -> float:

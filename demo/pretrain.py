@@ -1,6 +1,6 @@
 """Pretrain a small causal language model on docstrings by next-token prediction: the embedded models.
 
-    python demo/pretrain.py                        # the committed checkpoint, size tiny, on two CPU cores under an hour
+    python demo/pretrain.py --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
     python demo/pretrain.py --size small           # next step of the ladder: tiny, small, medium, large
 
 Reads the docstrings through demo/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for tiny and

@@ -163,7 +163,9 @@ def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
 
 # ------------------------------------------------------------------ the score
 def ntps_of(u, u_whitener, v, k_us, k_vs, largest=True) -> np.ndarray:
-    return K_sweep.ntps(tensor(u), tensor(u_whitener), K_sweep.nested_basis(tensor(v)), k_us, k_vs, largest)[0].numpy()
+    basis = K_sweep.nested_basis(tensor(v))
+    u_rows, whitener_rows = (torch.ormqr(*basis, tensor(of), left=True, transpose=True) for of in (u, u_whitener))
+    return K_sweep.ntps(u_rows, whitener_rows, k_us, k_vs, largest)[0].numpy()
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9))

@@ -153,8 +153,13 @@ def test_what_counts_as_text(text, expected):
 def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monkeypatch):
     rows = [Row("numpy", "numpy.linalg", "function", "norm", "Norm of a vector.", "Norm of a vector.\n\x85\n\nMore.")]
     calls = []
+
+    def parse_libraries(libraries):
+        calls.append(libraries)
+        return rows
+
     monkeypatch.setattr(docstrings, "CACHE_DIR", tmp_path)
-    monkeypatch.setattr(docstrings, "parse_libraries", lambda libraries: calls.append(libraries) or rows)
+    monkeypatch.setattr(docstrings, "parse_libraries", parse_libraries)
     load = load_rows.__wrapped__
     first, digest = load()
     assert first == tuple(rows) and load() == (first, digest) and len(calls) == 1
@@ -209,7 +214,7 @@ def test_unknown_task_names_the_nearest():
     with pytest.raises(UserError, match=r"'raise'.*Did you mean raises"):
         load_task("raise", "train")
     with pytest.raises(UserError, match="train, test and all"):
-        load_task("raises", "validation")
+        load_task("raises", "validation")  # type: ignore[arg-type]
 
 
 def test_command_line_prints_the_table():

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from demo.pretrain import Config, cut_windows, learning_rate_at, split_documents
 from utils.io import ROOT, UserError
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
-SHORT = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
+SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
 FIELDS = {"fingerprint", "environment", "corpus_tokens", "tokens_seen", "epochs", "held_out_loss", "unigram_loss"}
 FIELDS |= {"num_parameters", "seconds", "command", "config", "step", "history"}
 
