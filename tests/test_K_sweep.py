@@ -15,6 +15,7 @@ from sklearn.linear_model import LinearRegression
 import cache
 import K_sweep
 from tests.conftest import run_command
+from utils.data import load_texts
 from utils.io import open_tensors
 from utils.moments import LayerMoments, load_layer
 from utils.permuted_labels import draw_permuted_factors
@@ -347,6 +348,13 @@ def test_draws_have_the_known_mean():
 
 
 # ------------------------------------------------------------------ the embedded model, and the command line
+def shuffled_texts(settings, split):
+    """The texts of `load_texts` in another order."""
+    data = load_texts(settings, split)
+    order = np.random.default_rng(1).permutation(len(data.texts))
+    return dataclasses.replace(data, texts=[data.texts[i] for i in order], labels=data.labels[order])
+
+
 @pytest.fixture(scope="module")
 def tiny_results(tmp_path_factory):
     """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
@@ -354,12 +362,18 @@ def tiny_results(tmp_path_factory):
         "reference": {},
         "small batches": {"tokens_per_batch": 256},
         "float64 products": {"product_dtype": "float64"},
+        "shuffled texts": {},
     }
     results = {}
     for way, options in ways.items():
-        results_dir = tmp_path_factory.mktemp("tiny")
-        cache.main(cache.Config(dataset_name="docstrings/kind", max_samples=1500, results_dir=results_dir, **options))
-        [results[way]] = results_dir.glob("moments/*/*/train.safetensors")
+        config = cache.Config(
+            dataset_name="docstrings/kind", max_samples=1500, results_dir=tmp_path_factory.mktemp("tiny"), **options
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if way == "shuffled texts":
+                patch.setattr(cache, "load_texts", shuffled_texts)
+            cache.main(config)
+        [results[way]] = config.results_dir.glob("moments/*/*/train.safetensors")
     return results
 
 
@@ -380,7 +394,7 @@ def test_excess_lies_within_its_bounds_on_the_embedded_model(tiny_results):
         assert torch.all(excess[:-1] - excess[1:] >= -slack)  # a larger V never loses more
 
 
-@pytest.mark.parametrize("way", ["small batches", "float64 products"])
+@pytest.mark.parametrize("way", ["small batches", "float64 products", "shuffled texts"])
 def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
     reference, other = layers_of(tiny_results["reference"]), layers_of(tiny_results[way])
     for a, b in zip(reference, other, strict=True):
