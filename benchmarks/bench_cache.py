@@ -43,7 +43,7 @@ class Config:
 
 
 def make_model(hidden_size: int, config: Config, device: torch.device) -> PreTrainedModel:
-    """A random base model with the proportions of Qwen2-0.5B (feed-forward 5.4 d, heads of 64, a seventh of them keys)."""
+    """A random base model with the proportions of Qwen2-0.5B (feed-forward 5.4 d, heads of 64, few keys)."""
     num_heads = max(1, hidden_size // 64)
     num_key_value_heads = max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= max(1, num_heads // 7))
     qwen2 = Qwen2Config(
