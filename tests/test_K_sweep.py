@@ -19,6 +19,7 @@ from utils.data import load_texts
 from utils.io import open_tensors
 from utils.moments import LayerMoments, load_layer
 from utils.permuted_labels import draw_permuted_factors
+from utils.report import NULL_SCORES, SCORES
 
 CPU = torch.device("cpu")
 
@@ -222,7 +223,7 @@ def test_rotating_the_features_changes_nothing():
     features, targets, states = make_data(200, 16, 4)
     rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(16, 16)))[0]
     before, after = sweep(features, targets, states), sweep(features @ rotation, targets, states @ rotation)
-    for name in (*K_sweep.SCORES, "excess_loss", "excess_upper_euclidean"):
+    for name in (*SCORES, "excess_loss", "excess_upper_euclidean"):
         np.testing.assert_allclose(before[name], after[name], atol=1e-8, err_msg=name)
 
 
@@ -321,7 +322,7 @@ def test_closed_form_null_agrees_with_real_permutations(n, d, c):
     features, targets, states = make_data(n, d, c, seed=7)
     drawn = sweep(features, targets, states, num_null_draws=1000)["null_draws"]
     random = np.random.default_rng(0)
-    names = K_sweep.NULL_SCORES
+    names = NULL_SCORES
     real = {name: [] for name in names}
     for _ in range(200):
         permuted = sweep(features, random.permutation(targets), states, num_null_draws=2)
@@ -399,7 +400,7 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
     reference, other = layers_of(tiny_results["reference"]), layers_of(tiny_results[way])
     for a, b in zip(reference, other, strict=True):
         assert (a["rank_u"], a["rank_v"], a["rank_label"]) == (b["rank_u"], b["rank_v"], b["rank_label"])
-        for name in K_sweep.SCORES:
+        for name in SCORES:
             assert (a[name] - b[name]).abs().max() < 1e-4, (name, a["layer"])
 
 
@@ -416,7 +417,7 @@ def test_command_line_from_rows_to_picture(model_dirs, rows_path, tmp_path):
     content = json.loads(path.read_text())
     assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
     for layer in content["layers"]:
-        for name in (*K_sweep.SCORES, "chance", "excess_loss", "excess_lower", "excess_upper"):
+        for name in (*SCORES, "chance", "excess_loss", "excess_lower", "excess_upper"):
             assert len(layer[name]) == len(content["fractions"]) == 19
         assert set(layer["null"]) == {"ntps_label", "ntps_whitened", "retained"}
         assert 0 <= layer["probe_r2"] <= 1 and layer["probe_r2_held_out"] is not None
