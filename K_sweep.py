@@ -369,11 +369,13 @@ def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
         other, other_metadata = stack.enter_context(open_tensors(other_path)) if other_path else (None, None)
-        provenance = {"moments": metadata, "held_out_fingerprint": other_metadata and other_metadata["fingerprint"]}
+        # not the environment: the same rows and settings give the same moments on any machine, at any commit
+        provenance = {"moments": {name: value for name, value in metadata.items() if name != "environment"}}
+        provenance["held_out"] = other_metadata and {"fingerprint": other_metadata["fingerprint"]}
         if output_path.is_file() and not config.overwrite:
             stored = load_json(output_path)
             check_same_settings(stored["config"], config, output_path)
-            if any(stored[name] != value for name, value in provenance.items()):
+            if any(stored.get(name) != value for name, value in provenance.items()):
                 raise UserError(f"{output_path} was made from other moments. Recompute it with --overwrite.")
             return stored
         num_layers, hidden_size = file.get_slice("pooled_mean").get_shape()

@@ -72,3 +72,44 @@ def plot_sweep(result: dict) -> Figure:
         rows = f"{config['dataset_name']} ({config['split']}, n = {result['num_samples']})"
         figure.suptitle(f"{config['model_name']}, {rows}, {config['eigenvectors']} eigenvalues first")
     return figure
+
+
+def draw_probe_scores(axes: Axes, result: dict, split: str) -> None:
+    """Accuracy (Pearson correlation for regression) and R2 of the probes over layers, with the text-only baselines."""
+    layers = [layer["layer"] for layer in result["layers"]]
+    main = "accuracy" if result["num_classes"] else "pearson"
+    for name, label, colour in ((main, main, "tab:blue"), ("r2", "R2, least squares", "tab:orange")):
+        values = [np.nan if (value := layer[split][name]) is None else value for layer in result["layers"]]
+        axes.plot(layers, values, color=colour, marker="o", ms=3, label=label)
+    for name, style in (("majority", ":"), ("bag_of_words", "--")):
+        baseline = result["baselines"][name]
+        level = (baseline["train"] if split == "train" else baseline)[main]
+        if level is not None:
+            axes.axhline(level, color="0.5", lw=1, ls=style, label=f"{name.replace('_', ' ')}, {main}")
+    lowest = min([0.0, *(layer[split]["r2"] or 0 for layer in result["layers"])])
+    axes.set(title=f"probes, scored on {split}", xlabel="layer", ylim=(max(lowest, -0.5) - 0.02, 1.02))
+
+
+def draw_ntps_over_layers(axes: Axes, ntps: dict) -> None:
+    """The scores of K_sweep.py over layers, each averaged over the fractions."""
+    layers = [layer["layer"] for layer in ntps["layers"]]
+    for name, colour in (("ntps", "tab:blue"), ("ntps_whitened", "tab:green"), ("retained", "tab:red")):
+        values = [np.mean(layer[name]) for layer in ntps["layers"]]
+        axes.plot(layers, values, color=colour, marker="o", ms=3, label=LABELS[name])
+    axes.set(title="NTPS, mean over K", xlabel="layer", ylim=(0, 1.02))
+
+
+def plot_probes(result: dict, ntps: dict | None, split: str) -> Figure:
+    """The picture of one run of linear_sklearn.py: probes by layer and, if there is any, NTPS by layer beside them."""
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, 2 if ntps else 1, figsize=(7.2 if ntps else 3.9, 3.2), squeeze=False)
+        draw_probe_scores(axes[0, 0], result, split)
+        if ntps:
+            draw_ntps_over_layers(axes[0, 1], ntps)
+        for panel in axes[0]:
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.legend(loc="best")
+        config, num = result["config"], result["num_samples"]
+        rows = f"n = {num['train']} train, {num['test']} test, d = {result['num_features']}"
+        figure.suptitle(f"{config['model_name']}, {config['dataset_name']} ({rows})", fontsize=8)
+    return figure

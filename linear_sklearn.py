@@ -1,0 +1,329 @@
+"""Fit scikit-learn's linear probes on the pooled states of every layer: logistic regression and least squares.
+
+    python linear_sklearn.py                                         # embedded model and data
+    python linear_sklearn.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --ridge
+    python linear_sklearn.py --solver saga --score_split train       # as in the paper's Figure 2
+
+Reads results/moments/<model>/<dataset>/{train,test}.pooled.safetensors and makes them, by one pass of cache.py each,
+where they are missing. Fits on train, scores on train and test.
+Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf; with --score_split train
+<dataset>.train.png, .pdf), NTPS in it where K_sweep.py has run.
+
+Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScaler); y labels, Y (n, c) one-hot.
+
+    logistic regression  min over W, b   sum_i log-loss(y_i, softmax(W x_i + b)) + |W|^2 / 2C     classification only
+    least squares        min over W, b   |Y - X W - 1 b'|^2, of smallest norm where n < d
+    ridge (--ridge)      the same + alpha |W|^2, cross-validated over the folds of cache.py from their moments alone
+"""
+
+import contextlib
+import os
+
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before scipy is imported: lets scikit-learn work on the GPU
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import joblib
+import numpy as np
+import sklearn
+import torch
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+import cache
+from fig_plot.plotting import plot_probes, save_figure
+from utils.baselines import text_baselines
+from utils.data import LabelledTexts, load_texts
+from utils.io import (
+    UserError,
+    check_same_settings,
+    environment,
+    load_json,
+    model_path_name,
+    open_tensors,
+    path_name,
+    pick_device,
+    result_settings,
+    run_script,
+    save_json,
+)
+from utils.metrics import classification_scores, regression_scores, squared_error_scores
+from utils.models import Dtype
+from utils.moments import moments_path
+from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
+
+ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
+
+NO_SOLVER = {"converged": True}  # of least squares, which is in closed form
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    # These change the result: stored in the file, compared when the file is reused.
+    model_name: str = "tiny"  # hub id, local folder, or "tiny"
+    dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
+    pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
+    dtype: Dtype = "float32"  # of the model; features are float32, sums float64
+    max_length: int | None = None  # tokens per text; None: the model's context
+    max_samples: int | None = None  # stratified sample of each split; None: all rows
+    text_column: str | None = None  # for your own data
+    label_column: str | None = None  # for your own data
+    text_template: str | None = None  # for your own data, such as "{question} {choices}"
+    task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
+    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
+    num_folds: int = 5  # of --ridge; equal texts share a fold
+    seed: int = 0  # of sampling and of splits made here, and of saga
+    revision: str | None = None  # commit or tag of the model
+    dataset_revision: str | None = None  # commit or tag of the dataset
+    tokenizer_name: str | None = None  # another repository or folder for the tokenizer
+    adapter_dir: Path | None = None  # LoRA adapter merged into the model; the result goes to <model>+lora
+    product_dtype: Literal["float32", "float64"] = "float32"  # of the products within a batch of cache.py
+    solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
+    inverse_penalty: float = 1.0  # scikit-learn's C
+    max_iter: int | None = None  # None: 10000 for lbfgs, 1000 for saga (the paper's)
+    tolerance: float | None = None  # None: 1e-4 for lbfgs, 0.01 for saga (the paper's)
+    ridge: bool = False  # also cross-validate ridge regression, from the moments
+    alphas: tuple[float, ...] = tuple(10.0**k for k in range(-1, 7))  # penalties of --ridge, as scikit-learn's alpha
+    # These change only what is shown, speed or place.
+    score_split: Literal["test", "train"] = "test"  # in table and picture; the file has both (the paper: train)
+    tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
+    memory_gb: float | None = None  # limit of all layers fitted at once; None: half of the machine's memory
+    num_workers: int | None = None  # processes on the CPU; None: as many as cores and memory allow
+    device: str = "auto"  # auto, cpu, cuda, cuda:1; on a GPU through scikit-learn's array API, layer after layer
+    results_dir: Path = Path("results")  # where features are read and results go
+    overwrite: bool = False  # recompute a finished result, and features that were made with other settings
+    trust_remote_code: bool = False  # let a model repository run its own code
+    SPEED_OR_PLACE: ClassVar = (
+        *("score_split", "tokens_per_batch", "memory_gb", "num_workers", "device", "results_dir", "overwrite"),
+        "trust_remote_code",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("inverse_penalty", "max_iter", "tolerance", "memory_gb", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} must be positive, not {value}")
+        if not self.alphas or min(self.alphas) <= 0:
+            raise ValueError("--alphas must be positive")
+        if self.ridge and self.num_folds < 2:
+            raise ValueError("--ridge needs --num_folds of at least 2")
+
+
+# ------------------------------------------------------------------ one layer
+def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (d, c) and intercept (c,), float64, of the least-squares fit; of smallest norm where n <= d.
+
+    Equals StandardScaler + LinearRegression, with its cut (singular values of X below 1e-6 of the largest are zero), by
+    the normal equations of X centred and scaled in float64: no shift and no unit of a feature costs a digit.
+
+    Args:
+        features: (n, d), as they are.
+        targets: Y, (n, c), float64.
+    """
+    mean, label_mean = features.mean(0, dtype=torch.float64), targets.mean(0)
+    covariance, cross = torch.zeros_like(torch.outer(mean, mean)), torch.zeros_like(torch.outer(mean, label_mean))
+    for rows, of_rows in zip(features.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        centred = rows.double() - mean
+        covariance += centred.T @ centred / len(features)
+        cross += centred.T @ (of_rows - label_mean) / len(features)
+    scale = covariance.diagonal().sqrt()
+    scale = torch.where(scale > 1e-12 * mean.abs(), scale, torch.inf)  # a constant feature stays out
+    eigenvalues, vectors = torch.linalg.eigh(covariance / scale / scale[:, None])
+    kept = eigenvalues > 1e-12 * eigenvalues[-1]
+    whitener = vectors[:, kept] * eigenvalues[kept].rsqrt() / scale[:, None]
+    weights = whitener @ (whitener.T @ cross)
+    return weights, label_mean - mean @ weights
+
+
+def predict(features: Tensor, weights: Tensor, intercept: Tensor) -> np.ndarray:
+    """X W + 1 b', (n, c) float64."""
+    return torch.cat([rows.double() @ weights + intercept for rows in features.split(ROWS_AT_ONCE)]).cpu().numpy()
+
+
+def load_features(path: Path, layer: int, device: torch.device) -> Tensor:
+    """Pooled states of one layer, (n, d) float32; no other layer is read."""
+    with open_tensors(path) as (file, _):
+        features = file.get_slice("pooled")[layer]
+    if not features.isfinite().all():
+        row = int((~features.isfinite().all(1)).nonzero()[0])
+        raise UserError(f"Non-finite features at layer {layer}, row {row}, in {path}. Delete it; it is made anew.")
+    return features.to(device)
+
+
+def probe_device(config: Config) -> torch.device:
+    """Where the probes are fitted: as asked for; saga has no implementation off the CPU."""
+    return pick_device(config.device if config.solver == "lbfgs" else "cpu")
+
+
+def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts], layer: int) -> dict:
+    """Fits the probes of one layer on train: its JSON entry, with the scores on both splits; `paths` of the moments."""
+    device = probe_device(config)
+    entry: dict[str, Any] = {"layer": layer}
+    features = {split: load_features(pooled_file(paths[split]), layer, device) for split in data}
+    targets = {split: cache.one_hot_targets(part) for split, part in data.items()}
+    weights, intercept = least_squares(features["train"], targets["train"].to(device))
+    for split, part in data.items():
+        predictions = predict(features[split], weights, intercept)
+        if part.is_regression:
+            entry[split] = regression_scores(part.labels, predictions[:, 0])
+        else:
+            entry[split] = squared_error_scores(targets[split].numpy(), predictions)
+    if not data["train"].is_regression:
+        # the array API keeps tensors where they are; on the CPU scikit-learn is faster on numpy arrays
+        with sklearn.config_context(array_api_dispatch=device.type != "cpu"):
+            scaler = StandardScaler(copy=False).fit(as_array(features["train"]))
+            features = {split: torch.as_tensor(scaler.transform(as_array(x))) for split, x in features.items()}
+            model, entry["solver"] = fit_logistic(features["train"], data["train"].labels, config)
+            for split, part in data.items():
+                probabilities = torch.as_tensor(model.predict_proba(as_array(features[split]))).cpu().numpy()
+                entry[split] = classification_scores(part.labels, probabilities) | entry[split]
+    if config.ridge:
+        entry["ridge"] = ridge_path(*load_folds(paths["train"], layer, device), config.alphas)
+    return entry
+
+
+# ------------------------------------------------------------------ all layers
+def pooled_file(moments: Path) -> Path:
+    """Where cache.py puts the pooled states that belong to a file of moments."""
+    return moments.with_suffix(".pooled.safetensors")
+
+
+def find_features(config: Config, split: str, data: LabelledTexts) -> Path:
+    """The moments of a split, with the pooled states of every layer beside them; made if they are not there.
+
+    Raises:
+        UserError: moments with other settings are there, naming the fields.
+    """
+    shared = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(cache.Config)
+        if hasattr(config, field.name)
+    }
+    wanted = cache.Config(**shared | {"split": split, "save_pooled": "all"})
+    name = model_path_name(config.model_name, config.adapter_dir)
+    path = moments_path(config.results_dir, name, config.dataset_name, split)
+
+    def fits(file_path: Path) -> bool:
+        if not file_path.is_file():
+            return False
+        with open_tensors(file_path) as (file, metadata):
+            num_layers = file.get_slice("pooled" if file_path != path else "pooled_mean").get_shape()[0]
+            same_rows = metadata["fingerprint"] == data.fingerprint and metadata["label_names"] == data.label_names
+            return same_rows and num_layers > 1 and metadata["config"] == result_settings(wanted)
+
+    has_moments, has_features = fits(path), fits(pooled_file(path))
+    if not (has_moments and has_features):
+        # features of other settings beside moments of these: the same moments again, and the features with them
+        stale = has_moments and pooled_file(path).is_file()
+        cache.main(dataclasses.replace(wanted, overwrite=config.overwrite or stale))
+    return path
+
+
+def check_labels(train: LabelledTexts) -> None:
+    """Whether every class has a text to learn from.
+
+    Raises:
+        UserError: fewer texts than classes, or a class without any.
+    """
+    if train.is_regression:
+        return
+    num, counts = len(train.texts), np.bincount(train.labels, minlength=train.num_labels)
+    absent = [name for name, count in zip(train.label_names, counts, strict=True) if not count]
+    if num < train.num_labels:
+        raise UserError(f"{num} train texts are fewer than the {train.num_labels} classes. Raise --max_samples.")
+    if absent:
+        raise UserError(f"No train text of class {', '.join(absent[:5])}. Add some, or raise --max_samples.")
+
+
+def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts]) -> dict:
+    """The result of all layers, each read, fitted and forgotten by one of the processes."""
+    with open_tensors(pooled_file(paths["train"])) as (file, metadata):
+        num_layers, num_train, width = file.get_slice("pooled").get_shape()
+    rows = (num_train, len(data["test"].texts))
+    workers = config.num_workers if probe_device(config).type == "cpu" else 1  # they would share the one device
+    num_workers = num_processes(workers, config.memory_gb, num_layers, rows, width, data["train"].num_labels)
+    threads = max(1, joblib.cpu_count() // num_workers) if num_workers > 1 else None
+    print(f"{num_layers} layers, {num_train:,} train texts, {width} features: {num_workers} at a time")
+    with joblib.parallel_config("loky", inner_max_num_threads=threads) if threads else contextlib.nullcontext():
+        calls = [joblib.delayed(probe_layer)(config, paths, data, layer) for layer in range(num_layers)]
+        layers = joblib.Parallel(n_jobs=num_workers)(calls)
+    return {
+        "config": result_settings(config),
+        "environment": environment(),
+        "fingerprints": {split: part.fingerprint for split, part in data.items()},
+        "features": metadata["environment"],
+        "num_samples": dict(zip(("train", "test"), rows, strict=True)),
+        "num_classes": len(data["train"].label_names),
+        "num_features": width,
+        "samples_per_feature": num_train / width,
+        "baselines": text_baselines(data["train"], data["test"]),
+        "layers": layers,
+    }
+
+
+# ------------------------------------------------------------------ run
+def load_ntps(config: Config) -> dict | None:
+    """What K_sweep.py wrote of the train split of this model and dataset, if its moments had the same settings."""
+    name = model_path_name(config.model_name, config.adapter_dir)
+    path = config.results_dir / "ntps" / name / f"{path_name(config.dataset_name)}.json"
+    if not path.is_file():
+        command = f"python K_sweep.py --model_name {config.model_name} --dataset_name {config.dataset_name}"
+        print(f"No NTPS at {path}: the picture shows the probes alone. For both: {command}")
+        return None
+    ntps, ours = load_json(path), result_settings(config)
+    theirs = ntps["moments"]["config"]
+    differing = [name for name, value in theirs.items() if name in ours and ours[name] != value]
+    if differing:
+        print(f"{path} was made with another {', '.join(differing)}: the picture shows the probes alone.")
+    return None if differing else ntps
+
+
+def print_table(result: dict, split: str) -> None:
+    """The scores of every layer on one split, the baselines, and what a reader must not overlook."""
+    rows = {f"layer {layer['layer']}": dict(layer[split]) for layer in result["layers"]}
+    for layer, row in zip(result["layers"], rows.values(), strict=True):
+        if result["config"]["ridge"]:
+            row |= {"cv_ridge_r2": layer["ridge"]["best_r2"], "best_alpha": layer["ridge"]["best_alpha"]}
+    names = list(rows["layer 0"])
+    rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
+    print(f"\nscores on {split}, fitted on train\n{'':<12}" + "".join(f"{name:>18}" for name in names))
+    for title, row in rows.items():
+        cells = [row.get(name) for name in names]
+        print(f"{title:<12}" + "".join(f"{'-':>18}" if cell is None else f"{cell:18.5g}" for cell in cells))
+    unfinished = [str(layer["layer"]) for layer in result["layers"] if not layer.get("solver", NO_SOLVER)["converged"]]
+    if unfinished:
+        print(f"warning: {result['config']['solver']} has not converged at layer {', '.join(unfinished)}: --max_iter")
+    if result["samples_per_feature"] < 1:
+        n, d = result["num_samples"]["train"], result["num_features"]
+        print(f"warning: n / d = {n} / {d} < 1: least squares interpolates train; its train scores mean nothing")
+
+
+def main(config: Config) -> None:
+    """Writes the scores and a picture of them, and prints their table."""
+    data = {split: load_texts(config, split) for split in ("train", "test")}
+    check_labels(data["train"])
+    name = model_path_name(config.model_name, config.adapter_dir)
+    path = config.results_dir / "linear_sklearn" / name / f"{path_name(config.dataset_name)}.json"
+    if path.is_file() and not config.overwrite:
+        result = load_json(path)
+        check_same_settings(result["config"], config, path)
+        if result["fingerprints"] != {split: part.fingerprint for split, part in data.items()}:
+            raise UserError(f"{path} was made from other rows of {config.dataset_name}. Recompute it with --overwrite.")
+    else:
+        pick_device(config.device)  # before the passes, not after them
+        paths = {split: find_features(config, split, part) for split, part in data.items()}
+        result = probe_layers(config, paths, data)
+    print_table(result, config.score_split)
+    figure = plot_probes(result, load_ntps(config), config.score_split)
+    save_figure(figure, path.with_name(f"{path.stem}.train.json") if config.score_split == "train" else path)
+    save_json(path, result)  # last: where the JSON is, the picture is
+    print(path)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

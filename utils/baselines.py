@@ -1,0 +1,55 @@
+"""What can be had without a language model: the majority class and a bag of words (or the mean, for regression)."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from utils.data import LabelledTexts
+from utils.metrics import classification_scores, regression_scores
+
+
+def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
+    """TF-IDF of the words of train, sparse (n, words); one column of zeros where train has no word at all."""
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True, dtype=np.float32)
+    try:
+        return vectorizer.fit_transform(train), vectorizer.transform(test)
+    except ValueError:  # empty vocabulary: texts of punctuation only
+        return np.zeros((len(train), 1)), np.zeros((len(test), 1))
+
+
+def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
+    """Scores on `test` of two fits on the raw texts of `train`; their scores on `train` under the key `train`.
+
+    `majority` predicts the class frequencies of train, and so the most frequent class (regression: the mean).
+    `bag_of_words` is scikit-learn's TF-IDF, sublinear, with logistic regression (C = 10) or ridge (alpha = 1).
+
+    Returns:
+        {"majority": scores, "bag_of_words": scores}, scores as in utils/metrics.py, of all classes of `train`.
+    """
+    words = tfidf_features(train.texts, test.texts)
+    nothing = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
+    regression = train.is_regression
+    models = {
+        "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), nothing),
+        "bag_of_words": (Ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),
+    }
+    baselines = {}
+    for name, (model, (train_features, test_features)) in models.items():
+        model.fit(train_features, train.labels)
+        of_train, of_test = (
+            score(model, features, data) for features, data in ((train_features, train), (test_features, test))
+        )
+        baselines[name] = {**of_test, "train": of_train}
+    return baselines
+
+
+def score(model: Any, features: Any, data: LabelledTexts) -> dict[str, Any]:
+    """Scores of a fitted model; a class it has not seen gets probability 0."""
+    if data.is_regression:
+        return regression_scores(data.labels, model.predict(features).astype(np.float64))
+    probabilities = np.zeros((len(data.labels), data.num_labels))
+    probabilities[:, model.classes_] = model.predict_proba(features)
+    return classification_scores(data.labels, probabilities)

@@ -1,0 +1,46 @@
+"""Scores of predictions, shared by every script that fits a probe or a head."""
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
+
+
+def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
+    """Accuracy, balanced accuracy (mean recall of the classes present), macro-F1 and log-loss (natural logarithm).
+
+    Args:
+        labels: classes 0..c-1, (n,).
+        probabilities: (n, c); rows that sum to 1 up to rounding.
+    """
+    probabilities = probabilities.astype(np.float64)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    predicted, present = probabilities.argmax(1), np.unique(labels)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "log_loss": float(log_loss(labels, probabilities, labels=np.arange(probabilities.shape[1]))),
+    }
+
+
+def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
+    """Mean squared error over rows and targets, the same divided by the variance of these targets, and R2.
+
+    Args:
+        targets: (n, c), one-hot labels or regression targets.
+        predictions: (n, c).
+
+    Returns:
+        `mse`, `mse_over_variance`, `r2`; the last two None where the targets are all equal.
+    """
+    error = float(np.square(targets - predictions).mean())
+    constant = bool((targets == targets[:1]).all())  # its computed variance may be a rounding error
+    share = None if constant else error / float(targets.var(0).mean())
+    return {"mse": error, "mse_over_variance": share, "r2": None if share is None else 1 - share}
+
+
+def regression_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
+    """As `squared_error_scores`, and the Pearson correlation (None where either is constant); both (n,)."""
+    spread = targets.std() * predictions.std()
+    tiny = 1e-12 * np.abs(targets).max() * np.abs(predictions).max()  # a constant has a spread of rounding errors
+    pearson = float(np.corrcoef(targets, predictions)[0, 1]) if spread > tiny else None
+    return {**squared_error_scores(targets[:, None], predictions[:, None]), "pearson": pearson}
