@@ -370,8 +370,10 @@ def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path
         file, metadata = stack.enter_context(open_tensors(path))
         other, other_metadata = stack.enter_context(open_tensors(other_path)) if other_path else (None, None)
         # not the environment: the same rows and settings give the same moments on any machine, at any commit
-        provenance = {"moments": {name: value for name, value in metadata.items() if name != "environment"}}
-        provenance["held_out"] = other_metadata and {"fingerprint": other_metadata["fingerprint"]}
+        provenance = {
+            "moments": {name: value for name, value in metadata.items() if name != "environment"},
+            "held_out": other_metadata and {"fingerprint": other_metadata["fingerprint"]},
+        }
         if output_path.is_file() and not config.overwrite:
             stored = load_json(output_path)
             check_same_settings(stored["config"], config, output_path)
