@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -232,7 +233,7 @@ class TokenizedTexts:
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per text, (n,)."""
         return np.diff(self.offsets)

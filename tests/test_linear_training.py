@@ -1,0 +1,267 @@
+"""linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoTokenizer
+
+import cache
+import linear_training
+from tests.conftest import ROOT, make_texts, run_command, write_rows
+from utils.data import load_texts
+from utils.io import UserError
+
+
+def settings(model_dirs, rows, results_dir, **changes):
+    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows), "results_dir": results_dir}
+    return linear_training.Config(**{**base, "device": "cpu", "num_epochs": 4, **changes})
+
+
+def result(results_dir):
+    [path] = results_dir.glob("linear_training/*/*/metrics.json")
+    return path.parent, json.loads(path.read_text())
+
+
+def history(folder):
+    return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+
+
+def train_through_the_model(config) -> list[float]:
+    """Plain loop: every batch of every epoch goes through the frozen LM; mean training loss of each epoch.
+
+    Written without utils/training.py, but for the two conventions that make runs comparable: a permutation per
+    (seed, epoch), dropout masks per (seed, step, process).
+    """
+    model = AutoModel.from_pretrained(config.model_name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name, padding_side="right")
+    tokenizer.pad_token = tokenizer.eos_token
+    data = load_texts(config, "train")
+    labels = torch.from_numpy(data.labels)
+    torch.manual_seed(config.seed)
+    head = torch.nn.Linear(model.config.hidden_size, data.num_labels)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
+    losses, step = [], 0
+    for epoch in range(config.num_epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(labels))
+        of_epoch = []
+        for start in range(0, len(order), config.batch_size):
+            rows = order[start : start + config.batch_size]
+            batch = tokenizer([data.texts[row] for row in rows], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None]
+            pooled = (states * mask).sum(1) / mask.sum(1)
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, 0)).generate_state(1)[0]))
+            loss = cross_entropy(head(torch.dropout(pooled, config.dropout, train=True)), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            of_epoch.append(loss.item())
+            step += 1
+        losses.append(float(np.mean(of_epoch)))
+    return losses
+
+
+def test_epochs_over_stored_states_equal_epochs_through_the_model(model_dirs, rows_path, tmp_path):
+    config = settings(model_dirs, rows_path, tmp_path, dropout=0.2, learning_rate=1e-2)
+    expected = train_through_the_model(config)
+    linear_training.main(config)
+    folder, _ = result(tmp_path)
+    losses = [float(row["train_loss"]) for row in history(folder)]
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses[0] - losses[-1] > 0.05  # and something has been learned
+    without = settings(model_dirs, rows_path, tmp_path, dropout=0.0, learning_rate=1e-2, overwrite=True)
+    linear_training.main(without)
+    others = [float(row["train_loss"]) for row in history(folder)]
+    assert abs(others[-1] - expected[-1]) > 1e-3  # the comparison can tell two runs apart
+
+
+def test_the_model_runs_once(model_dirs, rows_path, tmp_path, monkeypatch):
+    calls = []
+    real = cache.accumulate_moments
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(cache, "accumulate_moments", counted)
+    linear_training.main(settings(model_dirs, rows_path, tmp_path))
+    assert len(calls) == 2  # train and test
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, learning_rate=1e-3, overwrite=True))
+    assert len(calls) == 2
+
+
+def test_stored_states_of_every_layer_serve_too(model_dirs, rows_path, tmp_path):
+    linear_training.main(settings(model_dirs, rows_path, tmp_path / "one"))
+    for split in ("train", "test"):
+        cache.main(
+            cache.Config(
+                model_name=str(model_dirs["qwen2"]),
+                dataset_name=str(rows_path),
+                split=split,
+                save_pooled="all",
+                num_folds=3,
+                results_dir=tmp_path / "two",
+            )
+        )
+    linear_training.main(settings(model_dirs, rows_path, tmp_path / "two"))
+    one, two = (history(result(tmp_path / folder)[0]) for folder in ("one", "two"))
+    assert len(one) == len(two) > 1
+    for row, other in zip(one, two, strict=True):  # two passes of the model: equal but for the last bit
+        assert {name: float(value) for name, value in row.items() if value} == pytest.approx(
+            {name: float(value) for name, value in other.items() if value}, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_saved_head_scores_as_reported_on_raw_states(model_dirs, rows_path, tmp_path, standardize):
+    linear_training.main(
+        settings(model_dirs, rows_path, tmp_path, standardize=standardize, learning_rate=1e-2, num_epochs=20)
+    )
+    folder, metrics = result(tmp_path)
+    head = load_file(folder / "head.safetensors")
+    [pooled_path] = tmp_path.glob("moments/*/*/test.pooled.safetensors")
+    pooled = load_file(pooled_path)
+    outputs = pooled["pooled"][-1] @ head["weight"].T + head["bias"]
+    accuracy = (outputs.argmax(1) == pooled["labels"]).float().mean().item()
+    assert accuracy == pytest.approx(metrics["last"]["test_accuracy"], abs=1e-6)
+    assert cross_entropy(outputs, pooled["labels"].long()).item() == pytest.approx(
+        metrics["last"]["test_loss"], abs=1e-4
+    )
+    assert accuracy > metrics["baselines"]["majority"]["accuracy"] + 0.1
+    assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.5
+
+
+def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_path, tmp_path):
+    linear_training.main(
+        settings(
+            model_dirs,
+            rows_path,
+            tmp_path,
+            validation_share=0.2,
+            patience=2,
+            num_epochs=500,
+            learning_rate=0.1,
+            standardize=True,
+        )
+    )
+    folder, metrics = result(tmp_path)
+    losses = [float(row["validation_loss"]) for row in history(folder)]
+    assert len(losses) < 500 and int(np.argmin(losses)) == len(losses) - 3
+    assert metrics["best"]["validation_loss"] == min(losses) and metrics["best_rule"] == "validation loss"
+
+
+def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):
+    data = load_texts(settings(model_dirs, rows_path, tmp_path), "train")
+    kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
+    assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
+    assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
+
+
+def test_cosine_ends_at_zero(model_dirs, rows_path, tmp_path):
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, schedule="cosine", warmup=0.25))
+    rates = [float(row["learning_rate"]) for row in history(result(tmp_path)[0])]
+    assert rates[0] <= 1e-4 and rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 2e-5
+
+
+def test_regression_reports_the_unit_of_the_labels(model_dirs, tmp_path):
+    random = np.random.default_rng(0)
+    rows = [{"text": t, "label": 100 + 3.5 * len(t.split()) + random.normal()} for t in make_texts(200)]
+    path = write_rows(tmp_path / "lengths.jsonl", rows)
+    linear_training.main(
+        settings(model_dirs, path, tmp_path, standardize=True, learning_rate=3e-2, num_epochs=60, pooling="last")
+    )
+    folder, metrics = result(tmp_path)
+    assert metrics["last"]["test_r2"] > 0.2 and metrics["last"]["test_mse"] < metrics["baselines"]["majority"]["mse"]
+    assert load_file(folder / "head.safetensors")["bias"].shape == (1,)
+
+
+# ------------------------------------------------------------------ command line
+def arguments(model_dirs, rows, results_dir, *more):
+    call = ["linear_training.py", "--model_name", model_dirs["qwen2"], "--dataset_name", rows]
+    return [*call, "--results_dir", results_dir, "--num_epochs", "3", *more]
+
+
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, capsys):
+    call = arguments(model_dirs, rows_path, tmp_path)
+    first = run_command(*call)
+    assert first.returncode == 0, first.stderr
+    folder, metrics = result(tmp_path)
+    assert first.stdout.strip().splitlines()[-1] == str(folder / "metrics.json")
+    assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
+    assert metrics["config"]["num_epochs"] == 3 and metrics["environment"]["packages"]["torch"] == torch.__version__
+    assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=3))
+    assert "reused" in capsys.readouterr().out
+    other = run_command(*call, "--learning_rate", "0.5", "--standardize")
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert "learning_rate: 0.0001 there, 0.5 now" in other.stderr and "standardize" in other.stderr
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_path, capsys):
+    more = ("--num_epochs", "400", "--minutes_per_state", "0.001", "--validation_share", "0.1", "--device", "cpu")
+    call = arguments(model_dirs, rows_path, tmp_path / "killed", *more)
+    process = subprocess.Popen([sys.executable, *map(str, call)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("linear_training/*/*/state.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "killed").glob("linear_training/*/*/metrics.json"))
+    for place in ("killed", "whole"):
+        linear_training.main(settings(model_dirs, rows_path, tmp_path / place, num_epochs=400, validation_share=0.1))
+        assert ("going on from step" in capsys.readouterr().out) == (place == "killed")
+    whole, killed = result(tmp_path / "whole")[0], result(tmp_path / "killed")[0]
+    assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
+    for name, tensor in load_file(whole / "head.safetensors").items():
+        assert torch.equal(tensor, load_file(killed / "head.safetensors")[name])
+    assert not (killed / "state.safetensors").exists()
+
+
+def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
+    texts = make_texts(60)
+
+    def rows(labels):
+        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
+
+    linear_training.main(settings(model_dirs, rows("ab"), tmp_path))
+    with pytest.raises(UserError, match="other rows"):
+        linear_training.main(settings(model_dirs, rows("ba"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patience": 3}, "validation_share"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"track": "wandb"}, "pip install wandb"),
+        ({"model_name": "tinny"}, "nearest known: tiny"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        linear_training.main(settings(model_dirs, rows_path, tmp_path, **change))
+    assert not list(tmp_path.glob("linear_training/**/*.json"))
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(linear_training.Config, args=["--help"])
+    shown = capsys.readouterr().out.replace("_", "-")
+    assert stop.value.code == 0
+    for field in dataclasses.fields(linear_training.Config):
+        assert f"--{field.name.replace('_', '-')}" in shown
