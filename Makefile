@@ -25,6 +25,9 @@ lint: $(READY)
 bench: $(READY)  ## every performance claim of the README, measured here
 	$(PYTHON) benchmarks/bench_cache.py
 	$(PYTHON) benchmarks/bench_k_sweep.py
+	$(PYTHON) benchmarks/bench_sklearn.py
+	$(PYTHON) benchmarks/bench_linear_training.py
+	$(PYTHON) benchmarks/bench_training.py
 
 clean:
 	rm -rf .venv results demo/cache

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -288,3 +289,23 @@ def test_help_explains_every_field():
     for field in dataclasses.fields(cache.Config):
         assert f"--{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")
     assert "right" not in result.stdout or "results/moments" in result.stdout
+
+
+@pytest.mark.parametrize("save_pooled", ["none", "all"])
+def test_a_full_disk_is_one_sentence(model_dirs, rows_path, tmp_path, save_pooled):
+    """What the system and the library raise on a full disk, raised where they raise it."""
+    if save_pooled == "none":
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        patch = f"import utils.io; utils.io.save_file = lambda *a, **k: (_ for _ in ()).throw({error!r})"
+    else:
+        patch = (
+            "import os, errno; os.posix_fallocate = lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space'))"
+        )
+    run = "import runpy; runpy.run_path('cache.py', run_name='__main__')"
+    code = f"from safetensors import SafetensorError; {patch}; {run}"
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path, "--save_pooled", save_pooled)
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); " + code, *map(str, call[1:])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "cannot write" in result.stderr and "--results_dir" in result.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -105,7 +105,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
     """Writes tensors and one JSON string of metadata as safetensors, atomically."""
     with write_atomically(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"json": json.dumps(metadata, allow_nan=False)})
+        try:
+            save_file(contiguous, temporary, metadata={"json": json.dumps(metadata, allow_nan=False)})
+        except SafetensorError as error:
+            if "os error 28" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 @contextlib.contextmanager
@@ -208,7 +213,10 @@ def create_tensor_file(path: Path, shapes: dict[str, tuple[int, ...]], metadata:
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.flush()
         file.truncate(8 + len(encoded) + end)
+        if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not by a signal in the middle of the pass
+            os.posix_fallocate(file.fileno(), 0, 8 + len(encoded) + end)
     start = 8 + len(encoded)
     return {
         name: np.memmap(path, np.float32, "r+", offset=start + offsets[name], shape=shape)

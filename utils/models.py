@@ -53,10 +53,10 @@ FAMILIES = {  # keyed by `config.model_type`
 OPEN = "open"
 LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
 MODELS = {
-    "tiny": ModelSpec("demo/tiny-lm", "1.3M", "in this repository"),
-    "small": ModelSpec("demo/runs/small", "", "python demo/pretrain.py --size small"),
-    "medium": ModelSpec("demo/runs/medium", "", "python demo/pretrain.py --size medium"),
-    "large": ModelSpec("demo/runs/large", "", "python demo/pretrain.py --size large"),
+    "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
+    "small": ModelSpec("demo/runs/small", "3.7M", "python demo/pretrain.py --size small"),
+    "medium": ModelSpec("demo/runs/medium", "12M", "python demo/pretrain.py --size medium"),
+    "large": ModelSpec("demo/runs/large", "29M", "python demo/pretrain.py --size large"),
     "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
     "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
     "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
