@@ -81,6 +81,8 @@ def whiten(matrix: Tensor) -> Tensor:
     massive coordinate; then eigenvalues above d * eps * the largest are kept (the rule of numpy.linalg.matrix_rank).
     Where a Cholesky factor proves that all are, it is the whitener: every W gives the same scores, and it costs less.
 
+    Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
+
     Args:
         matrix: C, (d, d), float64.
 
@@ -142,6 +144,8 @@ def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
 def solve_generalized_eigenproblem(factor: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
 
+    Differs from the paper: the released script takes the smallest first (`--eigenvectors smallest`).
+
     Args:
         factor: F, (d, c), float64.
         denominator: C, (d, d), symmetric, positive semi-definite, float64.
@@ -196,7 +200,9 @@ def average_over_ties(
 ) -> Tensor:
     """NTPS of the first k columns of U, averaged over all bases of its tied space (eigenvalue 0).
 
-    Rule 4 of the method: (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), g the share of the tied space within U_k.
+    (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), g the share of the tied space Z within U_k.
+
+    Differs from the paper: the released script takes the tied vectors in whatever basis the solver returns.
 
     Args:
         k: columns of U.
