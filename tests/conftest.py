@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
+# from a sum over one in the last bit, which matters where a killed run must equal an uninterrupted one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import runpy
@@ -21,12 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are fastest on one thread, and a busy machine then slows them no further."""
-    torch.set_num_threads(1)
-
-
 def make_texts(num_texts: int, seed: int = 0, longest: int = 24) -> list[str]:
     """Ragged made-up sentences, some of one word."""
     random = np.random.default_rng(seed)
@@ -42,8 +39,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def run_command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     """A command line of the repository, as a user types it after `python`."""
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in `one_thread`
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 MODEL_CONFIGS = {
