@@ -193,8 +193,9 @@ class MomentSums:
         norm_squared = pooled.square().sum(1)
         sums["pooled_norm_fourth_power"][layer] += norm_squared.square().sum()
         sums["pooled_norm_squared_pooled"][layer] += norm_squared @ pooled
-        centre = self.centres.setdefault(layer, pool(hidden_states, lengths, "mean").mean(0))
-        products, prefix_sum, next_sum = prefix_products(hidden_states, lengths, centre)
+        if layer not in self.centres:
+            self.centres[layer] = pool(hidden_states, lengths, "mean").mean(0)
+        products, prefix_sum, next_sum = prefix_products(hidden_states, lengths, self.centres[layer])
         prefix_second, prefix_next = products.chunk(2, dim=1)
         sums["prefix_second_moment"][layer] += prefix_second
         sums["prefix_next_cross_moment"][layer] += prefix_next
@@ -313,7 +314,8 @@ def is_complete(path: Path, pooled_path: Path, config: Config, data: LabelledTex
         return False
     with open_tensors(pooled_path) as (file, metadata):
         is_all = file.get_slice("pooled").get_shape()[0] > 1
-        return metadata["fingerprint"] == data.fingerprint and (is_all or config.save_pooled == "last")
+        of_these = metadata["fingerprint"] == data.fingerprint and metadata["config"] == result_settings(config)
+        return of_these and (is_all or config.save_pooled == "last")
 
 
 def main(config: Config) -> None:

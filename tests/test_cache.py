@@ -159,6 +159,22 @@ def test_pooled_states_are_saved_row_by_row(model_dirs, rows_path, tmp_path):
     torch.testing.assert_close(cross_moment, moments["pooled_label_cross_moment"], rtol=1e-4, atol=1e-6)
 
 
+def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, tmp_path):
+    """Moments recomputed without pooled states leave the old states beside them: those must not be taken for theirs."""
+    config = cache.Config(str(model_dirs["qwen2"]), str(rows_path), results_dir=tmp_path, save_pooled="last")
+    cache.main(config)
+    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
+    mean = load_file(path)["pooled"]
+    of_last = dataclasses.replace(config, pooling="last")
+    cache.main(dataclasses.replace(of_last, save_pooled="none", overwrite=True))
+    cache.main(of_last)
+    last = load_file(path)["pooled"]
+    assert (mean - last).abs().max() > 0.1
+    written = path.stat().st_mtime_ns
+    cache.main(of_last)  # now they fit
+    assert path.stat().st_mtime_ns == written
+
+
 def test_memory_does_not_grow_with_the_texts(model_dirs):
     """Nothing the pass keeps has a text axis."""
     kept = []
