@@ -3,10 +3,11 @@
     python K_sweep.py                                                # embedded model and data
     python K_sweep.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
     python K_sweep.py --eigenvectors smallest                        # the order of the released script
+    python K_sweep.py --subspace pca                                 # control: directions of largest variance as V
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors (and the other split's, for the held-out probe).
 Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default stand
-in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.test.json.
+in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.pca.json, <dataset>.test.json.
 
 Symbols, per layer: M, B, C0, C1 the moments of cache.py; mu, p the means of the pooled state m and of the label y;
 Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
@@ -56,15 +57,17 @@ class Config:
     dataset_name: str = "docstrings/library"  # as given to cache.py
     split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: what the released script computes
+    subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # what V is; the others are controls
     center: bool = False  # subtract the means first; the paper does not
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
     num_null_draws: int = 100  # permuted-label draws for the null band and z
-    seed: int = 0  # of the draws
+    seed: int = 0  # of the draws and of a random V
     # These change only speed or place.
     device: str = "cpu"  # cpu or cuda; float64 on both
+    picture: bool = True  # draw it too; it takes longer than the scores of a small model
     results_dir: Path = Path("results")  # where moments are read and results go
     overwrite: bool = False  # recompute a file that is already complete
-    SPEED_OR_PLACE: ClassVar = ("device", "results_dir", "overwrite")
+    SPEED_OR_PLACE: ClassVar = ("device", "picture", "results_dir", "overwrite")
 
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
@@ -174,6 +177,24 @@ def complete_by_variance(vectors: Tensor, whitener: Tensor, denominator: Tensor)
     return torch.cat([vectors, rest @ axes.T.flip(1)], dim=1)
 
 
+def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Tensor:
+    """The columns of V, first one first, (d, rank C0), float64.
+
+    Those of the autoregression, or of a control: of as many directions of largest variance of the pooled states
+    (second moment, without --center), or drawn from a rotation-invariant law.
+    """
+    prefix_moment, next_moment = moments.autoregression(config.center)
+    if config.subspace == "autoregression":
+        v, _, whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
+        return complete_by_variance(v, whitener, prefix_moment)
+    rank = whiten(prefix_moment).shape[1]  # so that K is the same as for the autoregression
+    if config.subspace == "pca":
+        pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
+        return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
+    random = np.random.default_rng([config.seed, layer, 1])  # another stream than the draws'
+    return torch.from_numpy(random.standard_normal((len(prefix_moment), rank))).to(prefix_moment)
+
+
 def nested_basis(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Square orthogonal Q whose first k columns span the first k columns of `vectors`, for every k at once.
 
@@ -257,11 +278,9 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
     else:
         (whitener, change), mean = whiten_uncentred(moments, sigma_whitener), moments.pooled_mean
     u, _ = informative_directions(whitener.T @ cross_moment)
-    prefix_moment, next_moment = moments.autoregression(config.center)
-    v, _, prefix_whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
-    v = complete_by_variance(v, prefix_whitener, prefix_moment)
+    v = subspace_directions(moments, config, layer)
     k_us, k_vs = num_directions(config.fractions, whitener.shape[1]), num_directions(config.fractions, v.shape[1])
-    v = (v if largest else v.flip(1))[:, : max(k_vs)]
+    rank_v, v = v.shape[1], (v if largest else v.flip(1))[:, : max(k_vs)]
     basis, whitened_basis = nested_basis(v), nested_basis(sigma_whitener.T @ (sigma @ v))
     perception_rows = torch.ormqr(*basis, whitener, left=True, transpose=True)
     ntps_all, ntps_label = ntps(perception_rows @ u, perception_rows, k_us, k_vs, largest)
@@ -278,7 +297,7 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
     return {
         "layer": layer,
         "rank_u": whitener.shape[1],
-        "rank_v": prefix_whitener.shape[1],
+        "rank_v": rank_v,
         "rank_label": u.shape[1],
         "ntps": ntps_all,
         "ntps_label": ntps_label,
@@ -340,10 +359,9 @@ def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
 # ------------------------------------------------------------------ run
 def result_path(config: Config) -> Path:
     """Where the result goes; options other than the default stand in the name."""
-    options = [config.split, config.eigenvectors, "centered" if config.center else "uncentered"]
-    name = ".".join(
-        [path_name(config.dataset_name), *(o for o in options if o not in ("train", "largest", "uncentered"))]
-    )
+    options = [config.split, config.eigenvectors, config.subspace, "centered" if config.center else "uncentered"]
+    defaults = ("train", "largest", "autoregression", "uncentered")
+    name = ".".join([path_name(config.dataset_name), *(option for option in options if option not in defaults)])
     return config.results_dir / "ntps" / path_name(config.model_name) / f"{name}.json"
 
 
@@ -411,7 +429,8 @@ def main(config: Config) -> None:
     output_path = result_path(config)
     result = sweep(config, path, other_path, output_path)
     print_table(result)
-    save_figure(plot_sweep(result), output_path)
+    if config.picture:
+        save_figure(plot_sweep(result), output_path)
     save_json(output_path, result)  # last: where the JSON is, the picture is
     print(output_path)
 

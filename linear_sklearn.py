@@ -95,12 +95,13 @@ class Config:
     memory_gb: float | None = None  # limit of all layers fitted at once; None: half of the machine's memory
     num_workers: int | None = None  # processes on the CPU; None: as many as cores and memory allow
     device: str = "auto"  # auto, cpu, cuda, cuda:1; on a GPU through scikit-learn's array API, layer after layer
+    picture: bool = True  # draw it too
     results_dir: Path = Path("results")  # where features are read and results go
     overwrite: bool = False  # recompute a finished result, and features that were made with other settings
     trust_remote_code: bool = False  # let a model repository run its own code
     SPEED_OR_PLACE: ClassVar = (
-        *("score_split", "tokens_per_batch", "memory_gb", "num_workers", "device", "results_dir", "overwrite"),
-        "trust_remote_code",
+        *("score_split", "tokens_per_batch", "memory_gb", "num_workers", "device", "picture", "results_dir"),
+        *("overwrite", "trust_remote_code"),
     )
 
     def __post_init__(self) -> None:
@@ -319,8 +320,9 @@ def main(config: Config) -> None:
         paths = {split: find_features(config, split, part) for split, part in data.items()}
         result = probe_layers(config, paths, data)
     print_table(result, config.score_split)
-    figure = plot_probes(result, load_ntps(config), config.score_split)
-    save_figure(figure, path.with_name(f"{path.stem}.train.json") if config.score_split == "train" else path)
+    if config.picture:
+        figure = plot_probes(result, load_ntps(config), config.score_split)
+        save_figure(figure, path.with_name(f"{path.stem}.train.json") if config.score_split == "train" else path)
     save_json(path, result)  # last: where the JSON is, the picture is
     print(path)
 

@@ -1,7 +1,7 @@
 """Pretrain a small causal language model on docstrings by next-token prediction: the embedded models.
 
     python demo/pretrain.py --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
-    python demo/pretrain.py --size small           # next step of the ladder: tiny, small, medium, large
+    python demo/pretrain.py --size small           # a step of the ladder: micro, tiny, small, medium, large
 
 Reads the docstrings through demo/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for tiny and
 demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer, and pretraining.json,
@@ -68,7 +68,8 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(128, 384, 4, 4, 4e-3),  # 1.4 million parameters
+    "micro": Size(64, 192, 2, 2, 6e-3),  # 0.4 million parameters
+    "tiny": Size(128, 384, 4, 4, 4e-3),  # 1.4
     "small": Size(192, 576, 6, 6, 3e-3),  # 3.7
     "medium": Size(320, 960, 8, 5, 2e-3),  # 12
     "large": Size(512, 1536, 8, 8, 1e-3),  # 29
@@ -80,7 +81,7 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     # These change the result.
-    size: Literal["tiny", "small", "medium", "large"] = "tiny"  # model size
+    size: Literal["micro", "tiny", "small", "medium", "large"] = "tiny"  # model size
     epochs: float = 2.5  # passes over the corpus
     learning_rate: float | None = None  # peak; by default that of the size
     batch_size: int = 16  # windows per step
@@ -90,6 +91,7 @@ class Config:
     gradient_clip: float = 1.0  # largest gradient norm
     max_documents: int | None = None  # use the first so many documents only
     max_steps: int | None = None  # end, schedule included, after so many steps
+    product_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # float32 is faster on many CPUs
     seed: int = 0  # of the initial weights and of the document order
     # These change only speed or place.
     device: str = "auto"  # auto, cpu, cuda, ...
@@ -223,9 +225,9 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
-def next_token_loss(model: Callable, windows: Tensor) -> Tensor:
-    """Mean nats per token; windows (n, window + 1) on the model's device. Products in bfloat16, loss in float32."""
-    with torch.autocast(windows.device.type, torch.bfloat16):
+def next_token_loss(model: Callable, windows: Tensor, product_dtype: str) -> Tensor:
+    """Mean nats per token, float32; windows (n, window + 1) on the model's device."""
+    with torch.autocast(windows.device.type, torch.bfloat16, enabled=product_dtype == "bfloat16"):
         logits = model(input_ids=windows[:, :-1]).logits
     return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
@@ -236,7 +238,10 @@ def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config
     tokens = np.concatenate(held_out)
     windows = torch.from_numpy(cut_windows(tokens, min(config.window, len(tokens) - 1)).astype(np.int64))
     model.eval()
-    losses = [next_token_loss(model, part.to(model.device)).item() * len(part) for part in windows.split(64)]
+    losses = [
+        next_token_loss(model, part.to(model.device), config.product_dtype).item() * len(part)
+        for part in windows.split(64)
+    ]
     model.train()
     return sum(losses) / len(windows)
 
@@ -274,20 +279,20 @@ def load_state(path: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW
 
 # ------------------------------------------------------------------ training
 def train_step(
-    model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, learning_rate: float, clip: float
+    model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, learning_rate: float, config: Config
 ) -> float:
     """One update; returns the loss before it.
 
     Raises:
         UserError: the loss is no longer a finite number.
     """
-    loss = next_token_loss(model, windows)
+    loss = next_token_loss(model, windows, config.product_dtype)
     value = loss.item()
     if not math.isfinite(value):
         raise UserError(f"The loss became {value}. Lower --learning_rate (now {learning_rate:g}), or --overwrite.")
     loss.backward()
     torch.nn.utils.clip_grad_norm_(
-        [parameter for group in optimizer.param_groups for parameter in group["params"]], clip
+        [parameter for group in optimizer.param_groups for parameter in group["params"]], config.gradient_clip
     )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -317,7 +322,7 @@ def train(
     bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
     for step, batch in zip(range(progress["step"], end), batches(documents, config, progress["step"]), strict=False):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
-        loss = train_step(run_model, optimizer, batch.to(model.device), rate, config.gradient_clip)
+        loss = train_step(run_model, optimizer, batch.to(model.device), rate, config)
         smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
         progress |= {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
         speed = (step + 1) * config.batch_size * config.window / progress["seconds"]
