@@ -1,0 +1,292 @@
+"""Rank statistics against scipy, scikit-learn and direct formulas; what noise gives; the paper's 24 correlations."""
+
+import math
+from itertools import permutations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from sklearn.metrics import roc_auc_score
+
+from fig_plot.correlations import (
+    CORRELATIONS,
+    auc,
+    bootstrap_interval,
+    bootstrap_mean_correlation,
+    expected_maximum,
+    kendall,
+    leave_one_out_selection,
+    mean_correlation,
+    partial_spearman,
+    rank,
+    selection_null,
+    spearman,
+)
+from fig_plot.import_published import published_rows
+from fig_plot.plotting import plot_rank_grid
+from tests.conftest import ROOT
+
+PUBLISHED = ROOT.parent / "shared" / "published"
+# paper.md, section 5: train accuracy, train MSE (the paper's rank reversed, so the correlation is the negative), gain
+PUBLISHED_R = {
+    "Qwen/Qwen2-0.5B": (0.69, -0.70, -0.77),
+    "Qwen/Qwen2-1.5B": (0.64, -0.68, -0.67),
+    "Qwen/Qwen2-7B": (0.82, -0.68, -0.59),
+    "apple/OpenELM-270M": (0.57, -0.42, -0.87),
+    "apple/OpenELM-450M": (0.52, -0.46, -0.87),
+    "apple/OpenELM-1_1B": (0.73, -0.43, -0.90),
+    "apple/OpenELM-3B": (0.66, -0.73, -0.52),
+    "meta-llama/Meta-Llama-3-8B": (0.72, -0.52, -0.40),
+}
+SCIPY = {
+    "spearman": scipy.stats.spearmanr,
+    "kendall": scipy.stats.kendalltau,
+    "weighted_tau": scipy.stats.weightedtau,
+}
+
+
+def correlated_pairs(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs with many ties on both sides."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=num)
+    return x.round(), (x + random.normal(size=num)).round()
+
+
+# ------------------------------------------------------------------ one pair of vectors
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_equals_scipy_with_ties_and_without_the_missing(name):
+    x, y = correlated_pairs(30, seed=1)
+    expected = SCIPY[name](x, y).statistic
+    assert CORRELATIONS[name](x, y) == pytest.approx(expected, abs=1e-12)
+    x, y = np.insert(x, [0, 7], [np.nan, 1e9]), np.insert(y, [0, 7], [5, np.inf])
+    assert CORRELATIONS[name](x, y) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CORRELATIONS)
+@pytest.mark.parametrize("x, y", [([1, 2], [1, 2]), ([1, 2, 3], [4, 4, 4]), ([0, 1, 2, np.nan], [3, 3, 3, 9])])
+def test_undefined_is_nan(name, x, y):
+    assert math.isnan(CORRELATIONS[name](x, y))
+
+
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_sign(name):
+    assert CORRELATIONS[name]([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert CORRELATIONS[name]([1, 2, 3, 4], [-1, -8, -27, -64]) == pytest.approx(-1)
+
+
+def test_rank_one_is_the_smallest():
+    np.testing.assert_array_equal(rank([30, 10, np.nan, 20, 10]), [4, 1.5, np.nan, 3, 1.5])
+    np.testing.assert_array_equal(rank([[np.inf, 1, 0], [-np.inf, 0, 0]]), [[np.nan, 2, 1], [np.nan, 1.5, 1.5]])
+
+
+def test_partial_equals_the_formula_for_one_covariate():
+    x, y = correlated_pairs(25, seed=2)
+    z = x + np.random.default_rng(3).normal(size=25).round()
+    xy, xz, yz = spearman(x, y), spearman(x, z), spearman(y, z)
+    expected = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert partial_spearman(x, y, z) == pytest.approx(expected, abs=1e-12)
+
+
+def test_partial_of_two_covariates_is_the_recursion():
+    random = np.random.default_rng(4)
+    x, y, z, w = random.normal(size=(4, 40)) + random.normal(size=40)
+    xy, xw, yw = (partial_spearman(a, b, z) for a, b in ((x, y), (x, w), (y, w)))
+    expected = (xy - xw * yw) / math.sqrt((1 - xw**2) * (1 - yw**2))
+    assert partial_spearman(x, y, np.column_stack([z, w])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_partial_is_undefined_where_the_covariate_explains_all():
+    x, y = np.arange(6.0), np.array([3.0, 1, 2, 6, 5, 4])
+    assert math.isnan(partial_spearman(x, y, x**3))
+    assert math.isnan(partial_spearman(x[:3], y[:3], [1, 3, 2]))
+
+
+def test_auc_equals_scikit_learn():
+    score, noisy = correlated_pairs(50, seed=5)
+    positive = noisy > 0
+    assert auc(score, positive) == pytest.approx(roc_auc_score(positive, score), abs=1e-12)
+    assert auc([3, 4, 1, np.nan], [True, True, False, False]) == 1
+    assert math.isnan(auc([1, 2], [True, True]))
+
+
+# ------------------------------------------------------------------ intervals
+def test_bootstrap_of_a_mean_is_the_standard_error():
+    values = np.random.default_rng(6).normal(size=400)
+    value, low, high = bootstrap_interval(np.mean, values)
+    assert value == values.mean()
+    half = 1.96 * values.std() / 20
+    assert (low, high) == (pytest.approx(value - half, abs=0.02), pytest.approx(value + half, abs=0.02))
+
+
+def test_bootstrap_covers_the_truth():
+    """A correlation of normal pairs, 40 rows: 95 % within some four standard errors of 200 trials."""
+    random = np.random.default_rng(7)
+    truth = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's of a normal correlation of .5
+    covered = []
+    for trial in range(200):
+        x = random.normal(size=40)
+        y = 0.5 * x + math.sqrt(0.75) * random.normal(size=40)
+        _, low, high = bootstrap_mean_correlation(x[None], y[None], num_draws=200, seed=trial)
+        covered.append(low < truth < high)
+    assert 0.88 < np.mean(covered) < 0.99
+
+
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_joint_bootstrap_equals_the_bootstrap_over_columns(name):
+    random = np.random.default_rng(8)
+    x = random.normal(size=(3, 10))
+    y = x + random.normal(size=(3, 10))
+    x[1, 2] = y[2, 5] = np.nan
+
+    def mean_of_scipy(columns_x, columns_y):
+        pairs = [(a, b, np.isfinite(a) & np.isfinite(b)) for a, b in zip(columns_x.T, columns_y.T, strict=True)]
+        return np.mean([SCIPY[name](a[kept], b[kept]).statistic for a, b, kept in pairs])
+
+    joint = bootstrap_mean_correlation(x, y, CORRELATIONS[name], num_draws=50)
+    assert joint == pytest.approx(bootstrap_interval(mean_of_scipy, x.T, y.T, num_draws=50), abs=1e-12)
+    assert joint.value == pytest.approx(mean_correlation(x, y, CORRELATIONS[name]), abs=1e-12)
+
+
+def test_models_that_agree_do_not_narrow_the_interval():
+    x, y = np.random.default_rng(9).normal(size=(2, 1, 12)).cumsum(0)
+    alone, copied = (bootstrap_mean_correlation(np.repeat(x, n, 0), np.repeat(y, n, 0)) for n in (1, 8))
+    assert copied == pytest.approx(alone, abs=1e-12)
+
+
+def test_mean_leaves_undefined_models_out():
+    x = [[1, 2, 3, 4], [1, np.nan, np.nan, 2], [1, 2, 4, 3]]
+    y = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert mean_correlation(x, y) == pytest.approx((1 + 0.8) / 2)
+
+
+# ------------------------------------------------------------------ choosing a configuration
+def test_selection_equals_a_loop_over_every_permutation():
+    """5 tasks have 120 permutations; the sampled null must come near the complete one."""
+    random = np.random.default_rng(10)
+    maps, targets = random.normal(size=(4, 5)).round(1), random.normal(size=5)
+    for absolute, size in ((False, float), (True, abs)):
+        every = [
+            max(size(scipy.stats.spearmanr(row, permuted).statistic) for row in maps)
+            for permuted in permutations(targets)
+        ]
+        observed = [scipy.stats.spearmanr(row, targets).statistic for row in maps]
+        found = selection_null(maps, targets, absolute=absolute)
+        assert found.configuration == int(np.argmax([size(r) for r in observed]))
+        assert found.best == pytest.approx(observed[found.configuration], abs=1e-12)
+        assert found.null_mean == pytest.approx(np.mean(every), abs=0.02)
+        assert found.p_value == pytest.approx(np.mean(np.array(every) >= size(found.best) - 1e-9), abs=0.02)
+
+
+def test_selection_of_noise_has_uniform_p_values():
+    random = np.random.default_rng(11)
+    p_values = []
+    for trial in range(200):
+        maps = random.normal(size=(30, 12)) + random.normal(size=12)  # configurations that resemble each other
+        p_values.append(selection_null(maps, random.normal(size=12), num_permutations=200, seed=trial).p_value)
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_selection_skips_what_is_missing_and_keeps_the_index():
+    targets = np.array([1.0, 2, 3, 4, 5, np.nan])
+    maps = np.array([[1, 2, 3, 4, np.nan, 0], [7, 7, 7, 7, 7, 0], [1, 2, 3, 5, 4, np.nan]], float)
+    found = selection_null(maps, targets, num_permutations=50)
+    assert (found.configuration, found.best) == (2, pytest.approx(0.9))
+    with pytest.raises(ValueError, match="three tasks"):
+        selection_null(maps[:, :2], targets[:2])
+
+
+def test_leave_one_out_with_one_configuration_is_its_spearman():
+    x, y = correlated_pairs(12, seed=12)
+    assert leave_one_out_selection(x[None], y).correlation == pytest.approx(spearman(x, y), abs=1e-12)
+
+
+def test_leave_one_out_predicts_the_fraction_of_the_others_below():
+    found = leave_one_out_selection([[10, 20, 20, 40, np.nan, 70]], [1, 2, 3, 4, 5, np.nan])
+    np.testing.assert_allclose(found.predicted, [0, 0.5, 0.5, 1, np.nan, np.nan])
+    np.testing.assert_array_equal(found.chosen, [0, 0, 0, 0, -1, -1])
+
+
+def test_leave_one_out_finds_the_true_configuration_and_survives_scales():
+    random = np.random.default_rng(13)
+    targets = random.normal(size=12)
+    maps = random.normal(size=(20, 12))
+    maps[7] = 1000 + np.exp(targets)
+    found = leave_one_out_selection(maps, targets)
+    assert (found.chosen == 7).all()
+    assert found.correlation == pytest.approx(1)
+    assert found.p_value < 0.01
+
+
+def test_leave_one_out_does_not_see_the_task_left_out():
+    random = np.random.default_rng(14)
+    maps, targets = random.normal(size=(20, 12)), random.normal(size=12)
+    changed = maps.copy()
+    changed[:, 3] = random.normal(size=20)
+    first, second = (leave_one_out_selection(table, targets, num_permutations=1) for table in (maps, changed))
+    assert first.chosen[3] == second.chosen[3]
+    assert (first.chosen != second.chosen).any()  # the other choices do see it
+
+
+def test_leave_one_out_under_noise_has_mean_zero_and_a_wider_spread():
+    """And its p-values are uniform; the sd of a plain Spearman of 12 tasks is .30."""
+    random = np.random.default_rng(15)
+    trials = [
+        leave_one_out_selection(random.normal(size=(19, 12)), random.normal(size=12), num_permutations=100, seed=trial)
+        for trial in range(400)
+    ]
+    values = [trial.correlation for trial in trials]
+    assert abs(np.mean(values)) < 0.07  # three standard errors
+    assert 0.40 < np.std(values) < 0.52
+    assert scipy.stats.kstest([trial.p_value for trial in trials], "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("num, mean, quantile", [(1, 0, 0.50), (19, 0.54, 0.76), (100, 0.70, 0.84)])
+def test_expected_maximum_of_noise(num, mean, quantile):
+    """Reference values of another program (paper.md, pitfall 2); for one ranking, the table of Spearman's at n = 12."""
+    assert expected_maximum(num, 12) == (pytest.approx(mean, abs=0.02), pytest.approx(quantile, abs=0.02))
+
+
+# ------------------------------------------------------------------ the figure, and the paper's numbers
+def made_up_cells(num_models: int) -> pd.DataFrame:
+    """5 datasets per model, y falling in x; the last model misses one."""
+    rows = [
+        {"model": f"org/m{m}", "dataset": f"d{d}", "ntps": d + m, "mse": -(d**2)}
+        for m in range(num_models)
+        for d in range(5)
+    ]
+    return pd.DataFrame(rows[:-1])
+
+
+@pytest.mark.parametrize("num_models, grid", [(1, (1, 1)), (3, (1, 3)), (5, (2, 4)), (8, (2, 4))])
+@pytest.mark.parametrize("names", [False, True])
+def test_rank_grid_is_not_reversed(num_models, grid, names):
+    figure = plot_rank_grid(made_up_cells(num_models), "ntps", "mse", names)
+    panels = [panel for panel in figure.axes if panel.axison]
+    assert figure.axes[0].get_gridspec().get_geometry() == grid
+    assert [panel.get_title() for panel in panels] == [f"m{m}\nr = -1.00" for m in range(num_models)]
+    for panel, num in zip(panels, [5] * (num_models - 1) + [4], strict=True):
+        dots = [tuple(dot.get_offsets()[0]) for dot in panel.collections]
+        assert dots == [(d + 1, num - d) for d in range(num)]
+    assert figure.get_supylabel() == "MSE (rank, 1 = lowest)"
+    assert len(figure.legends) == names
+    plt.close(figure)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the authors' files are not here")
+def test_all_published_correlations():
+    rows = published_rows(PUBLISHED)
+    fig2 = pd.DataFrame(rows["fig2.csv"], columns=["model", "dataset", "metric", "ntps", "value"])
+    fig3 = pd.DataFrame(rows["fig3.csv"], columns=["model", "dataset", "ntps", "linear", "lora"])
+    assert set(fig2.model) == set(fig3.model) == set(PUBLISHED_R)
+    for model, expected in PUBLISHED_R.items():
+        probes, gains = fig2[fig2.model == model], fig3[fig3.model == model]
+        by_metric = {metric: spearman(cells.ntps, cells.value) for metric, cells in probes.groupby("metric")}
+        found = (by_metric["train_accuracy"], by_metric["train_mse"], spearman(gains.ntps, gains.lora - gains.linear))
+        assert tuple(round(r, 2) for r in found) == expected, model
+
+
+def test_kendall_counts_ties_as_tau_b():
+    """By hand: of 6 pairs 4 agree, none disagrees, one ties in x only, one in y only."""
+    assert kendall([1, 1, 2, 3], [1, 2, 3, 3]) == pytest.approx(4 / 5)
