@@ -7,7 +7,7 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # idle threads sleep instead of spinning: a busy machine then slows small problems tenfold less
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint study figures bench clean
 
 demo: $(READY)  ## docstrings -> tiny LM -> moments -> NTPS, with a table and a picture
 	$(PYTHON) cache.py --split train
@@ -21,6 +21,24 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
+
+# full: about two hours on two cores, goes on where it was interrupted; quick: two models, one seed
+STUDY ?= full
+STUDY_DATA_full := fig_plot/data
+STUDY_DATA_quick := results/study/quick/data
+STUDY_DATA := $(STUDY_DATA_$(STUDY))
+
+study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x every script
+	$(PYTHON) demo/study.py --scale $(STUDY)
+	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0
+	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
+	$(PYTHON) fig_plot/collect.py --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
+	$(PYTHON) fig_plot/verdict.py --data_dir $(STUDY_DATA)
+
+figures: $(READY)  ## every committed figure from the committed CSV files
+	$(PYTHON) fig_plot/verdict.py
+	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
+	    fig_plot/Verdict.ipynb
 
 bench: $(READY)  ## every performance claim of the README, measured here
 	$(PYTHON) benchmarks/bench_cache.py

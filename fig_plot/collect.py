@@ -1,0 +1,272 @@
+"""Turn results/** into the tidy CSV files that every figure is drawn from.
+
+    python fig_plot/collect.py                                    # all that lies under results/
+    python fig_plot/collect.py --results_dir results/study/full   # the mini study, as committed
+
+Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
+or foreign is named, skipped and counted, and so is a model and dataset that one of the scripts has not seen.
+Writes to fig_plot/data/, a row each:
+
+    scores.csv     model, dataset, seed, order and subspace of V: the score of the run, its null, its probe
+    layers.csv     the same, layer and fraction: the scores there (V by autoregression only)
+    probes.csv     model, dataset, seed, layer: scikit-learn's probes on both splits
+    training.csv   model, dataset, seed, method: scores on test at the last step
+    datasets.csv   dataset: rows, classes, majority share, bag of words
+    models.csv     model: parameters, and for the docstring LMs their held-out loss
+    alignment.csv, separability.csv   the words of alignment_vis.py, and how far their categories lie apart
+    sources.json   settings shared by the runs, library versions, commits
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/collect.py` finds utils
+from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
+from utils.models import MODELS
+from utils.report import SCORES
+
+DATA_DIR = Path("fig_plot/data")
+TABLES = ("scores", "layers", "probes", "training", "datasets", "models", "alignment", "separability")
+KEYS = (  # what tells rows of a table apart, and sorts them
+    *("model", "dataset", "seed", "method", "split", "eigenvectors", "subspace", "center", "num_components"),
+    *("layer", "fraction", "space", "group", "word"),
+)
+METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
+DIGITS = "%.6g"
+OPTIONS = (".smallest", ".pca", ".random", ".centered", ".test", ".all")  # what K_sweep.py adds to a dataset's name
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    results_dir: Path = Path("results")  # searched at any depth
+    output_dir: Path = DATA_DIR  # the CSV files go there, replacing those of the same name
+    strict: bool = False  # exit with 1 if anything was skipped or is missing
+
+
+# ------------------------------------------------------------------ one result -> rows
+def shown_name(name: str) -> str:
+    """The name a reader knows from the name on disk: `Qwen__Qwen2-0.5B` -> `Qwen/Qwen2-0.5B`."""
+    return name.replace("__", "/")
+
+
+def dataset_of(path: Path) -> str:
+    """The dataset of a file of K_sweep.py, without the options in its name."""
+    name = path.stem
+    while option := next((option for option in OPTIONS if name.endswith(option)), None):
+        name = name.removesuffix(option)
+    return shown_name(name)
+
+
+def score_row(path: Path, result: dict) -> dict[str, Any]:
+    """A row of scores.csv."""
+    config, last = result["config"], result["layers"][-1]
+    row = {"model": shown_name(path.parent.name), "dataset": dataset_of(path), "seed": config["seed"]}
+    row |= {name: config[name] for name in ("split", "eigenvectors", "subspace", "center")}
+    row |= {name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}
+    row |= {name: last[name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
+    for name in SCORES:
+        score = result["score"][name]
+        row |= {name if key == "value" else f"{name}_{key}": value for key, value in score.items()}
+    return row | {name: value for name, value in last.items() if name.startswith("probe_")}
+
+
+def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
+    """Rows of layers.csv."""
+    config = result["config"]
+    keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path), "seed": config["seed"]}
+    keys |= {name: config[name] for name in ("split", "eigenvectors", "center")}
+    for layer in result["layers"] if config["subspace"] == "autoregression" else ():
+        for index, fraction in enumerate(result["fractions"]):
+            scores = {name: layer[name][index] for name in (*SCORES, "chance")}
+            yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
+
+
+def probe_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
+    """Rows of probes.csv."""
+    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.stem), "seed": result["config"]["seed"]}
+    for layer in result["layers"]:
+        scores = {f"{split}_{name}": value for split in ("train", "test") for name, value in layer[split].items()}
+        yield {**keys, "layer": layer["layer"], **scores}
+
+
+def training_row(path: Path, result: dict) -> dict[str, Any]:
+    """A row of training.csv."""
+    config, folder = result["config"], path.parent
+    row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
+    row |= {"method": folder.parent.parent.name, "learning_rate": config["learning_rate"]}
+    row |= {name: result[name] for name in ("num_train", "num_steps", "texts_per_step", "num_trained_parameters")}
+    row |= {name: value for name, value in result["last"].items() if name.startswith("test_")}
+    return row | {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
+
+
+def alignment_rows(path: Path, result: dict, table: str) -> Iterator[dict[str, Any]]:
+    """Rows of alignment.csv, or those of separability.csv."""
+    config = result["config"]
+    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.split(".layer")[0])}
+    keys |= {name: config[name] for name in ("split", "center", "num_components", "layer")}
+    if table == "alignment":
+        yield from ({**keys, **word} for word in result["words"])
+        return
+    for space, described in result["subspaces"].items():
+        for group, measures in described["separability"].items():
+            numbers = {f"{name}_{key}": value for name, of in measures.items() for key, value in of.items()}
+            yield {**keys, "space": space, "group": group, **numbers}
+
+
+def dataset_row(path: Path, result: dict) -> dict[str, Any]:
+    """A row of datasets.csv, from a result of linear_sklearn.py."""
+    row = {"dataset": shown_name(path.stem), "seed": result["config"]["seed"], "num_classes": result["num_classes"]}
+    row |= {f"num_{split}": number for split, number in result["num_samples"].items()}
+    for name, scores in result["baselines"].items():
+        kept = [score for score in ("accuracy", "balanced_accuracy", "r2") if score in scores]
+        row |= {f"{name}_{score}": scores[score] for score in kept}
+    return row
+
+
+def model_row(name: str, model_name: str) -> dict[str, Any]:
+    """A row of models.csv: from pretraining.json where the model has one, else the table of known models.
+
+    Args:
+        name: as shown.
+        model_name: as given to the scripts.
+    """
+    spec = MODELS.get(model_name)
+    report_path = ROOT / (spec.path if spec else model_name) / "pretraining.json"
+    if report_path.is_file():
+        report = load_json(report_path)
+        fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds", "command")
+        return {"model": name, **{field: report[field] for field in fields}}
+    return {"model": name, "num_parameters": parse_size(spec.parameters) if spec else None}
+
+
+def parse_size(size: str) -> float:
+    """`0.5B` -> 5e8."""
+    return float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+
+
+# ------------------------------------------------------------------ all results -> tables
+READERS: dict[str, Callable[[Path, dict], Any]] = {
+    "ntps": lambda path, result: {"scores": [score_row(path, result)], "layers": list(layer_rows(path, result))},
+    "linear_sklearn": lambda path, result: {
+        "probes": list(probe_rows(path, result)),
+        "datasets": [dataset_row(path, result)],
+    },
+    "alignment": lambda path, result: {
+        table: list(alignment_rows(path, result, table)) for table in ("alignment", "separability")
+    },
+    **{method: lambda path, result: {"training": [training_row(path, result)]} for method in METHODS},
+}
+
+
+def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
+    """Kind and path of everything that should be a result: a JSON file, or the folder of a training run."""
+    for kind in READERS:
+        for folder in sorted(path for path in results_dir.rglob(kind) if path.is_dir()):
+            pattern = "*/*" if kind in METHODS else "*/*.json"
+            for path in sorted(folder.glob(pattern)):
+                yield kind, path / "metrics.json" if kind in METHODS else path
+
+
+def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list[str]]:
+    """The rows of each table, the results themselves, and what was skipped, in words."""
+    tables: dict[str, list[dict]] = {name: [] for name in TABLES}
+    results, skipped, model_names = [], [], dict[str, str]()
+    for kind, path in result_files(results_dir):
+        if not path.is_file():
+            skipped.append(f"partial: {path.parent} has no {path.name}")
+            continue
+        try:
+            result = load_json(path)
+            rows = READERS[kind](path, result)
+        except UserError as error:
+            skipped.append(f"damaged: {error}")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
+        else:
+            results.append(result)
+            for table, of_table in rows.items():
+                tables[table].extend(of_table)
+                model_names |= {row["model"]: result["config"]["model_name"] for row in of_table if "model" in row}
+    tables["models"] = [model_row(*names) for names in sorted(model_names.items()) if not names[0].endswith("+lora")]
+    return tables, results, skipped
+
+
+def missing_cells(tables: dict[str, list[dict]]) -> list[str]:
+    """Models and datasets that K_sweep.py or linear_sklearn.py has not seen but another script has, in words."""
+    seen = {name: {(row["model"], row["dataset"]) for row in tables[name]} for name in ("scores", "probes", "training")}
+    after_lora = {cell for cell in seen["scores"] if cell[0].endswith("+lora")}
+    everything = (seen["scores"] | seen["probes"] | seen["training"]) - after_lora
+    scripts = {"scores": "K_sweep.py", "probes": "linear_sklearn.py"}
+    return [
+        f"missing: {model} on {dataset} has no result of {script}"
+        for table, script in scripts.items()
+        for model, dataset in sorted(everything - seen[table])
+    ]
+
+
+def sources(results: list[dict], command: str) -> dict[str, Any]:
+    """Where the numbers come from: command, library versions and commits, each once."""
+
+    def distinct(values: list[Any]) -> list[Any]:
+        return [value for index, value in enumerate(values) if value not in values[:index]]
+
+    environments = [result["environment"] for result in results]
+    commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
+    bare = [{name: value for name, value in of.items() if name != "git_commit"} for of in environments]
+    return {"command": command, "num_results": len(results), "git_commits": commits, "environments": distinct(bare)}
+
+
+def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
+    """The rows in the order of their keys, each once.
+
+    Raises:
+        UserError: two rows of the same keys differ.
+    """
+    table = pd.DataFrame(rows).drop_duplicates()
+    keys = [key for key in KEYS if key in table]
+    twice = table[table.duplicated(keys)]
+    if len(twice):
+        which = ", ".join(f"{key} {value}" for key, value in twice.iloc[0][keys].items())
+        raise UserError(f"{name}: two different results of {which}. Name one of their folders with --results_dir.")
+    return table.sort_values([key for key in keys if key != "word"], kind="stable")  # words keep their order
+
+
+def save_csv(path: Path, table: pd.DataFrame) -> None:
+    """Writes a table atomically, with six significant digits."""
+    with write_atomically(path) as temporary:
+        table.to_csv(temporary, index=False, float_format=DIGITS, lineterminator="\n")
+
+
+def main(config: Config) -> None:
+    """Writes the tables, and says what was skipped.
+
+    Raises:
+        UserError: no result at all, or with --strict anything skipped or missing.
+    """
+    tables, results, skipped = read_all(config.results_dir)
+    if not results:
+        found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
+        raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
+    skipped += missing_cells(tables)
+    for name, table in {name: to_table(name, rows) for name, rows in tables.items() if rows}.items():
+        save_csv(config.output_dir / f"{name}.csv", table)
+        print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
+    command = f"python fig_plot/collect.py --results_dir {config.results_dir}"
+    save_json(config.output_dir / "sources.json", sources(results, command))
+    for line in skipped:
+        print(line, file=sys.stderr)
+    print(f"{len(results)} results, {len(skipped)} skipped or missing")
+    if skipped and config.strict:
+        raise UserError(f"{len(skipped)} results skipped or missing, and --strict was given; they are named above.")
+    print(config.output_dir)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,158 @@
+"""The CSV files of fig_plot/data/ joined into one row per model and dataset: what every figure and the verdict use."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils.io import UserError
+
+DATA_DIR = Path(__file__).resolve().parent / "data"
+PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
+KEYS = ["model", "dataset"]
+RANDOM_MODEL = "tiny-random"  # the control: random weights
+# name -> what it is; the scores of the run, all at the last layer
+SCORES = {
+    "ntps": "NTPS",
+    "ntps_smallest": "NTPS, smallest eigenvalues",
+    "ntps_label": "NTPS, label directions",
+    "ntps_whitened": "NTPS, whitened",
+    "retained": "retained",
+    "ntps_label_z": "z of NTPS, label directions",
+    "ntps_whitened_z": "z of NTPS, whitened",
+    "retained_z": "z of retained",
+}
+CONTROLS = {
+    "ntps_pca": "NTPS, V by PCA",
+    "retained_pca": "retained, V by PCA",
+    "retained_random": "retained, random V",
+}
+# name -> what NTPS should predict; all on test, in shares of 1
+MEASURES = {
+    "probe_accuracy": "probe accuracy",
+    "probe_skill": "probe accuracy above majority",
+    "probe_mse": "probe MSE / variance",
+    "lora_gain": "LoRA gain",
+    "lora_gain_paper": "LoRA gain over the paper's probe",
+    "full_gain": "full fine-tuning gain",
+    "full_accuracy": "full fine-tuning accuracy",
+}
+METHOD_COLUMNS = {
+    "linear_training": "paper_probe_accuracy",
+    "lora": "lora_accuracy",
+    "full_finetuning": "full_accuracy",
+    "from_scratch": "scratch_accuracy",
+}
+
+
+def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """One of the files of collect.py.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = data_dir / f"{name}.csv"
+    if not path.is_file():
+        raise UserError(f"No {path}. Run: python fig_plot/collect.py")
+    return pd.read_csv(path)
+
+
+def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the paper's V and of its controls side by side, a row per model, dataset and seed."""
+    scores = scores[(scores["split"] == "train") & ~scores["center"]]
+    variants = {
+        "": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "autoregression")],
+        "_smallest": scores[(scores["eigenvectors"] == "smallest") & (scores["subspace"] == "autoregression")],
+        "_pca": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "pca")],
+        "_random": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "random")],
+    }
+    keys = [*KEYS, "seed"]
+    named = ["ntps", "ntps_label", "ntps_whitened", "retained"]
+    columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
+    columns = columns.drop(
+        columns=[name for name in columns if name.startswith("probe_")]
+    )  # probes.csv has them on test
+    for suffix, variant in variants.items():
+        if suffix:
+            renamed = variant[keys + named].rename(columns={name: name + suffix for name in named})
+            columns = columns.merge(renamed, on=keys, how="left")
+    return columns
+
+
+def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
+    """The probe of the last layer, a row per model, dataset and seed."""
+    last = probes.loc[probes.groupby([*KEYS, "seed"])["layer"].idxmax()]
+    columns = {"test_accuracy": "probe_accuracy", "test_mse_over_variance": "probe_mse"}
+    columns |= {"train_accuracy": "probe_train_accuracy", "train_mse_over_variance": "probe_train_mse"}
+    present = {name: new for name, new in columns.items() if name in last}
+    return last[[*KEYS, "seed", *present]].rename(columns=present)
+
+
+def training_columns(training: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy of each way of training, a row per model, dataset and seed."""
+    wide = training.pivot_table(index=[*KEYS, "seed"], columns="method", values="test_accuracy").reset_index()
+    return wide.rename(columns=METHOD_COLUMNS)
+
+
+def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """One row per model, dataset and seed: scores, what they should predict, and baselines.
+
+    Differences are between results of the same seed, which share their rows: `lora_gain` and `full_gain` over the
+    logistic probe of the last layer, `lora_gain_paper` over the paper's probe. `others_*` is the mean of the measure
+    over the other models. Models after LoRA are not among the rows.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    scores, probes, training, datasets, models = (
+        read_table(name, data_dir) for name in ("scores", "probes", "training", "datasets", "models")
+    )
+    keys = [*KEYS, "seed"]
+    cells = score_columns(scores[~scores["model"].str.endswith("+lora")])
+    cells = cells.merge(probe_columns(probes), on=keys, how="outer").merge(
+        training_columns(training), on=keys, how="outer"
+    )
+    of_dataset = datasets.drop(columns="num_classes", errors="ignore")
+    cells = cells.merge(of_dataset, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
+    for name in METHOD_COLUMNS.values():
+        if name not in cells:
+            cells[name] = np.nan
+    cells["probe_skill"] = cells["probe_accuracy"] - cells["majority_accuracy"]
+    cells["headroom"] = 1 - cells["probe_accuracy"]
+    cells["lora_gain"] = cells["lora_accuracy"] - cells["probe_accuracy"]
+    cells["lora_gain_paper"] = cells["lora_accuracy"] - cells["paper_probe_accuracy"]
+    cells["full_gain"] = cells["full_accuracy"] - cells["probe_accuracy"]
+    cells["scratch_gain"] = cells["scratch_accuracy"] - cells["probe_accuracy"]
+    return cells
+
+
+def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """As `load_seeds`, averaged over the seeds that are there: one row per model and dataset."""
+    return load_seeds(data_dir).groupby(KEYS, as_index=False).mean(numeric_only=True)
+
+
+def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """Scores after LoRA, with those before it in columns `<score>_before`, a row per model and dataset."""
+    scores = score_columns(read_table("scores", data_dir))
+    named = ["ntps", "ntps_label", "ntps_whitened", "retained"]
+    is_after = scores["model"].str.endswith("+lora")
+    after = scores[is_after].assign(model=scores["model"].str.removesuffix("+lora"))[[*KEYS, "seed", *named]]
+    before = scores[~is_after][[*KEYS, "seed", *named]]
+    return after.merge(before, on=[*KEYS, "seed"], suffixes=("", "_before"))
+
+
+def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One column as models x datasets, NaN where a cell is missing."""
+    return cells.pivot(index="model", columns="dataset", values=column)
+
+
+def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
+    """For each cell of models x datasets the mean over the other models on that dataset."""
+    present = table.notna()
+    count = present.sum() - present
+    return (table.sum() - table.fillna(0)) / count.where(count > 0)
+
+
+def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all models but the one with random weights, smallest model first."""
+    return cells[cells["model"] != RANDOM_MODEL].sort_values(["num_parameters", *KEYS], kind="stable")

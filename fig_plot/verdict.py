@@ -1,0 +1,297 @@
+"""Does NTPS predict? Correlations with their intervals, baselines, controls, and what choosing on the outcome is worth.
+
+    python fig_plot/verdict.py                # the mini study, from fig_plot/data/
+    python fig_plot/verdict.py --published    # the paper's numbers, from fig_plot/published/ (import_published.py)
+
+Reads the CSV files of collect.py. Writes verdict_*.csv beside them:
+
+    verdict_correlations.csv  each score and baseline with each measure, across tasks and across models
+    verdict_partial.csv       the same with LoRA gain, given the headroom 1 - probe accuracy
+    verdict_selection.csv     best layer and K, its permutation null, and the choice judged on a task left out
+    verdict_sensitivity.csv   correlation at every layer and K
+    verdict_controls.csv      what V by PCA, a random V, random weights and permuted labels give
+    verdict_decision.csv      AUC of "LoRA gains more than two points"
+    verdict_calibration.csv   error of the LoRA gain foretold from a score, in points of accuracy
+
+The fixed rule is the score of a run: mean over all fractions at the last layer. A correlation across tasks is computed
+within each model and averaged over models; one across models within each task, averaged over tasks. Intervals are
+bootstraps over tasks. The random-weights model is left out of all but the controls.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/verdict.py` finds utils
+from fig_plot import correlations as of
+from fig_plot.collect import save_csv
+from fig_plot.tables import (
+    CONTROLS,
+    DATA_DIR,
+    MEASURES,
+    PUBLISHED_DIR,
+    RANDOM_MODEL,
+    SCORES,
+    load_cells,
+    matrix,
+    mean_of_others,
+    read_table,
+)
+from utils.io import UserError, run_script
+
+GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
+TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy")
+MODEL_BASELINES = ("num_parameters", "held_out_loss", "headroom")
+POINT = 0.02  # a gain worth having, in the go / no-go question
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    published: bool = False  # the paper's numbers instead of the mini study
+    data_dir: Path | None = None  # by default fig_plot/data/, with --published fig_plot/published/
+    num_draws: int = 1000  # bootstrap samples of the tasks, and permutations of the selection null
+    seed: int = 0  # of both
+
+
+# ------------------------------------------------------------------ correlations under the fixed rule
+def correlation_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_correlations.csv: direction, score, measure, correlation, value, low, high, number of groups."""
+    for measure in [name for name in MEASURES if name in cells and cells[name].notna().any()]:
+        target = matrix(cells, measure)
+        others = mean_of_others(target)
+        names = dict.fromkeys((*SCORES, *CONTROLS, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy"))
+        for name in [name for name in names if name in cells and name != measure]:
+            score = matrix(cells, name)
+            yield from of_direction("tasks", name, measure, score, target, config)
+            yield from of_direction("models", name, measure, score.T, target.T, config)
+        yield from of_direction("tasks", "other models", measure, others, target, config)
+
+
+def of_direction(
+    direction: str, name: str, measure: str, score: pd.DataFrame, target: pd.DataFrame, config: Config
+) -> Iterator[dict[str, Any]]:
+    """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group."""
+    score, target = score.align(target, join="inner")
+    x, y = score.to_numpy(float), target.to_numpy(float)
+    groups = int(np.isfinite(of.spearman_rows(x, y)).sum())
+    if not groups:
+        return
+    for kind, correlation in of.CORRELATIONS.items():
+        draws = {"num_draws": config.num_draws if kind == "spearman" else config.num_draws // 4, "seed": config.seed}
+        if direction == "tasks":
+            interval = of.bootstrap_mean_correlation(x, y, correlation, **draws)
+        else:  # groups are the tasks here
+            within = np.array([correlation(*rows) for rows in zip(x, y, strict=True)])
+            interval = of.bootstrap_interval(np.mean, within[np.isfinite(within)], **draws)
+        yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
+               **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
+
+
+def partial_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_partial.csv: Spearman of score and gain with the headroom held fixed, mean over models."""
+    for measure in [name for name in GAINS if cells[name].notna().any()]:
+        for name in (*SCORES, *CONTROLS):
+            tables = [matrix(cells, column).to_numpy(float) for column in (name, measure, "headroom")]
+
+            def mean_partial(*by_task: np.ndarray) -> float:
+                values = [of.partial_spearman(*rows) for rows in zip(*(table.T for table in by_task), strict=True)]
+                defined = [value for value in values if np.isfinite(value)]
+                return float(np.mean(defined)) if defined else float("nan")
+
+            draws = {"num_draws": config.num_draws // 4, "seed": config.seed}
+            interval = of.bootstrap_interval(mean_partial, *(table.T for table in tables), **draws)
+            yield {"measure": measure, "score": name, "given": "headroom", **interval._asdict()}
+
+
+def decision_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """AUC of "the gain is above two points", pooled over models and tasks; below .5 the score points the other way."""
+    for measure in [name for name in GAINS if cells[name].notna().any()]:
+        known = cells[cells[measure].notna()]
+        for name in (*SCORES, *CONTROLS, "headroom", "num_parameters"):
+            if name in known:
+                value = of.auc(known[name].to_numpy(float), known[measure].to_numpy(float) > POINT)
+                yield {"measure": measure, "score": name, "auc": value, "cells": len(known)}
+
+
+# ------------------------------------------------------------------ layer and K chosen on the outcome
+def score_maps(layers: pd.DataFrame, model: str, order: str, score: str) -> tuple[np.ndarray, pd.DataFrame]:
+    """(configurations, tasks) of one score, and the layer and fraction of each configuration; tasks sorted by name."""
+    rows = layers[(layers["model"] == model) & (layers["eigenvectors"] == order) & ~layers["center"]]
+    table = rows.pivot_table(index=["layer", "fraction"], columns="dataset", values=score)
+    return table.to_numpy(), table.index.to_frame(index=False)
+
+
+def selection_rows(
+    cells: pd.DataFrame, layers: pd.DataFrame, config: Config, measures: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_selection.csv, one per model, measure, order and score."""
+    for model in sorted(cells["model"].unique()):
+        target_of = cells[cells["model"] == model].set_index("dataset").sort_index()
+        for order in ("largest", "smallest"):
+            for score in ("ntps", "retained"):
+                maps, configurations = score_maps(layers, model, order, score)
+                for measure in measures:
+                    target = target_of[measure].to_numpy(float)
+                    if np.isfinite(target).sum() < 3 or maps.shape[1] != len(target):
+                        continue
+                    best = of.selection_null(maps, target, num_permutations=config.num_draws, seed=config.seed)
+                    without = of.leave_one_out_selection(maps, target, config.num_draws, config.seed)
+                    last = configurations["layer"] == configurations["layer"].max()
+                    chosen = configurations.iloc[best.configuration]
+                    yield {
+                        **{"model": model, "measure": measure, "eigenvectors": order, "score": score},
+                        "fixed_rule": of.spearman(maps[last].mean(0), target),
+                        **{"best": best.best, "layer": int(chosen["layer"]), "fraction": chosen["fraction"]},
+                        **{"null_mean": best.null_mean, "null_quantile": best.null_quantile, "p": best.p_value},
+                        **{"leave_one_out": without.correlation, "leave_one_out_p": without.p_value},
+                        **{"configurations": len(maps), "tasks": int(np.isfinite(target).sum())},
+                    }
+
+
+def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_sensitivity.csv: Spearman across tasks at every layer and fraction, per model."""
+    for model in sorted(cells["model"].unique()):
+        targets = cells[cells["model"] == model].set_index("dataset").sort_index()
+        for score in ("ntps", "ntps_label", "ntps_whitened", "retained"):
+            maps, configurations = score_maps(layers, model, "largest", score)
+            for measure in ("probe_accuracy", "lora_gain"):
+                target = targets[measure].to_numpy(float)
+                if maps.shape[1] != len(target) or np.isfinite(target).sum() < 3:
+                    continue
+                values = of.spearman_rows(maps, target)
+                for (layer, fraction), value in zip(configurations.to_numpy(), values, strict=True):
+                    yield {"model": model, "score": score, "measure": measure, "layer": int(layer),
+                           "fraction": fraction, "spearman": value}  # fmt: skip
+
+
+# ------------------------------------------------------------------ controls and calibration
+def control_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_controls.csv: mean over tasks of each score for each V, and its lead over a random V."""
+    for model, rows in cells.groupby("model"):
+        for score in ("ntps", "ntps_label", "ntps_whitened", "retained"):
+            for v in ("", "_smallest", "_pca", "_random"):
+                lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
+                interval = of.bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
+                row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression"}
+                row |= {"value": rows[score + v].mean(), "lead_over_random": interval.value}
+                row |= {"low": interval.low, "high": interval.high, "tasks": len(lead)}
+                if not v and f"{score}_z" in rows:
+                    z = rows[f"{score}_z"].dropna()
+                    row |= {"permuted_labels": rows[f"{score}_null_mean"].mean(), "mean_z": z.mean()}
+                    row |= {"tasks_above_2_z": int((z > 2).sum())}
+                yield row
+
+
+def calibration_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_calibration.csv: root mean squared error of a gain foretold for a task left out, in points.
+
+    Least squares on the other tasks, all models together, an intercept per model; `nothing` is the intercept alone.
+    """
+    predictors = {"nothing": [], **{name: [name] for name in (*SCORES, "headroom")}}
+    predictors |= {"headroom and ntps": ["headroom", "ntps"], "headroom and retained_z": ["headroom", "retained_z"]}
+    for measure in [name for name in GAINS if cells[name].notna().any()]:
+        for name, columns in predictors.items():
+            rows = cells.dropna(subset=[measure, *columns])
+            models = pd.get_dummies(rows["model"]).to_numpy(float)
+            design, target = np.hstack([models, rows[columns].to_numpy(float)]), rows[measure].to_numpy(float)
+            errors = np.empty(len(rows))
+            for dataset in rows["dataset"].unique():
+                out = (rows["dataset"] == dataset).to_numpy()
+                weights = np.linalg.lstsq(design[~out], target[~out])[0]
+                errors[out] = design[out] @ weights - target[out]
+            worst = np.quantile(np.abs(errors), 0.95)
+            yield {"measure": measure, "predictors": name, "rmse_points": 100 * np.sqrt(np.mean(errors**2)),
+                   "within_95_percent_points": 100 * worst, "cells": len(rows)}  # fmt: skip
+
+
+# ------------------------------------------------------------------ the paper's numbers
+def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
+    """The same questions asked of the published values; maps over layers and K were not published.
+
+    Raises:
+        UserError: the values have not been imported.
+    """
+    if not (data_dir / "fig3.csv").is_file():
+        raise UserError(f"No {data_dir / 'fig3.csv'}. Run: python fig_plot/import_published.py PATH")
+    fig2, fig3 = pd.read_csv(data_dir / "fig2.csv"), pd.read_csv(data_dir / "fig3.csv")
+    fig3 = fig3.assign(lora_gain=fig3["lora_accuracy"] - fig3["linear_accuracy"], headroom=1 - fig3["linear_accuracy"])
+    train = fig2[fig2["metric"] == "train_accuracy"].rename(columns={"value": "probe_accuracy"})
+    error = fig2[fig2["metric"] != "train_accuracy"].rename(columns={"value": "probe_mse"})
+    rows: list[dict] = []
+    for without in (None, "medical"):  # its texts are a defect of the released loader
+        for cells, measure in ((train, "probe_accuracy"), (error, "probe_mse"), (fig3, "lora_gain")):
+            kept = cells[cells["dataset"] != without]
+            target, score = matrix(kept, measure), matrix(kept, "ntps")
+            scores = {"ntps": score, "other models": mean_of_others(target)}
+            scores |= {"headroom": matrix(kept, "headroom")} if "headroom" in kept else {}
+            for name, table in scores.items():
+                of_score = [*of_direction("tasks", name, measure, table, target, config)]
+                of_score += of_direction("models", name, measure, table.T, target.T, config)
+                rows += [{"without": without or "", **row} for row in of_score]
+    noise = [
+        {
+            "configurations": m,
+            **dict(zip(("mean", "quantile"), of.expected_maximum(m, 12, seed=config.seed), strict=True)),
+        }
+        for m in (1, 10, 19, 100, 475)
+    ]
+    decision = [
+        {"score": name, "auc": of.auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > POINT)}
+        for name, sign in (("ntps", -1), ("headroom", 1))
+    ]
+    return {"correlations": pd.DataFrame(rows), "noise": pd.DataFrame(noise), "decision": pd.DataFrame(decision)}
+
+
+# ------------------------------------------------------------------ run
+def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
+    """Every table of the mini study."""
+    every = load_cells(data_dir)
+    layers = read_table("layers", data_dir)
+    layers = layers[(layers["split"] == "train") & (layers["seed"] == layers["seed"].min())]
+    cells = every[every["model"] != RANDOM_MODEL]
+    rows = {
+        "correlations": correlation_rows(cells, config),
+        "partial": partial_rows(cells, config),
+        "decision": decision_rows(cells),
+        "selection": selection_rows(cells, layers, config, ("probe_accuracy", "lora_gain")),
+        "sensitivity": sensitivity_rows(cells, layers),
+        "controls": control_rows(every, config),
+        "calibration": calibration_rows(cells),
+    }
+    return {name: pd.DataFrame(of_table) for name, of_table in rows.items()}
+
+
+def print_summary(tables: dict[str, pd.DataFrame]) -> None:
+    """Spearman of every score with the main measures, and the smaller tables."""
+    of_kind = tables["correlations"].query("correlation == 'spearman'")
+    shown = of_kind.assign(
+        cell=of_kind.apply(lambda row: f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]", axis=1)
+    )
+    keys = ["direction", "without"] if "without" in shown else ["direction"]
+    for group, rows in shown.groupby(keys, sort=False):
+        print(f"\nSpearman {', '.join(part for part in group if part)}, mean and 95 % interval")
+        print(rows.pivot(index="score", columns="measure", values="cell").fillna("").to_string())
+    for name, table in tables.items():
+        if name not in ("correlations", "sensitivity"):
+            print(f"\n{name}\n{table.round(3).to_string(index=False)}")
+
+
+def main(config: Config) -> None:
+    """Writes the tables and prints what they say."""
+    data_dir = config.data_dir or (PUBLISHED_DIR if config.published else DATA_DIR)
+    tables = published_tables(data_dir, config) if config.published else study_tables(data_dir, config)
+    print_summary(tables)
+    for name, table in tables.items():
+        save_csv(data_dir / f"verdict_{name}.csv", table)
+    print(data_dir)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
