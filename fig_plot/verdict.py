@@ -29,7 +29,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/verdict.py` finds utils
 from fig_plot import correlations as of
-from fig_plot.collect import save_csv
+from fig_plot.collect import parse_size, save_csv
 from fig_plot.tables import (
     CONTROLS,
     DATA_DIR,
@@ -43,6 +43,7 @@ from fig_plot.tables import (
     read_table,
 )
 from utils.io import UserError, run_script
+from utils.models import MODELS
 
 GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy")
@@ -65,13 +66,12 @@ def correlation_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, 
     """Rows of verdict_correlations.csv: direction, score, measure, correlation, value, low, high, number of groups."""
     for measure in [name for name in MEASURES if name in cells and cells[name].notna().any()]:
         target = matrix(cells, measure)
-        others = mean_of_others(target)
         names = dict.fromkeys((*SCORES, *CONTROLS, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy"))
         for name in [name for name in names if name in cells and name != measure]:
             score = matrix(cells, name)
             yield from of_direction("tasks", name, measure, score, target, config)
             yield from of_direction("models", name, measure, score.T, target.T, config)
-        yield from of_direction("tasks", "other models", measure, others, target, config)
+        yield from of_others(measure, target, config)
 
 
 def of_direction(
@@ -94,10 +94,16 @@ def of_direction(
                **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
 
-def partial_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+def of_others(measure: str, target: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+    """The baseline without a score: what the other models reach on the task, or the model on the other tasks."""
+    yield from of_direction("tasks", "mean of the others", measure, mean_of_others(target), target, config)
+    yield from of_direction("models", "mean of the others", measure, mean_of_others(target.T), target.T, config)
+
+
+def partial_rows(cells: pd.DataFrame, config: Config, scores: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows of verdict_partial.csv: Spearman of score and gain with the headroom held fixed, mean over models."""
-    for measure in [name for name in GAINS if cells[name].notna().any()]:
-        for name in (*SCORES, *CONTROLS):
+    for measure in known_gains(cells):
+        for name in scores:
             tables = [matrix(cells, column).to_numpy(float) for column in (name, measure, "headroom")]
 
             def mean_partial(*by_task: np.ndarray) -> float:
@@ -110,9 +116,14 @@ def partial_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]
             yield {"measure": measure, "score": name, "given": "headroom", **interval._asdict()}
 
 
+def known_gains(cells: pd.DataFrame) -> list[str]:
+    """The gains that were measured anywhere."""
+    return [name for name in GAINS if name in cells and cells[name].notna().any()]
+
+
 def decision_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """AUC of "the gain is above two points", pooled over models and tasks; below .5 the score points the other way."""
-    for measure in [name for name in GAINS if cells[name].notna().any()]:
+    for measure in known_gains(cells):
         known = cells[cells[measure].notna()]
         for name in (*SCORES, *CONTROLS, "headroom", "num_parameters"):
             if name in known:
@@ -196,7 +207,7 @@ def calibration_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """
     predictors = {"nothing": [], **{name: [name] for name in (*SCORES, "headroom")}}
     predictors |= {"headroom and ntps": ["headroom", "ntps"], "headroom and retained_z": ["headroom", "retained_z"]}
-    for measure in [name for name in GAINS if cells[name].notna().any()]:
+    for measure in known_gains(cells):
         for name, columns in predictors.items():
             rows = cells.dropna(subset=[measure, *columns])
             models = pd.get_dummies(rows["model"]).to_numpy(float)
@@ -229,12 +240,14 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         for cells, measure in ((train, "probe_accuracy"), (error, "probe_mse"), (fig3, "lora_gain")):
             kept = cells[cells["dataset"] != without]
             target, score = matrix(kept, measure), matrix(kept, "ntps")
-            scores = {"ntps": score, "other models": mean_of_others(target)}
+            sizes = pd.Series({model: parse_size(MODELS[model].parameters) for model in target.index})
+            scores = {"ntps": score, "num_parameters": pd.DataFrame(dict.fromkeys(target, sizes))}
             scores |= {"headroom": matrix(kept, "headroom")} if "headroom" in kept else {}
+            of_cells = [*of_others(measure, target, config)]
             for name, table in scores.items():
-                of_score = [*of_direction("tasks", name, measure, table, target, config)]
-                of_score += of_direction("models", name, measure, table.T, target.T, config)
-                rows += [{"without": without or "", **row} for row in of_score]
+                of_cells += of_direction("tasks", name, measure, table, target, config)
+                of_cells += of_direction("models", name, measure, table.T, target.T, config)
+            rows += [{"without": without or "", **row} for row in of_cells]
     noise = [
         {
             "configurations": m,
@@ -246,7 +259,13 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         {"score": name, "auc": of.auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > POINT)}
         for name, sign in (("ntps", -1), ("headroom", 1))
     ]
-    return {"correlations": pd.DataFrame(rows), "noise": pd.DataFrame(noise), "decision": pd.DataFrame(decision)}
+    partial = partial_rows(fig3, config, ("ntps",))
+    return {
+        "correlations": pd.DataFrame(rows),
+        "partial": pd.DataFrame(partial),
+        "noise": pd.DataFrame(noise),
+        "decision": pd.DataFrame(decision),
+    }
 
 
 # ------------------------------------------------------------------ run
@@ -258,7 +277,7 @@ def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
     cells = every[every["model"] != RANDOM_MODEL]
     rows = {
         "correlations": correlation_rows(cells, config),
-        "partial": partial_rows(cells, config),
+        "partial": partial_rows(cells, config, (*SCORES, *CONTROLS)),
         "decision": decision_rows(cells),
         "selection": selection_rows(cells, layers, config, ("probe_accuracy", "lora_gain")),
         "sensitivity": sensitivity_rows(cells, layers),
@@ -274,9 +293,11 @@ def print_summary(tables: dict[str, pd.DataFrame]) -> None:
     shown = of_kind.assign(
         cell=of_kind.apply(lambda row: f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]", axis=1)
     )
-    keys = ["direction", "without"] if "without" in shown else ["direction"]
-    for group, rows in shown.groupby(keys, sort=False):
-        print(f"\nSpearman {', '.join(part for part in group if part)}, mean and 95 % interval")
+    shown["group"] = shown["direction"]
+    if "without" in shown:
+        shown["group"] += shown["without"].map(lambda name: f", without {name}" if name else "")
+    for group, rows in shown.groupby("group", sort=False):
+        print(f"\nSpearman {group}, mean and 95 % interval")
         print(rows.pivot(index="score", columns="measure", values="cell").fillna("").to_string())
     for name, table in tables.items():
         if name not in ("correlations", "sensitivity"):

@@ -1,0 +1,157 @@
+"""fig_plot/tables.py and fig_plot/verdict.py on made-up studies whose answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fig_plot import tables, verdict
+from tests.conftest import ROOT, run_command
+
+MODELS, TASKS = ("tiny-random", "small-one", "large-one", "huge-one"), [f"task{i:02d}" for i in range(14)]
+FRACTIONS, LAYERS = (0.25, 0.5, 0.75), (0, 1, 2)
+NAMES = ("ntps", "ntps_label", "ntps_whitened", "retained")
+
+
+def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
+    """CSV files as collect.py writes them, and the truth they were made from, one row per model and task.
+
+    `ntps` is `relation` x probe accuracy + noise (no noise at 1); `retained` is noise; LoRA gains 0.3 x headroom.
+    Across models NTPS falls with accuracy: each model's NTPS is shifted down by twice what its accuracy is shifted up.
+    """
+    random = np.random.default_rng(seed)
+    easy = random.permutation(np.linspace(0.3, 0.9, len(TASKS)))
+    rows, layers, probes, training = [], [], [], []
+    for shift, model in zip((-0.05, 0.0, 0.02, 0.04), MODELS, strict=True):
+        for task, base in zip(TASKS, easy, strict=True):
+            accuracy = base + shift
+            value = relation * base + (1 - relation) * random.uniform(0.3, 0.9) - 2 * shift
+            scores = {name: random.uniform() for name in NAMES} | {"ntps": value}
+            keys = {"model": model, "dataset": task, "seed": 0, "split": "train", "center": False}
+            for order, subspace, lead in (
+                *(("largest", "autoregression", 0.0), ("smallest", "autoregression", -0.5)),
+                *(("largest", "pca", 0.1), ("largest", "random", -0.2)),
+            ):
+                row = {**keys, "eigenvectors": order, "subspace": subspace, "layer": 2, "probe_mse": 9.0}
+                row |= {name: of + lead for name, of in scores.items()}
+                row |= {f"{name}_{key}": 3.0 for name in NAMES[1:] for key in ("null_mean", "null_std", "z")}
+                rows.append(row)
+            for layer in LAYERS:
+                probes.append({"model": model, "dataset": task, "seed": 0, "layer": layer, "train_accuracy": 1.0,
+                               "test_accuracy": accuracy if layer == 2 else 0.0, "test_mse_over_variance": 1 - accuracy,
+                               "train_mse_over_variance": 0.0})  # fmt: skip
+                for fraction in FRACTIONS:
+                    here = value if (layer, fraction) == (1, 0.5) else random.uniform()
+                    layers.append({**keys, "eigenvectors": "largest", "layer": layer, "fraction": fraction,
+                                   **dict.fromkeys(NAMES, here), "chance": fraction})  # fmt: skip
+            for method, result in (("linear_training", accuracy - 0.1), ("lora", accuracy + 0.3 * (1 - accuracy))):
+                training.append({"model": model, "dataset": task, "seed": 0, "method": method,
+                                 "test_accuracy": result})  # fmt: skip
+    datasets = [
+        {"dataset": task, "seed": 0, "num_classes": 2, "majority_accuracy": 0.25, "bag_of_words_accuracy": 0.5}
+        for task in TASKS
+    ]
+    sizes = [{"model": model, "num_parameters": 10**i, "held_out_loss": 4.0 - i} for i, model in enumerate(MODELS)]
+    for name, of_table in {"scores": rows, "layers": layers, "probes": probes, "training": training,
+                           "datasets": datasets, "models": sizes}.items():  # fmt: skip
+        pd.DataFrame(of_table).to_csv(folder / f"{name}.csv", index=False)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The tables of a made-up study in which NTPS ranks tasks perfectly, by the command a user types."""
+    write_study(tmp_path)
+    done = run_command("fig_plot/verdict.py", "--data_dir", tmp_path, "--num_draws", "200")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(tmp_path)
+    return {
+        path.stem.removeprefix("verdict_"): pd.read_csv(path, keep_default_na=False, na_values=[""])
+        for path in tmp_path.glob("verdict_*.csv")
+    }
+
+
+def correlation(table, direction, score, measure, kind="spearman"):
+    rows = table[(table.direction == direction) & (table.score == score) & (table.measure == measure)]
+    return rows[rows.correlation == kind].iloc[0]
+
+
+def test_a_perfect_score_is_called_perfect_and_noise_is_not(study):
+    table = study["correlations"]
+    for kind in ("spearman", "kendall", "weighted_tau"):
+        assert correlation(table, "across tasks", "ntps", "probe_accuracy", kind).value == pytest.approx(1)
+    assert correlation(table, "across tasks", "ntps", "lora_gain").value == pytest.approx(-1)  # gain = .3 headroom
+    assert correlation(table, "across tasks", "headroom", "lora_gain").value == pytest.approx(1)
+    assert correlation(table, "across tasks", "ntps", "probe_mse").value == pytest.approx(-1)
+    noise = correlation(table, "across tasks", "retained", "probe_accuracy")
+    assert noise.low < 0 < noise.high
+    # across models the planted order is the other way round, and the model with random weights takes no part
+    across = correlation(table, "across models", "ntps", "probe_accuracy")
+    assert across.value == pytest.approx(-1) and across.members == 3 and across.groups == len(TASKS)
+
+
+def test_headroom_explains_the_gain_away(study):
+    """Gain is a function of headroom alone, so that nothing is left for a score once headroom is given."""
+    assert study["partial"].query("measure == 'lora_gain'").value.isna().all()
+    table = study["calibration"].query("measure == 'lora_gain'").set_index("predictors")
+    assert table.loc["headroom", "rmse_points"] == pytest.approx(0, abs=1e-3)
+    assert table.loc["nothing", "rmse_points"] > 3
+
+
+def test_selection_finds_the_planted_configuration_and_noise_has_no_small_p(study, tmp_path):
+    rows = study["selection"].query("measure == 'probe_accuracy' and eigenvectors == 'largest' and score == 'ntps'")
+    assert set(rows.model) == set(MODELS[1:])
+    assert (rows.best.round(6) == 1).all() and (rows.layer == 1).all() and (rows.fraction == 0.5).all()
+    assert (rows.p < 0.02).all() and (rows.leave_one_out > 0.95).all() and (rows.null_mean < 0.7).all()
+
+
+def test_controls_give_the_planted_leads(study):
+    rows = study["controls"].query("model == 'small-one' and score == 'retained'").set_index("v")
+    assert rows.loc["autoregression", "lead_over_random"] == pytest.approx(0.2)
+    assert rows.loc["pca", "lead_over_random"] == pytest.approx(0.3)
+    assert rows.loc["smallest", "lead_over_random"] == pytest.approx(-0.3)
+    assert rows.loc["autoregression", "tasks_above_2_z"] == len(TASKS)
+    assert "tiny-random" in set(study["controls"].model)
+
+
+def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
+    write_study(tmp_path)
+    training = pd.read_csv(tmp_path / "training.csv")
+    other = training[(training.method == "lora") & (training.model == "small-one")].assign(seed=1, test_accuracy=0.0)
+    pd.concat([training, other]).to_csv(tmp_path / "training.csv", index=False)
+    cells = tables.load_cells(tmp_path).set_index(["model", "dataset"])
+    assert len(cells) == len(MODELS) * len(TASKS)
+    assert (cells.probe_accuracy > 0.2).all()  # layers 0 and 1 have 0
+    expected = 0.3 * (1 - cells.probe_accuracy)
+    # a LoRA run without a probe of its seed gives no gain, rather than one over another seed's probe
+    assert np.allclose(cells.lora_gain, expected)
+    assert (cells.ntps_pca - cells.ntps).round(9).eq(0.1).all()
+    assert "ntps_null_mean" not in cells and cells.probe_mse.max() < 1  # the probe on test, not that of the moments
+
+
+def test_mean_of_others_leaves_the_model_itself_out():
+    table = pd.DataFrame([[1.0, 2.0], [3.0, np.nan], [5.0, 8.0]], columns=["a", "b"])
+    assert tables.mean_of_others(table).a.tolist() == [4.0, 3.0, 2.0]
+    assert tables.mean_of_others(table).b.tolist() == [8.0, 5.0, 2.0]
+    assert tables.mean_of_others(table[:1]).isna().all(axis=None)
+
+
+def test_missing_tables_name_the_command(tmp_path):
+    for flags, command in (((), "fig_plot/collect.py"), (("--published",), "fig_plot/import_published.py")):
+        done = run_command("fig_plot/verdict.py", "--data_dir", tmp_path, *flags)
+        assert done.returncode == 1 and command in done.stderr and "Traceback" not in done.stderr
+
+
+def test_published_values_are_judged_too(tmp_path):
+    published = ROOT.parent / "shared" / "published"
+    if not published.is_dir():
+        pytest.skip("the paper's published values are not here")
+    for name in ("fig2", "fig3"):
+        (tmp_path / f"{name}.csv").write_bytes((published / f"{name}.csv").read_bytes())
+    config = verdict.Config(published=True, data_dir=tmp_path, num_draws=100)
+    table = verdict.published_tables(tmp_path, config)["correlations"]
+    whole = table[table["without"] == ""]
+    # the means of the 24 coefficients printed in the paper's figures, signs as in the data
+    for measure, printed in (("probe_accuracy", 0.67), ("probe_mse", -0.58), ("lora_gain", -0.70)):
+        assert correlation(whole, "across tasks", "ntps", measure).value == pytest.approx(printed, abs=0.006)
+    assert correlation(whole, "across models", "ntps", "probe_accuracy").value < 0
+    assert correlation(whole, "across tasks", "mean of the others", "probe_accuracy").value > 0.95
