@@ -14,7 +14,7 @@ Writes to fig_plot/data/, a row each:
     datasets.csv   dataset: rows, classes, majority share, bag of words
     models.csv     model: parameters, and for the docstring LMs their held-out loss
     alignment.csv, separability.csv   the words of alignment_vis.py, and how far their categories lie apart
-    sources.json   settings shared by the runs, library versions, commits
+    sources.json   the command, library versions, commits
 """
 
 import sys
@@ -185,6 +185,7 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
         try:
             result = load_json(path)
             rows = READERS[kind](path, result)
+            model_name, _ = result["config"]["model_name"], result["environment"]["git_commit"]
         except UserError as error:
             skipped.append(f"damaged: {error}")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -193,7 +194,7 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
             results.append(result)
             for table, of_table in rows.items():
                 tables[table].extend(of_table)
-                model_names |= {row["model"]: result["config"]["model_name"] for row in of_table if "model" in row}
+                model_names |= {row["model"]: model_name for row in of_table if "model" in row}
     tables["models"] = [model_row(*names) for names in sorted(model_names.items()) if not names[0].endswith("+lora")]
     return tables, results, skipped
 
@@ -235,13 +236,16 @@ def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
     if len(twice):
         which = ", ".join(f"{key} {value}" for key, value in twice.iloc[0][keys].items())
         raise UserError(f"{name}: two different results of {which}. Name one of their folders with --results_dir.")
-    return table.sort_values([key for key in keys if key != "word"], kind="stable")  # words keep their order
+    order = [key for key in keys if key != "word"]  # words keep theirs
+    return table.sort_values(order, kind="stable") if order else table
 
 
 def save_csv(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table atomically, with six significant digits."""
+    """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
+    # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
+    whole = table.convert_dtypes(convert_string=False, convert_boolean=False, convert_floating=False)
     with write_atomically(path) as temporary:
-        table.to_csv(temporary, index=False, float_format=DIGITS, lineterminator="\n")
+        whole.to_csv(temporary, index=False, float_format=DIGITS, lineterminator="\n")
 
 
 def main(config: Config) -> None:
@@ -255,7 +259,10 @@ def main(config: Config) -> None:
         found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
     skipped += missing_cells(tables)
-    for name, table in {name: to_table(name, rows) for name, rows in tables.items() if rows}.items():
+    for name, table in {name: to_table(name, rows) for name, rows in tables.items()}.items():
+        if table.empty:
+            (config.output_dir / f"{name}.csv").unlink(missing_ok=True)  # a table of other results must not stay
+            continue
         save_csv(config.output_dir / f"{name}.csv", table)
         print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
     command = f"python fig_plot/collect.py --results_dir {config.results_dir}"

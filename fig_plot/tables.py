@@ -10,6 +10,7 @@ from utils.io import UserError
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
 KEYS = ["model", "dataset"]
+NAMES = ("ntps", "ntps_label", "ntps_whitened", "retained")  # the scores as K_sweep.py names them
 RANDOM_MODEL = "tiny-random"  # the control: random weights
 # name -> what it is; the scores of the run, all at the last layer
 SCORES = {
@@ -26,6 +27,8 @@ CONTROLS = {
     "ntps_pca": "NTPS, V by PCA",
     "retained_pca": "retained, V by PCA",
     "retained_random": "retained, random V",
+    "retained_z_pca": "z of retained, V by PCA",
+    "retained_z_random": "z of retained, random V",
 }
 # name -> what NTPS should predict; all on test, in shares of 1
 MEASURES = {
@@ -37,6 +40,7 @@ MEASURES = {
     "full_gain": "full fine-tuning gain",
     "full_accuracy": "full fine-tuning accuracy",
 }
+TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
     "lora": "lora_accuracy",
@@ -67,7 +71,7 @@ def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
         "_random": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "random")],
     }
     keys = [*KEYS, "seed"]
-    named = ["ntps", "ntps_label", "ntps_whitened", "retained"]
+    named = [*NAMES, *(f"{name}_z" for name in NAMES[1:])]
     columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
     columns = columns.drop(
         columns=[name for name in columns if name.startswith("probe_")]
@@ -104,9 +108,11 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     Raises:
         UserError: a file is not there.
     """
-    scores, probes, training, datasets, models = (
-        read_table(name, data_dir) for name in ("scores", "probes", "training", "datasets", "models")
+    scores, probes, datasets, models = (
+        read_table(name, data_dir) for name in ("scores", "probes", "datasets", "models")
     )
+    is_trained = (data_dir / "training.csv").is_file()  # NTPS and probes alone are enough for Figure 2
+    training = read_table("training", data_dir) if is_trained else pd.DataFrame(columns=TRAINING_KEYS, dtype=object)
     keys = [*KEYS, "seed"]
     cells = score_columns(scores[~scores["model"].str.endswith("+lora")])
     cells = cells.merge(probe_columns(probes), on=keys, how="outer").merge(
@@ -134,7 +140,7 @@ def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model and dataset."""
     scores = score_columns(read_table("scores", data_dir))
-    named = ["ntps", "ntps_label", "ntps_whitened", "retained"]
+    named = list(NAMES)
     is_after = scores["model"].str.endswith("+lora")
     after = scores[is_after].assign(model=scores["model"].str.removesuffix("+lora"))[[*KEYS, "seed", *named]]
     before = scores[~is_after][[*KEYS, "seed", *named]]

@@ -34,6 +34,7 @@ from fig_plot.tables import (
     CONTROLS,
     DATA_DIR,
     MEASURES,
+    NAMES,
     PUBLISHED_DIR,
     RANDOM_MODEL,
     SCORES,
@@ -170,7 +171,7 @@ def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict
     """Rows of verdict_sensitivity.csv: Spearman across tasks at every layer and fraction, per model."""
     for model in sorted(cells["model"].unique()):
         targets = cells[cells["model"] == model].set_index("dataset").sort_index()
-        for score in ("ntps", "ntps_label", "ntps_whitened", "retained"):
+        for score in NAMES:
             maps, configurations = score_maps(layers, model, "largest", score)
             for measure in ("probe_accuracy", "lora_gain"):
                 target = targets[measure].to_numpy(float)
@@ -186,7 +187,7 @@ def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict
 def control_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
     """Rows of verdict_controls.csv: mean over tasks of each score for each V, and its lead over a random V."""
     for model, rows in cells.groupby("model"):
-        for score in ("ntps", "ntps_label", "ntps_whitened", "retained"):
+        for score in NAMES:
             for v in ("", "_smallest", "_pca", "_random"):
                 lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
                 interval = of.bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
@@ -300,7 +301,7 @@ def print_summary(tables: dict[str, pd.DataFrame]) -> None:
         print(f"\nSpearman {group}, mean and 95 % interval")
         print(rows.pivot(index="score", columns="measure", values="cell").fillna("").to_string())
     for name, table in tables.items():
-        if name not in ("correlations", "sensitivity"):
+        if name not in ("correlations", "sensitivity") and not table.empty:
             print(f"\n{name}\n{table.round(3).to_string(index=False)}")
 
 
@@ -310,7 +311,11 @@ def main(config: Config) -> None:
     tables = published_tables(data_dir, config) if config.published else study_tables(data_dir, config)
     print_summary(tables)
     for name, table in tables.items():
-        save_csv(data_dir / f"verdict_{name}.csv", table)
+        path = data_dir / f"verdict_{name}.csv"
+        if table.empty:  # nothing to say, such as of gains where nothing was trained
+            path.unlink(missing_ok=True)
+        else:
+            save_csv(path, table)
     print(data_dir)
 
 
