@@ -33,6 +33,7 @@ study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x 
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
 	$(PYTHON) fig_plot/collect.py --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
+	$(PYTHON) benchmarks/reproducibility.py --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
 	$(PYTHON) fig_plot/verdict.py --data_dir $(STUDY_DATA)
 
 figures: $(READY)  ## every committed figure from the committed CSV files

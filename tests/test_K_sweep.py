@@ -316,6 +316,64 @@ def test_probe_equals_scikit_learn_on_both_splits(targets_are):
         assert result[f"probe_r2{suffix}"] == pytest.approx(1 - error / variance, rel=1e-6)
 
 
+# ------------------------------------------------------------------ other subspaces than V
+@pytest.mark.parametrize("center", [False, True])
+def test_pca_is_the_paper_score_and_the_probe_within_the_first_principal_directions(center):
+    features, targets, states = make_data(300, 16, 4, seed=2)
+    result = sweep(features, targets, states, subspace="pca", center=center)
+    shift = features.mean(0) if center else 0.0
+    directions = np.linalg.eigh((features - shift).T @ (features - shift))[1][:, ::-1]
+    u = scipy.linalg.eigh(
+        *(root @ root.T for root in ((features - shift).T @ (targets - center * targets.mean(0)), (features - shift).T))
+    )[1][:, ::-1][:, : 3 if center else 4]  # centred labels have rank c - 1
+    best = least_squares_loss(features, targets)
+    explained = np.square(targets - targets.mean(0)).sum(1).mean() - best
+    for i, k in enumerate(K_sweep.num_directions(K_sweep.Config().fractions, 16)):
+        inside = np.square(projector(directions[:, :k]) @ u).sum() / np.square(u).sum()
+        assert result["ntps_label"][i].item() == pytest.approx(inside, abs=1e-8)
+        design = np.column_stack([features @ directions[:, :k], np.ones(300)])
+        residual = targets - design @ np.linalg.lstsq(design, targets, rcond=None)[0]
+        retained = 1 - (np.square(residual).sum(1).mean() - best) / explained
+        assert result["retained"][i].item() == pytest.approx(retained, abs=1e-8)
+
+
+def test_a_random_subspace_is_at_chance_and_the_same_for_a_seed():
+    features, targets, states = make_data(300, 16, 4, seed=2)
+    moments, chance = moments_of(features, targets, states), sweep(features, targets, states)["chance"]
+
+    def of_seed(seed, layer=0):
+        return K_sweep.sweep_layer(moments, None, K_sweep.Config(subspace="random", seed=seed, num_null_draws=2), layer)
+
+    scores = torch.stack([of_seed(seed)["ntps_label"] for seed in range(200)])
+    error = scores.std(0) / 200**0.5
+    assert torch.all((scores.mean(0) - chance).abs() < 5 * error)
+    assert torch.equal(of_seed(0)["ntps_label"], scores[0])
+    assert not torch.allclose(of_seed(0, layer=1)["ntps_label"], scores[0], atol=1e-3)
+    v = K_sweep.subspace_directions(moments, K_sweep.Config(subspace="random"), 0).numpy()
+    best = least_squares_loss(features, targets)
+    explained = np.square(targets - targets.mean(0)).sum(1).mean() - best
+    expected = [1 - (least_squares_loss(features @ v[:, :k], targets) - best) / explained for k in (1, 8, 15)]
+    np.testing.assert_allclose(of_seed(0)["retained"][[0, 9, 18]], expected, atol=1e-8)
+
+
+def test_every_subspace_has_as_many_directions_as_the_autoregression():
+    features, targets, states = make_data(300, 16, 4)
+    few = states[:8]  # seven prefixes
+    ranks = {of: sweep(features, targets, few, subspace=of)["rank_v"] for of in ("autoregression", "pca", "random")}
+    assert set(ranks.values()) == {7}
+
+
+def test_only_options_other_than_the_default_stand_in_the_name():
+    def name(**options):
+        return K_sweep.result_path(K_sweep.Config(dataset_name="docstrings/kind", **options)).as_posix()
+
+    folder = "results/ntps/tiny/docstrings__kind"
+    assert name() == name(subspace="autoregression") == f"{folder}.json"
+    assert name(subspace="pca") == f"{folder}.pca.json"
+    assert name(subspace="random", split="test", center=True) == f"{folder}.test.random.centered.json"
+    assert name(eigenvectors="smallest") == f"{folder}.smallest.json"
+
+
 # ------------------------------------------------------------------ permuted labels
 @pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
 def test_closed_form_null_agrees_with_real_permutations(n, d, c):
