@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,10 +224,16 @@ def main(config: Config) -> None:
     """Runs every cell that is not there yet.
 
     Raises:
-        UserError: naming the cells that failed.
+        UserError: naming the cells that failed, or a worker was killed.
     """
     root = config.results_dir / config.scale
-    done = run_cells(plan(config), config.num_workers, root / "logs")
+    try:
+        done = run_cells(plan(config), config.num_workers, root / "logs")
+    except BrokenProcessPool:
+        raise UserError(
+            "A worker was killed, perhaps for memory. The finished cells are kept: run the same command again, "
+            f"with fewer --num_workers than {config.num_workers} if it happens again."
+        ) from None
     failures = [f"{name}: {error}" for name, error in done.items() if error]
     if failures:
         lines = "\n  ".join(failures)

@@ -1,6 +1,7 @@
 """demo/study.py: its plan can be carried out, and a cell that fails takes only those with it that need it."""
 
 import graphlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_failed_cells_are_named_and_the_exit_code_is_1(ran, monkeypatch, tmp_pat
     assert message.startswith(f"error: 5 of 7 cells failed, see {tmp_path / 'quick' / 'logs'}:")
     assert "\n  broken: ValueError: an odd shape" in message and "\n  last: needs after-mistaken" in message
     assert "fine: " not in message and not capsys.readouterr().out
+
+
+def test_a_killed_worker_ends_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "plan", lambda config: [Cell("killed", partial(os._exit, 9))])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(UserError, match="finished cells are kept"):
+        study.main(study.Config(results_dir=tmp_path, num_workers=1))
 
 
 def test_a_finished_study_names_its_folder(monkeypatch, tmp_path, capsys):
