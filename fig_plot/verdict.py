@@ -11,6 +11,7 @@ Reads the CSV files of collect.py. Writes verdict_*.csv beside them:
     verdict_sensitivity.csv   correlation at every layer and K
     verdict_controls.csv      what V by PCA, a random V, random weights and permuted labels give
     verdict_decision.csv      AUC of "LoRA gains more than two points"
+    verdict_seeds.csv         spread between seeds beside that over tasks
     verdict_calibration.csv   error of the LoRA gain foretold from a score, in points of accuracy
 
 The fixed rule is the score of a run: mean over all fractions at the last layer. A correlation across tasks is computed
@@ -39,6 +40,7 @@ from fig_plot.tables import (
     RANDOM_MODEL,
     SCORES,
     load_cells,
+    load_seeds,
     matrix,
     mean_of_others,
     read_table,
@@ -223,6 +225,17 @@ def calibration_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
                    "within_95_percent_points": 100 * worst, "cells": len(rows)}  # fmt: skip
 
 
+def seed_rows(seeds: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of verdict_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks."""
+    for model, of_model in seeds.groupby("model"):
+        for name in ("ntps", "retained", *MEASURES):
+            table = of_model.pivot(index="dataset", columns="seed", values=name).dropna()
+            if table.shape[1] > 1 and len(table) > 1:
+                between = float(np.sqrt(table.var(axis=1).mean()))
+                yield {"model": model, "name": name, "sd_between_seeds": between, "seeds": table.shape[1],
+                       "sd_over_tasks": table.mean(axis=1).std(), "tasks": len(table)}  # fmt: skip
+
+
 # ------------------------------------------------------------------ the paper's numbers
 def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
     """The same questions asked of the published values; maps over layers and K were not published.
@@ -284,6 +297,7 @@ def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         "sensitivity": sensitivity_rows(cells, layers),
         "controls": control_rows(every, config),
         "calibration": calibration_rows(cells),
+        "seeds": seed_rows(load_seeds(data_dir)),
     }
     return {name: pd.DataFrame(of_table) for name, of_table in rows.items()}
 
