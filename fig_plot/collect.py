@@ -8,7 +8,7 @@ or foreign is named, skipped and counted, and so is a model and dataset that one
 Writes to fig_plot/data/, a row each:
 
     scores.csv     model, dataset, seed, order and subspace of V: the score of the run, its null, its probe
-    layers.csv     the same, layer and fraction: the scores there (V by autoregression only)
+    layers.csv     the same, layer and fraction: the scores there (V by autoregression, before LoRA)
     probes.csv     model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv   model, dataset, seed, method: scores on test at the last step
     datasets.csv   dataset: rows, classes, majority share, bag of words
@@ -82,7 +82,8 @@ def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
     config = result["config"]
     keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path), "seed": config["seed"]}
     keys |= {name: config[name] for name in ("split", "eigenvectors", "center")}
-    for layer in result["layers"] if config["subspace"] == "autoregression" else ():
+    is_kept = config["subspace"] == "autoregression" and not keys["model"].endswith("+lora")
+    for layer in result["layers"] if is_kept else ():
         for index, fraction in enumerate(result["fractions"]):
             scores = {name: layer[name][index] for name in (*SCORES, "chance")}
             yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
@@ -243,7 +244,9 @@ def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
 def save_csv(path: Path, table: pd.DataFrame) -> None:
     """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
     # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
-    whole = table.convert_dtypes(convert_string=False, convert_boolean=False, convert_floating=False)
+    floats = table.select_dtypes("float")
+    counts = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
+    whole = table.astype(dict.fromkeys(counts, "Int64"))
     with write_atomically(path) as temporary:
         whole.to_csv(temporary, index=False, float_format=DIGITS, lineterminator="\n")
 

@@ -298,18 +298,19 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
         cells: a row per model and dataset, with columns model, dataset, majority_accuracy and those of `methods`.
         methods: column -> label; missing values leave a gap.
     """
-    models = list(dict.fromkeys(cells.model))
+    models, datasets = list(dict.fromkeys(cells.model)), sorted(set(cells.dataset), reverse=True)
+    heights = np.arange(len(datasets))
     with plt.style.context(STYLE):
-        size = (1.9 * len(models) + 2.6, 0.22 * cells.dataset.nunique() + 1.1)
+        size = (1.9 * len(models) + 2.6, 0.22 * len(datasets) + 1.1)
         figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, sharey=True)
         for panel, model in zip(axes[0], models, strict=True):
-            rows = cells[cells.model == model]
-            names = rows.dataset.str.rsplit("/").str[-1]
-            panel.scatter(rows.majority_accuracy, names, marker="|", color="0.5", s=40, label="majority class")
+            rows = cells[cells.model == model].set_index("dataset").reindex(datasets)
+            panel.scatter(rows.majority_accuracy, heights, marker="|", color="0.5", s=40, label="majority class")
             for (column, label), marker in zip(methods.items(), "osD^v", strict=False):
-                panel.scatter(rows[column], names, marker=marker, s=14, alpha=0.8, label=label)
+                panel.scatter(rows[column], heights, marker=marker, s=14, alpha=0.8, label=label)
             panel.set(title=model.rsplit("/")[-1], xlabel="test accuracy")
             panel.grid(axis="y", lw=0.3)
+        axes[0, 0].set_yticks(heights, [name.rsplit("/")[-1] for name in datasets])
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
