@@ -346,6 +346,12 @@ def output_folder(config: Config) -> Path:
     return config.output_dir or default
 
 
+def changed_flags(config: Config) -> list[str]:
+    """The flags that give these settings, of those that change the result."""
+    default = result_settings(Config())
+    return [f"--{name}={value}" for name, value in result_settings(config).items() if value != default[name]]
+
+
 def save_checkpoint(folder: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, report: dict) -> None:
     """Writes bfloat16 weights, config, tokenizer and the report; a folder with a report is complete."""
     (folder / "pretraining.json").unlink(missing_ok=True)
@@ -414,7 +420,7 @@ def main(config: Config) -> None:
         "epochs": round(tokens_seen / num_tokens, 3),
         "held_out_loss": evaluate(model, held_out, config),
         "unigram_loss": unigram_loss(documents, held_out),
-        "command": shlex.join(["python", "demo/pretrain.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "demo/pretrain.py", *changed_flags(config)]),
         "environment": environment(),
     }
     save_checkpoint(folder, model, tokenizer, report)

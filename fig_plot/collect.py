@@ -142,7 +142,7 @@ def model_row(name: str, model_name: str) -> dict[str, Any]:
     report_path = ROOT / (spec.path if spec else model_name) / "pretraining.json"
     if report_path.is_file():
         report = load_json(report_path)
-        fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds", "command")
+        fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds")
         return {"model": name, **{field: report[field] for field in fields}}
     return {"model": name, "num_parameters": parse_size(spec.parameters) if spec else None}
 

@@ -246,7 +246,9 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     num_columns = min(4, len(models))
     num_rows = -(-len(models) // num_columns)
     with plt.style.context(STYLE):
-        size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, 1.8 * num_rows + 0.6)  # inches; the note needs 3.8
+        legend_height = 0.17 * len(datasets) + 0.3 if names else 0
+        # inches; the note needs 3.8
+        size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
         figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, sharex=True, sharey=True)
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
