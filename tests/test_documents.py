@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import tyro
 
@@ -79,6 +80,22 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path):
         same_rows = sys.version_info[:3] == (3, 11, 7)  # the standard library's docstrings are rows
         # the numbers are the same on any machine with these rows, and near with another Python's docstrings
         assert shown and abs(float(shown[1]) - float(value)) < (1e-3 if same_rows else 0.03), name
+
+
+def test_correlations_of_the_readme_stand_in_the_committed_tables():
+    """Every `value [low, high]` of the result table, in verdict_correlations.csv or, with three digits, in _controls."""
+    table = README.split("| claim |")[1].split("![")[0]
+    found = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", table)
+    assert len(found) >= 10
+    data = {
+        name: pd.read_csv(ROOT / "fig_plot" / "data" / f"verdict_{name}.csv") for name in ("correlations", "controls")
+    }
+    rows = [*data["correlations"].query("correlation == 'spearman'")[["value", "low", "high"]].to_numpy().tolist()]
+    rows += data["controls"][["lead_over_random", "low", "high"]].to_numpy().tolist()
+    for numbers in found:
+        digits = [len(number.split(".")[1]) for number in numbers]
+        shown = [float(number) for number in numbers]
+        assert any([round(x, d) for x, d in zip(row, digits, strict=True)] == shown for row in rows), numbers
 
 
 def test_makefile_and_ci_call_the_documented_commands():
