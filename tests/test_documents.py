@@ -83,7 +83,7 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path):
 
 
 def test_correlations_of_the_readme_stand_in_the_committed_tables():
-    """Every `value [low, high]` of the result table, in verdict_correlations.csv or, with three digits, in _controls."""
+    """Every `value [low, high]` of the result table is a row of verdict_correlations.csv or verdict_controls.csv."""
     table = README.split("| claim |")[1].split("![")[0]
     found = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", table)
     assert len(found) >= 10
