@@ -45,7 +45,7 @@ from utils.io import (
 )
 from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
 from utils.permuted_labels import draw_permuted_factors, permuted_label_null
-from utils.report import print_table, summarize, to_json
+from utils.report import option_suffix, print_table, summarize, to_json
 
 
 @dataclass(frozen=True)
@@ -359,10 +359,8 @@ def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
 # ------------------------------------------------------------------ run
 def result_path(config: Config) -> Path:
     """Where the result goes; options other than the default stand in the name."""
-    options = [config.split, config.eigenvectors, config.subspace, "centered" if config.center else "uncentered"]
-    defaults = ("train", "largest", "autoregression", "uncentered")
-    name = ".".join([path_name(config.dataset_name), *(option for option in options if option not in defaults)])
-    return config.results_dir / "ntps" / path_name(config.model_name) / f"{name}.json"
+    name = f"{path_name(config.dataset_name)}{option_suffix(result_settings(config))}.json"
+    return config.results_dir / "ntps" / path_name(config.model_name) / name
 
 
 def find_moments(config: Config) -> tuple[Path, Path | None]:

@@ -22,7 +22,7 @@ lint: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
 
-# full: about two hours on two cores, goes on where it was interrupted; quick: two models, one seed
+# full: about 100 minutes on two cores, goes on where it was interrupted; quick: two models, one seed
 STUDY ?= full
 STUDY_DATA_full := fig_plot/data
 STUDY_DATA_quick := results/study/quick/data

@@ -267,8 +267,8 @@ def describe_subspace(coordinates: np.ndarray, labels: np.ndarray, config: Confi
 # ------------------------------------------------------------------ run
 def cache_settings(config: Config) -> cache.Config:
     """The settings of cache.py that this script shares; its seed and --overwrite mean something else."""
-    names = (field.name for field in dataclasses.fields(cache.Config) if field.name not in ("seed", "overwrite"))
-    return cache.Config(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    shared = cache.shared_settings(config)
+    return cache.Config(**{name: value for name, value in shared.items() if name not in ("seed", "overwrite")})
 
 
 def cache_command(config: Config) -> str:

@@ -19,9 +19,9 @@ last layer comes after the final norm. Everything is an average over texts, in f
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -98,6 +98,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
+
+
+def shared_settings(config: Any) -> dict[str, Any]:
+    """The settings of another script's Config that this one has too, by name."""
+    return {field.name: getattr(config, field.name) for field in fields(Config) if hasattr(config, field.name)}
 
 
 # ------------------------------------------------------------------ moments

@@ -200,12 +200,7 @@ def find_features(config: Config, split: str, data: LabelledTexts) -> Path:
     Raises:
         UserError: moments with other settings are there, naming the fields.
     """
-    shared = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(cache.Config)
-        if hasattr(config, field.name)
-    }
-    wanted = cache.Config(**shared | {"split": split, "save_pooled": "all"})
+    wanted = cache.Config(**cache.shared_settings(config) | {"split": split, "save_pooled": "all"})
     name = model_path_name(config.model_name, config.adapter_dir)
     path = moments_path(config.results_dir, name, config.dataset_name, split)
 

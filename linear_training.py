@@ -96,7 +96,7 @@ def cache_config(
     config: Any, split: Literal["train", "test"], kept: tuple[str, ...] = ("num_folds", "product_dtype")
 ) -> cache.Config:
     """cache.py's settings for the model and data of `config`; those of `kept` as in the stored moments, if any."""
-    shared = {name: getattr(config, name) for name in fields_of(cache.Config) if hasattr(config, name)}
+    shared = cache.shared_settings(config)
     path = moments_path(config.results_dir, path_name(config.model_name), config.dataset_name, split)
     if path.is_file():
         with open_tensors(path) as (_, metadata):

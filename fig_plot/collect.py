@@ -26,11 +26,11 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/collect.py` finds utils
+from fig_plot.tables import DATA_DIR
 from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
 from utils.models import MODELS
-from utils.report import SCORES
+from utils.report import SCORES, option_suffix
 
-DATA_DIR = Path("fig_plot/data")
 TABLES = ("scores", "layers", "probes", "training", "datasets", "models", "alignment", "separability")
 KEYS = (  # what tells rows of a table apart, and sorts them
     *("model", "dataset", "seed", "method", "split", "eigenvectors", "subspace", "center", "num_components"),
@@ -38,7 +38,6 @@ KEYS = (  # what tells rows of a table apart, and sorts them
 )
 METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
 DIGITS = "%.6g"
-OPTIONS = (".smallest", ".pca", ".random", ".centered", ".test", ".all")  # what K_sweep.py adds to a dataset's name
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,15 @@ def shown_name(name: str) -> str:
     return name.replace("__", "/")
 
 
-def dataset_of(path: Path) -> str:
+def dataset_of(path: Path, config: dict) -> str:
     """The dataset of a file of K_sweep.py, without the options in its name."""
-    name = path.stem
-    while option := next((option for option in OPTIONS if name.endswith(option)), None):
-        name = name.removesuffix(option)
-    return shown_name(name)
+    return shown_name(path.stem.removesuffix(option_suffix(config)))
 
 
 def score_row(path: Path, result: dict) -> dict[str, Any]:
     """A row of scores.csv."""
     config, last = result["config"], result["layers"][-1]
-    row = {"model": shown_name(path.parent.name), "dataset": dataset_of(path), "seed": config["seed"]}
+    row = {"model": shown_name(path.parent.name), "dataset": dataset_of(path, config), "seed": config["seed"]}
     row |= {name: config[name] for name in ("split", "eigenvectors", "subspace", "center")}
     row |= {name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}
     row |= {name: last[name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
@@ -80,7 +76,7 @@ def score_row(path: Path, result: dict) -> dict[str, Any]:
 def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
     """Rows of layers.csv."""
     config = result["config"]
-    keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path), "seed": config["seed"]}
+    keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path, config), "seed": config["seed"]}
     keys |= {name: config[name] for name in ("split", "eigenvectors", "center")}
     is_kept = config["subspace"] == "autoregression" and not keys["model"].endswith("+lora")
     for layer in result["layers"] if is_kept else ():

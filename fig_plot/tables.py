@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 
 from utils.io import UserError
+from utils.report import NULL_SCORES
+from utils.report import SCORES as NAMES  # SCORES here has their labels
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
 KEYS = ["model", "dataset"]
-NAMES = ("ntps", "ntps_label", "ntps_whitened", "retained")  # the scores as K_sweep.py names them
 RANDOM_MODEL = "tiny-random"  # the control: random weights
 # name -> what it is; the scores of the run, all at the last layer
 SCORES = {
@@ -71,11 +72,10 @@ def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
         "_random": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "random")],
     }
     keys = [*KEYS, "seed"]
-    named = [*NAMES, *(f"{name}_z" for name in NAMES[1:])]
+    named = [*NAMES, *(f"{name}_z" for name in NULL_SCORES)]
     columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
-    columns = columns.drop(
-        columns=[name for name in columns if name.startswith("probe_")]
-    )  # probes.csv has them on test
+    of_probe = [name for name in columns if name.startswith("probe_")]  # probes.csv has them on test
+    columns = columns.drop(columns=of_probe)
     for suffix, variant in variants.items():
         if suffix:
             renamed = variant[keys + named].rename(columns={name: name + suffix for name in named})
@@ -87,7 +87,6 @@ def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
     """The probe of the last layer, a row per model, dataset and seed."""
     last = probes.loc[probes.groupby([*KEYS, "seed"])["layer"].idxmax()]
     columns = {"test_accuracy": "probe_accuracy", "test_mse_over_variance": "probe_mse"}
-    columns |= {"train_accuracy": "probe_train_accuracy", "train_mse_over_variance": "probe_train_mse"}
     present = {name: new for name, new in columns.items() if name in last}
     return last[[*KEYS, "seed", *present]].rename(columns=present)
 
@@ -102,8 +101,7 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """One row per model, dataset and seed: scores, what they should predict, and baselines.
 
     Differences are between results of the same seed, which share their rows: `lora_gain` and `full_gain` over the
-    logistic probe of the last layer, `lora_gain_paper` over the paper's probe. `others_*` is the mean of the measure
-    over the other models. Models after LoRA are not among the rows.
+    logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
 
     Raises:
         UserError: a file is not there.
@@ -115,9 +113,8 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     training = read_table("training", data_dir) if is_trained else pd.DataFrame(columns=TRAINING_KEYS, dtype=object)
     keys = [*KEYS, "seed"]
     cells = score_columns(scores[~scores["model"].str.endswith("+lora")])
-    cells = cells.merge(probe_columns(probes), on=keys, how="outer").merge(
-        training_columns(training), on=keys, how="outer"
-    )
+    for columns in (probe_columns(probes), training_columns(training)):
+        cells = cells.merge(columns, on=keys, how="outer")
     of_dataset = datasets.drop(columns="num_classes", errors="ignore")
     cells = cells.merge(of_dataset, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
     for name in METHOD_COLUMNS.values():
@@ -128,22 +125,26 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     cells["lora_gain"] = cells["lora_accuracy"] - cells["probe_accuracy"]
     cells["lora_gain_paper"] = cells["lora_accuracy"] - cells["paper_probe_accuracy"]
     cells["full_gain"] = cells["full_accuracy"] - cells["probe_accuracy"]
-    cells["scratch_gain"] = cells["scratch_accuracy"] - cells["probe_accuracy"]
     return cells
 
 
+def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_seeds` averaged over the seeds that are there: one row per model and dataset."""
+    return seeds.groupby(KEYS, as_index=False).mean(numeric_only=True)
+
+
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """As `load_seeds`, averaged over the seeds that are there: one row per model and dataset."""
-    return load_seeds(data_dir).groupby(KEYS, as_index=False).mean(numeric_only=True)
+    """As `load_seeds`, one row per model and dataset."""
+    return average_seeds(load_seeds(data_dir))
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model and dataset."""
     scores = score_columns(read_table("scores", data_dir))
-    named = list(NAMES)
+    scores = scores[[*KEYS, "seed", *NAMES]]
     is_after = scores["model"].str.endswith("+lora")
-    after = scores[is_after].assign(model=scores["model"].str.removesuffix("+lora"))[[*KEYS, "seed", *named]]
-    before = scores[~is_after][[*KEYS, "seed", *named]]
+    after, before = scores[is_after], scores[~is_after]
+    after = after.assign(model=after["model"].str.removesuffix("+lora"))
     return after.merge(before, on=[*KEYS, "seed"], suffixes=("", "_before"))
 
 

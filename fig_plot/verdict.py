@@ -37,13 +37,13 @@ from fig_plot.tables import (
     MEASURES,
     NAMES,
     PUBLISHED_DIR,
-    RANDOM_MODEL,
     SCORES,
-    load_cells,
+    average_seeds,
     load_seeds,
     matrix,
     mean_of_others,
     read_table,
+    trained_models,
 )
 from utils.io import UserError, run_script
 from utils.models import MODELS
@@ -51,7 +51,7 @@ from utils.models import MODELS
 GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy")
 MODEL_BASELINES = ("num_parameters", "held_out_loss", "headroom")
-POINT = 0.02  # a gain worth having, in the go / no-go question
+WORTHWHILE_GAIN = 0.02  # in the go / no-go question
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def decision_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
         known = cells[cells[measure].notna()]
         for name in (*SCORES, *CONTROLS, "headroom", "num_parameters"):
             if name in known:
-                value = of.auc(known[name].to_numpy(float), known[measure].to_numpy(float) > POINT)
+                value = of.auc(known[name].to_numpy(float), known[measure].to_numpy(float) > WORTHWHILE_GAIN)
                 yield {"measure": measure, "score": name, "auc": value, "cells": len(known)}
 
 
@@ -262,22 +262,17 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
                 of_cells += of_direction("tasks", name, measure, table, target, config)
                 of_cells += of_direction("models", name, measure, table.T, target.T, config)
             rows += [{"without": without or "", **row} for row in of_cells]
-    noise = [
-        {
-            "configurations": m,
-            **dict(zip(("mean", "quantile"), of.expected_maximum(m, 12, seed=config.seed), strict=True)),
-        }
-        for m in (1, 10, 19, 100, 475)
-    ]
+    sizes_of_sweep = (1, 10, 19, 100, 475)
+    noise = [(size, *of.expected_maximum(size, 12, seed=config.seed)) for size in sizes_of_sweep]
     decision = [
-        {"score": name, "auc": of.auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > POINT)}
+        {"score": name, "auc": of.auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > WORTHWHILE_GAIN)}
         for name, sign in (("ntps", -1), ("headroom", 1))
     ]
     partial = partial_rows(fig3, config, ("ntps",))
     return {
         "correlations": pd.DataFrame(rows),
         "partial": pd.DataFrame(partial),
-        "noise": pd.DataFrame(noise),
+        "noise": pd.DataFrame(noise, columns=["configurations", "mean", "quantile"]),
         "decision": pd.DataFrame(decision),
     }
 
@@ -285,10 +280,11 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
 # ------------------------------------------------------------------ run
 def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
     """Every table of the mini study."""
-    every = load_cells(data_dir)
+    seeds = load_seeds(data_dir)
+    every = average_seeds(seeds)
     layers = read_table("layers", data_dir)
     layers = layers[(layers["split"] == "train") & (layers["seed"] == layers["seed"].min())]
-    cells = every[every["model"] != RANDOM_MODEL]
+    cells = trained_models(every)
     rows = {
         "correlations": correlation_rows(cells, config),
         "partial": partial_rows(cells, config, (*SCORES, *CONTROLS)),
@@ -297,7 +293,7 @@ def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         "sensitivity": sensitivity_rows(cells, layers),
         "controls": control_rows(every, config),
         "calibration": calibration_rows(cells),
-        "seeds": seed_rows(load_seeds(data_dir)),
+        "seeds": seed_rows(seeds),
     }
     return {name: pd.DataFrame(of_table) for name, of_table in rows.items()}
 

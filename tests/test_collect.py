@@ -15,6 +15,7 @@ import linear_training
 import lora_finetuning
 from fig_plot import collect
 from tests.conftest import run_command, run_in_process
+from utils.io import result_settings
 from utils.report import SCORES
 
 SCRIPT = "fig_plot/collect.py"
@@ -262,3 +263,10 @@ def test_two_different_results_of_the_same_name_are_refused(monkeypatch, results
     again.write_text(json.dumps(result))
     message, _ = collected(monkeypatch, results_dir)
     assert "two different results of model" in str(message) and "--results_dir" in str(message)
+
+
+@pytest.mark.parametrize("dataset", ["my.test", "rows.v1.0", "plain"])
+@pytest.mark.parametrize("options", [{}, {"eigenvectors": "smallest", "center": True}, {"split": "test"}])
+def test_a_dataset_whose_name_ends_like_an_option_keeps_it(dataset, options):
+    config = K_sweep.Config(dataset_name=dataset, **options)
+    assert collect.dataset_of(K_sweep.result_path(config), result_settings(config)) == dataset

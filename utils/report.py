@@ -1,11 +1,22 @@
 """What K_sweep.py says of its result: the score of the run, the JSON of a layer, the table a user reads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 SCORES = ("ntps", "ntps_label", "ntps_whitened", "retained")
 NULL_SCORES = SCORES[1:]  # those that permuted labels give a null for
+
+
+def option_suffix(config: Mapping[str, Any]) -> str:
+    """What K_sweep.py appends to a dataset's name for settings other than the default, such as `.smallest.centered`."""
+    options = [
+        *(config[name] for name in ("split", "eigenvectors", "subspace")),
+        "centered" if config["center"] else "",
+    ]
+    defaults = ("train", "largest", "autoregression", "")
+    return "".join(f".{option}" for option in options if option not in defaults)
 
 
 def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
