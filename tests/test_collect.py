@@ -163,18 +163,24 @@ def test_whole_numbers_keep_all_their_digits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "dataset"),
+    ("name", "dataset", "options"),
     [
-        ("emotion", "emotion"),
-        ("docstrings__kind.smallest", "docstrings/kind"),
-        ("emotion.smallest.centered", "emotion"),
-        ("org__set.test.largest", "org/set.test.largest"),  # not an option's name: left as it is
-        ("emotion.test.pca", "emotion"),
-        ("emotion.random", "emotion"),
+        ("emotion", "emotion", {}),
+        ("docstrings__kind.smallest", "docstrings/kind", {"eigenvectors": "smallest"}),
+        ("emotion.smallest.centered", "emotion", {"eigenvectors": "smallest", "center": True}),
+        ("org__set.test.largest", "org/set.test.largest", {}),  # not an option's name: left as it is
+        ("emotion.test.pca", "emotion", {"split": "test", "subspace": "pca"}),
+        ("emotion.random", "emotion", {"subspace": "random"}),
+        ("my.test", "my.test", {}),  # a name that ends like an option, without that option and with it
+        ("my.test.test", "my.test", {"split": "test"}),
+        ("rows.v1.0.smallest", "rows.v1.0", {"eigenvectors": "smallest"}),
     ],
 )
-def test_options_are_not_part_of_the_datasets_name(name, dataset):
-    assert collect.dataset_of(Path(f"ntps/tiny/{name}.json")) == dataset
+def test_options_are_not_part_of_the_datasets_name(name, dataset, options):
+    config = K_sweep.Config(dataset_name=dataset, **options)
+    path = Path(f"ntps/tiny/{name}.json")
+    assert K_sweep.result_path(config).name == path.name  # the name that K_sweep.py gives it
+    assert collect.dataset_of(path, result_settings(config)) == dataset
 
 
 # ------------------------------------------------------------------ what is not
@@ -263,10 +269,3 @@ def test_two_different_results_of_the_same_name_are_refused(monkeypatch, results
     again.write_text(json.dumps(result))
     message, _ = collected(monkeypatch, results_dir)
     assert "two different results of model" in str(message) and "--results_dir" in str(message)
-
-
-@pytest.mark.parametrize("dataset", ["my.test", "rows.v1.0", "plain"])
-@pytest.mark.parametrize("options", [{}, {"eigenvectors": "smallest", "center": True}, {"split": "test"}])
-def test_a_dataset_whose_name_ends_like_an_option_keeps_it(dataset, options):
-    config = K_sweep.Config(dataset_name=dataset, **options)
-    assert collect.dataset_of(K_sweep.result_path(config), result_settings(config)) == dataset
