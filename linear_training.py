@@ -113,8 +113,8 @@ def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple
     scores: dict[str, Any] = {}
     for part, (states, targets) in parts.items():
         if part != "train":
-            of_part = objective.scores(head(states).cpu(), targets)
-            scores |= {f"{part}_{name}": value for name, value in of_part.items()}
+            measured = objective.scores(head(states).cpu(), targets)
+            scores |= {f"{part}_{name}": value for name, value in measured.items()}
     return scores
 
 
