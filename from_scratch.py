@@ -14,6 +14,8 @@ Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only t
 weight is trained, in float32, with products in bfloat16 (--dtype).
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

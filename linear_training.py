@@ -16,6 +16,8 @@ default: 1.258 and .585 after their 50 epochs; with --standardize 1.289 and .590
 with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the unconverged probe is part optimisation.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass
 from typing import Any, Literal
 

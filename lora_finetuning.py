@@ -15,6 +15,8 @@ A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r),
 are trained, in float32; everything else stays as it is.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -13,6 +13,8 @@ joined with <|endoftext|> behind each, and cut into windows; attention runs acro
 pretraining.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import json
 import math
 import time

@@ -13,6 +13,8 @@ the same command goes on after an interruption; a cell that fails is named at th
     fine-tuning   from_scratch.py, pretrained and random weights
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import contextlib
 import multiprocessing
 import os
