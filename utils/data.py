@@ -6,15 +6,15 @@
     python cache.py --dataset_name reviews.csv --text_column review --label_column stars
     python cache.py --dataset_name docstrings/raises            # see demo/docstrings.py
 
-Files are .jsonl, .json, .csv, .tsv or .parquet in UTF-8, or a folder of them (train, test, validation by file name).
-What has no held-out split is split 70/30. Rows of one's own that are empty or cannot be encoded are errors; in a
-dataset of the hub, which its reader cannot mend, they are left out with a warning.
+Files are .jsonl, .json, .csv, .tsv or .parquet in UTF-8 (or UTF-16 with its mark), or a folder of them (train, test,
+validation by file name). What has no held-out split is split 70/30. Rows of one's own that are empty or cannot be
+encoded are errors; in a dataset of the hub, which its reader cannot mend, they are left out with a warning. Which
+labels count as missing stands in `labels.py`, which cells as text in `texts.py`.
 """
 
 import hashlib
 import itertools
 import math
-import re
 import string
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,15 +32,26 @@ from scipy.sparse.csgraph import connected_components
 
 from utils.datasets_table import DATASETS, DatasetSpec, table
 from utils.io import UserError
+from utils.labels import (
+    check_words,
+    class_values,
+    is_missing,
+    is_number,
+    is_whole,
+    label_cells,
+    target_cells,
+    told_missing,
+    typed,
+    warn,
+)
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
+from utils.texts import holds_text, render_column
 
 __all__ = ["DATASETS", "DataSettings", "DatasetSpec", "LabelledTexts", "leaked_share", "load_texts"]
 
 PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
 TEST_SHARE = 0.3
 LEAK_WARNING = 0.01  # share of test texts that also stand in train from which on a plain warning is due
-INTEGER = re.compile(r"-?(0|[1-9]\d*)")  # "007" stays a name
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,6 @@ class Rows:
         return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)
 
 
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 # ------------------------------------------------------------------ columns to texts
 def column(source: Source, part: Table, name: str, flag: str) -> list[Any]:
     """One column; `flag` is what names another one.
@@ -155,24 +162,11 @@ def text_pieces(settings: DataSettings, source: Source, part: Table, label: str)
     return [("", candidates[0])]
 
 
-def holds_text(values: Sequence[Any]) -> bool:
-    """Whether any value is a string that is not just a number."""
-    return any(isinstance(value, str) and value.strip() and not NUMBER.fullmatch(value) for value in values)
-
-
-def render(value: Any) -> str:
-    """A cell as text: choices, a list or the hub's {label, text}, become "(0) first (1) second", as in the paper."""
-    if isinstance(value, dict) and "text" in value:
-        value = value["text"]
-    if isinstance(value, list):
-        return " ".join(f"({number}) {choice}" for number, choice in enumerate(value))
-    return "" if value is None else str(value)
-
-
-def join_texts(source: Source, part: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
+def join_texts(source: Source, part_name: str, part: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
     """One text per row; empty where every column is blank, whatever the template puts around them."""
     flag = "--text_column or --text_template"
-    columns = [[render(cell) for cell in column(source, part, name, flag)] for _, name in pieces if name is not None]
+    names = [name for _, name in pieces if name is not None]
+    columns = [render_column(source.name, part_name, name, column(source, part, name, flag)) for name in names]
     texts = []
     for cells in zip(*columns, strict=True):
         rest = iter(cells)
@@ -188,26 +182,8 @@ def is_regression(settings: DataSettings, source: Source, labels: list[Any]) -> 
         return settings.task == "regression"
     if source.spec and not settings.label_column:
         return source.spec.num_classes == 0
-    numbers = [label for label in labels if not is_missing(label, True)]
-    floats = all(isinstance(label, int | float) and not isinstance(label, bool) for label in numbers)
-    return floats and any(not float(label).is_integer() for label in numbers)
-
-
-def is_missing(label: Any, regression: bool = False) -> bool:
-    """No label: empty, not a number, or -1, which stands for a hidden label unless it is a regression target."""
-    if label is None or (isinstance(label, str) and not label.strip()):
-        return True
-    number = isinstance(label, int | float) and not isinstance(label, bool)
-    return number and (math.isnan(label) or (label == -1 and not regression))
-
-
-def typed(labels: list[Any]) -> list[Any]:
-    """The cells of a csv column as numbers, if every one that is not empty is a number."""
-    cells = [str(label) for label in labels if not is_missing(label, True)]
-    for pattern, kind in ((INTEGER, int), (NUMBER, float)):
-        if all(pattern.fullmatch(cell) for cell in cells):
-            return [None if is_missing(label, True) else kind(label) for label in labels]
-    return labels
+    present = [label for label in labels if not is_missing(label, True)]
+    return all(map(is_number, present)) and any(not is_whole(label) for label in present)
 
 
 def cut(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -217,32 +193,15 @@ def cut(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, l
 
 
 def targets(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
-    """Rows with finite numbers as labels.
+    """Rows with numbers as labels, which are finite already.
 
     Raises:
-        UserError: a target is not a finite number, or all are equal.
+        UserError: all targets are equal.
     """
-    numbers = {}
-    for part, rows in parts.items():
-        try:
-            numbers[part] = Rows(rows.texts, [float(label) for label in rows.labels])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"A target of {source.name} is not a number ({error}): --task classification?") from None
-        if not all(map(math.isfinite, numbers[part].labels)):
-            raise UserError(f"A target of {source.name} is infinite. Remove that row.")
     first = next(iter(parts))
-    if len(set(numbers[first].labels)) < 2:
+    if len(set(parts[first].labels)) < 2:
         raise UserError(f"The {first} targets of {source.name} are all equal. See --label_column.")
-    return numbers
-
-
-def class_values(source: Source, labels: list[Any]) -> list[Any]:
-    """Labels as values that sort and compare: whole numbers as int, everything else as str."""
-    if any(isinstance(label, list | dict) for label in labels):
-        raise UserError(f"The labels of {source.name} are lists; one label per text is needed (--label_column).")
-    numbers = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
-    whole = numbers and all(float(label).is_integer() for label in labels)
-    return [int(label) if whole else str(label) for label in labels]
+    return parts
 
 
 def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> tuple[dict[str, Rows], list[str]]:
@@ -256,7 +215,7 @@ def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> t
     Raises:
         UserError: a single class, or, in the user's own data, a class that train lacks.
     """
-    values = class_values(source, [label for rows in parts.values() for label in rows.labels])
+    values = class_values(source.name, [label for rows in parts.values() for label in rows.labels])
     labels = cut(values, {part: rows.labels for part, rows in parts.items()})
     first = next(iter(parts))
     classes = sorted(set(labels[first]))
@@ -340,12 +299,15 @@ def linked_groups(columns: list[list[str]]) -> np.ndarray:
     """Group of each row, (n,): rows that share a text, in whatever case and spacing, are in one group."""
     texts: dict[str, int] = {}
     num_rows = len(columns[0])
-    cells = [
-        texts.setdefault(" ".join(render(cell).casefold().split()), len(texts)) for column in columns for cell in column
-    ]
+    cells = [texts.setdefault(" ".join(cell.casefold().split()), len(texts)) for column in columns for cell in column]
     edges = (np.ones(len(cells)), (np.tile(np.arange(num_rows), len(columns)), num_rows + np.array(cells)))
     graph = coo_array(edges, shape=(num_rows + len(texts),) * 2)
     return connected_components(graph, directed=False)[1][:num_rows]
+
+
+def has_labels(rows: Table, label: str) -> bool:
+    """Whether any row has a label; those of a test split may be hidden."""
+    return not all(map(is_missing, typed(list(rows.columns.get(label, ())[:]))))
 
 
 def choose_parts(source: Source, label: str, split: str) -> dict[str, Table]:
@@ -357,11 +319,12 @@ def choose_parts(source: Source, label: str, split: str) -> dict[str, Table]:
     splits, spec = source.splits, source.spec
     absent = f"{source.name} has no split {{!r}}; splits: {', '.join(splits)}."
     # hidden test labels are common on the hub; the validation split is then what can be scored
-    labelled = [name for name, rows in splits.items() if not all(map(is_missing, rows.columns.get(label, ())[:]))]
+    labelled = [name for name, rows in splits.items() if has_labels(rows, label)]
     if spec:
         for name in filter(None, ("train", spec.test_split)):
-            if name not in splits:
-                raise UserError(f"{absent.format(name)} Another --dataset_revision may have it.")
+            if name not in splits and not (source.copy and split == "all"):  # a copy need not be whole
+                remedy = f"Put {name}.parquet into {source.copy}, or take --split all." if source.copy else ""
+                raise UserError(f"{absent.format(name)} {remedy or 'Another --dataset_revision may have it.'}")
         held_out = [spec.test_split] if spec.test_split else []
     else:
         held_out = [name for name in ("test", *VALIDATION_NAMES) if name in splits]
@@ -386,12 +349,15 @@ def labelled_rows(settings: DataSettings, source: Source, tables: dict[str, Tabl
     label = label_column_name(settings, source, first)
     pieces = text_pieces(settings, source, first, label)
     labels = {part: column(source, rows, label, "--label_column") for part, rows in tables.items()}
-    if first.untyped:
-        labels = cut(typed([cell for of_part in labels.values() for cell in of_part]), labels)
-    regression = is_regression(settings, source, [cell for part in labels.values() for cell in part])
+    cells = label_cells(source.name, [cell for of_part in labels.values() for cell in of_part])
+    regression, labels = is_regression(settings, source, cells), cut(cells, labels)
+    if regression:
+        labels = {part: target_cells(source.name, part, of_part) for part, of_part in labels.items()}
+    elif settings.task == "auto" and not source.spec:
+        check_words(source.name, labels)
     parts = {}
     for part, rows in tables.items():
-        texts = join_texts(source, rows, pieces)
+        texts = join_texts(source, part, rows, pieces)
         empty = [number for number, text in enumerate(texts, 1) if not text]
         if empty and source.own:
             shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -401,9 +367,13 @@ def labelled_rows(settings: DataSettings, source: Source, tables: dict[str, Tabl
             found = "no rows" if not texts else f"{len(texts)} {part} rows, their labels all missing or -1"
             raise UserError(f"{source.name} has {found} (label column {label!r}). Label them, or see --label_column.")
         if len(kept) < len(texts):
-            warn(f"{len(texts) - len(kept)} {part} rows of {source.name} without a label (missing or -1) are left out")
+            told = f"{len(texts) - len(kept)} {part} rows of {source.name} without a label (missing or -1) are left out"
+            warn(told + told_missing(labels[part], sorted(set(range(len(texts))) - set(kept))))
         together = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
-        columns = [column(source, rows, name, "--dataset_revision") for name in together]
+        columns = [
+            render_column(source.name, part, name, column(source, rows, name, "--dataset_revision"))
+            for name in together
+        ]
         groups = linked_groups(columns) if columns else None
         parts[part] = Rows(texts, labels[part], groups).take(kept)
     return parts, regression
@@ -444,7 +414,8 @@ def report(source: Source, parts: dict[str, Rows], label_names: list[str], rule:
         known = source.spec.sizes if source.spec else None
         if known and sum(known) != sum(sizes.values()):
             expected = f"{known[0]:,} and {known[1]:,}"
-            warn(f"{source.name} was known with {expected} rows; the hub has changed, or the known sizes are wrong")
+            cause = "this copy holds others" if source.copy else "the hub has changed, or the known sizes are wrong"
+            warn(f"{source.name} was known with {expected} rows; {cause}")
         leaked = leaked_share(parts["train"].texts, parts["test"].texts)
         facts.append(f"{leaked:.1%} of the test texts also stand in train")
         if leaked > LEAK_WARNING:
