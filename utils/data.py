@@ -1,6 +1,7 @@
 """Labelled texts by name: the known datasets, any other of the hub, the user's own files, the docstring tasks.
 
     python utils/data.py                                        # table of the known datasets, without network
+    python utils/data.py --check FOLDER                         # local copies (--datasets_dir) beside the table
     python cache.py --dataset_name emotion                      # a key of the table, or its hub id
     python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
     python cache.py --dataset_name reviews.csv --text_column review --label_column stars
@@ -12,6 +13,7 @@ encoded are errors; in a dataset of the hub, which its reader cannot mend, they 
 labels count as missing stands in `labels.py`, which cells as text in `texts.py`.
 """
 
+import argparse
 import hashlib
 import itertools
 import math
@@ -220,7 +222,8 @@ def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> t
     first = next(iter(parts))
     classes = sorted(set(labels[first]))
     index = {value: number for number, value in enumerate(classes)}
-    spelled = {value: names[value] if names else str(value) for value in set(values)}
+    known = dict(enumerate(names or ()))  # a number beyond the names, or a word, is its own name
+    spelled = {value: known.get(value, str(value)) for value in set(values)}
     if len(classes) < 2:
         raise UserError(
             f"The {first} labels of {source.name} are all {spelled[classes[0]]!r}; at least two classes are needed. "
@@ -286,6 +289,15 @@ def divide(settings: DataSettings, source: Source, rows: Rows, stratify: bool) -
         train = stratified_rows(classes, len(classes) - math.ceil(TEST_SHARE * len(classes)), settings.seed)
         test = np.setdiff1d(np.arange(len(classes)), train)
         return train, np.random.default_rng(settings.seed).permutation(test)
+    return known_split(source, rows)
+
+
+def known_split(source: Source, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of train and test of a known dataset that has no held-out split.
+
+    Raises:
+        UserError: all rows are of one group.
+    """
     if rows.groups is None:
         return paper_split(len(rows.texts))
     groups = np.unique(rows.groups)
@@ -475,8 +487,18 @@ def load_texts(settings: DataSettings, split: Literal["train", "test", "all"]) -
 
 
 def main() -> None:
-    """Prints the known datasets; needs no network."""
-    print(table())
+    """Prints the known datasets, or with --check FOLDER what the copies in a folder hold; needs no network."""
+    parser = argparse.ArgumentParser(prog="python -m utils.data", description=main.__doc__)
+    parser.add_argument("--check", metavar="FOLDER", type=Path, help="folder of copies, as --datasets_dir takes it")
+    folder = parser.parse_args().check
+    if folder is None:
+        print(table())
+        return
+    from utils.dataset_check import check_copies  # it reads with this module
+
+    text, as_the_table_says = check_copies(folder)
+    print(text)
+    sys.exit(0 if as_the_table_says else 1)
 
 
 if __name__ == "__main__":
