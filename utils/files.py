@@ -73,7 +73,7 @@ def decode(path: Path) -> str:
         else:
             advice = "The file is damaged, or no text: remove them, e.g. tr -d '\\000'."
         raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds zero bytes. {advice}")
-    return text
+    return text.lstrip("\ufeff")  # some programs write a second mark
 
 
 def split_lines(text: str) -> list[str]:
@@ -152,7 +152,11 @@ def _object_table(path: Path, content: dict[str, Any]) -> Table:
             return _records_table(path, list(enumerate(values, 1)))
         if all(of_value == keys[0] for of_value in keys) and all(key.isdigit() for key in keys[0]):
             return Table({name: list(cells.values()) for name, cells in content.items()})
-    elif len(values) > 1 and all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1:
+    elif (
+        len(values) > 1
+        and all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
+        and "data" not in content  # {"columns": [...], "index": [...], "data": [...]}
+    ):
         return Table(content)
     keys_found = ", ".join(map(repr, list(content)[:5]))
     raise UserError(

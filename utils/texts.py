@@ -105,7 +105,7 @@ def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> li
                 f"Column {name!r} of {source}, {part} row {row}, holds {error}. Write it as a string, or as a list of "
                 'strings or of {"text": ...} objects for choices, or name other columns (--text_template).'
             ) from None
-    return unwrapped(source, part, name, texts)
+    return without_line_end(source, part, name, unwrapped(source, part, name, texts))
 
 
 def unwrapped(source: str, part: str, name: str, texts: list[str]) -> list[str]:
@@ -122,3 +122,15 @@ def unwrapped(source: str, part: str, name: str, texts: list[str]) -> list[str]:
         return texts
     print(f"{source}: the {part} texts of {name!r} are written as Python bytes; b'...' is taken off")
     return found
+
+
+def without_line_end(source: str, part: str, name: str, texts: list[str]) -> list[str]:
+    """The texts without the line break at their end where every one of a column has one, as in sms_spam.
+
+    Differs from the paper: it is the end of a file's line, and as the last token of every text all that
+    `--pooling last` would see.
+    """
+    if len(texts) < 2 or not all(text.endswith("\n") for text in texts):
+        return texts
+    print(f"{source}: every {part} text of {name!r} ends with a line break, which is taken off")
+    return [text.removesuffix("\n").removesuffix("\r") for text in texts]
