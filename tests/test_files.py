@@ -172,8 +172,9 @@ def test_missing_label_is_no_class(word: str, suffix: str, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("word", ["nan", "NA", "null", "None", ""])
-def test_missing_target_is_no_class(word: str, tmp_path: Path) -> None:
+def test_missing_target_is_no_class(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = load(csv_labels(tmp_path, ["0.5", word, "-1", "2.25"]), "all")
+    assert (f"written {word!r}" if word else "rows 2") in capsys.readouterr().err
     assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
     found = load(write_labels(tmp_path, ["0.5", word, "-1", "2.25"]), "all")
     assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
@@ -266,6 +267,16 @@ def test_number_beyond_the_class_names_is_its_own_name(tmp_path: Path) -> None:
     assert load(tmp_path / "rows.parquet", "all").label_names == ["no", "yes", "7"]
 
 
+def test_class_names_that_differ_between_files_are_refused(tmp_path: Path) -> None:
+    for split, names in (("train", ["no", "yes"]), ("test", ["yes", "no"])):
+        metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"class names of column 'label' differ .*: no, yes and yes, no"):
+        load(tmp_path)
+
+
 # ------------------------------------------------------------------ whole files
 ROWS = [{"text": f"naïve {row}", "label": word} for row, word in enumerate("abab")]
 WHOLE_FILES = {
@@ -293,6 +304,11 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "header only": ("rows.tsv", "text\tlabel\n", r"has no rows: only the columns text, label"),
     "blank lines": ("rows.jsonl", "\n\n", r"has no rows"),
     "a string": ("rows.json", '"text"', r"'text' is not an object"),
+    "equal keys": (
+        "rows.jsonl",
+        '{"text": "a", "text": "b", "label": 1}',
+        r"line 1 has an object with two keys 'text'",
+    ),
     "a number": ("rows.json", "3", r"'3' is not an object"),
     "split orientation": ("rows.json", '{"columns": ["text"], "data": [["a"]]}', r"keys 'columns', 'data'.*lines=True"),
     "wrapped": ("rows.json", '{"data": [{"text": "a"}]}', r"one object with the keys 'data'.*lines=True"),

@@ -1,7 +1,7 @@
 """Labelled texts by name: the known datasets, any other of the hub, the user's own files, the docstring tasks.
 
     python utils/data.py                                        # table of the known datasets, without network
-    python utils/data.py --check FOLDER                         # local copies (--datasets_dir) beside the table
+    python -m utils.data --check FOLDER                         # local copies (--datasets_dir) beside the table
     python cache.py --dataset_name emotion                      # a key of the table, or its hub id
     python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
     python cache.py --dataset_name reviews.csv --text_column review --label_column stars
@@ -15,11 +15,10 @@ labels count as missing stands in `labels.py`, which cells as text in `texts.py`
 
 import argparse
 import hashlib
-import itertools
 import math
 import string
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,16 +26,13 @@ from typing import Any, Literal, Protocol
 if __name__ == "__main__":  # the path then starts with utils/, not with the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import datasets
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from utils.datasets_table import DATASETS, DatasetSpec, table
+from utils.files import check_class_names
 from utils.io import UserError
 from utils.labels import (
     check_words,
-    class_values,
     is_missing,
     is_number,
     is_whole,
@@ -46,13 +42,21 @@ from utils.labels import (
     typed,
     warn,
 )
+from utils.rows import TEST_SHARE, Rows, cut, encode, known_split, linked_groups, paper_split, stratified_rows, targets
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
 from utils.texts import holds_text, render_column
 
-__all__ = ["DATASETS", "DataSettings", "DatasetSpec", "LabelledTexts", "leaked_share", "load_texts"]
+__all__ = [
+    "DATASETS",
+    "DataSettings",
+    "DatasetSpec",
+    "LabelledTexts",
+    "leaked_share",
+    "load_texts",
+    "paper_split",
+    "stratified_rows",
+]
 
-PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
-TEST_SHARE = 0.3
 LEAK_WARNING = 0.01  # share of test texts that also stand in train from which on a plain warning is due
 
 
@@ -96,20 +100,6 @@ class DataSettings(Protocol):
     def max_samples(self) -> int | None: ...
     @property
     def seed(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Texts with a raw label each; a text without any content is the empty string."""
-
-    texts: list[str]
-    labels: list[Any]
-    groups: np.ndarray | None = None  # (n,) rows of one group stay on one side of a split
-
-    def take(self, rows: Iterable[int]) -> "Rows":
-        rows = list(rows)
-        groups = None if self.groups is None else self.groups[rows]
-        return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)
 
 
 # ------------------------------------------------------------------ columns to texts
@@ -188,91 +178,7 @@ def is_regression(settings: DataSettings, source: Source, labels: list[Any]) -> 
     return all(map(is_number, present)) and any(not is_whole(label) for label in present)
 
 
-def cut(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The values in parts as long as those of `like`."""
-    rest = iter(values)
-    return {part: list(itertools.islice(rest, len(of_part))) for part, of_part in like.items()}
-
-
-def targets(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
-    """Rows with numbers as labels, which are finite already.
-
-    Raises:
-        UserError: all targets are equal.
-    """
-    first = next(iter(parts))
-    if len(set(parts[first].labels)) < 2:
-        raise UserError(f"The {first} targets of {source.name} are all equal. See --label_column.")
-    return parts
-
-
-def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> tuple[dict[str, Rows], list[str]]:
-    """Rows with labels 0..c-1, and the c class names: the classes of the training rows, sorted.
-
-    Args:
-        source: where the rows come from.
-        parts: rows by part; the first part (train, where there is one) defines the classes.
-        names: class names, where a label is a position among them.
-
-    Raises:
-        UserError: a single class, or, in the user's own data, a class that train lacks.
-    """
-    values = class_values(source.name, [label for rows in parts.values() for label in rows.labels])
-    labels = cut(values, {part: rows.labels for part, rows in parts.items()})
-    first = next(iter(parts))
-    classes = sorted(set(labels[first]))
-    index = {value: number for number, value in enumerate(classes)}
-    known = dict(enumerate(names or ()))  # a number beyond the names, or a word, is its own name
-    spelled = {value: known.get(value, str(value)) for value in set(values)}
-    if len(classes) < 2:
-        raise UserError(
-            f"The {first} labels of {source.name} are all {spelled[classes[0]]!r}; at least two classes are needed. "
-            "See --label_column; where -1 is a class, and not a missing label, name it in words."
-        )
-    encoded = {}
-    for part, rows in parts.items():
-        kept = [row for row, value in enumerate(labels[part]) if value in index]
-        if len(kept) < len(rows.texts):
-            unseen = sorted(spelled[value] for value in set(labels[part]) - set(classes))
-            told = f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have classes that train lacks: "
-            told += ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-            if source.own or not kept:
-                raise UserError(f"{told}. Correct them, add rows of these classes to train, or take --split all.")
-            warn(f"{told}; left out")
-        encoded[part] = Rows([rows.texts[row] for row in kept], [index[labels[part][row]] for row in kept])
-    return encoded, [spelled[value] for value in classes]
-
-
 # ------------------------------------------------------------------ rows and splits
-def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """Numbers of `num` random rows in random order, each class in proportion and, if `num` allows, none left out.
-
-    Args:
-        classes: class of each row, (n,); constant for a plain random sample.
-        num: size of the sample, at most n.
-        seed: the same seed gives the same rows.
-    """
-    generator = np.random.default_rng(seed)
-    classes, counts = np.unique(classes, return_inverse=True, return_counts=True)[1:]
-    quota = num * counts / counts.sum()
-    take = np.maximum(np.floor(quota).astype(int), int(num >= len(counts)))
-    while take.sum() > num:
-        take[np.argmax(take)] -= 1
-    while take.sum() < num:
-        take[np.argmax(quota - take)] += 1
-    order = generator.permutation(len(classes))
-    order = order[np.argsort(classes[order], kind="stable")]
-    starts = np.cumsum(counts) - counts
-    return generator.permutation(np.concatenate([order[i : i + k] for i, k in zip(starts, take, strict=True)]))
-
-
-def paper_split(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test in the paper's order, which is the same in datasets 3.5 and 5.2."""
-    numbered = datasets.Dataset.from_dict({"row": range(num_rows)})
-    split = numbered.train_test_split(test_size=TEST_SHARE, shuffle=True, seed=PAPER_SEED)
-    return np.array(split["train"]["row"][:]), np.array(split["test"]["row"][:])
-
-
 def divide(settings: DataSettings, source: Source, rows: Rows, stratify: bool) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of train and test for data without a held-out split.
 
@@ -290,31 +196,6 @@ def divide(settings: DataSettings, source: Source, rows: Rows, stratify: bool) -
         test = np.setdiff1d(np.arange(len(classes)), train)
         return train, np.random.default_rng(settings.seed).permutation(test)
     return known_split(source, rows)
-
-
-def known_split(source: Source, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test of a known dataset that has no held-out split.
-
-    Raises:
-        UserError: all rows are of one group.
-    """
-    if rows.groups is None:
-        return paper_split(len(rows.texts))
-    groups = np.unique(rows.groups)
-    if len(groups) < 2:
-        raise UserError(f"All rows of {source.name} share a question: take --split all or --ungrouped_split.")
-    in_train = np.isin(rows.groups, groups[paper_split(len(groups))[0]])
-    return np.flatnonzero(in_train), np.flatnonzero(~in_train)
-
-
-def linked_groups(columns: list[list[str]]) -> np.ndarray:
-    """Group of each row, (n,): rows that share a text, in whatever case and spacing, are in one group."""
-    texts: dict[str, int] = {}
-    num_rows = len(columns[0])
-    cells = [texts.setdefault(" ".join(cell.casefold().split()), len(texts)) for column in columns for cell in column]
-    edges = (np.ones(len(cells)), (np.tile(np.arange(num_rows), len(columns)), num_rows + np.array(cells)))
-    graph = coo_array(edges, shape=(num_rows + len(texts),) * 2)
-    return connected_components(graph, directed=False)[1][:num_rows]
 
 
 def has_labels(rows: Table, label: str) -> bool:
@@ -361,6 +242,8 @@ def labelled_rows(settings: DataSettings, source: Source, tables: dict[str, Tabl
     label = label_column_name(settings, source, first)
     pieces = text_pieces(settings, source, first, label)
     labels = {part: column(source, rows, label, "--label_column") for part, rows in tables.items()}
+    check_class_names([rows.class_names for rows in tables.values()], f"the splits of {source.name}")
+    written = labels
     cells = label_cells(source.name, [cell for of_part in labels.values() for cell in of_part])
     regression, labels = is_regression(settings, source, cells), cut(cells, labels)
     if regression:
@@ -380,7 +263,7 @@ def labelled_rows(settings: DataSettings, source: Source, tables: dict[str, Tabl
             raise UserError(f"{source.name} has {found} (label column {label!r}). Label them, or see --label_column.")
         if len(kept) < len(texts):
             told = f"{len(texts) - len(kept)} {part} rows of {source.name} without a label (missing or -1) are left out"
-            warn(told + told_missing(labels[part], sorted(set(range(len(texts))) - set(kept))))
+            warn(told + told_missing(written[part], sorted(set(range(len(texts))) - set(kept))))
         together = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
         columns = [
             render_column(source.name, part, name, column(source, rows, name, "--dataset_revision"))

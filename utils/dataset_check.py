@@ -1,4 +1,4 @@
-"""Compares local copies of the known datasets with the table: `python utils/data.py --check FOLDER`.
+"""Compares local copies of the known datasets with the table: `python -m utils.data --check FOLDER`.
 
 Each copy is read as in a run, and what it holds is printed beside what the table says.
 """

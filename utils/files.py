@@ -7,6 +7,7 @@ line. Nothing is encoded or dropped yet; what a cell means is `labels.py` and `t
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,12 +85,24 @@ def split_lines(text: str) -> list[str]:
 
 
 # ------------------------------------------------------------------ JSON
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ; of two equal ones Python would keep the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _parse(path: Path, text: str, line: int | None = None) -> Any:
     """The value of a JSON text. Raises ValueError for one that is none, UserError for a number no program reads."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError:
         raise
+    except KeyError as error:
+        place = f"{path}, line {line}" if line else str(path)
+        raise UserError(f"{place} has an object with two keys {error}. Keys must differ; rename one.") from None
     except (ValueError, RecursionError) as error:  # more than 4,300 digits; thousands of brackets
         place = f"{path}, line {line}" if line else str(path)
         reason = "a number of thousands of digits" if isinstance(error, ValueError) else "thousands of nested brackets"
@@ -276,6 +289,17 @@ def arrow_class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
         return {}
 
 
+def check_class_names(found: Sequence[Mapping[str, list[str]]], where: str) -> None:
+    """Raises UserError where one number means different classes in two of these tables; one without names is passed."""
+    for first, second in itertools.combinations(found, 2):
+        for name in first.keys() & second.keys():
+            if first[name] != second[name]:
+                raise UserError(
+                    f"The class names of column {name!r} differ between {where}: {', '.join(first[name][:5])} and "
+                    f"{', '.join(second[name][:5])}. Write the same names in the same order into each."
+                )
+
+
 def read_parquet(path: Path) -> Table:
     """The columns of a parquet file, of whatever types.
 
@@ -314,6 +338,7 @@ def _merge(tables: list[Table]) -> Table:
     """The rows of several files of one split; a column that a file lacks is None there."""
     if len(tables) == 1:
         return tables[0]
+    check_class_names([part.class_names for part in tables], "its files")
     names = dict.fromkeys(name for part in tables for name in part.columns)
     columns = {
         name: [cell for part in tables for cell in part.columns.get(name, [None] * part.num_rows)[:]] for name in names
