@@ -99,7 +99,7 @@ def main(config: Config) -> None:
         names = ("model_name", "dataset_name", "max_samples", "max_length", "num_epochs", "device")
         asked = {name: getattr(config, name) for name in names}
         probe = with_values(linear_training.Config(), **asked, results_dir=Path(folder))
-        data = load_splits(probe.data)
+        data = load_splits(probe.data, probe.run)
         model_config = load_config(probe.model, probe.run)
         tokenizer = load_tokenizer(probe.model, probe.run, model_config)
         tokens = {

@@ -47,7 +47,7 @@ def cached_features(config: Config) -> tuple[list[Tensor], np.ndarray]:
     """Standardised float32 features of every layer, each (n, d), and the labels (n,)."""
     names = {"model_name": config.model_name, "dataset_name": config.dataset_name, "results_dir": config.results_dir}
     probe = with_values(linear_sklearn.Config(), **names)
-    data = load_texts(probe.data, "train")
+    data = load_texts(probe.data, probe.run, "train")
     path = pooled_path(linear_sklearn.find_features(probe, "train", data))
     with open_tensors(path) as (file, _):
         pooled = file.get_tensor("pooled").numpy()

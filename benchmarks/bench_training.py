@@ -55,8 +55,8 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
             name: getattr(config, name) for name in ("model_name", "dataset_name", "batch_size", "max_length", "device")
         }
         lora = with_values(lora_finetuning.Config(), **asked, results_dir=Path(folder))
-        data = load_splits(lora.data)
-        data["test"] = load_texts(replace(lora.data, max_samples=config.num_evaluated), "test")
+        data = load_splits(lora.data, lora.run)
+        data["test"] = load_texts(replace(lora.data, max_samples=config.num_evaluated), lora.run, "test")
         model_config = load_config(lora.model, lora.run)
         tokenizer = load_tokenizer(lora.model, lora.run, model_config)
         tokens = {

@@ -101,11 +101,11 @@ def model_twins(model_dirs, tmp_path) -> tuple[Path, Path]:
 
 
 def retrain(folder: Path) -> None:
-    """Changes one weight of the model in a folder; size and time of the file stay, as after a copy with its times."""
+    """Changes weights of the model in a folder; size and time of the file stay, as after a copy with its times."""
     path = next(folder.glob("*.safetensors"))
     stat, tensors = path.stat(), load_file(path)
     name = next(name for name in sorted(tensors) if "embed" in name)
-    tensors[name][0, 0] += 1
+    tensors[name][:, 0] += 1  # of every token, so that states change whatever the texts
     save_file(tensors, path, metadata={"format": "pt"})
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     file_digest.cache_clear()  # a process of its own would read the file; this one remembers it by size and time

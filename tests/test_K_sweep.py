@@ -460,9 +460,9 @@ def test_draws_have_the_known_mean():
 
 
 # ------------------------------------------------------------------ the embedded model, and the command line
-def shuffled_texts(settings, split):
+def shuffled_texts(settings, run, split):
     """The texts of `load_texts` in another order."""
-    data = load_texts(settings, split)
+    data = load_texts(settings, run, split)
     order = np.random.default_rng(1).permutation(len(data.texts))
     return dataclasses.replace(data, texts=[data.texts[i] for i in order], labels=data.labels[order])
 

@@ -144,7 +144,7 @@ def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path
     )  # fmt: skip
     cache.main(config)
     [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
-    features, data = load_file(path), load_texts(config.data, "train")
+    features, data = load_file(path), load_texts(config.data, config.run, "train")
     assert features["labels"].tolist() == data.labels.tolist()
     model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
@@ -274,7 +274,7 @@ def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
     with pytest.raises(UserError, match=r"layer 0, row (\d+) of the split") as raised:
         cache.main(config)
     row = int(re.search(r"row (\d+)", str(raised.value))[1])
-    text = load_texts(config.data, "train").texts[row]
+    text = load_texts(config.data, config.run, "train").texts[row]
     assert rare in tokenizer(text)["input_ids"]
     assert not list(tmp_path.glob("moments/**/*.safetensors"))
 

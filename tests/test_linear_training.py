@@ -16,7 +16,7 @@ import linear_training
 from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
 from utils.data import load_texts
 from utils.io import UserError
-from utils.settings import with_values
+from utils.settings import Run, with_values
 
 
 def settings(model_dirs, rows, results_dir, **changes):
@@ -42,7 +42,7 @@ def train_through_the_model(config) -> list[float]:
     model = AutoModel.from_pretrained(config.model.model_name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(config.model.model_name, padding_side="right")
     tokenizer.pad_token = tokenizer.eos_token
-    data = load_texts(config.data, "train")
+    data = load_texts(config.data, config.run, "train")
     labels = torch.from_numpy(data.labels)
     torch.manual_seed(config.data.seed)
     head = torch.nn.Linear(model.config.hidden_size, data.num_labels)
@@ -152,7 +152,7 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_p
 
 
 def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):
-    data = load_texts(settings(model_dirs, rows_path, tmp_path).data, "train")
+    data = load_texts(settings(model_dirs, rows_path, tmp_path).data, Run(), "train")
     kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
     assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)

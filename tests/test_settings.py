@@ -45,7 +45,7 @@ OWN = {
 
 @pytest.mark.parametrize("module", OWN, ids=lambda module: module.__name__)
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_the_command_of_a_config_gives_that_config(module, data):
     """Also where values hold spaces, quotes and braces: what the command says is what a shell would pass."""
     values = {name: data.draw(strategy, name) for name, strategy in (SHARED | OWN[module]).items()}
