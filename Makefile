@@ -32,12 +32,12 @@ study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x 
 	$(PYTHON) demo/study.py --scale $(STUDY)
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
-	$(PYTHON) fig_plot/collect.py --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
+	$(PYTHON) -m fig_plot.collect --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
 	$(PYTHON) benchmarks/reproducibility.py --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
-	$(PYTHON) fig_plot/verdict.py --data_dir $(STUDY_DATA)
+	$(PYTHON) -m fig_plot.verdict --data_dir $(STUDY_DATA)
 
 figures: $(READY)  ## every committed figure from the committed CSV files
-	$(PYTHON) fig_plot/verdict.py
+	$(PYTHON) -m fig_plot.verdict
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Verdict.ipynb
 

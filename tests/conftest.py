@@ -21,6 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = Path(os.environ.get("NTPS_PUBLISHED", ""))
+needs_published = pytest.mark.skipif(
+    "NTPS_PUBLISHED" not in os.environ, reason="NTPS_PUBLISHED does not name the folder of the authors' figure files"
+)
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
 
 

@@ -229,7 +229,7 @@ def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, mod
 def test_strict_ends_with_exit_code_1(results_dir, model_dirs):
     spoil(results_dir, model_dirs["qwen2"].name, model_dirs["llama"].name)
     places = ["--results_dir", results_dir, "--output_dir", results_dir.parent / "data"]
-    result = run_command(SCRIPT, *places, "--strict")
+    result = run_command("-m", "fig_plot.collect", *places, "--strict")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: 5 results skipped or missing")
     assert (results_dir.parent / "data" / "scores.csv").is_file()
