@@ -4,23 +4,28 @@ PYTHON := .venv/bin/python
 READY := .venv/.ready
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-# idle threads sleep instead of spinning: a busy machine then slows small problems tenfold less
-export OMP_WAIT_POLICY = PASSIVE
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint study figures bench clean
 
-.PHONY: demo test lint study figures bench clean
+help:  ## what can be made here
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(READY)  ## docstrings -> tiny LM -> moments -> NTPS, with a table and a picture
 	$(PYTHON) cache.py --split train
 	$(PYTHON) cache.py --split test
 	$(PYTHON) K_sweep.py
 
-test: lint  ## ruff, mypy, pytest
+test: lint  ## ruff, mypy, every test
 	$(PYTHON) -m pytest -n 2
 
-lint: $(READY)
+test-fast: lint  ## the same without the slow tests, while you work
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
+	.venv/bin/codespell --skip '*.json,*.jsonl,*.ipynb,*.csv,*.pdf,./.venv,./.git,./results,./demo/cache,./demo/runs'
 
 # full: about 100 minutes on two cores, goes on where it was interrupted; quick: two models, one seed
 STUDY ?= full
@@ -48,7 +53,7 @@ bench: $(READY)  ## every performance claim of the README, measured here
 	$(PYTHON) -m benchmarks.bench_linear_training
 	$(PYTHON) -m benchmarks.bench_training
 
-clean:
+clean:  ## remove the environment, results and caches
 	rm -rf .venv results demo/cache
 
 $(READY): requirements.txt

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as utils/ sets it, before torch is loaded
 # One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
 # from a sum over one in the last bit, which matters where a killed run must equal an uninterrupted one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,6 +32,10 @@ from utils.models import file_digest
 from utils.settings import with_values
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = Path(os.environ.get("NTPS_PUBLISHED", ""))
+needs_published = pytest.mark.skipif(
+    "NTPS_PUBLISHED" not in os.environ, reason="NTPS_PUBLISHED does not name the folder of the authors' figure files"
+)
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
 
 
