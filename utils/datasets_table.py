@@ -27,7 +27,7 @@ class DatasetSpec:
     test_split: str | None = "test"  # the hub's split that is held out; None: seeded 70/30, as in the paper
     group_by: tuple[str, ...] = ()  # rows that share one of these texts stay on one side of the 70/30 split
     config: str | None = None
-    # The hub wants the full 40 digits; where only the short hash of a commit is known it stands in `seen_at`.
+    # The hub wants the full 40 digits; where only the short hash of a commit is known it is in `seen_at`.
     revision: str | None = None  # what is loaded; None: the newest
     seen_at: str | None = None  # commit at which the columns were read
     data_files: Mapping[str, str] | None = None  # split -> files, where the file names alone would mislead
@@ -137,7 +137,7 @@ SPECS = (
         licence="unknown",
         test_split=None,
         group_by=("question_1", "question_2"),
-        note="each question stands in two rows; --ungrouped_split gives the paper's split",
+        note="each question is in two rows; --ungrouped_split gives the paper's split",
     ),
     DatasetSpec(
         key="rotten_tomatoes",
