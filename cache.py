@@ -21,6 +21,8 @@ Beside them is what tells rounding from rank: the errors of C0 Z and C1 Z that f
 fixed random signs Z, and token_square (l, d), the mean over texts of the sum over t = 1..T of x_t^2.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
