@@ -130,7 +130,8 @@ def without_constants(covariance: Tensor, mean: Tensor, tolerance: float) -> Ten
 
 def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
     """The columns, each of norm 1 or 0, of which more than `tolerance` is outside the span of those before it."""
-    kept, basis = [], columns[:, :0]
+    kept: list[int] = []
+    basis = columns[:, :0]
     for start in range(0, columns.shape[1], 64):  # in blocks: what earlier blocks span goes off in one product
         block, new = columns[:, start : start + 64].clone(), []
         for _ in range(2):  # twice is enough: one pass leaves rounding of the size of what it takes off
