@@ -209,7 +209,7 @@ def before_after(config: Config, metrics: dict, data: dict[str, LabelledTexts]) 
 def main(config: Config) -> None:
     """Trains, or finds the finished run; then the table of NTPS before and after, if asked for."""
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
-    data = load_splits(config.data)
+    data = load_splits(config.data, config.run)
     metrics = finetune(config, "lora", build, data)
     if config.output.ntps_after and metrics:
         result = before_after(config, metrics, data)
