@@ -84,15 +84,15 @@ ERRORS: tuple[tuple[tuple[type[BaseException], ...], str, str, str], ...] = (
         "needs another configuration",
         "Name it: --dataset_name {name}:<config>. {message}",
     ),
-    ((ImportError,), "", "needs a package that is not installed", "{message}"),
     (
-        (Exception,),
-        "size mismatch|ignore_mismatched_sizes",
-        "has weights of another shape than its config.json says",
-        "{message}",
+        (ValueError, OSError),
+        "backend tokenizer",
+        "has no file that holds its vocabulary, such as tokenizer.json",
+        "Save one beside the model, or name another with --tokenizer_name.",
     ),
+    ((ImportError,), "", "needs a package that is not installed", "{message}. Or choose a copy that does not need it."),
     ((DatasetsError, OSError, HTTPError, ValueError), "", "cannot be read", "{message}"),
-    ((Exception,), "", "cannot be read", "{error}: {message}. The traceback is shown with --debug."),
+    ((Exception,), "", "cannot be loaded with {files}", "{error}: {message}. The traceback is shown with --debug."),
 )
 
 
@@ -100,6 +100,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` with the known names closest to a wrong one; empty if none is close."""
     tails = {known_name.rsplit("/", 1)[-1].lower(): known_name for known_name in known}
     close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), tails, n=3, cutoff=0.6)
+    close = [tail for tail in close if tails[tail] != name]
     return f" Did you mean {' or '.join(tails[tail] for tail in close)}?" if close else ""
 
 
@@ -162,6 +163,8 @@ def hub_errors(repository: Repository) -> Iterator[None]:
             raise UserError(f"{repository.kind} {repository.name} cannot be read: {damage}.") from error
         message = shorten(str(error))
         facts = {name: getattr(repository, name) for name in ("name", "url", "revision", "revision_flag", "instead")}
+        is_local = repository.folder is not None and repository.folder.is_dir()
+        facts |= {"files": f"{repository.folder}/config.json" if is_local else "its files"}
         facts |= {
             "message": message,
             "error": type(error).__name__,

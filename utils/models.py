@@ -71,9 +71,6 @@ MODELS = {
 }
 
 
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
-
-
 # ------------------------------------------------------------------ loading
 def model_source(model_name: str) -> str:
     """The hub id or local folder that `model_name` stands for.
@@ -136,7 +133,7 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
     """The tokenizer; a long text loses its end, whatever the tokenizer's own settings say.
 
     Raises:
-        UserError: of `hub_errors`, or a folder without a tokenizer.
+        UserError: of `hub_errors`.
     """
     name, revision = model_source(model.model_name), model.revision
     family = FAMILIES.get(config.model_type)
@@ -144,13 +141,8 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
         name, revision = model.tokenizer_name, None
     elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
-    folder = Path(name)
-    if folder.is_dir() and not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise UserError(
-            f"No tokenizer in {name}: it holds none of {', '.join(TOKENIZER_FILES)}. Save one there, or name another "
-            "with --tokenizer_name."
-        )
-    with hub_errors(dataclasses.replace(repository(name, revision), instead="--tokenizer_name for an open copy")):
+    sought = repository(name, revision)
+    with hub_errors(dataclasses.replace(sought, kind="Tokenizer of", instead="--tokenizer_name for an open copy")):
         return AutoTokenizer.from_pretrained(
             name,
             revision=revision,
@@ -164,13 +156,18 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
     """The causal LM on the CPU; of a multi-modal model all of it.
 
     Raises:
-        UserError: `hub_errors`, or a weight of the decoder that the checkpoint lacks; the library would fill it with
-            random numbers.
+        UserError: `hub_errors`, an architecture without causal LM, a weight of another shape, or one of the decoder
+            that the checkpoint lacks; the library would fill it with random numbers.
     """
     config = read_config(model, run)
     is_causal = type(config) in AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
     is_visual = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[attr-defined]
     auto_class: Any = AutoModelForImageTextToText if is_visual and not is_causal else AutoModelForCausalLM
+    if not is_causal and not is_visual and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
+        raise UserError(
+            f"{model.model_name} ({config.model_type}) is not a causal LM: transformers has none of this architecture. "
+            "Choose another --model_name; docs/architectures.md lists what can be used."
+        )
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports what is left out, which is what we want
     try:
@@ -181,9 +178,15 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
                 dtype=getattr(torch, model.dtype),
                 trust_remote_code=run.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # said below, by name
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    for name, stored, wanted in info["mismatched_keys"]:
+        raise UserError(
+            f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One of "
+            "them is of another model: download it again."
+        )
     decoder = decoder_of(loaded)
     [place] = [name for name, module in loaded.named_modules() if module is decoder]
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{place}.")):
