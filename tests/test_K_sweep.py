@@ -575,7 +575,7 @@ def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
     K_sweep.run(with_values(config, eigenvectors="smallest", center=True))
     folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
     assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
-    cache.main(configure(cache, **names, pooling="last", overwrite=True))
+    cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
         K_sweep.run(config)
 

@@ -66,10 +66,7 @@ def test_help_explains_every_field(module, capsys):
     with pytest.raises(SystemExit):
         parse(config_class, ["--help"])
     shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out.replace("_", "-")).split())
-    classes = [
-        config_class,
-        *(type(value) for value in vars(config_class()).values() if dataclasses.is_dataclass(value)),
-    ]
+    groups = [type(value) for value in vars(config_class()).values() if dataclasses.is_dataclass(value)]
     for settings in [config_class, *groups]:
         source = "".join(inspect.getsource(base) for base in settings.__mro__ if dataclasses.is_dataclass(base))
         for field in dataclasses.fields(settings):
