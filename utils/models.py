@@ -184,8 +184,8 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
         transformers_logging.set_verbosity(verbosity)
     for name, stored, wanted in info["mismatched_keys"]:
         raise UserError(
-            f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One of "
-            "them is of another model: download it again."
+            f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
+            "of them is of another model: download it again."
         )
     decoder = decoder_of(loaded)
     [place] = [name for name, module in loaded.named_modules() if module is decoder]
