@@ -40,6 +40,7 @@ from utils.data import LabelledTexts, load_texts
 from utils.io import (
     FORMAT_VERSION,
     UserError,
+    check_writable,
     create_tensor_file,
     environment,
     open_tensors,
@@ -63,6 +64,7 @@ from utils.models import (
 )
 from utils.moments import moments_path, pooled_path
 from utils.results import check_identity, read_identity
+from utils.self_check import self_check
 from utils.settings import (
     Data,
     Model,
@@ -451,10 +453,12 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
 def make(config: Config, data: LabelledTexts, identity: dict) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device = config_path(config), pick_device(config.run.device)
+    check_writable(path)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
     model = load_base_model(config.model, config.run, device)
+    self_check(model, tokens, config.model.model_name)
     targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -484,6 +488,7 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     ensure(config, load_texts(config.data, config.run, config.split), renew=config.run.overwrite)
 
 
