@@ -6,7 +6,7 @@
     python K_sweep.py --subspace pca                                 # control: directions of largest variance as V
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors (and the other split's, for the held-out probe).
-Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default stand
+Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default are
 in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.pca.json, <dataset>.test.json.
 
 Symbols, per layer: M, B, C0, C1 the moments of cache.py; mu, p the means of the pooled state m and of the label y;
@@ -21,7 +21,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,100 +30,75 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cache
-from fig_plot.plotting import plot_sweep, save_figure
-from utils.io import (
-    UserError,
-    check_same_settings,
-    environment,
-    load_json,
-    open_tensors,
-    path_name,
-    pick_device,
-    result_settings,
-    run_script,
-    save_json,
-)
+from utils.io import environment, open_tensors, pick_device, run_script, save_json
+from utils.linalg import NestedBasis, captured, rounding, whiten
 from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
-from utils.permuted_labels import draw_permuted_factors, permuted_label_null
-from utils.report import option_suffix, print_table, summarize, to_json
+from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
+from utils.pictures import plot_sweep, save_figure
+from utils.results import find_result, result_path
+from utils.scores import option_suffix, print_table, summarize, to_json
+from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
+
+
+@dataclass(frozen=True)
+class Output(Unrecorded):
+    """What is written beside the scores."""
+
+    picture: bool = True  # draw it too; it takes longer than the scores of a small model
 
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them from the shell."""
+    """Edit the defaults here, or override any of them from the shell.
 
-    # These change the result: stored in the file, compared when the file is reused.
-    model_name: str = "tiny"  # as given to cache.py; <model>+lora for a merged adapter
-    dataset_name: str = "docstrings/library"  # as given to cache.py
+    What model and data leave at their default is as the moments of cache.py have it.
+    """
+
     split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: what the released script computes
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # what V is; the others are controls
     center: bool = False  # subtract the means first; the paper does not
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
     num_null_draws: int = 100  # permuted-label draws for the null band and z
-    seed: int = 0  # of the draws and of a random V
-    # These change only speed or place.
-    device: str = "cpu"  # cpu or cuda; float64 on both
-    picture: bool = True  # draw it too; it takes longer than the scores of a small model
-    results_dir: Path = Path("results")  # where moments are read and results go
-    overwrite: bool = False  # recompute a file that is already complete
-    SPEED_OR_PLACE: ClassVar = ("device", "picture", "results_dir", "overwrite")
+    model: Model = Model()
+    data: Data = Data()
+    output: Output = Output()
+    run: Run = Run(device="cpu")  # float64 on any device
 
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError("--fractions must lie in (0, 1]")
+            raise ValueError("--fractions must be in (0, 1]")
         if self.num_null_draws < 2:
             raise ValueError("--num_null_draws must be at least 2, or the null has no spread")
 
 
+# ------------------------------------------------------------------ the score, from its definition
+def ntps_reference(moments: LayerMoments, fraction: float) -> float:
+    """The score of one layer at one K, dense and slow: what the rest of this file computes for every K at once."""
+
+    def solve(factor: Tensor, denominator: Tensor) -> tuple[Tensor, int]:
+        """All eigenvectors of F F' u = lambda C u in the range of C, largest first; and how many have lambda > 0."""
+        scale = denominator.diagonal().rsqrt()
+        spread, axes = torch.linalg.eigh(denominator * scale * scale[:, None])
+        kept = spread > len(scale) * torch.finfo(torch.float64).eps * spread[-1]
+        whitener = scale[:, None] * axes[:, kept] * spread[kept].rsqrt()  # W' C W = I
+        eigenvalues, vectors = torch.linalg.eigh(whitener.T @ factor @ factor.T @ whitener)
+        num_informative = int((eigenvalues > len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]).sum())
+        return whitener @ vectors.flip(1), num_informative
+
+    u, num_informative = solve(moments.pooled_label_cross_moment, moments.pooled_second_moment)
+    v, _ = solve(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    k_u, k_v = (max(1, math.floor(fraction * vectors.shape[1] + 1e-9)) for vectors in (u, v))
+    # the first k_u columns of U; where these reach into the space of lambda = 0, its average over all bases
+    weights = torch.zeros(u.shape[1], dtype=torch.float64)
+    weights[: min(k_u, num_informative)] = 1
+    if k_u > num_informative:
+        weights[num_informative:] = (k_u - num_informative) / (u.shape[1] - num_informative)
+    projection = torch.linalg.qr(v[:, :k_v]).Q.T @ u  # |P u_j| is the length of column j
+    return float(weights @ projection.square().sum(0) / (weights @ u.square().sum(0)))
+
+
 # ------------------------------------------------------------------ the eigenproblem
-def whiten(matrix: Tensor) -> Tensor:
-    """W with W' C W = I on the range of the symmetric, positive semi-definite C; its columns count the rank kept.
-
-    C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
-    massive coordinate; then eigenvalues above d * eps * the largest are kept (the rule of numpy.linalg.matrix_rank).
-    Where a Cholesky factor proves that all are, it is the whitener: every W gives the same scores, and it costs less.
-
-    Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
-
-    Args:
-        matrix: C, (d, d), float64.
-
-    Returns:
-        (d, rank).
-    """
-    diagonal = matrix.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()  # a coordinate that is always zero stays out
-    scaled = matrix * scale * scale[:, None]
-    cut = len(matrix) * torch.finfo(matrix.dtype).eps
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    if not failed:
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(matrix)).to(matrix), upper=False)
-        # smallest eigenvalue >= 1 / |inverse|_F^2, largest <= the 1-norm; a thousandfold margin keeps rounding out
-        if 1 / inverse.square().sum() > 1e3 * cut * scaled.abs().sum(0).max():
-            return scale[:, None] * inverse.T
-    eigenvalues, eigenvectors = torch.linalg.eigh((scaled + scaled.T) / 2)
-    kept = eigenvalues > cut * eigenvalues[-1].clamp(min=0)
-    return scale[:, None] * eigenvectors[:, kept] * eigenvalues[kept].rsqrt()
-
-
-def whiten_uncentred(moments: LayerMoments, whitener: Tensor) -> tuple[Tensor, Tensor]:
-    """The whitener W_M of M, and W_M' Sigma W, from the whitener W of Sigma = M - mu mu'.
-
-    At full rank M is a rank-one update of what W whitens: W_M = W (I + a a')^{-1/2}, a = W' mu.
-
-    Returns:
-        (d, rank M) and (rank M, rank Sigma).
-    """
-    if whitener.shape[0] > whitener.shape[1]:
-        uncentred = whiten(moments.pooled_second_moment)
-        return uncentred, uncentred.T @ moments.pooled_covariance @ whitener
-    a = whitener.T @ moments.pooled_mean
-    squared = (a @ a).clamp(min=torch.finfo(a.dtype).tiny)
-    update = torch.outer(a * ((1 + squared).rsqrt() - 1) / squared, a)
-    return whitener + whitener @ update, torch.eye(len(a)).to(a) + update
-
-
 def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values of W' F, largest first, without those that are zero.
 
@@ -140,7 +115,7 @@ def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     else:
         vectors, values, _ = torch.linalg.svd(whitened_factor, full_matrices=False)
-    kept = values > math.sqrt(len(whitened_factor) * torch.finfo(values.dtype).eps) * values[:1]
+    kept = values > math.sqrt(rounding(len(whitened_factor))) * values[:1]
     return vectors[:, kept], values[kept]
 
 
@@ -177,6 +152,41 @@ def complete_by_variance(vectors: Tensor, whitener: Tensor, denominator: Tensor)
     return torch.cat([vectors, rest @ axes.T.flip(1)], dim=1)
 
 
+# ------------------------------------------------------------------ U and V of a layer
+@dataclass(frozen=True)
+class Perception:
+    """The perception problem of a layer: what the labels need, in the space that M whitens (Sigma, with --center)."""
+
+    whitener: Tensor  # W_M, (d, rank M)
+    labels: Tensor  # W_M' U, (rank M, r): orthonormal, largest eigenvalue first
+    mean: Tensor  # W_M' mu, (rank M,); zeros where the means are subtracted
+    covariance_whitener: Tensor  # W of Sigma, (d, rank Sigma)
+    change: Tensor  # W_M' Sigma W, (rank M, rank Sigma): from the space that Sigma whitens to that of M
+
+
+def solve_perception(moments: LayerMoments, center: bool) -> Perception:
+    """U of a layer, and the whiteners of M and of Sigma.
+
+    At full rank M = Sigma + mu mu' is a rank-one update of what W whitens: W_M = W (I + a a')^{-1/2}, a = W' mu.
+    """
+    sigma, mean = moments.pooled_covariance, moments.pooled_mean
+    whitener = whiten(sigma)
+    identity = torch.eye(whitener.shape[1]).to(sigma)
+    if center:
+        labels, _ = informative_directions(whitener.T @ moments.pooled_label_covariance)
+        return Perception(whitener, labels, torch.zeros_like(identity[0]), whitener, identity)
+    if whitener.shape[1] < whitener.shape[0]:
+        uncentred = whiten(moments.pooled_second_moment)
+        change = uncentred.T @ sigma @ whitener
+    else:
+        a = whitener.T @ mean
+        squared = (a @ a).clamp(min=torch.finfo(a.dtype).tiny)
+        update = torch.outer(a * ((1 + squared).rsqrt() - 1) / squared, a)
+        uncentred, change = whitener + whitener @ update, identity + update
+    labels, _ = informative_directions(uncentred.T @ moments.pooled_label_cross_moment)
+    return Perception(uncentred, labels, uncentred.T @ mean, whitener, change)
+
+
 def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Tensor:
     """The columns of V, first one first, (d, rank C0), float64.
 
@@ -186,23 +196,16 @@ def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Te
     prefix_moment, next_moment = moments.autoregression(config.center)
     if config.subspace == "autoregression":
         v, _, whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
-        return complete_by_variance(v, whitener, prefix_moment)
+        v = complete_by_variance(v, whitener, prefix_moment)
+        return v if config.eigenvectors == "largest" else v.flip(1)
     rank = whiten(prefix_moment).shape[1]  # so that K is the same as for the autoregression
     if config.subspace == "pca":
         pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
-        return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
-    random = np.random.default_rng([config.seed, layer, 1])  # another stream than the draws'
-    return torch.from_numpy(random.standard_normal((len(prefix_moment), rank))).to(prefix_moment)
-
-
-def nested_basis(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Square orthogonal Q whose first k columns span the first k columns of `vectors`, for every k at once.
-
-    Returns:
-        Householder reflectors and their factors: Q is applied (`torch.ormqr`), never formed.
-    """
-    reflectors, factors = torch.geqrf(vectors / vectors.norm(dim=0))
-    return reflectors[:, : len(factors)], factors
+        v = torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
+    else:
+        random = np.random.default_rng([config.data.seed, layer, 1])  # another stream than the draws'
+        v = torch.from_numpy(random.standard_normal((len(prefix_moment), rank))).to(prefix_moment)
+    return v if config.eigenvectors == "largest" else v.flip(1)
 
 
 def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
@@ -211,14 +214,15 @@ def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ the scores
-def captured(rows: Tensor, ks: list[int]) -> Tensor:
-    """|Q_k' x_j|^2 for each k of `ks` and each column of X, from `rows` = Q' X: (len(ks), columns)."""
-    return rows.square().cumsum(0)[[min(k, len(rows)) - 1 for k in ks]]
+@dataclass(frozen=True)
+class Lengths:
+    """|P x|^2 of vectors x, P the projector on V_K, and |x|^2 itself."""
+
+    inside: Tensor
+    whole: Tensor
 
 
-def average_over_ties(
-    k: int, informative: tuple[Tensor, Tensor], tied: tuple[Tensor, Tensor], num_tied: int, largest: bool
-) -> Tensor:
+def average_over_ties(k: int, informative: Lengths, tied: Lengths, num_tied: int, largest: bool) -> Tensor:
     """NTPS of the first k columns of U, averaged over all bases of its tied space (eigenvalue 0).
 
     (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), g the share of the tied space Z within U_k.
@@ -227,27 +231,27 @@ def average_over_ties(
 
     Args:
         k: columns of U.
-        informative: |P u_j|^2 and |u_j|^2 of the r informative columns, largest eigenvalue first, each (r,).
-        tied: |P Z|^2 and |Z|^2 of the whole tied space Z, scalars.
+        informative: of each of the r informative columns, largest eigenvalue first, (r,).
+        tied: of the whole tied space Z, scalars.
         num_tied: dimension of Z.
         largest: whether U starts with the largest eigenvalues or with the smallest.
     """
-    num_informative = len(informative[0])
+    num_informative = len(informative.whole)
     taken = min(k, num_informative) if largest else k - min(k, num_tied)
     columns = slice(0, taken) if largest else slice(num_informative - taken, None)
     share = (k - taken) / num_tied if num_tied else 0.0
-    numerator, denominator = (of[columns].sum() + share * whole for of, whole in zip(informative, tied, strict=True))
-    return numerator / denominator
+    inside = informative.inside[columns].sum() + share * tied.inside
+    return inside / (informative.whole[columns].sum() + share * tied.whole)
 
 
 def ntps(
-    label_rows: Tensor, perception_rows: Tensor, k_us: list[int], k_vs: list[int], largest: bool = True
+    labels: Tensor, perception: Tensor, k_us: list[int], k_vs: list[int], largest: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The paper's score over all k_U directions, and the same ratio over the r informative ones only.
 
     Args:
-        label_rows: Q' U_r, (d, r), Q the nested basis of V, U largest eigenvalue first.
-        perception_rows: Q' W, (d, rank M), W the whitener of M: it spans U_r and the tied space.
+        labels: Q' U_r, (d, r), Q the nested basis of V, U largest eigenvalue first.
+        perception: Q' W, (d, rank M), W the whitener of M: it spans U_r and the tied space.
         k_us: columns of U for each fraction.
         k_vs: columns of V for each fraction.
         largest: order of U (V's is that of Q).
@@ -255,65 +259,19 @@ def ntps(
     Returns:
         `ntps` and `ntps_label`, (fractions,).
     """
-    inside, norms = captured(label_rows, k_vs), label_rows.square().sum(0)
-    tied_inside = captured(perception_rows, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
-    tied_norm = perception_rows.square().sum() - norms.sum()
-    num_tied = perception_rows.shape[1] - len(norms)
+    inside, whole = captured(labels, k_vs), labels.square().sum(0)
+    tied_inside = captured(perception, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
+    tied_whole = perception.square().sum() - whole.sum()
+    num_tied = perception.shape[1] - len(whole)
     scores = [
-        average_over_ties(k_u, (inside[i], norms), (tied_inside[i], tied_norm), num_tied, largest)
+        average_over_ties(k_u, Lengths(inside[i], whole), Lengths(tied_inside[i], tied_whole), num_tied, largest)
         for i, k_u in enumerate(k_us)
     ]
-    return torch.stack(scores).clamp(0, 1), inside.sum(1) / norms.sum()
-
-
-# ------------------------------------------------------------------ one layer
-def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
-    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors."""
-    largest = config.eigenvectors == "largest"
-    sigma, cross_moment = moments.pooled_covariance, moments.pooled_label_cross_moment
-    sigma_whitener = whiten(sigma)
-    if config.center:
-        whitener, change = sigma_whitener, torch.eye(sigma_whitener.shape[1]).to(sigma)
-        cross_moment, mean = moments.pooled_label_covariance, torch.zeros_like(moments.pooled_mean)
-    else:
-        (whitener, change), mean = whiten_uncentred(moments, sigma_whitener), moments.pooled_mean
-    u, _ = informative_directions(whitener.T @ cross_moment)
-    v = subspace_directions(moments, config, layer)
-    k_us, k_vs = num_directions(config.fractions, whitener.shape[1]), num_directions(config.fractions, v.shape[1])
-    rank_v, v = v.shape[1], (v if largest else v.flip(1))[:, : max(k_vs)]
-    basis, whitened_basis = nested_basis(v), nested_basis(sigma_whitener.T @ (sigma @ v))
-    perception_rows = torch.ormqr(*basis, whitener, left=True, transpose=True)
-    ntps_all, ntps_label = ntps(perception_rows @ u, perception_rows, k_us, k_vs, largest)
-
-    rank = sigma_whitener.shape[1]
-    random = np.random.default_rng([config.seed, layer])
-    null_draws = permuted_label_null(
-        draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random),
-        torch.ormqr(*whitened_basis, change, left=False),
-        torch.outer(whitener.T @ mean, moments.label_mean),
-        perception_rows,
-        (k_vs, [min(k, rank) for k in k_vs]),
-    )
-    return {
-        "layer": layer,
-        "rank_u": whitener.shape[1],
-        "rank_v": rank_v,
-        "rank_label": u.shape[1],
-        "ntps": ntps_all,
-        "ntps_label": ntps_label,
-        "chance": torch.tensor(k_vs) / len(sigma),
-        **excess_scores(moments, sigma_whitener, whitened_basis, basis, k_vs),
-        **probe_scores(moments, held_out, sigma_whitener @ (sigma_whitener.T @ moments.pooled_label_covariance)),
-        "null_draws": null_draws,
-    }
+    return torch.stack(scores).clamp(0, 1), inside.sum(1) / whole.sum()
 
 
 def excess_scores(
-    moments: LayerMoments,
-    whitener: Tensor,
-    whitened_basis: tuple[Tensor, Tensor],
-    basis: tuple[Tensor, Tensor],
-    ks: list[int],
+    moments: LayerMoments, whitener: Tensor, whitened_basis: NestedBasis, basis: NestedBasis, ks: list[int]
 ) -> dict[str, Tensor]:
     """What a linear probe with intercept loses inside V_K: the exact excess loss, its shares and its bounds.
 
@@ -328,10 +286,10 @@ def excess_scores(
         ks: columns of V for each fraction.
     """
     p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
-    inside = captured(torch.ormqr(*whitened_basis, p, left=True, transpose=True), ks)
+    inside = captured(whitened_basis.coordinates(p), ks)
     explained = s.square().sum()
     retained, ntps_whitened = inside @ s.square() / explained, inside.mean(1)
-    directions = torch.ormqr(*basis, whitener @ p, left=True, transpose=True)
+    directions = basis.coordinates(whitener @ p)
     missing = directions.square().sum() - captured(directions, ks).sum(1)
     smallest, largest = extreme_eigenvalues(moments.pooled_covariance, whitener)
     return {
@@ -350,57 +308,67 @@ def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
     covariance, w = sigma.cpu().numpy(), whitener.cpu().numpy()
     inverse = LinearOperator(covariance.shape, matvec=lambda x: w @ (w.T @ x), dtype=covariance.dtype)
     start = np.ones(len(covariance))  # ARPACK draws one at random otherwise
-    largest, largest_of_inverse = (
-        eigsh(of, k=1, which="LA", v0=start, return_eigenvectors=False)[0] for of in (covariance, inverse)
-    )
-    return 1 / largest_of_inverse if w.shape[0] == w.shape[1] else 0.0, largest
+    [largest] = eigsh(covariance, k=1, which="LA", v0=start, return_eigenvectors=False)
+    if w.shape[1] < w.shape[0]:
+        return 0.0, largest
+    [largest_of_inverse] = eigsh(inverse, k=1, which="LA", v0=start, return_eigenvectors=False)
+    return 1 / largest_of_inverse, largest
+
+
+# ------------------------------------------------------------------ one layer
+def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
+    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors."""
+    sigma = moments.pooled_covariance
+    solved, v = solve_perception(moments, config.center), subspace_directions(moments, config, layer)
+    whitener, rank, rank_v = solved.covariance_whitener, solved.covariance_whitener.shape[1], v.shape[1]
+    k_us = num_directions(config.fractions, solved.whitener.shape[1])
+    k_vs = num_directions(config.fractions, rank_v)
+    v = v[:, : max(k_vs)]
+    basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v))
+    perception = basis.coordinates(solved.whitener)
+    largest = config.eigenvectors == "largest"
+    ntps_all, ntps_label = ntps(perception @ solved.labels, perception, k_us, k_vs, largest)
+
+    random = np.random.default_rng([config.data.seed, layer])
+    draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
+    offset = torch.outer(solved.mean, moments.label_mean)
+    null_draws = {
+        "ntps_label": euclidean_null(draws, whitened_basis.change_of(solved.change), offset, perception, k_vs),
+        **whitened_null(draws, [min(k, rank) for k in k_vs]),
+    }
+    return {
+        "layer": layer,
+        "rank_u": solved.whitener.shape[1],
+        "rank_v": rank_v,
+        "rank_label": solved.labels.shape[1],
+        "ntps": ntps_all,
+        "ntps_label": ntps_label,
+        "chance": torch.tensor(k_vs) / len(sigma),
+        **excess_scores(moments, whitener, whitened_basis, basis, k_vs),
+        **probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance)),
+        "null_draws": null_draws,
+    }
 
 
 # ------------------------------------------------------------------ run
-def result_path(config: Config) -> Path:
-    """Where the result goes; options other than the default stand in the name."""
-    name = f"{path_name(config.dataset_name)}{option_suffix(result_settings(config))}.json"
-    return config.results_dir / "ntps" / path_name(config.model_name) / name
+def output_path(config: Config) -> Path:
+    """Where the result goes; options other than the default are in the name."""
+    return result_path("ntps", config.run, config.model, config.data, f"{option_suffix(result_settings(config))}.json")
 
 
-def find_moments(config: Config) -> tuple[Path, Path | None]:
-    """The moments to solve, and those of the other split for the held-out probe (None if there are none).
-
-    Raises:
-        UserError: no moments, naming the command that makes them.
-    """
-
-    def of_split(split: str) -> Path:
-        return moments_path(config.results_dir, path_name(config.model_name), config.dataset_name, split)
-
-    path = of_split(config.split)
-    if not path.is_file():
-        if config.model_name != "tiny" or not config.dataset_name.startswith("docstrings/"):
-            command = f"python cache.py --model_name {config.model_name} --dataset_name {config.dataset_name}"
-            raise UserError(f"No moments at {path}. Run: {command} --split {config.split}")
-        print(f"No moments at {path}: making them, as the embedded model takes seconds.")
-        for split in dict.fromkeys((config.split, "test")):
-            cache.main(cache.Config(dataset_name=config.dataset_name, split=split, results_dir=config.results_dir))
-    other = of_split({"train": "test", "test": "train", "all": ""}[config.split])
-    return path, other if other.is_file() else None
-
-
-def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path) -> dict:
+def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
     """The result of all layers, one in memory at a time; the stored one where it was made from the same moments."""
-    device = pick_device(config.device)
+    device = pick_device(config.run.device)
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
-        other, other_metadata = stack.enter_context(open_tensors(other_path)) if other_path else (None, None)
+        other, other_metadata = stack.enter_context(open_tensors(held_out_path)) if held_out_path else (None, None)
         # not the environment: the same rows and settings give the same moments on any machine, at any commit
-        provenance = {
+        identity = {
+            "config": result_settings(config),
             "moments": {name: value for name, value in metadata.items() if name != "environment"},
             "held_out": other_metadata and {"fingerprint": other_metadata["fingerprint"]},
         }
-        if output_path.is_file() and not config.overwrite:
-            stored = load_json(output_path)
-            check_same_settings(stored["config"], config, output_path)
-            if any(stored.get(name) != value for name, value in provenance.items()):
-                raise UserError(f"{output_path} was made from other moments. Recompute it with --overwrite.")
+        if stored := find_result(output_path(config), identity, config.run):
             return stored
         num_layers, hidden_size = file.get_slice("pooled_mean").get_shape()
         layers = []
@@ -409,9 +377,8 @@ def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path
             held_out = load_layer(other, other_metadata, layer, device) if other_metadata else None
             layers.append(sweep_layer(moments, held_out, config, layer))
     return {
-        "config": result_settings(config),
+        **identity,
         "environment": environment(),
-        **provenance,
         "num_samples": metadata["num_samples"],
         "num_classes": len(metadata["label_names"]),
         "hidden_size": hidden_size,
@@ -421,16 +388,27 @@ def sweep(config: Config, path: Path, other_path: Path | None, output_path: Path
     }
 
 
+def run(config: Config) -> dict:
+    """Writes the scores and a picture of them, prints their table, and returns the result."""
+    pick_device(config.run.device)  # before a pass through the model, not after it
+    wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
+    path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
+    config = with_values(config, model=found.model, data=found.data)
+    other = {"train": "test", "test": "train"}.get(config.split)
+    held_out_path = moments_path(config.run, config.model, config.data, other) if other else None
+    result = sweep(config, path, held_out_path if held_out_path and held_out_path.is_file() else None)
+    print_table(result)
+    target = output_path(config)
+    if config.output.picture:
+        save_figure(plot_sweep(result), target)
+    save_json(target, result)  # last: where the JSON is, the picture is
+    print(target)
+    return result
+
+
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
-    path, other_path = find_moments(config)
-    output_path = result_path(config)
-    result = sweep(config, path, other_path, output_path)
-    print_table(result)
-    if config.picture:
-        save_figure(plot_sweep(result), output_path)
-    save_json(output_path, result)  # last: where the JSON is, the picture is
-    print(output_path)
+    run(config)
 
 
 if __name__ == "__main__":

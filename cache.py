@@ -19,9 +19,11 @@ last layer comes after the final norm. Everything is an average over texts, in f
 """
 
 import zlib
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,97 +35,66 @@ from utils.data import LabelledTexts, load_texts
 from utils.io import (
     FORMAT_VERSION,
     UserError,
-    check_same_settings,
     create_tensor_file,
     environment,
-    model_path_name,
     open_tensors,
     pick_device,
-    result_settings,
     run_script,
     save_tensors,
     write_atomically,
 )
 from utils.models import (
-    Dtype,
     TokenizedTexts,
+    known_fingerprint,
     load_base_model,
     load_config,
     load_tokenizer,
-    run_base_model,
+    model_fingerprint,
+    pool,
     token_batches,
     tokenize,
     visit_hidden_states,
 )
-from utils.moments import moments_path
+from utils.moments import moments_path, pooled_path
+from utils.results import check_identity, read_identity
+from utils.settings import (
+    Data,
+    Model,
+    Run,
+    Unrecorded,
+    check_at_least_one,
+    command_line,
+    flatten,
+    result_settings,
+    with_values,
+)
+
+
+@dataclass(frozen=True)
+class Output(Unrecorded):
+    """What is written beside the moments."""
+
+    save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
 
 
 @dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    # These change the result: stored in the file, compared when the file is reused.
-    model_name: str = "tiny"  # hub id, local folder, or "tiny"
-    dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
     pooling: Literal["mean", "last"] = "mean"  # pooled state m of a text: mean of its tokens, or its last token
-    dtype: Dtype = "float32"  # of the model; sums are float64 in any case
-    max_length: int | None = None  # tokens per text; None: the model's context
-    max_samples: int | None = None  # stratified sample of the split; None: all rows
-    text_column: str | None = None  # for your own data
-    label_column: str | None = None  # for your own data
-    text_template: str | None = None  # for your own data, such as "{question} {choices}"
-    task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
-    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
     num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
-    seed: int = 0  # of sampling and of splits made here
-    revision: str | None = None  # commit or tag of the model
-    dataset_revision: str | None = None  # commit or tag of the dataset
-    tokenizer_name: str | None = None  # another repository or folder for the tokenizer
-    adapter_dir: Path | None = None  # LoRA adapter merged into the model; the result goes to <model>+lora
     product_dtype: Literal["float32", "float64"] = "float32"  # of the products within a batch
-    # These change only speed or place.
-    tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
-    save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    results_dir: Path = Path("results")  # where results go
-    overwrite: bool = False  # recompute a file that is already complete
-    trust_remote_code: bool = False  # let a model repository run its own code
-    SPEED_OR_PLACE: ClassVar = (
-        *("tokens_per_batch", "save_pooled", "device", "results_dir", "overwrite", "trust_remote_code"),
-    )
+    model: Model = Model()
+    data: Data = Data()
+    output: Output = Output()
+    run: Run = Run()
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_samples", "num_folds", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
-
-
-def shared_settings(config: Any) -> dict[str, Any]:
-    """The settings of another script's Config that this one has too, by name."""
-    return {field.name: getattr(config, field.name) for field in fields(Config) if hasattr(config, field.name)}
+        check_at_least_one(self, "num_folds")
 
 
 # ------------------------------------------------------------------ moments
-def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
-    """The pooled state m of each text: mean over its tokens, or its last token.
-
-    Args:
-        hidden_states: (b, t, d), right-padded.
-        lengths: tokens per text, (b,).
-        pooling: "mean" or "last".
-
-    Returns:
-        (b, d), in the dtype of `hidden_states`.
-    """
-    if pooling == "last":
-        return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-    positions = torch.arange(hidden_states.shape[1], device=lengths.device)
-    inside = (positions < lengths[:, None]).to(hidden_states.dtype)
-    return torch.bmm(inside[:, None], hidden_states)[:, 0] / lengths[:, None].to(hidden_states.dtype)
-
-
 def prefix_products(hidden_states: Tensor, lengths: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over texts and over t = 1..T-1 of s_t [s_t ; x_{t+1}]', of s_t, and of x_{t+1}; summed, not averaged.
 
@@ -241,6 +212,16 @@ def assign_folds(texts: list[str], num_folds: int) -> Tensor:
     return torch.nn.functional.one_hot(folds, num_folds).double()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a layer's states are added up with: b texts of one forward pass, on the device."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    lengths: Tensor  # (b,) tokens per text
+    targets: Tensor  # (b, c) float64
+    folds: Tensor  # (b, f) float64, one-hot
+
+
 def accumulate_moments(
     model: PreTrainedModel,
     tokens: TokenizedTexts,
@@ -266,83 +247,148 @@ def accumulate_moments(
     num_layers = model.config.num_hidden_layers + 1
     sums = MomentSums(num_layers, model.config.hidden_size, targets.shape[1], folds.shape[1], device)
     first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
-    product_dtype = getattr(torch, config.product_dtype)
-    indices = np.empty(0, dtype=np.int64)
-    lengths = batch_targets = batch_folds = torch.empty(0)
-    finite: list[Tensor] = []
+    finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
-    def add_layer(layer: int, hidden_states: Tensor) -> None:
-        hidden_states = hidden_states.to(product_dtype)
-        pooled = pool(hidden_states, lengths, config.pooling).double()
-        mean = pooled if config.pooling == "mean" else pool(hidden_states, lengths, "mean")
+    def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
+        hidden_states = hidden_states.to(getattr(torch, config.product_dtype))
+        pooled = pool(hidden_states, batch.lengths, config.pooling).double()
+        mean = pooled if config.pooling == "mean" else pool(hidden_states, batch.lengths, "mean")
         finite.append(mean.isfinite().all(1))  # a sum over all tokens shows any of them; read once a batch
-        sums.add_states(layer, hidden_states, pooled, lengths, batch_targets, batch_folds)
+        sums.add_states(layer, hidden_states, pooled, batch.lengths, batch.targets, batch.folds)
         if pooled_file is not None and layer >= first_saved:
-            pooled_file[layer - first_saved, indices] = pooled.float().cpu().numpy()
+            pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
-    with (
-        visit_hidden_states(model, add_layer),
-        tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress,
-    ):
-        for indices in token_batches(tokens.lengths, config.tokens_per_batch):
-            input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(indices))
-            batch_targets, batch_folds = targets[indices].to(device), folds[indices].to(device)
+    with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
+        for rows in token_batches(tokens.lengths, config.run.tokens_per_batch):
+            input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
+            batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
             finite.clear()
-            run_base_model(model, input_ids)
-            sums.add_labels(batch_targets, batch_folds)
+            visit_hidden_states(model, input_ids, partial(add_layer, batch))
+            sums.add_labels(batch.targets, batch.folds)
             if not (all_finite := torch.stack(finite)).all():
                 layer, text = (~all_finite).nonzero()[0].tolist()
                 raise UserError(
-                    f"Non-finite hidden states at layer {layer}, row {indices[text]} of the split ({config.dtype}). "
+                    f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
                     "Half precision overflows on some models: try --dtype float32 or bfloat16."
                 )
-            progress.update(int(tokens.lengths[indices].sum()))
+            progress.update(int(tokens.lengths[rows].sum()))
     return sums
 
 
-# ------------------------------------------------------------------ run
-def is_complete(path: Path, pooled_path: Path, config: Config, data: LabelledTexts) -> bool:
-    """Whether a finished result with these settings and this data is there.
+# ------------------------------------------------------------------ find or make
+def config_path(config: Config) -> Path:
+    """Where the moments of a config go."""
+    return moments_path(config.run, config.model, config.data, config.split)
+
+
+def as_stored(config: Config, free: Collection[str]) -> Config:
+    """The config with the settings in `free` as the moments at its place have them, if there are any."""
+    path = config_path(config)
+    if not path.is_file():
+        return config
+    stored = {name: value for name, value in read_identity(path)["config"].items() if name in free}
+    if stored.get("adapter_dir"):
+        stored["adapter_dir"] = Path(stored["adapter_dir"])
+    return with_values(config, **stored)
+
+
+def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
+    """The moments of a config, and the config as they have it: what it leaves at its default is as it is stored.
+
+    Those of the embedded model are made, of each of `splits`, if they are not there.
 
     Raises:
-        UserError: a result with other settings or of other data is there.
+        UserError: no moments, naming the command that makes them; or of other settings, or of another model.
     """
-    if config.overwrite or not path.is_file():
+    path = config_path(config)
+    if not path.is_file():
+        if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
+            name, adapted, _ = config.model.model_name.partition("+lora")
+            adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
+            asked = with_values(config, model_name=name, adapter_dir=adapter) if adapted else config
+            flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
+            raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
+        print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+        for split in splits:
+            main(with_values(config, split=split))
+    default = flatten(Config())
+    free = {name for name, value in flatten(config).items() if value == default[name]}
+    if config.model.model_name.endswith("+lora"):  # the moments know the model and its adapter
+        free.add("model_name")
+    stored = read_identity(path)
+    check_identity(stored, {"config": result_settings(config)}, path, free | {"seed"})
+    config = as_stored(config, free - {"seed"})
+    if fingerprint := known_fingerprint(config.model, config.run):
+        check_identity(stored, {"config": {}, "model_fingerprint": fingerprint}, path)
+    return path, config
+
+
+def is_complete(config: Config, identity: dict) -> bool:
+    """Whether the moments, and the pooled states if any are asked for, are there with this identity.
+
+    Raises:
+        UserError: moments of another identity are there.
+    """
+    path = config_path(config)
+    if not path.is_file():
         return False
-    with open_tensors(path) as (_, metadata):
-        check_same_settings(metadata["config"], config, path)
-        if (metadata["fingerprint"], metadata["label_names"]) != (data.fingerprint, data.label_names):
-            raise UserError(f"{path} was made from other rows of {config.dataset_name}. Recompute it with --overwrite.")
-    if config.save_pooled == "none":
+    check_identity(read_identity(path), identity, path)
+    if config.output.save_pooled == "none":
         return True
-    if not pooled_path.is_file():
+    if not pooled_path(path).is_file():
         return False
-    with open_tensors(pooled_path) as (file, metadata):
+    with open_tensors(pooled_path(path)) as (file, metadata):
         is_all = file.get_slice("pooled").get_shape()[0] > 1
-        of_these = metadata["fingerprint"] == data.fingerprint and metadata["config"] == result_settings(config)
-        return of_these and (is_all or config.save_pooled == "last")
+        same = all(metadata.get(name) == value for name, value in identity.items())
+        return same and (is_all or config.output.save_pooled == "last")
 
 
-def main(config: Config) -> None:
-    """Computes and writes the moments, unless they are there already."""
-    model_name = model_path_name(config.model_name, config.adapter_dir)
-    path = moments_path(config.results_dir, model_name, config.dataset_name, config.split)
-    pooled_path = path.with_suffix(".pooled.safetensors")
-    data = load_texts(config, config.split)
-    if is_complete(path, pooled_path, config, data):
+def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
+    """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
+
+    Args:
+        config: what does not fit it is refused, or replaced with --overwrite.
+        data: the texts of its split.
+        free: settings that are as the stored moments have them, if there are any.
+        renew: make them also where they are there.
+
+    Raises:
+        UserError: moments of another identity are there; or what the pass itself refuses.
+    """
+    config = as_stored(config, free)
+    identity = {
+        "config": result_settings(config),
+        "model_fingerprint": model_fingerprint(config.model, config.run),
+        "fingerprint": data.fingerprint,
+        "label_names": data.label_names,
+    }
+    try:
+        complete = not renew and is_complete(config, identity)
+    except UserError:
+        if not config.run.overwrite:
+            raise
+        complete = False
+    path = config_path(config)
+    if complete:
         print(f"reused, already complete with these settings:\n{path}")
-        return
-    device = pick_device(config.device)
-    model_config = load_config(config)
-    tokens = tokenize(data.texts, load_tokenizer(config, model_config), model_config, config.max_length)
-    model = load_base_model(config, device, config.adapter_dir)
+    else:
+        make(config, data, identity)
+        print(path)
+    return path
+
+
+def make(config: Config, data: LabelledTexts, identity: dict) -> None:
+    """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
+    path, device = config_path(config), pick_device(config.run.device)
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
+    model = load_base_model(config.model, config.run, device)
     targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
     metadata = {
         "format_version": FORMAT_VERSION,
-        "config": result_settings(config),
+        **identity,
         "environment": environment(),
-        "fingerprint": data.fingerprint,
-        "label_names": data.label_names,
         "num_samples": len(data.texts),
         "num_tokens": int(tokens.lengths.sum()),
         "num_pairs": int((tokens.lengths - 1).sum()),
@@ -350,19 +396,23 @@ def main(config: Config) -> None:
         "max_length": tokens.max_length,
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
     }
-    if config.save_pooled == "none":
+    if config.output.save_pooled == "none":
         sums = accumulate_moments(model, tokens, targets, folds, config)
     else:
-        num_saved = model.config.num_hidden_layers + 1 if config.save_pooled == "all" else 1
+        num_saved = model.config.num_hidden_layers + 1 if config.output.save_pooled == "all" else 1
         shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
-        with write_atomically(pooled_path) as temporary:
+        with write_atomically(pooled_path(path)) as temporary:
             files = create_tensor_file(temporary, shapes, metadata)
             files["labels"][:] = data.labels
             sums = accumulate_moments(model, tokens, targets, folds, config, files["pooled"])
             files["pooled"].flush()
             files["labels"].flush()
     save_tensors(path, sums.averages(), metadata)
-    print(path)
+
+
+def main(config: Config) -> None:
+    """Computes and writes the moments, unless they are there already."""
+    ensure(config, load_texts(config.data, config.split), renew=config.run.overwrite)
 
 
 if __name__ == "__main__":

@@ -21,39 +21,30 @@ import os
 
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before scipy is imported: lets scikit-learn work on the GPU
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import joblib
 import numpy as np
+import pandas as pd
 import sklearn
 import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import cache
-from fig_plot.plotting import plot_probes, save_figure
 from utils.baselines import text_baselines
-from utils.data import LabelledTexts, load_texts
-from utils.io import (
-    UserError,
-    check_same_settings,
-    environment,
-    load_json,
-    model_path_name,
-    open_tensors,
-    path_name,
-    pick_device,
-    result_settings,
-    run_script,
-    save_json,
-)
+from utils.data import LabelledTexts, load_splits
+from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
+from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.models import Dtype
-from utils.moments import moments_path
+from utils.models import model_fingerprint
+from utils.moments import pooled_path
+from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
+from utils.results import find_result, result_path
+from utils.settings import Data, Model, Run, Unrecorded, check_positive, command_line, flatten, result_settings
 
 ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 
@@ -61,27 +52,24 @@ NO_SOLVER = {"converged": True}  # of least squares, which is in closed form
 
 
 @dataclass(frozen=True)
+class Output(Unrecorded):
+    """What is shown, and how many layers are fitted at once."""
+
+    score_split: Literal["test", "train"] = "test"  # in table and picture; the file has both (the paper: train)
+    memory_gb: float | None = None  # limit of all layers fitted at once; None: half of the machine's memory
+    num_workers: int | None = None  # processes on the CPU; None: as many as cores and memory allow
+    picture: bool = True  # draw it too
+
+    def __post_init__(self) -> None:
+        check_positive(self, "memory_gb", "num_workers")
+
+
+@dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    # These change the result: stored in the file, compared when the file is reused.
-    model_name: str = "tiny"  # hub id, local folder, or "tiny"
-    dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
-    dtype: Dtype = "float32"  # of the model; features are float32, sums float64
-    max_length: int | None = None  # tokens per text; None: the model's context
-    max_samples: int | None = None  # stratified sample of each split; None: all rows
-    text_column: str | None = None  # for your own data
-    label_column: str | None = None  # for your own data
-    text_template: str | None = None  # for your own data, such as "{question} {choices}"
-    task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
-    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
     num_folds: int = 5  # of --ridge; equal texts share a fold
-    seed: int = 0  # of sampling and of splits made here, and of saga
-    revision: str | None = None  # commit or tag of the model
-    dataset_revision: str | None = None  # commit or tag of the dataset
-    tokenizer_name: str | None = None  # another repository or folder for the tokenizer
-    adapter_dir: Path | None = None  # LoRA adapter merged into the model; the result goes to <model>+lora
     product_dtype: Literal["float32", "float64"] = "float32"  # of the products within a batch of cache.py
     solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
     inverse_penalty: float = 1.0  # scikit-learn's C
@@ -89,26 +77,13 @@ class Config:
     tolerance: float | None = None  # None: 1e-4 for lbfgs, 0.01 for saga (the paper's)
     ridge: bool = False  # also cross-validate ridge regression, from the moments
     alphas: tuple[float, ...] = tuple(10.0**k for k in range(-1, 7))  # penalties of --ridge, as scikit-learn's alpha
-    # These change only what is shown, speed or place.
-    score_split: Literal["test", "train"] = "test"  # in table and picture; the file has both (the paper: train)
-    tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
-    memory_gb: float | None = None  # limit of all layers fitted at once; None: half of the machine's memory
-    num_workers: int | None = None  # processes on the CPU; None: as many as cores and memory allow
-    device: str = "auto"  # auto, cpu, cuda, cuda:1; on a GPU through scikit-learn's array API, layer after layer
-    picture: bool = True  # draw it too
-    results_dir: Path = Path("results")  # where features are read and results go
-    overwrite: bool = False  # recompute a finished result, and features that were made with other settings
-    trust_remote_code: bool = False  # let a model repository run its own code
-    SPEED_OR_PLACE: ClassVar = (
-        *("score_split", "tokens_per_batch", "memory_gb", "num_workers", "device", "picture", "results_dir"),
-        *("overwrite", "trust_remote_code"),
-    )
+    model: Model = Model()
+    data: Data = Data()
+    output: Output = Output()
+    run: Run = Run()  # on a GPU through scikit-learn's array API, layer after layer
 
     def __post_init__(self) -> None:
-        for name in ("inverse_penalty", "max_iter", "tolerance", "memory_gb", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be positive, not {value}")
+        check_positive(self, "inverse_penalty", "max_iter", "tolerance")
         if not self.alphas or min(self.alphas) <= 0:
             raise ValueError("--alphas must be positive")
         if self.ridge and self.num_folds < 2:
@@ -128,15 +103,11 @@ def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, label_mean = features.mean(0, dtype=torch.float64), targets.mean(0)
     covariance, cross = torch.zeros_like(torch.outer(mean, mean)), torch.zeros_like(torch.outer(mean, label_mean))
-    for rows, of_rows in zip(features.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+    for rows, row_targets in zip(features.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
         centred = rows.double() - mean
         covariance += centred.T @ centred / len(features)
-        cross += centred.T @ (of_rows - label_mean) / len(features)
-    scale = covariance.diagonal().sqrt()
-    scale = torch.where(scale > 1e-12 * mean.abs(), scale, torch.inf)  # a constant feature stays out
-    eigenvalues, vectors = torch.linalg.eigh(covariance / scale / scale[:, None])
-    kept = eigenvalues > 1e-12 * eigenvalues[-1]
-    whitener = vectors[:, kept] * eigenvalues[kept].rsqrt() / scale[:, None]
+        cross += centred.T @ (row_targets - label_mean) / len(features)
+    whitener = whiten(without_constants(covariance, mean, 1e-12), 1e-12)
     weights = whitener @ (whitener.T @ cross)
     return weights, label_mean - mean @ weights
 
@@ -158,14 +129,14 @@ def load_features(path: Path, layer: int, device: torch.device) -> Tensor:
 
 def probe_device(config: Config) -> torch.device:
     """Where the probes are fitted: as asked for; saga has no implementation off the CPU."""
-    return pick_device(config.device if config.solver == "lbfgs" else "cpu")
+    return pick_device(config.run.device if config.solver == "lbfgs" else "cpu")
 
 
 def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts], layer: int) -> dict:
     """Fits the probes of one layer on train: its JSON entry, with the scores on both splits; `paths` of the moments."""
     device = probe_device(config)
     entry: dict[str, Any] = {"layer": layer}
-    features = {split: load_features(pooled_file(paths[split]), layer, device) for split in data}
+    features = {split: load_features(pooled_path(paths[split]), layer, device) for split in data}
     targets = {split: cache.one_hot_targets(part) for split, part in data.items()}
     weights, intercept = least_squares(features["train"], targets["train"].to(device))
     for split, part in data.items():
@@ -189,35 +160,13 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
 
 
 # ------------------------------------------------------------------ all layers
-def pooled_file(moments: Path) -> Path:
-    """Where cache.py puts the pooled states that belong to a file of moments."""
-    return moments.with_suffix(".pooled.safetensors")
-
-
-def find_features(config: Config, split: str, data: LabelledTexts) -> Path:
-    """The moments of a split, with the pooled states of every layer beside them; made if they are not there.
-
-    Raises:
-        UserError: moments with other settings are there, naming the fields.
-    """
-    wanted = cache.Config(**cache.shared_settings(config) | {"split": split, "save_pooled": "all"})
-    name = model_path_name(config.model_name, config.adapter_dir)
-    path = moments_path(config.results_dir, name, config.dataset_name, split)
-
-    def fits(file_path: Path) -> bool:
-        if not file_path.is_file():
-            return False
-        with open_tensors(file_path) as (file, metadata):
-            num_layers = file.get_slice("pooled" if file_path != path else "pooled_mean").get_shape()[0]
-            same_rows = metadata["fingerprint"] == data.fingerprint and metadata["label_names"] == data.label_names
-            return same_rows and num_layers > 1 and metadata["config"] == result_settings(wanted)
-
-    has_moments, has_features = fits(path), fits(pooled_file(path))
-    if not (has_moments and has_features):
-        # features of other settings beside moments of these: the same moments again, and the features with them
-        stale = has_moments and pooled_file(path).is_file()
-        cache.main(dataclasses.replace(wanted, overwrite=config.overwrite or stale))
-    return path
+def find_features(config: Config, split: Literal["train", "test"], data: LabelledTexts) -> Path:
+    """The moments of a split, with the pooled states of every layer beside them; made if they are not there."""
+    wanted = cache.Config(
+        split, config.pooling, config.num_folds, config.product_dtype,
+        model=config.model, data=config.data, output=cache.Output("all"), run=config.run,
+    )  # fmt: skip
+    return cache.ensure(wanted, data)
 
 
 def check_labels(train: LabelledTexts) -> None:
@@ -238,20 +187,18 @@ def check_labels(train: LabelledTexts) -> None:
 
 def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts]) -> dict:
     """The result of all layers, each read, fitted and forgotten by one of the processes."""
-    with open_tensors(pooled_file(paths["train"])) as (file, metadata):
+    with open_tensors(pooled_path(paths["train"])) as (file, metadata):
         num_layers, num_train, width = file.get_slice("pooled").get_shape()
     rows = (num_train, len(data["test"].texts))
-    workers = config.num_workers if probe_device(config).type == "cpu" else 1  # they would share the one device
-    num_workers = num_processes(workers, config.memory_gb, num_layers, rows, width, data["train"].num_labels)
+    workers = config.output.num_workers if probe_device(config).type == "cpu" else 1  # they would share the one device
+    num_workers = num_processes(workers, config.output.memory_gb, num_layers, rows, width, data["train"].num_labels)
     threads = max(1, joblib.cpu_count() // num_workers) if num_workers > 1 else None
     print(f"{num_layers} layers, {num_train:,} train texts, {width} features: {num_workers} at a time")
     with joblib.parallel_config("loky", inner_max_num_threads=threads) if threads else contextlib.nullcontext():
         calls = [joblib.delayed(probe_layer)(config, paths, data, layer) for layer in range(num_layers)]
         layers = joblib.Parallel(n_jobs=num_workers)(calls)
     return {
-        "config": result_settings(config),
         "environment": environment(),
-        "fingerprints": {split: part.fingerprint for split, part in data.items()},
         "features": metadata["environment"],
         "num_samples": dict(zip(("train", "test"), rows, strict=True)),
         "num_classes": len(data["train"].label_names),
@@ -265,10 +212,10 @@ def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, Labelle
 # ------------------------------------------------------------------ run
 def load_ntps(config: Config) -> dict | None:
     """What K_sweep.py wrote of the train split of this model and dataset, if its moments had the same settings."""
-    name = model_path_name(config.model_name, config.adapter_dir)
-    path = config.results_dir / "ntps" / name / f"{path_name(config.dataset_name)}.json"
+    path = result_path("ntps", config.run, config.model, config.data, ".json")
     if not path.is_file():
-        command = f"python K_sweep.py --model_name {config.model_name} --dataset_name {config.dataset_name}"
+        names = {*flatten(config.model), "dataset_name"}
+        command = command_line("K_sweep.py", config, names)
         print(f"No NTPS at {path}: the picture shows the probes alone. For both: {command}")
         return None
     ntps, ours = load_json(path), result_settings(config)
@@ -287,10 +234,8 @@ def print_table(result: dict, split: str) -> None:
             row |= {"cv_ridge_r2": layer["ridge"]["best_r2"], "best_alpha": layer["ridge"]["best_alpha"]}
     names = list(rows["layer 0"])
     rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
-    print(f"\nscores on {split}, fitted on train\n{'':<12}" + "".join(f"{name:>18}" for name in names))
-    for title, row in rows.items():
-        cells = [row.get(name) for name in names]
-        print(f"{title:<12}" + "".join(f"{'-':>18}" if cell is None else f"{cell:18.5g}" for cell in cells))
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=names).astype(float)
+    print(f"\nscores on {split}, fitted on train\n{table.to_string(float_format='{:.5g}'.format, na_rep='-')}")
     unfinished = [str(layer["layer"]) for layer in result["layers"] if not layer.get("solver", NO_SOLVER)["converged"]]
     if unfinished:
         print(f"warning: {result['config']['solver']} has not converged at layer {', '.join(unfinished)}: --max_iter")
@@ -301,23 +246,27 @@ def print_table(result: dict, split: str) -> None:
 
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
-    data = {split: load_texts(config, split) for split in ("train", "test")}
+    pick_device(config.run.device)  # before the passes, not after them
+    data = load_splits(config.data)
     check_labels(data["train"])
-    name = model_path_name(config.model_name, config.adapter_dir)
-    path = config.results_dir / "linear_sklearn" / name / f"{path_name(config.dataset_name)}.json"
-    if path.is_file() and not config.overwrite:
-        result = load_json(path)
-        check_same_settings(result["config"], config, path)
-        if result["fingerprints"] != {split: part.fingerprint for split, part in data.items()}:
-            raise UserError(f"{path} was made from other rows of {config.dataset_name}. Recompute it with --overwrite.")
-    else:
-        pick_device(config.device)  # before the passes, not after them
-        paths = {split: find_features(config, split, part) for split, part in data.items()}
-        result = probe_layers(config, paths, data)
-    print_table(result, config.score_split)
-    if config.picture:
-        figure = plot_probes(result, load_ntps(config), config.score_split)
-        save_figure(figure, path.with_name(f"{path.stem}.train.json") if config.score_split == "train" else path)
+    path = result_path("linear_sklearn", config.run, config.model, config.data, ".json")
+    identity = {
+        "config": result_settings(config),
+        "model_fingerprint": model_fingerprint(config.model, config.run),
+        "fingerprints": {split: part.fingerprint for split, part in data.items()},
+    }
+    result = find_result(path, identity, config.run)
+    if result is None:
+        paths = {
+            "train": find_features(config, "train", data["train"]),
+            "test": find_features(config, "test", data["test"]),
+        }
+        result = identity | probe_layers(config, paths, data)
+    print_table(result, config.output.score_split)
+    if config.output.picture:
+        figure = plot_probes(result, load_ntps(config), config.output.score_split)
+        ending = ".train.json" if config.output.score_split == "train" else ".json"
+        save_figure(figure, result_path("linear_sklearn", config.run, config.model, config.data, ending))
     save_json(path, result)  # last: where the JSON is, the picture is
     print(path)
 

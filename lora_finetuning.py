@@ -15,10 +15,9 @@ A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r),
 are trained, in float32; everything else stays as it is.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -27,21 +26,20 @@ from peft.utils import NoMatchingPeftModuleError
 import cache
 import K_sweep
 import linear_training
-from utils.checkpoints import replace_folder, result_folder
-from utils.finetuning import FinetuningConfig, Trainable, finetune
-from utils.io import (
-    UserError,
-    check_same_settings,
-    load_json,
-    model_path_name,
-    path_name,
-    result_settings,
-    run_script,
-    save_json,
-)
-from utils.models import FAMILIES, MODELS, load_causal_lm
-from utils.moments import moments_path
-from utils.report import SCORES
+from utils.before_after import compare, print_comparison
+from utils.data import LabelledTexts, load_splits
+from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.io import UserError, load_json, replace_folder, run_script, save_json
+from utils.models import FAMILIES, MODELS, load_causal_lm, model_fingerprint
+from utils.results import read_identity, result_path
+from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
+
+
+@dataclass(frozen=True)
+class Output(Unrecorded):
+    """What is made besides."""
+
+    ntps_after: bool = False  # then NTPS before and after, linear probe and gain, as one table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +51,23 @@ class Config(FinetuningConfig):
     lora_dropout: float = 0.05  # on the input of A
     target_modules: tuple[str, ...] | None = None  # projections that get LoRA; None: query, key, value of the family
     start_layer: int = 0  # the first decoder layer that gets LoRA, counted from 0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of frozen weights and products; what is trained is float32
-    pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
-    dropout: float = 0.05  # on the pooled state
-    num_steps: int = 5000  # optimiser steps
-    batch_size: int = 1  # texts of one forward pass; texts of like length come together
-    gradient_accumulation: int = 1  # forward passes of one optimiser step, shared among the processes
-    learning_rate: float = 1e-4  # peak, of Adafactor
-    weight_decay: float = 1e-5  # of Adafactor
-    warmup: float = 0.05  # share of the steps in which the learning rate rises; then half a cosine down to 0
-    steps_per_evaluation: int = 500  # on the whole test split
-    ntps_after: bool = False  # then NTPS before and after, linear probe and gain, as one table
-    SPEED_OR_PLACE: ClassVar = (*FinetuningConfig.SPEED_OR_PLACE, "ntps_after")
+    training: Hyperparameters = Hyperparameters(
+        pooling="mean",
+        dropout=0.05,
+        num_steps=5000,
+        batch_size=1,
+        gradient_accumulation=1,
+        learning_rate=1e-4,
+        weight_decay=1e-5,
+        warmup=0.05,
+        steps_per_evaluation=500,
+    )
+    output: Output = Output()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"--rank must be at least 1, not {self.rank}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        check_at_least_one(self, "rank")
+        check_shares(self, "lora_dropout")
 
 
 # ------------------------------------------------------------------ the method
@@ -88,14 +84,16 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
     present = ", ".join(sorted(linear - {"lm_head"}))
     if not targets:
         raise UserError(
-            f"Which projections of {config.model_name} ({model_config.model_type}) get LoRA? Name some with "
+            f"Which projections of {config.model.model_name} ({model_config.model_type}) get LoRA? Name some with "
             f"--target_modules; it has {present}."
         )
     if missing := [target for target in targets if target not in linear]:
-        raise UserError(f"{config.model_name} has no {', '.join(missing)}; --target_modules can name {present}.")
+        raise UserError(f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name {present}.")
     if not 0 <= config.start_layer < num_layers:
-        raise UserError(f"--start_layer {config.start_layer}: {config.model_name} has layers 0 to {num_layers - 1}.")
-    spec = MODELS.get(config.model_name)
+        raise UserError(
+            f"--start_layer {config.start_layer}: {config.model.model_name} has layers 0 to {num_layers - 1}."
+        )
+    spec = MODELS.get(config.model.model_name)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -108,16 +106,16 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
     try:
         peft_model: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     except NoMatchingPeftModuleError as error:
-        raise UserError(f"LoRA fits nothing in {config.model_name} ({error}). See --target_modules.") from None
+        raise UserError(f"LoRA fits nothing in {config.model.model_name} ({error}). See --target_modules.") from None
     # PEFT writes down where the model was loaded from, for `tiny` a path of this machine
-    peft_model.active_peft_config.base_model_name_or_path = spec.path if spec else config.model_name
+    peft_model.active_peft_config.base_model_name_or_path = spec.path if spec else config.model.model_name
     return peft_model
 
 
 def build(config: FinetuningConfig, device: torch.device) -> Trainable:
     """The pretrained LM with an adapter; the decoder inside the PEFT model, so that no logits are computed."""
     assert isinstance(config, Config)
-    peft_model = add_adapter(load_causal_lm(config, torch.device("cpu")), config)
+    peft_model = add_adapter(load_causal_lm(config.model, config.run, torch.device("cpu")), config)
     causal_lm: Any = peft_model.get_base_model()
 
     def save(folder: Path) -> None:
@@ -125,120 +123,83 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
 
-    return Trainable(getattr(causal_lm, causal_lm.base_model_prefix), save, config.dtype)
+    return Trainable(getattr(causal_lm, causal_lm.base_model_prefix), save, config.model.dtype)
 
 
 # ------------------------------------------------------------------ NTPS before and after
-def ntps_of(settings: cache.Config, sweep: K_sweep.Config) -> dict:
-    """The scores of a model by cache.py, on both splits, and K_sweep.py; made where missing or older than the adapter.
-
-    Args:
-        settings: of cache.py; its `adapter_dir` says whether it is the model before or after LoRA.
-        sweep: of K_sweep.py; the model's name is put in here.
+def scores_before_after(config: Config, data: dict[str, LabelledTexts]) -> tuple[dict, dict]:
+    """The results of K_sweep.py without and with the adapter, all settings the same; made where they are not there.
 
     Raises:
-        UserError: stored scores of other settings.
+        UserError: stored moments or scores of other settings, or of another model.
     """
-    adapter, name = settings.adapter_dir, settings.model_name
-    if adapter:
-        name = model_path_name(settings.model_name, adapter)
-    sweep = dataclasses.replace(sweep, model_name=name)
-    newest = (adapter / "adapter_model.safetensors").stat().st_mtime if adapter else 0.0
-
-    def is_current(path: Path) -> bool:
-        return path.is_file() and path.stat().st_mtime >= newest
-
-    path = K_sweep.result_path(sweep)
-    if not is_current(path):
-        for split in ("train", "test"):
-            of_split = dataclasses.replace(settings, split=split)
-            moments = moments_path(settings.results_dir, path_name(name), settings.dataset_name, split)
-            cache.main(dataclasses.replace(of_split, overwrite=not is_current(moments)))
-        K_sweep.main(dataclasses.replace(sweep, overwrite=True))
-    result = load_json(path)
-    check_same_settings(result["moments"]["config"], settings, path)
-    return result
+    run = replace(config.run, overwrite=False)
+    in_float32 = with_values(config.model, dtype="float32")  # unless moments are there in another dtype
+    plain = cache.Config(pooling=config.training.pooling, model=in_float32, data=config.data, run=run)
+    plain = cache.as_stored(plain, ("num_folds", "product_dtype", "dtype"))
+    sweep = K_sweep.Config(model=plain.model, data=config.data, run=replace(run, device="cpu"))
+    if K_sweep.output_path(sweep).is_file():
+        stored = load_json(K_sweep.output_path(sweep))["config"]
+        options = {name: stored[name] for name in ("num_null_draws", "seed")}
+        sweep = with_values(sweep, **options, fractions=tuple(stored["fractions"]))
+    adapter_dir = result_path("lora", config.run, config.model, config.data) / "adapter"
+    adapted = with_values(plain, adapter_dir=adapter_dir)
+    before = sweep_model(plain, sweep, data)
+    return before, sweep_model(adapted, with_values(sweep, adapter_dir=adapter_dir), data)
 
 
-def probe_metrics(config: Config, dtype: str) -> dict:
+def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
+    """The result of K_sweep.py of one model; what is there of an earlier adapter at the same place is replaced."""
+    fingerprint = model_fingerprint(moments.model, moments.run)
+
+    def renewing(path: Path, run: Run) -> Run:
+        stored = read_identity(path) if path.is_file() else None
+        found = stored and stored.get("moments", stored).get("model_fingerprint")
+        return replace(run, overwrite=moments.model.adapter_dir is not None and found not in (None, fingerprint))
+
+    for split in ("train", "test"):
+        of_split = with_values(moments, split=split)
+        cache.ensure(replace(of_split, run=renewing(cache.config_path(of_split), moments.run)), data[split])
+    return K_sweep.run(replace(sweep, run=renewing(K_sweep.output_path(sweep), sweep.run)))
+
+
+def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
     """The result of linear_training.py, with its defaults where it has to be made."""
-    path = result_folder(config, "linear_training") / "metrics.json"
-    if not path.is_file():
-        shared = set(linear_training.fields_of(cache.Config)) & set(linear_training.fields_of(linear_training.Config))
-        settings = {name: getattr(config, name) for name in shared} | {"dtype": dtype, "overwrite": False}
-        linear_training.main(linear_training.Config(**settings))
-    return load_json(path)
+    path = result_path("linear_training", config.run, config.model, config.data) / "metrics.json"
+    if path.is_file():
+        return load_json(path)
+    probe = linear_training.Config(config.training.pooling, model=config.model, data=config.data)
+    run = replace(config.run, overwrite=False)
+    return linear_training.run(replace(with_values(probe, dtype=dtype), run=run), data)
 
 
-def scores_before_after(config: Config) -> tuple[dict, dict]:
-    """The results of K_sweep.py without and with the adapter, all settings the same."""
-    # in float32, which is cache.py's default, unless moments are there in another dtype
-    in_float32 = dataclasses.replace(config, dtype="float32")
-    settings = linear_training.cache_config(in_float32, "train", kept=("num_folds", "product_dtype", "dtype"))
-    sweep = K_sweep.Config(dataset_name=config.dataset_name, results_dir=config.results_dir)
-    before = ntps_of(settings, sweep)
-    swept = {name: before["config"][name] for name in ("fractions", "num_null_draws", "seed")}
-    sweep = dataclasses.replace(sweep, **{**swept, "fractions": tuple(swept["fractions"])})
-    adapter_dir = result_folder(config, "lora") / "adapter"
-    return before, ntps_of(dataclasses.replace(settings, adapter_dir=adapter_dir), sweep)
-
-
-def before_after(config: Config, metrics: dict) -> dict:
-    """NTPS of the model before and after LoRA, accuracy of the linear probe and of LoRA (R2 for regression), gain.
+def before_after(config: Config, metrics: dict, data: dict[str, LabelledTexts]) -> dict:
+    """NTPS of the model before and after LoRA, linear probe, LoRA and gain.
 
     Raises:
         UserError: stored scores or a stored probe of other rows than those of `metrics`.
     """
-    before, after = scores_before_after(config)
-    probe = probe_metrics(config, before["moments"]["config"]["dtype"])
+    before, after = scores_before_after(config, data)
+    probe = probe_metrics(config, before["moments"]["config"]["dtype"], data)
     rows = {"K_sweep.py": before["moments"]["fingerprint"], "linear_training.py": probe["train_fingerprint"]}
     for script, fingerprint in rows.items():
         if fingerprint != metrics["train_fingerprint"]:
             raise UserError(f"The result of {script} is of other rows than this run. Run it again with --overwrite.")
-    defaults = result_settings(linear_training.Config(model_name=config.model_name, dataset_name=config.dataset_name))
-    score = "test_accuracy" if "test_accuracy" in metrics["last"] else "test_r2"
-    linear, lora = probe["last"][score], metrics["last"][score]
-    ntps = {
-        name: {
-            "before": before["score"][name],
-            "after": after["score"][name],
-            "difference": after["score"][name]["value"] - before["score"][name]["value"],
-        }
-        for name in SCORES
-    }
-    return {
-        "config": metrics["config"],
-        "probe_settings": {name: value for name, value in probe["config"].items() if value != defaults.get(name)},
-        "rule": before["score"]["rule"],
-        "ntps": ntps,
-        "score": score,
-        "linear_probe": linear,
-        "lora": lora,
-        "gain": lora - linear,
-    }
-
-
-def print_table(result: dict) -> None:
-    """The table of `before_after`."""
-    print(f"\n{'':<28}{'before':>10}{'after':>10}{'difference':>12}")
-    for name, row in result["ntps"].items():
-        print(f"{name:<28}{row['before']['value']:>10.4f}{row['after']['value']:>10.4f}{row['difference']:>+12.4f}")
-    title = "linear probe, LoRA, gain"
-    print(f"{title:<28}{result['linear_probe']:>10.4f}{result['lora']:>10.4f}{result['gain']:>+12.4f}")
-    print(f"NTPS: {result['rule']}; probe and LoRA: {result['score']} at the last step")
-    changed = ", ".join(f"{name} {value}" for name, value in result["probe_settings"].items())
-    print(f"The probe was trained with {changed or 'the defaults'} (linear_training.py).")
+    default = result_settings(linear_training.Config(model=config.model, data=config.data))
+    changed = {name: value for name, value in probe["config"].items() if value != default.get(name)}
+    return compare(before, after, probe, metrics) | {"probe_settings": changed}
 
 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Trains, or finds the finished run; then the table of NTPS before and after, if asked for."""
-    metrics = finetune(config, "lora", build)
-    if config.ntps_after and metrics:
-        result = before_after(config, metrics)
-        path = result_folder(config, "lora") / "before_after.json"
+    data = load_splits(config.data)
+    metrics = finetune(config, "lora", build, data)
+    if config.output.ntps_after and metrics:
+        result = before_after(config, metrics, data)
+        path = result_path("lora", config.run, config.model, config.data) / "before_after.json"
         save_json(path, result)
-        print_table(result)
+        print_comparison(result)
         print(path)
 
 

@@ -1,7 +1,7 @@
 """Docstrings of the installed packages as a family of labelled text tasks: the embedded dataset.
 
-    python demo/docstrings.py                      # table of the tasks
-    python demo/docstrings.py --task raises        # and a few rows of one task
+    python -m demo.docstrings                      # table of the tasks
+    python -m demo.docstrings --task raises        # and a few rows of one task
 
 Reads the source files of the standard library and of the packages in `PACKAGES` with `ast`; nothing is imported, no
 code is run. Writes demo/cache/docstrings-<key>.jsonl, the key made of the Python and package versions and of this file:
@@ -37,7 +37,6 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python demo/docstrings.py` finds utils
 from utils.io import ROOT, UserError, run_script, write_atomically
 
 CACHE_DIR = ROOT / "demo" / "cache"

@@ -1,11 +1,11 @@
 """Pretrain a small causal language model on docstrings by next-token prediction: the embedded models.
 
-    python demo/pretrain.py --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
-    python demo/pretrain.py --size small           # a step of the ladder: micro, tiny, small, medium, large
+    python -m demo.pretrain --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
+    python -m demo.pretrain --size small           # a step of the ladder: micro, tiny, small, medium, large
 
 Reads the docstrings through demo/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for tiny and
-demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer, and pretraining.json,
-which is written last: a folder that has it is finished. Every few minutes the whole state goes to
+demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer and
+pretraining.json, all at once: a folder that has it is finished. Every few minutes the whole state goes to
 demo/runs/<size>/state.safetensors; the same command then goes on from there, over the same batches.
 
 Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
@@ -15,14 +15,11 @@ pretraining.
 
 import json
 import math
-import shlex
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,23 +29,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python demo/pretrain.py` finds utils
 from demo.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
-from utils.io import (
-    FORMAT_VERSION,
-    ROOT,
-    UserError,
-    check_same_settings,
-    environment,
-    load_json,
-    open_tensors,
-    pick_device,
-    result_settings,
-    run_script,
-    save_json,
-    save_tensors,
-    set_seed,
-)
+from utils.io import ROOT, UserError, environment, pick_device, replace_folder, run_script, save_json, set_seed
+from utils.results import find_result, load_state, save_state
+from utils.settings import Run, Unrecorded, command_line, result_settings
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -77,10 +61,22 @@ SIZES = {
 
 
 @dataclass(frozen=True)
+class Place(Unrecorded):
+    """Where and how to train; these change no number."""
+
+    device: str = "auto"  # auto, cpu, cuda, ...
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+    minutes_per_state: float = 3.0  # time between two saved states
+    stop_at_step: int | None = None  # save the state there and stop; the same command goes on from it
+    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run lies
+    output_dir: Path | None = None  # by default demo/tiny-lm for tiny, <results_dir>/<size> for the others
+    overwrite: bool = False  # start afresh, replace a finished or unfinished run
+
+
+@dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    # These change the result.
     size: Literal["micro", "tiny", "small", "medium", "large"] = "tiny"  # model size
     epochs: float = 2.5  # passes over the corpus
     learning_rate: float | None = None  # peak; by default that of the size
@@ -93,24 +89,7 @@ class Config:
     max_steps: int | None = None  # end, schedule included, after so many steps
     product_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # float32 is faster on many CPUs
     seed: int = 0  # of the initial weights and of the document order
-    # These change only speed or place.
-    device: str = "auto"  # auto, cpu, cuda, ...
-    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
-    minutes_per_state: float = 3.0  # time between two saved states
-    stop_at_step: int | None = None  # save the state there and stop; the same command goes on from it
-    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run lies
-    output_dir: Path | None = None  # by default demo/tiny-lm for tiny, <results_dir>/<size> for the others
-    overwrite: bool = False  # start afresh, replace a finished or unfinished run
-
-    SPEED_OR_PLACE: ClassVar = (
-        "device",
-        "compile",
-        "minutes_per_state",
-        "stop_at_step",
-        "results_dir",
-        "output_dir",
-        "overwrite",
-    )
+    place: Place = Place()
 
 
 # ------------------------------------------------------------------ data
@@ -246,37 +225,6 @@ def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config
     return sum(losses) / len(windows)
 
 
-# ------------------------------------------------------------------ state of an unfinished run
-def save_state(path: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, progress: dict) -> None:
-    """Writes weights, both moments of AdamW and the progress (with the settings) as one safetensors file."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"weight.{name}"] = parameter
-        tensors[f"exp_avg.{name}"] = optimizer.state[parameter]["exp_avg"]
-        tensors[f"exp_avg_sq.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
-    save_tensors(path, tensors, {"format_version": FORMAT_VERSION, **progress})
-
-
-def load_state(path: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, config: Config) -> dict:
-    """Puts a saved state into model and optimiser; returns its progress.
-
-    Raises:
-        UserError: the state is damaged, was made with other settings, or from other docstrings.
-    """
-    with open_tensors(path) as (file, progress):
-        check_same_settings(progress["config"], config, path)
-        if progress["fingerprint"] != fingerprint():
-            raise UserError(
-                f"{path} was trained on docstrings {progress['fingerprint']}, those installed now are {fingerprint()}. "
-                "Install the same package versions, or start afresh with --overwrite."
-            )
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-            moments = {key: file.get_tensor(f"{key}.{name}").to(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])).to(parameter), **moments}
-    return progress
-
-
 # ------------------------------------------------------------------ training
 def train_step(
     model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, learning_rate: float, config: Config
@@ -312,12 +260,12 @@ def train(
     num_steps = config.max_steps or round(config.epochs * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
     optimizer = build_optimizer(model, config.weight_decay)
+    parameters, identity = dict(model.named_parameters()), make_identity(config)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None, "history": []}
-    progress |= {"num_steps": num_steps, "config": result_settings(config), "fingerprint": fingerprint()}
-    if state_path.exists():
-        progress = load_state(state_path, model, optimizer, config)
-    run_model = torch.compile(model) if config.compile else model
-    end = min(num_steps, config.stop_at_step or num_steps)
+    progress |= load_state(state_path, parameters, optimizer, identity) or {}
+    progress = {name: progress[name] for name in ("step", "seconds", "train_loss", "history")}
+    run_model = torch.compile(model) if config.place.compile else model
+    end = min(num_steps, config.place.stop_at_step or num_steps)
     started, saved = time.monotonic() - progress["seconds"], time.monotonic()
     bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
     for step, batch in zip(range(progress["step"], end), batches(documents, config, progress["step"]), strict=False):
@@ -332,66 +280,42 @@ def train(
             held_out_loss = evaluate(model, held_out, config)
             progress["history"].append({"step": step + 1, "held_out_loss": held_out_loss})
             tqdm.write(f"step {step + 1}: held-out loss {held_out_loss:.4f} nats per token")
-        if step + 1 == end or time.monotonic() - saved > 60 * config.minutes_per_state:
-            save_state(state_path, model, optimizer, progress)
+        if step + 1 == end or time.monotonic() - saved > 60 * config.place.minutes_per_state:
+            save_state(state_path, parameters, optimizer, identity, progress)
             saved = time.monotonic()
     bar.close()
-    return progress
+    return {**identity, **progress, "num_steps": num_steps}
 
 
 # ------------------------------------------------------------------ run
 def output_folder(config: Config) -> Path:
     """Where the finished model goes."""
-    default = ROOT / "demo" / "tiny-lm" if config.size == "tiny" else config.results_dir / config.size
-    return config.output_dir or default
+    default = ROOT / "demo" / "tiny-lm" if config.size == "tiny" else config.place.results_dir / config.size
+    return config.place.output_dir or default
 
 
-def changed_flags(config: Config) -> list[str]:
-    """The flags that give these settings, of those that change the result."""
-    default = result_settings(Config())
-    return [f"--{name}={value}" for name, value in result_settings(config).items() if value != default[name]]
+def make_identity(config: Config) -> dict[str, Any]:
+    """What makes two pretrainings the same: the settings and the docstrings."""
+    return {"config": result_settings(config), "fingerprint": fingerprint()}
 
 
 def save_checkpoint(folder: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, report: dict) -> None:
-    """Writes bfloat16 weights, config, tokenizer and the report; a folder with a report is complete."""
-    (folder / "pretraining.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as temporary:
+    """Replaces the folder by one with bfloat16 weights, config, tokenizer and the report."""
+    with replace_folder(folder) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for path in sorted(Path(temporary).iterdir()):
-            path.replace(folder / path.name)
-    save_json(folder / "pretraining.json", report)
-
-
-def finished(folder: Path, config: Config) -> bool:
-    """Whether the folder holds a model of these settings.
-
-    Raises:
-        UserError: it holds one of other settings, naming them.
-    """
-    path = folder / "pretraining.json"
-    if not path.exists() or config.overwrite:
-        return False
-    stored = load_json(path)
-    check_same_settings(stored.get("config", {}), config, folder)
-    if stored.get("fingerprint") != fingerprint():
-        raise UserError(
-            f"{folder} was trained on docstrings {stored.get('fingerprint')}, those installed now are {fingerprint()}. "
-            "Keep it as it is, or train again with --overwrite."
-        )
-    return True
+        save_json(temporary / "pretraining.json", report)
 
 
 def main(config: Config) -> None:
     """Tokenizer, training, held-out loss, checkpoint."""
-    folder, state_path = output_folder(config), config.results_dir / config.size / "state.safetensors"
-    if finished(folder, config):
+    folder, state_path = output_folder(config), config.place.results_dir / config.size / "state.safetensors"
+    if config.place.overwrite:
+        state_path.unlink(missing_ok=True)
+    if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.place.overwrite)):
         print(f"already complete, --overwrite trains it again\n{folder}")
         return
-    if config.overwrite:
-        state_path.unlink(missing_ok=True)
-    device = pick_device(config.device)
+    device = pick_device(config.place.device)
     train_texts, held_out_texts = split_documents(pretraining_corpus()[: config.max_documents])
     if not held_out_texts:
         raise UserError(f"None of the {len(train_texts)} documents is held out. Raise --max_documents.")
@@ -420,7 +344,7 @@ def main(config: Config) -> None:
         "epochs": round(tokens_seen / num_tokens, 3),
         "held_out_loss": evaluate(model, held_out, config),
         "unigram_loss": unigram_loss(documents, held_out),
-        "command": shlex.join(["python", "demo/pretrain.py", *changed_flags(config)]),
+        "command": command_line("-m demo.pretrain", config, set(result_settings(config))),
         "environment": environment(),
     }
     save_checkpoint(folder, model, tokenizer, report)

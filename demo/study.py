@@ -1,7 +1,7 @@
 """The mini study: a ladder of docstring LMs x docstring tasks x every script, one resumable cell after the other.
 
-    python demo/study.py                # the whole of it; `make study` also collects it into fig_plot/data/
-    python demo/study.py --scale quick  # the committed LM and its random twin only, one seed
+    python -m demo.study                # the whole of it; `make study` also collects it into fig_plot/data/
+    python -m demo.study --scale quick  # the committed LM and its random twin only, one seed
 
 Pretrains the ladder where it is missing (demo/pretrain.py). Writes what the scripts write, under
 results/study/<scale>/seed<k>/, and what they print to results/study/<scale>/logs/. A finished cell is reused, so that
@@ -16,7 +16,6 @@ the same command goes on after an interruption; a cell that fails is named at th
 import contextlib
 import multiprocessing
 import os
-import sys
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -28,9 +27,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python demo/study.py` finds the scripts
 from demo.docstrings import TASKS
-from utils.io import UserError, run_script
+from utils.io import UserError, parse, run_script
+from utils.settings import with_values
 
 # all but the one with numbers as labels: the measures below are accuracies
 PROBED_TASKS = tuple(name for name, task in TASKS.items() if not task.regression)
@@ -95,11 +94,9 @@ class Cell:
 # ------------------------------------------------------------------ cells, each run in a worker
 def pretrain(rung: Rung, compile: bool) -> None:
     """Trains one model of the ladder."""
-    import tyro
-
     from demo import pretrain
 
-    pretrain.main(tyro.cli(pretrain.Config, args=[*rung.pretraining, *(["--compile"] if compile else [])]))
+    pretrain.main(parse(pretrain.Config, [*rung.pretraining, *(["--compile"] if compile else [])]))
 
 
 def closed_form(settings: dict[str, Any]) -> None:
@@ -109,7 +106,7 @@ def closed_form(settings: dict[str, Any]) -> None:
     import linear_sklearn
 
     for split in ("train", "test"):
-        cache.main(cache.Config(**settings, split=split, max_samples=MAX_SAMPLES, save_pooled="all"))
+        cache.main(with_values(cache.Config(), **settings, split=split, save_pooled="all"))
     controls: tuple[dict[str, Any], ...] = (
         {},
         {"eigenvectors": "smallest"},
@@ -117,15 +114,15 @@ def closed_form(settings: dict[str, Any]) -> None:
         {"subspace": "random"},
     )
     for control in controls:
-        K_sweep.main(K_sweep.Config(**settings, **control, picture=False))
-    linear_sklearn.main(linear_sklearn.Config(**settings, max_samples=MAX_SAMPLES, num_workers=1, picture=False))
+        K_sweep.main(with_values(K_sweep.Config(), **settings, **control, picture=False))
+    linear_sklearn.main(with_values(linear_sklearn.Config(), **settings, num_workers=1, picture=False))
 
 
 def linear_probe(settings: dict[str, Any]) -> None:
     """The paper's probe, by its 50 epochs of AdamW."""
     import linear_training
 
-    linear_training.main(linear_training.Config(**settings, max_samples=MAX_SAMPLES))
+    linear_training.main(with_values(linear_training.Config(), **settings))
 
 
 def finetune(kind: str, settings: dict[str, Any]) -> None:
@@ -134,13 +131,12 @@ def finetune(kind: str, settings: dict[str, Any]) -> None:
     import lora_finetuning
 
     num_steps = NUM_STEPS[kind]
-    shared = {**settings, **FINETUNING, "num_steps": num_steps, "steps_per_evaluation": num_steps}
-    shared["max_samples"] = MAX_SAMPLES
+    settings = {**settings, **FINETUNING, "num_steps": num_steps, "steps_per_evaluation": num_steps}
     if kind == "lora":
-        lora_finetuning.main(lora_finetuning.Config(**shared, ntps_after=settings["seed"] == 0))
+        lora_finetuning.main(with_values(lora_finetuning.Config(), **settings, ntps_after=settings["seed"] == 0))
     else:
-        shared["init"] = "pretrained" if kind == "full_finetuning" else "random"
-        from_scratch.main(from_scratch.Config(**shared, save_model=False))
+        init = "pretrained" if kind == "full_finetuning" else "random"
+        from_scratch.main(with_values(from_scratch.Config(), **settings, init=init, save_model=False))
 
 
 def run_cell(cell: Cell, log_path: Path) -> str | None:
@@ -166,7 +162,7 @@ def cells_of(rung: Rung, root: Path) -> Iterable[tuple[int, Cell]]:
     for seed in range(rung.num_seeds):
         for task in PROBED_TASKS if seed == 0 else TRAINED_TASKS:
             settings = {"model_name": rung.name, "dataset_name": f"docstrings/{task}", "seed": seed}
-            settings["results_dir"] = root / f"seed{seed}"
+            settings |= {"max_samples": MAX_SAMPLES, "results_dir": root / f"seed{seed}"}
             name = f"{model}-{task}-seed{seed}"
             yield 4 * (seed > 0), Cell(f"closed-form-{name}", partial(closed_form, settings), needs)
             if task not in TRAINED_TASKS:

@@ -1,7 +1,7 @@
 """Turn results/** into the tidy CSV files that every figure is drawn from.
 
-    python fig_plot/collect.py                                    # all that lies under results/
-    python fig_plot/collect.py --results_dir results/study/full   # the mini study, as committed
+    python -m fig_plot.collect                                    # all that lies under results/
+    python -m fig_plot.collect --results_dir results/study/full   # the mini study, as committed
 
 Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
 or foreign is named, skipped and counted, and so is a model and dataset that one of the scripts has not seen.
@@ -25,11 +25,10 @@ from typing import Any
 
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/collect.py` finds utils
 from fig_plot.tables import DATA_DIR
 from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
 from utils.models import MODELS
-from utils.report import SCORES, option_suffix
+from utils.scores import SCORES, option_suffix
 
 TABLES = ("scores", "layers", "probes", "training", "datasets", "models", "alignment", "separability")
 KEYS = (  # what tells rows of a table apart, and sorts them
@@ -264,7 +263,7 @@ def main(config: Config) -> None:
             continue
         save_csv(config.output_dir / f"{name}.csv", table)
         print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
-    command = f"python fig_plot/collect.py --results_dir {config.results_dir}"
+    command = f"python -m fig_plot.collect --results_dir {config.results_dir}"
     save_json(config.output_dir / "sources.json", sources(results, command))
     for line in skipped:
         print(line, file=sys.stderr)

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from utils.before_after import ADAPTED, pair
 from utils.io import UserError
-from utils.report import NULL_SCORES
-from utils.report import SCORES as NAMES  # SCORES here has their labels
+from utils.scores import NULL_SCORES
+from utils.scores import SCORES as NAMES  # SCORES here has their labels
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
@@ -58,7 +59,7 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """
     path = data_dir / f"{name}.csv"
     if not path.is_file():
-        raise UserError(f"No {path}. Run: python fig_plot/collect.py")
+        raise UserError(f"No {path}. Run: python -m fig_plot.collect")
     return pd.read_csv(path)
 
 
@@ -112,7 +113,7 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     is_trained = (data_dir / "training.csv").is_file()  # NTPS and probes alone are enough for Figure 2
     training = read_table("training", data_dir) if is_trained else pd.DataFrame(columns=TRAINING_KEYS, dtype=object)
     keys = [*KEYS, "seed"]
-    cells = score_columns(scores[~scores["model"].str.endswith("+lora")])
+    cells = score_columns(scores[~scores["model"].str.endswith(ADAPTED)])
     for columns in (probe_columns(probes), training_columns(training)):
         cells = cells.merge(columns, on=keys, how="outer")
     of_dataset = datasets.drop(columns="num_classes", errors="ignore")
@@ -140,12 +141,7 @@ def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model and dataset."""
-    scores = score_columns(read_table("scores", data_dir))
-    scores = scores[[*KEYS, "seed", *NAMES]]
-    is_after = scores["model"].str.endswith("+lora")
-    after, before = scores[is_after], scores[~is_after]
-    after = after.assign(model=after["model"].str.removesuffix("+lora"))
-    return after.merge(before, on=[*KEYS, "seed"], suffixes=("", "_before"))
+    return pair(score_columns(read_table("scores", data_dir)), [*KEYS, "seed"])
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:

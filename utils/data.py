@@ -1,6 +1,6 @@
 """Labelled texts by name: the known datasets, any other of the hub, the user's own files, the docstring tasks.
 
-    python utils/data.py                                        # table of the known datasets, without network
+    python -m utils.data                                        # table of the known datasets, without network
     python cache.py --dataset_name emotion                      # a key of the table, or its hub id
     python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
     python cache.py --dataset_name reviews.csv --text_column review --label_column stars
@@ -19,11 +19,7 @@ import string
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
-
-if __name__ == "__main__":  # the path then starts with utils/, not with the repository
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from typing import Any
 
 import datasets
 import numpy as np
@@ -32,9 +28,10 @@ from scipy.sparse.csgraph import connected_components
 
 from utils.datasets_table import DATASETS, DatasetSpec, table
 from utils.io import UserError
+from utils.settings import Data
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
 
-__all__ = ["DATASETS", "DataSettings", "DatasetSpec", "LabelledTexts", "leaked_share", "load_texts"]
+__all__ = ["DATASETS", "DatasetSpec", "LabelledTexts", "leaked_share", "load_splits", "load_texts"]
 
 PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
 TEST_SHARE = 0.3
@@ -60,29 +57,6 @@ class LabelledTexts:
     def num_labels(self) -> int:
         """Number of classes c; 1 for regression."""
         return len(self.label_names) or 1
-
-
-class DataSettings(Protocol):
-    """What a script's `Config` says about its data; properties, so that a frozen dataclass fits."""
-
-    @property
-    def dataset_name(self) -> str: ...
-    @property
-    def dataset_revision(self) -> str | None: ...
-    @property
-    def text_column(self) -> str | None: ...
-    @property
-    def label_column(self) -> str | None: ...
-    @property
-    def text_template(self) -> str | None: ...
-    @property
-    def task(self) -> Literal["auto", "classification", "regression"]: ...
-    @property
-    def ungrouped_split(self) -> bool: ...  # the paper's split of `medical`
-    @property
-    def max_samples(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -116,13 +90,13 @@ def column(source: Source, part: Table, name: str, flag: str) -> list[Any]:
     return list(part.columns[name][:])
 
 
-def label_column_name(settings: DataSettings, source: Source, part: Table) -> str:
+def label_column_name(settings: Data, source: Source, part: Table) -> str:
     """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
     chosen = settings.label_column or (source.spec.label_column if source.spec else None)
     return chosen or next((name for name in ("label", "labels") if name in part.columns), "label")
 
 
-def text_pieces(settings: DataSettings, source: Source, part: Table, label: str) -> list[tuple[str, str | None]]:
+def text_pieces(settings: Data, source: Source, part: Table, label: str) -> list[tuple[str, str | None]]:
     """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
 
     Raises:
@@ -182,7 +156,7 @@ def join_texts(source: Source, part: Table, pieces: list[tuple[str, str | None]]
 
 
 # ------------------------------------------------------------------ labels
-def is_regression(settings: DataSettings, source: Source, labels: list[Any]) -> bool:
+def is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
     """`task` decides; under `auto` the table of datasets, else any number that is not a whole one."""
     if settings.task != "auto":
         return settings.task == "regression"
@@ -311,7 +285,7 @@ def paper_split(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(split["train"]["row"][:]), np.array(split["test"]["row"][:])
 
 
-def divide(settings: DataSettings, source: Source, rows: Rows, stratify: bool) -> tuple[np.ndarray, np.ndarray]:
+def divide(settings: Data, source: Source, rows: Rows, stratify: bool) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of train and test for data without a held-out split.
 
     Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
@@ -376,7 +350,7 @@ def choose_parts(source: Source, label: str, split: str) -> dict[str, Table]:
     return {part: splits[name] for part, name in (("train", train), ("test", test)) if name in splits}
 
 
-def labelled_rows(settings: DataSettings, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
+def labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
     """The rows that have a label, by part, and whether the task is a regression.
 
     Raises:
@@ -427,7 +401,7 @@ def leaked_share(train_texts: Iterable[str], test_texts: Sequence[str]) -> float
     return sum(text in known for text in test_texts) / max(len(test_texts), 1)
 
 
-def split_rule(settings: DataSettings, spec: DatasetSpec | None, divided: bool) -> str:
+def split_rule(settings: Data, spec: DatasetSpec | None, divided: bool) -> str:
     """How the test rows were chosen, in words."""
     if spec:
         return "seeded 70/30" if spec.group_by and settings.ungrouped_split else spec.split_rule
@@ -464,26 +438,25 @@ def fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_texts(settings: DataSettings, split: Literal["train", "test", "all"]) -> LabelledTexts:
-    """The texts and labels of one split of the dataset that `settings` name.
+def load_splits(settings: Data, wanted: str = "both") -> dict[str, LabelledTexts]:
+    """The texts and labels of `train` and `test`, or of `all`: every labelled row, undivided.
 
-    Both splits are read in any case: the classes are those of train, and texts that stand in both are counted.
+    Classes are those of train in every split. `seed` draws the split of data that has none, and the rows of
+    `max_samples`; the splits of the known datasets are fixed.
 
     Args:
-        settings: see `DataSettings`. `seed` draws the split of data that has none, and the rows of `max_samples`;
-            the splits of the known datasets are fixed.
-        split: `all` is every labelled row, undivided.
+        settings: the dataset.
+        wanted: "both", or the one split that must be there: "train", "test" or "all".
 
     Raises:
         UserError: the dataset cannot be found or read, or its rows do not make a task.
     """
-    if settings.max_samples is not None and settings.max_samples < 1:
-        raise UserError(f"--max_samples {settings.max_samples} leaves no text; give 1 or more.")
     source = find_source(settings.dataset_name, settings.dataset_revision)
     label = label_column_name(settings, source, next(iter(source.splits.values())))
-    parts, regression = labelled_rows(settings, source, choose_parts(source, label, split))
-    divided = list(parts) == ["train"] and split != "all"
-    if split == "all":
+    needed = "train" if wanted == "both" else wanted
+    parts, regression = labelled_rows(settings, source, choose_parts(source, label, needed))
+    divided = list(parts) == ["train"] and wanted != "all"
+    if wanted == "all":
         texts = [text for rows in parts.values() for text in rows.texts]
         parts = {"all": Rows(texts, [cell for rows in parts.values() for cell in rows.labels])}
     elif divided:
@@ -496,11 +469,22 @@ def load_texts(settings: DataSettings, split: Literal["train", "test", "all"]) -
     else:
         parts, label_names = encode(source, parts, next(iter(source.splits.values())).class_names.get(label))
     report(source, parts, label_names, split_rule(settings, source.spec, divided))
-    texts, labels = parts[split].texts, np.array(parts[split].labels, dtype=np.float64 if regression else np.int64)
+    return {part: sample(settings, source, rows, label_names) for part, rows in parts.items()}
+
+
+def sample(settings: Data, source: Source, rows: Rows, label_names: list[str]) -> LabelledTexts:
+    """The rows of one split, at most `max_samples` of them, with their fingerprint."""
+    texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
     if settings.max_samples is not None and settings.max_samples < len(texts):
-        chosen = stratified_rows(np.zeros(len(texts)) if regression else labels, settings.max_samples, settings.seed)
+        classes = labels if label_names else np.zeros(len(texts))
+        chosen = stratified_rows(classes, settings.max_samples, settings.seed)
         texts, labels = [texts[row] for row in chosen], labels[chosen]
     return LabelledTexts(texts, labels, label_names, fingerprint(source, texts, labels))
+
+
+def load_texts(settings: Data, split: str) -> LabelledTexts:
+    """The texts and labels of one split, as `load_splits` gives them."""
+    return load_splits(settings, split)[split]
 
 
 def main() -> None:

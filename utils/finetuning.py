@@ -7,7 +7,7 @@ evaluation and results are here. b texts of a batch, t tokens, d hidden size, c 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,66 +15,63 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.optimization import Adafactor
 
-from cache import pool
-from utils.checkpoints import find_finished, make_identity, print_scores, result_folder, save_head, save_result
-from utils.data import LabelledTexts, load_texts
+from utils.data import LabelledTexts
 from utils.io import UserError, set_seed
-from utils.models import TokenizedTexts, load_config, load_tokenizer, token_batches, tokenize
-from utils.training import BatchOrder, Head, Objective, Run, Track, make_accelerator, train
+from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, token_batches, tokenize
+from utils.objectives import BatchOrder, Head, Objective, save_head
+from utils.results import result_path
+from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_shares
+from utils.training import (
+    Place,
+    TrainingRun,
+    find_finished,
+    make_identity,
+    make_place,
+    print_scores,
+    save_result,
+    train,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Of the head, the optimiser (Adafactor) and its schedule; the scripts give their values."""
+
+    pooling: Literal["mean", "last"]  # pooled state of a text: mean of its tokens, or its last token
+    dropout: float  # on the pooled state
+    num_steps: int  # optimiser steps
+    batch_size: int  # texts of one forward pass; texts of like length come together
+    gradient_accumulation: int  # forward passes of one optimiser step, shared among the processes
+    learning_rate: float  # peak
+    weight_decay: float  # as Adafactor takes it
+    warmup: float  # share of the steps in which the learning rate rises; then half a cosine down to 0
+    steps_per_evaluation: int  # on the whole test split
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
+        check_shares(self, "dropout", "warmup")
+
+
+@dataclass(frozen=True)
+class FinetuningSession(Session):
+    """How a training run is kept and shown; these change no number."""
+
+    gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """Model, data and place of a run; the scripts add and give the hyperparameters."""
+    """What lora_finetuning.py and from_scratch.py have in common."""
 
-    # These change the result: stored in the file, compared when the file is reused.
-    model_name: str = "tiny"  # hub id, local folder, or "tiny"
-    dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
-    max_length: int | None = None  # tokens per text; None: the model's context
-    max_samples: int | None = None  # stratified sample of each split; None: all rows
-    text_column: str | None = None  # for your own data
-    label_column: str | None = None  # for your own data
-    text_template: str | None = None  # for your own data, such as "{question} {choices}"
-    task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
-    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
-    seed: int = 0  # of initial weights, order, dropout, sampling and splits made here
-    revision: str | None = None  # commit or tag of the model
-    dataset_revision: str | None = None  # commit or tag of the dataset
-    tokenizer_name: str | None = None  # another repository or folder for the tokenizer
-    # Hyperparameters; their defaults stand in the scripts.
-    dtype: Literal["float32", "bfloat16"]
-    pooling: Literal["mean", "last"]
-    dropout: float
-    num_steps: int
-    batch_size: int
-    gradient_accumulation: int
-    learning_rate: float
-    weight_decay: float
-    warmup: float
-    steps_per_evaluation: int
-    # These change only speed or place.
-    gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
-    tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass of the evaluation
-    minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
-    device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
-    track: Track = "none"  # also send the history to a tracker
-    results_dir: Path = Path("results")  # where results go
-    overwrite: bool = False  # train again where a result, or part of one, is there
-    trust_remote_code: bool = False  # let a model repository run its own code
-    SPEED_OR_PLACE: ClassVar[tuple[str, ...]] = (
-        *("gradient_checkpointing", "tokens_per_batch", "minutes_per_state", "device", "track", "results_dir"),
-        *("overwrite", "trust_remote_code"),
-    )
+    training: Hyperparameters
+    model: Model = Model(dtype="bfloat16")
+    data: Data = Data()
+    session: FinetuningSession = FinetuningSession()
+    run: Run = Run()
 
     def __post_init__(self) -> None:
-        counts = ("num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation", "tokens_per_batch")
-        for name in (*counts, "max_length", "max_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
-        for name in ("dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.model.dtype == "float16":
+            raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
 
 
 @dataclass
@@ -83,7 +80,7 @@ class Trainable:
 
     decoder: Any  # base model without lm_head; what requires a gradient is trained
     save: Callable[[Path], None]  # writes it under the result folder
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products
+    dtype: Dtype = "float32"  # of the products
 
 
 # ------------------------------------------------------------------ model
@@ -101,7 +98,7 @@ class Classifier(nn.Module):
         return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
 
 
-def build_optimizer(model: nn.Module, config: FinetuningConfig) -> tuple[Adafactor, torch.optim.lr_scheduler.LambdaLR]:
+def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[Adafactor, torch.optim.lr_scheduler.LambdaLR]:
     """Adafactor without first moment and with a plain learning rate, and warm-up with half a cosine down to 0."""
     optimizer = Adafactor(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -143,7 +140,7 @@ def predict(
 
 
 # ------------------------------------------------------------------ run
-def texts_per_step(config: FinetuningConfig, accelerator: Accelerator) -> int:
+def texts_per_step(config: Hyperparameters, accelerator: Accelerator) -> int:
     """Texts of one optimiser step, over all processes.
 
     Raises:
@@ -161,83 +158,80 @@ def texts_per_step(config: FinetuningConfig, accelerator: Accelerator) -> int:
 def build_run(
     config: FinetuningConfig,
     trainable: Trainable,
-    data: tuple[LabelledTexts, LabelledTexts],
-    tokens: tuple[TokenizedTexts, TokenizedTexts],
-    place: tuple[Accelerator, torch.device, Path],
-) -> Run:
-    """Classifier, optimiser, schedule, order and evaluation of one run.
-
-    Args:
-        config: hyperparameters.
-        trainable: the decoder.
-        data: train and test.
-        tokens: of train and test.
-        place: processes, device, and the result folder.
-    """
-    (accelerator, device, folder), (train_tokens, test_tokens) = place, tokens
-    objective = Objective.of(data[0])
-    train_targets, test_targets = (objective.targets(of_split.labels) for of_split in data)
-    head = Head(trainable.decoder.config.hidden_size, objective.num_labels, config.dropout)
-    if config.gradient_checkpointing:
+    data: dict[str, LabelledTexts],
+    tokens: dict[str, TokenizedTexts],
+    identity: dict[str, Any],
+    place: Place,
+) -> TrainingRun:
+    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test."""
+    training, device = config.training, place.device
+    objective = Objective.of(data["train"])
+    train_targets, test_targets = (objective.targets(data[split].labels) for split in ("train", "test"))
+    head = Head(trainable.decoder.config.hidden_size, objective.num_labels, training.dropout)
+    if config.session.gradient_checkpointing:
         trainable.decoder.activation_checkpointing_enable({"use_reentrant": False})
-    model = Classifier(trainable.decoder, head, config.pooling, trainable.dtype).to(device)
-    optimizer, scheduler = build_optimizer(model, config)
+    model = Classifier(trainable.decoder, head, training.pooling, trainable.dtype).to(device)
+    optimizer, scheduler = build_optimizer(model, training)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        outputs = predict(model, test_tokens, objective.num_labels, config.tokens_per_batch, accelerator)
+        outputs = predict(model, tokens["test"], objective.num_labels, config.run.tokens_per_batch, place.accelerator)
         return {f"test_{name}": value for name, value in objective.scores(outputs, test_targets).items()}
 
-    def inputs(rows):
-        return tuple(tensor.to(device) for tensor in train_tokens.pad(rows))
-
-    return Run(
+    rows_per_step = texts_per_step(training, place.accelerator)
+    return TrainingRun(
         model=model,
-        inputs=inputs,
+        inputs=lambda rows: tuple(tensor.to(device) for tensor in tokens["train"].pad(rows)),
         targets=train_targets.to(device),
         objective=objective,
         optimizer=optimizer,
         scheduler=scheduler,
-        order=BatchOrder(len(train_targets), texts_per_step(config, accelerator), config.seed, train_tokens.lengths),
+        order=BatchOrder(len(train_targets), rows_per_step, config.data.seed, tokens["train"].lengths),
         evaluate=evaluate,
-        num_steps=config.num_steps,
-        steps_per_evaluation=config.steps_per_evaluation,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        accelerator=accelerator,
-        state_path=folder / "state.safetensors",
-        identity=make_identity(config, *data),
-        minutes_per_state=config.minutes_per_state,
+        num_steps=training.num_steps,
+        steps_per_evaluation=training.steps_per_evaluation,
+        batch_size=training.batch_size,
+        seed=config.data.seed,
+        place=place,
+        identity=identity,
+        session=config.session,
     )
 
 
-def finetune(config: FinetuningConfig, kind: str, build: Callable[[FinetuningConfig, torch.device], Trainable]) -> dict:
+def finetune(
+    config: FinetuningConfig,
+    kind: str,
+    build: Callable[[FinetuningConfig, torch.device], Trainable],
+    data: dict[str, LabelledTexts],
+) -> dict:
     """Trains and writes the result, unless it is there already; returns the metrics.
 
     Args:
         config: of the script.
         kind: folder under `results_dir`.
         build: makes the decoder; everything random in it follows from the seed set before.
+        data: train and test.
     """
-    folder = result_folder(config, kind)
-    data = load_texts(config, "train"), load_texts(config, "test")
-    accelerator, device = make_accelerator(config, folder)
-    if (stored := find_finished(folder, config, make_identity(config, *data), accelerator)) is not None:
+    place = make_place(config, result_path(kind, config.run, config.model, config.data))
+    identity = make_identity(config, data)
+    if (stored := find_finished(config, identity, place)) is not None:
         return stored
-    model_config = load_config(config)
-    tokenizer = load_tokenizer(config, model_config)
-    train_tokens, test_tokens = (tokenize(part.texts, tokenizer, model_config, config.max_length) for part in data)
-    set_seed(config.seed)
-    run = build_run(config, trainable := build(config, device), data, (train_tokens, test_tokens),
-                    (accelerator, device, folder))  # fmt: skip
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    tokens = {
+        split: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for split, part in data.items()
+    }
+    set_seed(config.data.seed)
+    trainable = build(config, place.device)
+    run = build_run(config, trainable, data, tokens, identity, place)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    train(run)
-    if not accelerator.is_main_process:
+    progress = train(run)
+    if not place.accelerator.is_main_process:
         return {}
-    save_head(folder / "head.safetensors", run.model.head, run.objective, run.identity)
-    trainable.save(folder)
-    extra = {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
-    metrics = save_result(folder, run, *data, extra)
+    save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
+    trainable.save(place.folder)
+    extra = {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
+    metrics = save_result(run, progress, data, extra)
     print_scores(metrics)
-    print(folder / "metrics.json")
+    print(place.metrics_path)
     return metrics

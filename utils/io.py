@@ -1,11 +1,10 @@
-"""Result paths, atomic files, provenance, and errors that a user can mend: shared by every script.
+"""Names on disk, atomic files, provenance, and errors that a user can fix: shared by every script.
 
 Paths hold what a person sweeps (model, dataset, split); the file itself holds everything else. A file is written
 under a temporary name and renamed, so that an existing result is a finished one.
 """
 
 import contextlib
-import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -13,9 +12,10 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,21 @@ FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
 class UserError(Exception):
-    """A mistake the user can mend; the message says what was sought, what was found, and what mends it."""
+    """A mistake the user can fix; the message says what was sought, what was found, and what fixes it."""
+
+
+def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
+    """The config that a command line gives; the groups of settings leave no trace in the names of the flags."""
+    return tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def run_script(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback."""
-    config: Any = tyro.cli(config_class, description=description)
+    config = parse(config_class, description=description)
     try:
         main(config)
     except UserError as error:
@@ -46,7 +54,7 @@ def run_script(main: Callable[[Any], None], config_class: type, description: str
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in CANNOT_WRITE:
             raise
         sys.exit(
             f"error: cannot write {error.filename or 'the result'}: {error.strerror}. Free space or set --results_dir."
@@ -64,11 +72,6 @@ def path_name(name: str) -> str:
     return name.strip("/").replace("/", "__")
 
 
-def model_path_name(model_name: str, adapter_dir: Path | None = None) -> str:
-    """As `path_name`, with `+lora` behind it where an adapter is merged."""
-    return path_name(model_name) + ("+lora" if adapter_dir else "")
-
-
 # ------------------------------------------------------------------ atomic files
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
@@ -80,6 +83,19 @@ def write_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`, and puts it in its place on success."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -131,39 +147,6 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict]]:
 
 
 # ------------------------------------------------------------------ provenance
-def settings(config: Any) -> dict:
-    """Every field of a `Config` as JSON values."""
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def result_settings(config: Any) -> dict:
-    """The fields of a `Config` that change its result: all but those its `SPEED_OR_PLACE` names."""
-    # through JSON, so that a tuple compares equal to the list a file gives back
-    fields = {name: value for name, value in settings(config).items() if name not in config.SPEED_OR_PLACE}
-    return json.loads(json.dumps(fields))
-
-
-def check_same_settings(stored: dict, config: Any, path: Path) -> None:
-    """Compares the settings stored in `path` with those asked for.
-
-    Raises:
-        UserError: naming each field that differs.
-    """
-    wanted = result_settings(config)
-    differing = [
-        f"{name}: {stored.get(name)!r} there, {value!r} now"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{path} was made with other settings ({'; '.join(differing)}). "
-            "Recompute it with --overwrite, or write elsewhere with --results_dir."
-        )
-
-
 def environment() -> dict:
     """Versions of Python and the libraries, the platform, and this repository's git commit (None outside git)."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -1,21 +1,14 @@
-"""Load a causal LM without its head, tokenise in bulk, and visit its hidden states one layer at a time."""
+"""Load a causal LM, tokenise in bulk, visit its hidden states one layer at a time, and pool them."""
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -23,9 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 import utils.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
+from utils.hub import Repository, hub_errors, nearest
 from utils.io import ROOT, UserError
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from utils.settings import Model, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +64,6 @@ MODELS = {
 }
 
 
-class ModelSettings(Protocol):
-    """The fields of a script's `Config` that choose a model."""
-
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def tokenizer_name(self) -> str | None: ...
-    @property
-    def dtype(self) -> Dtype: ...
-    @property
-    def max_length(self) -> int | None: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
-
-
 # ------------------------------------------------------------------ loading
 def model_source(model_name: str) -> str:
     """The hub id or local folder that `model_name` stands for.
@@ -98,74 +74,39 @@ def model_source(model_name: str) -> str:
     spec = MODELS.get(model_name)
     if spec and spec.path.startswith("demo/"):
         if not (ROOT / spec.path / "config.json").is_file():
-            raise UserError(f"No model at {spec.path}. Run: python demo/pretrain.py --size {model_name}")
+            raise UserError(f"No model at {spec.path}. Run: python -m demo.pretrain --size {model_name}")
         return str(ROOT / spec.path)
     if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
         raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
     if "/" not in model_name and not Path(model_name).is_dir() and not spec:
-        nearest = difflib.get_close_matches(model_name, MODELS, n=3, cutoff=0.3)
-        raise UserError(f"Unknown model {model_name!r}; nearest known: {', '.join(nearest) or ', '.join(MODELS)}.")
+        raise UserError(f"Unknown model {model_name!r}.{nearest(model_name, MODELS)} Known: {', '.join(MODELS)}.")
     return spec.path if spec else model_name
 
 
-@contextlib.contextmanager
-def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what the hub's libraries raise while `name` is loaded into one sentence that says what mends it.
-
-    Raises:
-        UserError: gated or unknown repository, unknown revision, no connection, remote code, or a damaged folder.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-            causes.append(cause)
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-
-        if caused_by(GatedRepoError):
-            raise UserError(
-                f"{name} is gated. Accept its licence at huggingface.co/{name}, then log in with: hf auth login. "
-                "For a tokenizer, --tokenizer_name can name an open copy."
-            ) from None
-        if caused_by(RevisionNotFoundError):
-            raise UserError(f"{name} has no revision {revision!r}. See its history, or drop --revision.") from None
-        if caused_by(LocalEntryNotFoundError):
-            message = f"The hub cannot be reached and {name} is not in the local cache."
-            raise UserError(f"{message} Connect once, or give a local folder. Offline: --model_name tiny.") from None
-        if caused_by(RepositoryNotFoundError):
-            nearest = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
-            hint = f" Nearest known: {', '.join(nearest)}." if nearest else ""
-            raise UserError(f"The hub has no repository {name}, or it is private: hf auth login.{hint}") from None
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{name} wants to run its own code. Read it; then add --trust_remote_code.") from None
-        raise UserError(f"{name} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+def repository(name: str, revision: str | None = None) -> Repository:
+    """A model or tokenizer, for the sentence about what goes wrong with it."""
+    return Repository(name, "Model", tuple(MODELS), "a local folder, or --model_name tiny", revision)
 
 
-def load_config(settings: ModelSettings) -> PreTrainedConfig:
+def load_config(model: Model, run: Run) -> PreTrainedConfig:
     """The model's configuration."""
-    with hub_errors(settings.model_name, settings.revision):
+    with hub_errors(repository(model.model_name, model.revision)):
         return AutoConfig.from_pretrained(
-            model_source(settings.model_name),
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+            model_source(model.model_name), revision=model.revision, trust_remote_code=run.trust_remote_code
         )
 
 
-def load_tokenizer(settings: ModelSettings, config: PreTrainedConfig) -> Tokenizer:
+def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenizer:
     """The tokenizer, padding on the right, with a pad token (end of text where it has none of its own)."""
-    source = model_source(settings.model_name)
+    name, revision = model_source(model.model_name), model.revision
     family = FAMILIES.get(config.model_type)
-    name, revision = source, settings.revision
-    if settings.tokenizer_name:
-        name, revision = settings.tokenizer_name, None
-    elif family and family.tokenizer_name and not Path(source, "tokenizer_config.json").is_file():
+    if model.tokenizer_name:
+        name, revision = model.tokenizer_name, None
+    elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
-    with hub_errors(name, revision):
+    with hub_errors(dataclasses.replace(repository(name, revision), instead="--tokenizer_name for an open copy")):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, padding_side="right", trust_remote_code=settings.trust_remote_code
+            name, revision=revision, padding_side="right", trust_remote_code=run.trust_remote_code
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -174,7 +115,7 @@ def load_tokenizer(settings: ModelSettings, config: PreTrainedConfig) -> Tokeniz
     return tokenizer
 
 
-def load_weights(auto_class: type, settings: ModelSettings) -> PreTrainedModel:
+def load_weights(auto_class: type, model: Model, run: Run) -> PreTrainedModel:
     """The model of `auto_class` on the CPU.
 
     Raises:
@@ -183,46 +124,96 @@ def load_weights(auto_class: type, settings: ModelSettings) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports that lm_head is left out, which is what we want
     try:
-        with hub_errors(settings.model_name, settings.revision):
-            model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]
-                model_source(settings.model_name),
-                revision=settings.revision,
-                dtype=getattr(torch, settings.dtype),
-                trust_remote_code=settings.trust_remote_code,
+        with hub_errors(repository(model.model_name, model.revision)):
+            loaded, info = auto_class.from_pretrained(  # type: ignore[attr-defined]
+                model_source(model.model_name),
+                revision=model.revision,
+                dtype=getattr(torch, model.dtype),
+                trust_remote_code=run.trust_remote_code,
                 output_loading_info=True,
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{settings.model_name} lacks {len(missing)} weights, the first is {missing[0]}. Load it anew.")
-    return model
+        raise UserError(f"{model.model_name} lacks {len(missing)} weights, the first is {missing[0]}. Load it anew.")
+    return loaded
 
 
-def load_causal_lm(settings: ModelSettings, device: torch.device, adapter_dir: Path | None = None) -> PreTrainedModel:
+def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
     """The causal LM in evaluation mode, with a LoRA adapter merged if one is named.
 
     Raises:
         UserError: of `load_weights`, or a folder that holds no adapter.
     """
-    model = load_weights(AutoModelForCausalLM, settings)
-    if adapter_dir is not None:
+    causal_lm: Any = load_weights(AutoModelForCausalLM, model, run)
+    if model.adapter_dir is not None:
         from peft import PeftModel  # only where an adapter is asked for: the import takes a second
 
-        if not (adapter_dir / "adapter_config.json").is_file():
-            raise UserError(f"No adapter at {adapter_dir}. Make one: python lora_finetuning.py --model_name ...")
-        model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+        if not (model.adapter_dir / "adapter_config.json").is_file():
+            raise UserError(f"No adapter at {model.adapter_dir}. Make one: python lora_finetuning.py --model_name ...")
+        causal_lm = PeftModel.from_pretrained(causal_lm, model.adapter_dir).merge_and_unload()
+    return causal_lm.to(device).eval()
 
 
-def load_base_model(settings: ModelSettings, device: torch.device, adapter_dir: Path | None = None) -> PreTrainedModel:
+def load_base_model(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
     """The model without its lm_head, in evaluation mode: what hidden states are read from."""
-    if adapter_dir is not None:  # adapters are made for the causal LM and carry its module names
-        model = load_causal_lm(settings, device, adapter_dir)
-        return getattr(model, model.base_model_prefix)
-    model = load_weights(AutoModel, settings)
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    if model.adapter_dir is not None:  # adapters are made for the causal LM and carry its module names
+        causal_lm = load_causal_lm(model, run, device)
+        return getattr(causal_lm, causal_lm.base_model_prefix)
+    base_model: Any = load_weights(AutoModel, model, run)
+    return base_model.to(device).eval()
+
+
+# ------------------------------------------------------------------ identity
+# what of a folder decides the states: weights, architecture, tokens, code
+DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
+# what it may hold besides, which decides nothing
+OTHER_FILES = ("pretraining.json", "generation_config.json", "training_args.bin", "metrics.json", "README.txt")
+
+
+@functools.lru_cache(maxsize=256)
+def file_digest(path: Path, size: int, modified: int) -> bytes:
+    """SHA-256 of a file; its size and time of change are arguments so that a changed file is read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """First 16 hex digits of the SHA-256 over the names and contents of the files that decide a model's states."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in DECIDING_FILES for path in folder.glob(pattern)}):
+        if path.name not in OTHER_FILES:
+            stat = path.stat()
+            digest.update(path.name.encode() + b"\0" + file_digest(path, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(model: Model, run: Run) -> str:
+    """What tells two models of the same name apart: of a local one a SHA-256, of the hub's its commit; of each part.
+
+    The parts are the model, a tokenizer or an adapter from elsewhere, joined by `+`.
+    """
+    source = model_source(model.model_name)
+    parts = [folder_fingerprint(Path(source))] if Path(source).is_dir() else []
+    if not parts:
+        config = load_config(model, run)
+        parts.append(getattr(config, "_commit_hash", None) or model.revision or "unknown")
+    parts += [
+        folder_fingerprint(Path(folder))
+        for folder in (model.tokenizer_name, model.adapter_dir)
+        if folder is not None and Path(folder).is_dir()
+    ]
+    return "+".join(parts)
+
+
+def known_fingerprint(model: Model, run: Run) -> str | None:
+    """As `model_fingerprint`, None where the model is not on this machine: moments can be solved without it."""
+    if model.adapter_dir is not None and not model.adapter_dir.is_dir():
+        return None
+    try:
+        return model_fingerprint(model, run)
+    except UserError:
+        return None
 
 
 # ------------------------------------------------------------------ tokens
@@ -309,12 +300,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of {num_layers} decoder layers to read hidden states from.")
 
 
-@contextlib.contextmanager
-def visit_hidden_states(model: PreTrainedModel, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, every forward pass calls `visit(layer, hidden_states)`, layer 0 to L, as each appears.
+@torch.inference_mode()
+def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+    """Runs the model on right-padded `input_ids` (b, t) and calls `visit(layer, hidden_states)` as each layer appears.
 
     Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
-    the final norm: the entries of `output_hidden_states=True`, without holding more than one of them.
+    the final norm: the entries of `output_hidden_states=True`, without holding more than one of them, (b, t, d).
     """
     layers = decoder_layers(model)
 
@@ -324,13 +315,10 @@ def visit_hidden_states(model: PreTrainedModel, visit: Callable[[int, Tensor], N
     def inner(layer: int) -> Callable:
         return lambda module, args, output: visit(layer, output if isinstance(output, Tensor) else output[0])
 
-    def last(module: nn.Module, args: tuple, output: Any) -> None:
-        visit(len(layers), output.last_hidden_state)
-
-    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True), model.register_forward_hook(last)]
+    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True)]
     handles += [layers[k - 1].register_forward_hook(inner(k)) for k in range(1, len(layers))]
     try:
-        yield
+        visit(len(layers), run_base_model(model, input_ids))
     finally:
         for handle in handles:
             handle.remove()
@@ -344,3 +332,21 @@ def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     mask tensor the fast attention kernels apply. The states of the padding itself are meaningless.
     """
     return model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """The pooled state m of each text: mean over its tokens, or its last token.
+
+    Args:
+        hidden_states: (b, t, d), right-padded.
+        lengths: tokens per text, (b,).
+        pooling: "mean" or "last".
+
+    Returns:
+        (b, d), in the dtype of `hidden_states`.
+    """
+    if pooling == "last":
+        return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+    positions = torch.arange(hidden_states.shape[1], device=lengths.device)
+    inside = (positions < lengths[:, None]).to(hidden_states.dtype)
+    return torch.bmm(inside[:, None], hidden_states)[:, 0] / lengths[:, None].to(hidden_states.dtype)

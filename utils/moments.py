@@ -1,6 +1,5 @@
 """The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.io import path_name
+from utils.results import result_path
+from utils.settings import Data, Model, Run
+
+PER_LAYER = (
+    *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
+    *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
+)
+SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
 
 
-def moments_path(results_dir: Path, model: str, dataset_name: str, split: str) -> Path:
-    """Where the moments of a split are; `model` as given by `model_path_name`."""
-    return results_dir / "moments" / model / path_name(dataset_name) / f"{split}.safetensors"
+def moments_path(run: Run, model: Model, data: Data, split: str) -> Path:
+    """Where the moments of a split are."""
+    return result_path("moments", run, model, data) / f"{split}.safetensors"
+
+
+def pooled_path(moments: Path) -> Path:
+    """Where the pooled states are that belong to a file of moments."""
+    return moments.with_suffix(".pooled.safetensors")
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,8 @@ class LayerMoments:
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
     """The moments of one layer from an open file of cache.py; no other layer is read."""
-    tensors = {}
-    for name in (field.name for field in dataclasses.fields(LayerMoments) if field.type is Tensor):
-        part = file.get_slice(name)
-        tensors[name] = (part[:] if name.startswith("label_") else part[layer]).to(device)
+    tensors = {name: file.get_slice(name)[layer].to(device) for name in PER_LAYER}
+    tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
     return LayerMoments(**tensors, num_samples=metadata["num_samples"], num_pairs=metadata["num_pairs"])
 
 

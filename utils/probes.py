@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from utils.io import UserError, open_tensors
+from utils.linalg import equilibrated_eigh, without_constants
 
 SMALL_JOB = 5e8  # layers * n * d * c below which starting processes takes longer than the fits
 
@@ -163,20 +164,17 @@ def ridge_path(moments: dict[str, Tensor], counts: Tensor, alphas: tuple[float, 
     """
     order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
     folds = [moments[f"fold_{name}"] for name in order]
-    totals = [torch.tensordot(counts, of_folds, 1) for of_folds in folds]
+    totals = [torch.tensordot(counts, folded, 1) for folded in folds]
     errors, baseline = torch.zeros(len(alphas), dtype=torch.float64, device=counts.device), 0.0
     for fold in counts.nonzero()[:, 0]:
         num, rest = counts[fold], counts.sum() - counts[fold]
         if rest == 0:
             raise UserError("All texts fall into one fold (are they all equal?): --ridge cannot cross-validate.")
-        held_out = [of_folds[fold] for of_folds in folds]
+        held_out = [folded[fold] for folded in folds]
         train = [(total - num * part) / rest for total, part in zip(totals, held_out, strict=True)]
         (second, cross, mean, label_mean), (second_out, cross_out, mean_out, label_mean_out) = train, held_out
-        covariance = second - torch.outer(mean, mean)
-        scale = covariance.diagonal().clamp(min=0).sqrt()
-        scale = torch.where(scale > 1e-10 * second.diagonal().sqrt(), scale, torch.inf)  # a constant stays out
-        eigenvalues, vectors = torch.linalg.eigh(covariance / scale / scale[:, None])
-        basis = vectors / scale[:, None]
+        covariance = without_constants(second - torch.outer(mean, mean), mean, 1e-10)
+        eigenvalues, basis = equilibrated_eigh(covariance)
         # everything about the mean of the training part, of features and labels alike
         shift, label_shift = mean_out - mean, label_mean_out - label_mean
         second_out = second_out - torch.outer(mean_out, mean_out) + torch.outer(shift, shift)

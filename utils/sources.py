@@ -6,7 +6,6 @@ file and line. Nothing from a hub is ever executed: datasets with a loading scri
 """
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -18,18 +17,9 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from utils.datasets_table import DATASETS, PARQUET_BRANCH, SPECS, DatasetSpec
+from utils.hub import Repository, hub_errors, nearest
 from utils.io import UserError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -56,59 +46,7 @@ class Source:
     own: bool = False  # the user can mend the rows: faults are errors; elsewhere such rows are left out with a warning
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known names closest to a wrong one, as a hint; empty if none is close."""
-    tails = {known_name.rsplit("/", 1)[-1].lower(): known_name for known_name in known}
-    close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), tails, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(tails[tail] for tail in close)}?" if close else ""
-
-
 # ------------------------------------------------------------------ the hub
-TERMS = "Accept its terms at https://huggingface.co/datasets/{id}, then log in: hf auth login."
-# exceptions, a phrase of their message, what is said, what mends it; the first row that fits is taken
-HUB_ERRORS: tuple[tuple[tuple[type[BaseException], ...], str, str, str], ...] = (
-    ((GatedRepoError,), "", "is gated", TERMS),
-    ((DatasetNotFoundError,), "gated", "is gated", TERMS),
-    ((LocalTokenNotFoundError,), "", "needs a login", "Log in: hf auth login."),
-    (
-        (RevisionNotFoundError, DatasetNotFoundError),
-        "revision",
-        "has no revision {revision!r}",
-        "Give --dataset_revision a branch, a tag or all 40 digits of a commit of https://huggingface.co/datasets/{id}.",
-    ),
-    (
-        (RepositoryNotFoundError, DatasetNotFoundError),
-        "",
-        "is no local file or folder, and does not exist on the hub or is private",
-        "For a private one log in: hf auth login.{nearest} Known: python utils/data.py.",
-    ),
-    (
-        (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError),
-        "",
-        "is no local file or folder, and the hub cannot be reached",
-        "Connect once to download it (and unset HF_HUB_OFFLINE), or use a local file or docstrings/<task>.",
-    ),
-    (
-        (RuntimeError,),
-        "scripts are no longer supported",
-        "holds a loading script, which is never executed",
-        "The hub's conversion may serve: --dataset_revision refs/convert/parquet.",
-    ),
-    ((ValueError,), "config", "needs another configuration", "Name it: --dataset_name {id}:<config>. {message}"),
-    ((DatasetsError, FileNotFoundError, HTTPError, ValueError), "", "cannot be read", "{message}"),
-)
-
-
-def _hub_error(error: Exception, hub_id: str, revision: str | None) -> UserError | None:
-    """The error as a user can mend it, or None for one that is not the hub's."""
-    message = " ".join(str(error).split())
-    for kinds, phrase, fault, remedy in HUB_ERRORS:
-        if isinstance(error, kinds) and phrase in message.lower():
-            facts = {"id": hub_id, "revision": revision, "message": message, "nearest": nearest(hub_id, list(DATASETS))}
-            return UserError(f"Dataset {hub_id} {fault.format(**facts)}. {remedy.format(**facts)}")
-    return None
-
-
 def _load_hub(
     hub_id: str, config: str | None, revision: str | None, data_files: Mapping[str, str] | None = None
 ) -> datasets.DatasetDict:
@@ -117,17 +55,15 @@ def _load_hub(
     Raises:
         UserError: unknown, gated, offline, no such revision or configuration, no data file that can be read.
     """
-    try:
-        return datasets.load_dataset(hub_id, config, revision=revision, data_files=data_files)
-    except Exception as error:
-        if "scripts are no longer supported" in str(error) and revision is None:
-            return _load_hub(hub_id, config, PARQUET_BRANCH, data_files)
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # a full disk is not the hub's fault
-            raise error.__cause__ from None
-        user_error = _hub_error(error, hub_id, revision)
-        if user_error is None:
-            raise
-        raise user_error from None
+    instead = "a local file or docstrings/<task>; known: python -m utils.data"
+    repository = Repository(hub_id, "Dataset", tuple(DATASETS), instead, revision, "--dataset_revision")
+    with hub_errors(repository):
+        try:
+            return datasets.load_dataset(hub_id, config, revision=revision, data_files=data_files)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error) or revision is not None:
+                raise
+    return _load_hub(hub_id, config, PARQUET_BRANCH, data_files)
 
 
 def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> Source:

@@ -1,12 +1,31 @@
-"""What K_sweep.py says of its result: the score of the run, the JSON of a layer, the table a user reads."""
+"""The scores: names, labels, directions; and what K_sweep.py says of a result: score of the run, JSON, table."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from torch import Tensor
 
-SCORES = ("ntps", "ntps_label", "ntps_whitened", "retained")
-NULL_SCORES = SCORES[1:]  # those that permuted labels give a null for
+
+@dataclass(frozen=True)
+class Score:
+    """One score of K_sweep.py; all are in [0, 1], and larger says that V holds more of what the task needs."""
+
+    name: str
+    label: str  # in figures
+    has_null: bool = True  # whether permuted labels give it a null and a z
+
+
+DEFINITIONS = (
+    Score("ntps", "NTPS", has_null=False),
+    Score("ntps_label", "NTPS, label directions"),
+    Score("ntps_whitened", "NTPS, whitened"),
+    Score("retained", "retained by the probe"),
+)
+SCORES = tuple(score.name for score in DEFINITIONS)
+NULL_SCORES = tuple(score.name for score in DEFINITIONS if score.has_null)
+LABELS = {score.name: score.label for score in DEFINITIONS}
 
 
 def option_suffix(config: Mapping[str, Any]) -> str:
@@ -36,22 +55,25 @@ def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
 
 def to_json(layer: dict) -> dict:
     """A layer's entry with lists for tensors, and the mean and standard deviation of the null for its draws."""
-    draws = layer.pop("null_draws")
-    entry = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in layer.items()}
-    entry["null"] = {name: {"mean": of.mean(0).tolist(), "std": of.std(0).tolist()} for name, of in draws.items()}
-    return entry
+    null = {
+        name: {"mean": draws.mean(0).tolist(), "std": draws.std(0).tolist()}
+        for name, draws in layer["null_draws"].items()
+    }
+    rest = {name: value for name, value in layer.items() if name != "null_draws"}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in rest.items()} | {
+        "null": null
+    }
 
 
 def print_table(result: dict) -> None:
     """The scores of every layer, averaged over the fractions, and the score of the run."""
-    print(f"\n{'layer':>5} {'rank U':>6} {'rank V':>6}{''.join(f'{name:>14}' for name in SCORES)}  probe R2  held out")
-    for layer in result["layers"]:
-        cells = [f"{layer['layer']:5d} {layer['rank_u']:6d} {layer['rank_v']:6d}"]
-        cells += [f"{sum(layer[name]) / len(layer[name]):14.4f}" for name in SCORES]
-        cells += [
-            " " * 9 + "-" if r2 is None else f"{r2:10.4f}" for r2 in (layer["probe_r2"], layer["probe_r2_held_out"])
-        ]
-        print("".join(cells))
+    rows = [
+        {name: layer[name] for name in ("layer", "rank_u", "rank_v")}
+        | {name: sum(layer[name]) / len(layer[name]) for name in SCORES}
+        | {"probe R2": layer["probe_r2"], "held out": layer["probe_r2_held_out"] or float("nan")}
+        for layer in result["layers"]
+    ]
+    print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-", col_space=8))
     if result["num_samples"] <= result["hidden_size"]:
         print("n <= d: the least-squares probe interpolates its own rows; read the held-out column, not probe R2.")
     print(f"\nscore: {result['score']['rule']}")

@@ -1,0 +1,123 @@
+"""What the hub's libraries raise, as one sentence that says what fixes it; and the nearest known name."""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from utils.io import CANNOT_WRITE, UserError
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What is sought on the hub, for the sentence about it."""
+
+    name: str  # its id
+    kind: str  # "Model" or "Dataset"
+    known: tuple[str, ...]  # names that a wrong one may have meant
+    instead: str  # what works without the hub
+    revision: str | None = None
+    revision_flag: str = "--revision"
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{'datasets/' if self.kind == 'Dataset' else ''}{self.name}"
+
+
+# exceptions, a pattern in their message, what is wrong, what fixes it; the first row that fits is taken
+ERRORS: tuple[tuple[tuple[type[BaseException], ...], str, str, str], ...] = (
+    ((GatedRepoError,), "", "is gated", "Accept its terms at {url}, then log in: hf auth login. Or use {instead}."),
+    ((DatasetNotFoundError,), "gated", "is gated", "Accept its terms at {url}, then log in: hf auth login."),
+    ((LocalTokenNotFoundError,), "", "needs a login", "Log in: hf auth login."),
+    (
+        (RevisionNotFoundError,),
+        "",
+        "has no revision {revision!r}",
+        "Give {revision_flag} a branch, a tag or all 40 digits of a commit of {url}.",
+    ),
+    (
+        (DatasetNotFoundError,),
+        "revision",
+        "has no revision {revision!r}",
+        "Give {revision_flag} a branch, a tag or all 40 digits of a commit of {url}.",
+    ),
+    (
+        (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError),
+        "",
+        "is no local file or folder, and the hub cannot be reached",
+        "Connect once to download it (and unset HF_HUB_OFFLINE), or use {instead}.{nearest}",
+    ),
+    (
+        (RepositoryNotFoundError, DatasetNotFoundError),
+        "",
+        "is no local file or folder, and does not exist on the hub or is private",
+        "For a private one log in: hf auth login.{nearest}",
+    ),
+    (
+        (RuntimeError,),
+        "scripts are no longer supported",
+        "holds a loading script, which is never executed",
+        "The hub's conversion may serve: {revision_flag} refs/convert/parquet.",
+    ),
+    ((ValueError,), "trust_remote_code", "wants to run its own code", "Read it; then add --trust_remote_code."),
+    (
+        (ValueError,),
+        "builderconfig|config name is",
+        "needs another configuration",
+        "Name it: --dataset_name {name}:<config>. {message}",
+    ),
+    ((DatasetsError, OSError, HTTPError, ValueError), "", "cannot be read", "{message}"),
+)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?` with the known names closest to a wrong one; empty if none is close."""
+    tails = {known_name.rsplit("/", 1)[-1].lower(): known_name for known_name in known}
+    close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), tails, n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(tails[tail] for tail in close)}?" if close else ""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, and what it was raised from, one after the other."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+@contextlib.contextmanager
+def hub_errors(repository: Repository) -> Iterator[None]:
+    """Turns what is raised while the repository is loaded into one sentence that says what fixes it.
+
+    Raises:
+        UserError: gated, unknown or private, no such revision or configuration, no connection, remote code, damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain = causes(error)
+        for cause in chain:
+            if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:  # a full disk is not the hub's fault
+                raise cause from None
+        message = " ".join(str(error).split())
+        facts = {name: getattr(repository, name) for name in ("name", "url", "revision", "revision_flag", "instead")}
+        facts |= {"message": message, "nearest": nearest(repository.name, repository.known)}
+        for kinds, pattern, fault, remedy in ERRORS:
+            if re.search(pattern, message, re.IGNORECASE) and any(isinstance(cause, kinds) for cause in chain):
+                fault, remedy = fault.format(**facts), remedy.format(**facts)
+                raise UserError(f"{repository.kind} {repository.name} {fault}. {remedy}") from None
+        raise

@@ -1,0 +1,87 @@
+"""How far labelled points are apart in a few coordinates, and how far shuffled labels are."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+
+
+def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and scale, (k,) each, that give the columns of (n, k) mean 0 and variance 1; a constant one has scale inf.
+
+    Constant is what spreads by less than 1e-6 of its mean: rounding of float32 states, not to be blown up to variance
+    1. The first component of an uncentred problem is constant where tokens are fewer than dimensions.
+    """
+    mean, spread = coordinates.mean(0), coordinates.std(0)
+    return mean, np.where(spread > 1e-6 * np.abs(mean), spread, np.inf)
+
+
+def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> dict:
+    """The line w'z + b = 0 of a logistic regression (scikit-learn, C = 1, standardised coordinates) of two categories.
+
+    Args:
+        coordinates: z, (n, 2).
+        is_first: whether a row is of the first category, (n,); on its side w'z + b > 0.
+
+    Returns:
+        `weights` w and `intercept` b, for the coordinates as they are, not standardised.
+    """
+    mean, scale = standardize(coordinates)
+    model = LogisticRegression().fit((coordinates - mean) / scale, is_first)
+    weights = model.coef_[0] / scale
+    return {"weights": weights.tolist(), "intercept": float(model.intercept_[0] - weights @ mean)}
+
+
+def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Silhouette, and leave-one-out accuracy of logistic regression, of labels (n,) in standardised coordinates."""
+    model = LogisticRegression()
+    right = [
+        model.fit(coordinates[others], labels[others]).predict(coordinates[[i]])[0] == labels[i]
+        for i, others in enumerate(~np.eye(len(labels), dtype=bool))
+    ]
+    return {"silhouette": float(silhouette_score(coordinates, labels)), "leave_one_out": float(np.mean(right))}
+
+
+def separability(
+    coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Each score of `measure`, its mean under shuffled labels, and the share of shuffles that do as well.
+
+    Args:
+        coordinates: (n, k).
+        labels: category of each word, (n,).
+        num_shuffles: of the labels.
+        seed: of the shuffles; the same one shuffles alike in both subspaces.
+
+    Returns:
+        `value`, `shuffled` and `p` = (1 + as good shuffles) / (1 + shuffles), of each score.
+    """
+    random = np.random.default_rng(seed)
+    mean, scale = standardize(coordinates)  # of all words at once: it sees no label
+    coordinates = (coordinates - mean) / scale
+    values = measure(coordinates, labels)
+    draws = [measure(coordinates, random.permutation(labels)) for _ in range(num_shuffles)]
+    result = {}
+    for name, value in values.items():
+        shuffled = np.array([draw[name] for draw in draws])
+        as_good = int((shuffled >= value - 1e-9).sum())  # shuffles that swap two categories whole give the same value
+        result[name] = {
+            "value": value,
+            "shuffled": float(shuffled.mean()),
+            "p": (1 + as_good) / (1 + num_shuffles),
+        }
+    return result
+
+
+def describe_subspace(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict[str, Any]:
+    """The line between the first two categories in the first two components, and the separability over all of them."""
+    first_two = labels < 2
+    groups = {"first_two": first_two}
+    if not first_two.all():
+        groups["all"] = np.ones_like(first_two)
+    scores = {name: separability(coordinates[rows], labels[rows], num_shuffles, seed) for name, rows in groups.items()}
+    return {
+        "boundary": separating_line(coordinates[first_two, :2], labels[first_two] == 0),
+        "separability": scores,
+    }

@@ -1,0 +1,169 @@
+"""The settings that the scripts share: which model, which texts, how to run, how to keep a training run.
+
+A script's `Config` holds its own fields and these groups. On the command line the groups vanish (`--model_name`, not
+`--model.model_name`), and so they do in a stored result, whose settings are one flat dictionary.
+"""
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from utils.io import path_name
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Track = Literal["none", "tensorboard", "trackio", "wandb"]
+AnyConfig = TypeVar("AnyConfig")
+
+
+class Unrecorded:
+    """Base of the groups that change speed, place or what is shown, but no number: they are not stored or compared."""
+
+
+def check_at_least_one(group: Any, *names: str) -> None:
+    """Raises ValueError where one of these counts is below 1; None is no count."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+
+
+def check_positive(group: Any, *names: str) -> None:
+    """Raises ValueError where one of these numbers is not positive; None is no number."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, not {value}")
+
+
+def check_shares(group: Any, *names: str) -> None:
+    """Raises ValueError where one of these shares is not in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(group, name) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {getattr(group, name)}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and how many tokens of a text it reads."""
+
+    model_name: str = "tiny"  # hub id, local folder, or a short name of the README's table
+    revision: str | None = None  # commit or tag of the model
+    tokenizer_name: str | None = None  # another repository or folder for the tokenizer
+    adapter_dir: Path | None = None  # LoRA adapter merged into the model; results go to <model>+lora
+    dtype: Dtype = "float32"  # of the model; sums over texts are float64 in any case
+    max_length: int | None = None  # tokens per text; None: the model's context
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_length")
+
+    @property
+    def path_name(self) -> str:
+        """The model's folder under results: its name, with `+lora` behind it where an adapter is merged."""
+        return path_name(self.model_name) + ("+lora" if self.adapter_dir else "")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which labelled texts, and which of them."""
+
+    dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
+    dataset_revision: str | None = None  # commit or tag of the dataset
+    text_column: str | None = None  # for your own data
+    label_column: str | None = None  # for your own data
+    text_template: str | None = None  # for your own data, such as "{question} {choices}"
+    task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
+    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
+    max_samples: int | None = None  # stratified sample of each split; None: all rows
+    seed: int = 0  # of sampling, of splits made here, and of all that the script draws
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_samples")
+
+    @property
+    def path_name(self) -> str:
+        """The dataset's folder or file under results."""
+        return path_name(self.dataset_name)
+
+
+@dataclass(frozen=True)
+class Run(Unrecorded):
+    """Where and how to run; these change no number."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
+    results_dir: Path = Path("results")  # where results are read and written
+    overwrite: bool = False  # make a result again where one is there
+    tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
+    trust_remote_code: bool = False  # let a model repository run its own code
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "tokens_per_batch")
+
+
+@dataclass(frozen=True)
+class Session(Unrecorded):
+    """How a training run is kept and shown; these change no number."""
+
+    minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
+    track: Track = "none"  # also send the history to a tracker
+
+
+# ------------------------------------------------------------------ a Config as one flat dictionary
+def flatten(config: Any, unrecorded: bool = True) -> dict[str, Any]:
+    """Every setting of a config by its flag's name, groups dissolved; without `unrecorded` those that are stored."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value):
+            flat[field.name] = value
+        elif unrecorded or not isinstance(value, Unrecorded):
+            flat |= flatten(value)
+    return flat
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a JSON file gives them back: paths as strings, tuples as lists."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def all_settings(config: Any) -> dict[str, Any]:
+    """Every setting as JSON values."""
+    return as_json(flatten(config))
+
+
+def result_settings(config: Any) -> dict[str, Any]:
+    """The settings that change a result, as JSON values: all but those of `Unrecorded` groups."""
+    return as_json(flatten(config, unrecorded=False))
+
+
+def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
+    """The config with settings replaced by name, in whatever group they are: `with_values(config, dtype="float32")`.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    changes = {name: value for name, value in values.items() if name in own}
+    rest = {name: value for name, value in values.items() if name not in own}
+    for name in own - set(changes):
+        group = getattr(config, name)
+        if rest and dataclasses.is_dataclass(group):
+            here = {key: rest.pop(key) for key in list(rest) if key in flatten(group)}
+            changes |= {name: with_values(group, **here)} if here else {}
+    if rest:
+        raise TypeError(f"{type(config).__name__} has no setting {', '.join(rest)}")
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def command_line(script: str, config: Any, names: set[str] | None = None) -> str:
+    """The command that gives this config: the flags that differ from the script's defaults, of `names` if given."""
+    default, words = all_settings(type(config)()), ["python", *script.split()]
+    for name, value in all_settings(config).items():
+        if value != default[name] and (names is None or name in names):
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no_{name}")
+            else:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
