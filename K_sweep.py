@@ -17,6 +17,8 @@ Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
     NTPS(K) = |P U|^2 / |U|^2                 P: Euclidean projector on span V, Frobenius norms
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import contextlib
 import math
 from dataclasses import dataclass

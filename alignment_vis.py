@@ -27,6 +27,8 @@ its mean under shuffled word labels; for two equal categories that of the accura
 of the word left out is then the smaller one.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -18,6 +18,8 @@ last layer comes after the final norm. Everything is an average over texts, in f
     prefix_next_cross_moment   C1  (l, d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass

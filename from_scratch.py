@@ -14,6 +14,8 @@ Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only t
 weight is trained, in float32, with products in bfloat16 (--dtype).
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,16 +43,9 @@ class Config(FinetuningConfig):
 
     init: Literal["random", "pretrained"] = "random"  # weights to start from; pretrained is full fine-tuning
     training: Hyperparameters = Hyperparameters(
-        pooling="mean",
-        dropout=0.05,
-        num_steps=10000,
-        batch_size=1,
-        gradient_accumulation=1,
-        learning_rate=1e-4,
-        weight_decay=1e-5,
-        warmup=0.05,
-        steps_per_evaluation=500,
-    )
+        pooling="mean", dropout=0.05, num_steps=10000, batch_size=1, gradient_accumulation=1,
+        learning_rate=1e-4, weight_decay=1e-5, warmup=0.05, steps_per_evaluation=500,
+    )  # fmt: skip
     output: Output = Output()
 
     def __post_init__(self) -> None:

@@ -16,11 +16,9 @@ Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScale
     ridge (--ridge)      the same + alpha |W|^2, cross-validated over the folds of cache.py from their moments alone
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import contextlib
-import os
-
-os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before scipy is imported: lets scikit-learn work on the GPU
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

@@ -16,6 +16,8 @@ default: 1.258 and .585 after their 50 epochs; with --standardize 1.289 and .590
 with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the unconverged probe is part optimisation.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,8 +115,8 @@ def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple
     scores: dict[str, Any] = {}
     for part, (states, targets) in parts.items():
         if part != "train":
-            of_part = objective.scores(head(states).cpu(), targets)
-            scores |= {f"{part}_{name}": value for name, value in of_part.items()}
+            measured = objective.scores(head(states).cpu(), targets)
+            scores |= {f"{part}_{name}": value for name, value in measured.items()}
     return scores
 
 

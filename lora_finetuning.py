@@ -15,6 +15,8 @@ A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r),
 are trained, in float32; everything else stays as it is.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,16 +54,9 @@ class Config(FinetuningConfig):
     target_modules: tuple[str, ...] | None = None  # projections that get LoRA; None: query, key, value of the family
     start_layer: int = 0  # the first decoder layer that gets LoRA, counted from 0
     training: Hyperparameters = Hyperparameters(
-        pooling="mean",
-        dropout=0.05,
-        num_steps=5000,
-        batch_size=1,
-        gradient_accumulation=1,
-        learning_rate=1e-4,
-        weight_decay=1e-5,
-        warmup=0.05,
-        steps_per_evaluation=500,
-    )
+        pooling="mean", dropout=0.05, num_steps=5000, batch_size=1, gradient_accumulation=1,
+        learning_rate=1e-4, weight_decay=1e-5, warmup=0.05, steps_per_evaluation=500,
+    )  # fmt: skip
     output: Output = Output()
 
     def __post_init__(self) -> None:
@@ -158,8 +153,8 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
         return replace(run, overwrite=moments.model.adapter_dir is not None and found not in (None, fingerprint))
 
     for split in ("train", "test"):
-        of_split = with_values(moments, split=split)
-        cache.ensure(replace(of_split, run=renewing(cache.config_path(of_split), moments.run)), data[split])
+        wanted = with_values(moments, split=split)
+        cache.ensure(replace(wanted, run=renewing(cache.config_path(wanted), moments.run)), data[split])
     return K_sweep.run(replace(sweep, run=renewing(K_sweep.output_path(sweep), sweep.run)))
 
 

@@ -9,7 +9,7 @@ a cache that no longer fits is never read. The rows depend on the installed vers
 `fingerprint()` tells two sets of rows apart and is stored beside every result.
 
 A text is the first paragraph of a docstring. A label is a fact about the code that the docstring belongs to, taken from
-the syntax tree or from the place in the package, not from the text. A text lies on the test side if the SHA-256 of its
+the syntax tree or from the place in the package, not from the text. A text is on the test side if the SHA-256 of its
 case-folded form is divisible by five: the same side in every task, and outside `pretraining_corpus()`.
 """
 
@@ -53,7 +53,7 @@ PACKAGES = {
     "networkx": "networkx",
     "sympy": "sympy",
 }
-# tests, copies of other projects and applications say nothing about the library they lie in
+# tests, copies of other projects and applications say nothing about the library they are in
 SKIPPED_FOLDERS = {"test", "tests", "_internal", "externals", "extern", "_vendor", "_vendored", "__pycache__"}
 SKIPPED_FOLDERS |= {"array_api_compat", "array_api_extra", "site-packages", "dist-packages", "_antlr"}
 SKIPPED_STANDARD_LIBRARY = {

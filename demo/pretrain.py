@@ -13,6 +13,8 @@ joined with <|endoftext|> behind each, and cut into windows; attention runs acro
 pretraining.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import json
 import math
 import time
@@ -68,7 +70,7 @@ class Place(Unrecorded):
     compile: bool = False  # torch.compile; needs a C++ compiler on CPU
     minutes_per_state: float = 3.0  # time between two saved states
     stop_at_step: int | None = None  # save the state there and stop; the same command goes on from it
-    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run lies
+    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run is
     output_dir: Path | None = None  # by default demo/tiny-lm for tiny, <results_dir>/<size> for the others
     overwrite: bool = False  # start afresh, replace a finished or unfinished run
 

@@ -13,6 +13,8 @@ the same command goes on after an interruption; a cell that fails is named at th
     fine-tuning   from_scratch.py, pretrained and random weights
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import contextlib
 import multiprocessing
 import os
@@ -42,6 +44,8 @@ TRAINED_TASKS = (
 MAX_SAMPLES = 2000
 FINETUNING: dict[str, Any] = {"batch_size": 16, "learning_rate": 2e-3, "dtype": "float32"}
 NUM_STEPS = {"lora": 300, "full_finetuning": 300, "from_scratch": 600}
+# which cells come first, over all models
+TURNS = {"closed-form": 0, "probe": 1, "lora": 2, "full_finetuning": 3, "from_scratch": 3}
 ONE_EPOCH = ("--epochs", "1", "--product_dtype", "float32")
 
 
@@ -54,6 +58,13 @@ class Rung:
     finetuned: bool = True  # LoRA and full fine-tuning too
     from_scratch: bool = True  # needs the architecture only: once for each, and not for the largest
     num_seeds: int = 1
+
+    def kinds(self, seed: int) -> list[str]:
+        """The ways of training it: all for the first seed, LoRA alone for further ones."""
+        kinds = ["lora", "full_finetuning"] if self.finetuned else []
+        if self.from_scratch:
+            kinds.append("from_scratch")
+        return kinds if seed == 0 else kinds[:1]
 
 
 def early(name: str, epochs: str) -> tuple[str, ...]:
@@ -157,21 +168,22 @@ def run_cell(cell: Cell, log_path: Path) -> str | None:
 def cells_of(rung: Rung, root: Path) -> Iterable[tuple[int, Cell]]:
     """The cells of one model, each with its turn: closed forms of all models first, further seeds last."""
     model = Path(rung.name).name
-    needs = (f"pretrain-{model}",) if rung.pretraining else ()
-    kinds = ("lora", "full_finetuning") * rung.finetuned + ("from_scratch",) * rung.from_scratch
+    pretrained = (f"pretrain-{model}",) if rung.pretraining else ()
     for seed in range(rung.num_seeds):
+        first_turn = 0 if seed == 0 else 1 + max(TURNS.values())
         for task in PROBED_TASKS if seed == 0 else TRAINED_TASKS:
             settings = {"model_name": rung.name, "dataset_name": f"docstrings/{task}", "seed": seed}
             settings |= {"max_samples": MAX_SAMPLES, "results_dir": root / f"seed{seed}"}
             name = f"{model}-{task}-seed{seed}"
-            yield 4 * (seed > 0), Cell(f"closed-form-{name}", partial(closed_form, settings), needs)
+            closed = Cell(f"closed-form-{name}", partial(closed_form, settings), pretrained)
+            yield first_turn + TURNS["closed-form"], closed
             if task not in TRAINED_TASKS:
                 continue
-            probe = Cell(f"probe-{name}", partial(linear_probe, settings), (*needs, f"closed-form-{name}"))
-            yield 1 + 4 * (seed > 0), probe
-            for kind in kinds if seed == 0 else kinds[:1]:
-                of_kind = Cell(f"{kind}-{name}", partial(finetune, kind, settings), (*needs, f"probe-{name}"))
-                yield 2 + (kind != "lora") + 4 * (seed > 0), of_kind
+            probe = Cell(f"probe-{name}", partial(linear_probe, settings), (*pretrained, closed.name))
+            yield first_turn + TURNS["probe"], probe
+            for kind in rung.kinds(seed):
+                cell = Cell(f"{kind}-{name}", partial(finetune, kind, settings), (*pretrained, probe.name))
+                yield first_turn + TURNS[kind], cell
 
 
 def plan(config: Config) -> list[Cell]:

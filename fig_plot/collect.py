@@ -1,6 +1,6 @@
 """Turn results/** into the tidy CSV files that every figure is drawn from.
 
-    python -m fig_plot.collect                                    # all that lies under results/
+    python -m fig_plot.collect                                    # all that is under results/
     python -m fig_plot.collect --results_dir results/study/full   # the mini study, as committed
 
 Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
@@ -13,7 +13,7 @@ Writes to fig_plot/data/, a row each:
     training.csv   model, dataset, seed, method: scores on test at the last step
     datasets.csv   dataset: rows, classes, majority share, bag of words
     models.csv     model: parameters, and for the docstring LMs their held-out loss
-    alignment.csv, separability.csv   the words of alignment_vis.py, and how far their categories lie apart
+    alignment.csv, separability.csv   the words of alignment_vis.py, and how far their categories are apart
     sources.json   the command, library versions, commits
 """
 
@@ -112,7 +112,7 @@ def alignment_rows(path: Path, result: dict, table: str) -> Iterator[dict[str, A
         return
     for space, described in result["subspaces"].items():
         for group, measures in described["separability"].items():
-            numbers = {f"{name}_{key}": value for name, of in measures.items() for key, value in of.items()}
+            numbers = {f"{name}_{key}": value for name, found in measures.items() for key, value in found.items()}
             yield {**keys, "space": space, "group": group, **numbers}
 
 
@@ -188,9 +188,9 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
             skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
             results.append(result)
-            for table, of_table in rows.items():
-                tables[table].extend(of_table)
-                model_names |= {row["model"]: model_name for row in of_table if "model" in row}
+            for table, added in rows.items():
+                tables[table].extend(added)
+                model_names |= {row["model"]: model_name for row in added if "model" in row}
     tables["models"] = [model_row(*names) for names in sorted(model_names.items()) if not names[0].endswith("+lora")]
     return tables, results, skipped
 
@@ -216,7 +216,7 @@ def sources(results: list[dict], command: str) -> dict[str, Any]:
 
     environments = [result["environment"] for result in results]
     commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
-    bare = [{name: value for name, value in of.items() if name != "git_commit"} for of in environments]
+    bare = [{name: value for name, value in found.items() if name != "git_commit"} for found in environments]
     return {"command": command, "num_results": len(results), "git_commits": commits, "environments": distinct(bare)}
 
 

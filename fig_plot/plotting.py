@@ -60,8 +60,8 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
         for panel, model in zip(axes.flat, models, strict=False):
-            of_model = cells.loc[model].reindex(datasets)
-            values_x, values_y = (of_model[column].to_numpy(float) for column in (x, y))
+            in_model = cells.loc[model].reindex(datasets)
+            values_x, values_y = (in_model[column].to_numpy(float) for column in (x, y))
             draw_rank_scatter(panel, values_x, values_y, model.rsplit("/")[-1], datasets if names else None)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place

@@ -75,8 +75,8 @@ def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
     keys = [*KEYS, "seed"]
     named = [*NAMES, *(f"{name}_z" for name in NULL_SCORES)]
     columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
-    of_probe = [name for name in columns if name.startswith("probe_")]  # probes.csv has them on test
-    columns = columns.drop(columns=of_probe)
+    probes = [name for name in columns if name.startswith("probe_")]  # probes.csv has them on test
+    columns = columns.drop(columns=probes)
     for suffix, variant in variants.items():
         if suffix:
             renamed = variant[keys + named].rename(columns={name: name + suffix for name in named})
@@ -116,8 +116,8 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     cells = score_columns(scores[~scores["model"].str.endswith(ADAPTED)])
     for columns in (probe_columns(probes), training_columns(training)):
         cells = cells.merge(columns, on=keys, how="outer")
-    of_dataset = datasets.drop(columns="num_classes", errors="ignore")
-    cells = cells.merge(of_dataset, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
+    datasets = datasets.drop(columns="num_classes", errors="ignore")
+    cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
     for name in METHOD_COLUMNS.values():
         if name not in cells:
             cells[name] = np.nan

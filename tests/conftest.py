@@ -13,12 +13,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from utils.settings import with_values
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
@@ -86,6 +90,11 @@ def rows_path(tmp_path_factory) -> Path:
     texts = make_texts(240)
     rows = [{"text": f"{text} {WORDS[i % 3]}", "label": f"class {i % 3}"} for i, text in enumerate(texts)]
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+def configure(module: ModuleType, **values: Any) -> Any:
+    """The config of a script with settings by name, in whatever group they are."""
+    return with_values(module.Config(), **values)
 
 
 def run_in_process(monkeypatch, script: str, *arguments: str | Path) -> int | str | None:

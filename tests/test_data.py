@@ -31,9 +31,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from utils.data import DataSettings, LabelledTexts, leaked_share, load_texts, paper_split, stratified_rows
+from utils.data import LabelledTexts, leaked_share, load_texts, paper_split, stratified_rows
 from utils.datasets_table import DATASETS, SPECS, DatasetSpec
 from utils.io import ROOT, UserError
+from utils.settings import Data
 
 LOAD_DATASET = datasets.load_dataset
 TEXT, NUMBER = Value("string"), Value("int64")
@@ -41,24 +42,8 @@ SENTIMENT = ClassLabel(names=["neg", "pos"])
 PARQUET = {split: f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The data fields of a script's `Config`."""
-
-    dataset_name: str
-    dataset_revision: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    text_template: str | None = None
-    task: Literal["auto", "classification", "regression"] = "auto"
-    ungrouped_split: bool = False
-    max_samples: int | None = None
-    seed: int = 0
-
-
 def load(name: str | Path, split: Literal["train", "test", "all"] = "train", **options: Any) -> LabelledTexts:
-    settings: DataSettings = Settings(str(name), **options)  # mypy: a frozen Config fits the protocol
-    return load_texts(settings, split)
+    return load_texts(Data(str(name), **options), split)
 
 
 # ------------------------------------------------------------------ the known datasets

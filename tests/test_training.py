@@ -1,9 +1,10 @@
 """utils/training.py and utils/finetuning.py: order, schedule, gradients, memory, evaluation; and what several share."""
 
-import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import from_scratch
 import lora_finetuning
-from utils.checkpoints import result_folder, save_head
-from utils.data import LabelledTexts, load_texts
+from tests.conftest import configure
+from utils.data import LabelledTexts, load_splits
 from utils.finetuning import build_run, predict
 from utils.io import UserError, set_seed
 from utils.models import load_config, load_tokenizer, tokenize
+from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.openelm import OpenELMConfig
-from utils.training import BatchOrder, Head, Objective, Run, accumulate_gradients, make_accelerator, train, train_step
+from utils.results import result_path
+from utils.training import Progress, TrainingRun, accumulate_gradients, make_identity, make_place, train, train_step
 
 ARCHITECTURES = ("qwen2", "llama", "openelm")
 
@@ -41,19 +44,23 @@ def model_folder(architecture: str, model_dirs: dict[str, Path]) -> Path:
     return folder
 
 
-def make_run(script, config) -> tuple[Run, dict]:
+def make_run(script, config) -> tuple[TrainingRun, dict]:
     """A run as `finetune` builds it, and what went into it."""
-    folder = result_folder(config, "test")
-    data = load_texts(config, "train"), load_texts(config, "test")
-    accelerator, device = make_accelerator(config, folder)
-    model_config = load_config(config)
-    tokenizer = load_tokenizer(config, model_config)
-    train_tokens, test_tokens = (tokenize(part.texts, tokenizer, model_config, config.max_length) for part in data)
-    tokens = train_tokens, test_tokens
-    set_seed(config.seed)
-    trainable = script.build(config, device)
-    run = build_run(config, trainable, data, tokens, (accelerator, device, folder))
-    return run, {"trainable": trainable, "data": data, "tokens": tokens}
+    data = load_splits(config.data)
+    place = make_place(config, result_path("test", config.run, config.model, config.data))
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    tokens = {split: tokenize(part.texts, tokenizer, model_config) for split, part in data.items()}
+    set_seed(config.data.seed)
+    trainable = script.build(config, place.device)
+    run = build_run(config, trainable, data, tokens, make_identity(config, data), place)
+    return run, {"trainable": trainable, "tokens": tokens}
+
+
+def take_steps(run: TrainingRun, number: int) -> list[float]:
+    """The losses of the first steps of a run."""
+    progress = Progress(run.batch_size)
+    return [train_step(run, progress, run.model) for _ in range(number)]
 
 
 @pytest.fixture
@@ -137,25 +144,24 @@ def test_a_saved_head_takes_raw_states_and_gives_raw_labels(tmp_path, regression
 
 # ------------------------------------------------------------------ optimiser and schedule
 def test_learning_rates_are_the_documented_ones(settings):
-    config = from_scratch.Config(**settings | {"num_steps": 40, "steps_per_evaluation": 1, "warmup": 0.25})
+    config = configure(from_scratch, **settings | {"num_steps": 40, "steps_per_evaluation": 1, "warmup": 0.25})
     run, _ = make_run(from_scratch, config)
-    run.evaluate = lambda model: {"test_accuracy": 0.0}
-    train(run)
-    rates = [row["learning_rate"] for row in run.history]
+    progress = train(replace(run, evaluate=lambda model: {"test_accuracy": 0.0}))
+    rates = [row["learning_rate"] for row in progress.history]
     expected = [step / 10 if step < 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 30)) for step in range(40)]
     assert rates == pytest.approx([1e-4 * factor for factor in expected], abs=1e-12)
     assert run.scheduler.last_epoch == 40  # behind its end the cosine would rise again
 
 
 def test_optimizer_is_the_papers_adafactor(settings):
-    run, _ = make_run(from_scratch, from_scratch.Config(**settings, warmup=0.0))
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings, warmup=0.0))
     group = run.optimizer.param_groups[0]
     expected = {"lr": 1e-4, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None}
     expected |= {"weight_decay": 1e-5, "scale_parameter": False, "relative_step": False, "warmup_init": False}
     assert {name: group[name] for name in expected} == expected
     bias = run.model.head.linear.bias
     before = bias.detach().clone()
-    accumulate_gradients(run, run.model, run.order(0))
+    accumulate_gradients(run, Progress(run.batch_size), run.model, run.order(0))
     gradient = bias.grad.clone()
     run.optimizer.step()  # the second moment is that of this step alone: the update is the sign of the gradient
     torch.testing.assert_close(bias.detach(), before * (1 - 1e-9) - 1e-4 * gradient.sign(), rtol=1e-5, atol=1e-8)
@@ -163,18 +169,23 @@ def test_optimizer_is_the_papers_adafactor(settings):
 
 @pytest.mark.parametrize("script", [lora_finetuning, from_scratch])
 def test_defaults_are_the_papers(script):
-    config = script.Config()
-    assert config.num_steps == (5000 if script is lora_finetuning else 10000)
-    assert (config.batch_size, config.gradient_accumulation, config.steps_per_evaluation) == (1, 1, 500)
-    assert (config.learning_rate, config.weight_decay, config.warmup, config.dropout) == (1e-4, 1e-5, 0.05, 0.05)
+    config, training = script.Config(), script.Config().training
+    assert training.num_steps == (5000 if script is lora_finetuning else 10000)
+    assert (training.batch_size, training.gradient_accumulation, training.steps_per_evaluation) == (1, 1, 500)
+    assert (training.learning_rate, training.weight_decay, training.warmup, training.dropout) == (
+        1e-4,
+        1e-5,
+        0.05,
+        0.05,
+    )
     if script is lora_finetuning:
         assert (config.rank, config.alpha, config.lora_dropout, config.start_layer) == (32, 32, 0.05, 0)
 
 
 # ------------------------------------------------------------------ gradients and memory
-def gradients(run: Run) -> dict[str, torch.Tensor]:
+def gradients(run: TrainingRun) -> dict[str, torch.Tensor]:
     run.model.eval()  # without dropout, whose masks depend on the batch
-    accumulate_gradients(run, run.model, run.order(0))
+    accumulate_gradients(run, Progress(run.batch_size), run.model, run.order(0))
     return {name: torch.as_tensor(parameter.grad) for name, parameter in run.trained_parameters().items()}
 
 
@@ -184,7 +195,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(settings, model_dirs
     found = []
     for batch_size, accumulation in ((16, 1), (4, 4), (1, 16)):
         settings |= {"batch_size": batch_size, "gradient_accumulation": accumulation}
-        run, _ = make_run(from_scratch, from_scratch.Config(**settings))
+        run, _ = make_run(from_scratch, configure(from_scratch, **settings))
         found.append(gradients(run))
     scale = max(gradient.abs().max() for gradient in found[0].values())
     assert scale > 1e-3
@@ -194,8 +205,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(settings, model_dirs
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_step(settings, monkeypatch, capsys):
-    run, _ = make_run(from_scratch, from_scratch.Config(**settings | {"batch_size": 16, "dropout": 0.0}))
-    whole, _ = make_run(from_scratch, from_scratch.Config(**settings | {"batch_size": 16, "dropout": 0.0}))
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 16, "dropout": 0.0}))
+    whole, _ = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 16, "dropout": 0.0}))
     forward, sizes = run.model.forward, []
 
     def small_device(input_ids, lengths):
@@ -205,9 +216,9 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_step(settings, monkeypatch
         return forward(input_ids, lengths)
 
     monkeypatch.setattr(run.model, "forward", small_device)
-    losses = train_step(run, run.model), train_step(whole, whole.model)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert sizes == [16, 8, 4, 4, 4, 4] and run.batch_size == 4 and run.step == 1
+    progress = Progress(run.batch_size)
+    assert train_step(run, progress, run.model) == pytest.approx(*take_steps(whole, 1), abs=1e-5)
+    assert sizes == [16, 8, 4, 4, 4, 4] and progress.batch_size == 4 and progress.step == 1
     told = capsys.readouterr().out
     assert "batch 16 -> 8, accumulation 1 -> 2" in told and "batch 8 -> 4, accumulation 2 -> 4" in told
     for one, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
@@ -215,25 +226,26 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_step(settings, monkeypatch
 
 
 def test_a_device_too_small_for_one_text_is_a_users_error(settings, monkeypatch):
-    run, _ = make_run(from_scratch, from_scratch.Config(**settings))
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings))
 
     def tiny_device(input_ids, lengths):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.model, "forward", tiny_device)
     with pytest.raises(UserError, match=r"step 1 with --batch_size 1.*--gradient_checkpointing"):
-        train_step(run, run.model)
+        take_steps(run, 1)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(settings, monkeypatch):
-    run, _ = make_run(lora_finetuning, lora_finetuning.Config(**settings))
-    train_step(run, run.model)
+    run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings))
+    progress = Progress(run.batch_size)
+    train_step(run, progress, run.model)
     weights = {name: parameter.detach().clone() for name, parameter in run.trained_parameters().items()}
     rows = ", ".join(map(str, run.order(1)))
     forward = run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda *inputs: forward(*inputs) * torch.inf)
     with pytest.raises(UserError, match=f"step 2, rows {rows} of the train split"):
-        train_step(run, run.model)
+        train_step(run, progress, run.model)
     for name, parameter in run.trained_parameters().items():
         assert torch.equal(parameter, weights[name])  # not spoilt by that step
 
@@ -243,10 +255,10 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(settings, monkeypatch):
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_evaluation_does_not_depend_on_batches_and_padding(settings, model_dirs, architecture, pooling):
     settings |= {"model_name": str(model_folder(architecture, model_dirs)), "pooling": pooling}
-    run, made_of = make_run(from_scratch, from_scratch.Config(**settings))
-    tokens = made_of["tokens"][1]
+    run, made_of = make_run(from_scratch, configure(from_scratch, **settings))
+    tokens = made_of["tokens"]["test"]
     run.model.eval()
-    alone, small, large = (predict(run.model, tokens, 3, budget, run.accelerator) for budget in (1, 100, 10**6))
+    alone, small, large = (predict(run.model, tokens, 3, budget, run.place.accelerator) for budget in (1, 100, 10**6))
     torch.testing.assert_close(small, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(large, alone, rtol=0, atol=1e-5)
     assert alone.abs().sum(1).min() > 0  # every text has been run
@@ -254,33 +266,33 @@ def test_evaluation_does_not_depend_on_batches_and_padding(settings, model_dirs,
 
 def test_processes_share_the_texts_without_counting_one_twice(settings):
     """What each of three processes fills in adds up to what one does."""
-    run, made_of = make_run(from_scratch, from_scratch.Config(**settings))
+    run, made_of = make_run(from_scratch, configure(from_scratch, **settings))
     run.model.eval()
-    tokens = made_of["tokens"][1]
+    tokens = made_of["tokens"]["test"]
 
     def of_process(rank):
-        place = SimpleNamespace(process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor)
-        return predict(run.model, tokens, 3, 100, place)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor)
+        return predict(run.model, tokens, 3, 100, accelerator)
 
     parts = [of_process(rank) for rank in range(3)]
     assert ((torch.stack(parts) != 0).any(2).sum(0) == 1).all()
-    torch.testing.assert_close(sum(parts), predict(run.model, tokens, 3, 100, run.accelerator))
+    torch.testing.assert_close(sum(parts), predict(run.model, tokens, 3, 100, run.place.accelerator))
 
 
 def test_processes_share_a_step_without_changing_its_gradient(settings):
     """The mean over three processes of the gradients of their shares is the gradient of the step; DDP takes it."""
     settings["batch_size"] = 7
-    run, _ = make_run(from_scratch, from_scratch.Config(**settings))
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings))
     expected = gradients(run)
     found = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
-    real = run.accelerator
+    real = run.place.accelerator
     for rank in range(3):
         run.optimizer.zero_grad(set_to_none=True)
-        run.accelerator = SimpleNamespace(
+        accelerator: Any = SimpleNamespace(
             process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
             no_sync=real.no_sync,
         )  # fmt: skip
-        for name, gradient in gradients(run).items():
+        for name, gradient in gradients(replace(run, place=replace(run.place, accelerator=accelerator))).items():
             found[name] += gradient / 3
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -288,12 +300,12 @@ def test_processes_share_a_step_without_changing_its_gradient(settings):
 
 # ------------------------------------------------------------------ trackers
 def test_a_missing_tracker_names_the_package(settings):
-    config = from_scratch.Config(**settings | {"track": "trackio"})
+    config = configure(from_scratch, **settings | {"track": "trackio"})
     with pytest.raises(UserError, match="pip install trackio"):
-        make_accelerator(config, settings["results_dir"])
+        make_place(config, settings["results_dir"])
 
 
 def test_settings_are_checked():
     for change in ({"batch_size": 0}, {"num_steps": 0}, {"dropout": 1.0}, {"warmup": -0.1}):
         with pytest.raises(ValueError, match=next(iter(change))):
-            dataclasses.replace(from_scratch.Config(), **change)
+            configure(from_scratch, **change)

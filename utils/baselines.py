@@ -39,10 +39,8 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     baselines = {}
     for name, (model, (train_features, test_features)) in models.items():
         model.fit(train_features, train.labels)
-        of_train, of_test = (
-            score(model, features, data) for features, data in ((train_features, train), (test_features, test))
-        )
-        baselines[name] = {**of_test, "train": of_train}
+        scores = score(model, test_features, test)
+        baselines[name] = scores | {"train": score(model, train_features, train)}
     return baselines
 
 

@@ -87,7 +87,7 @@ class NestedBasis:
         return cls(reflectors[:, : len(factors)], factors)
 
     def coordinates(self, vectors: Tensor) -> Tensor:
-        """Q' X of vectors X, (d, n): row k says what lies in the k-th direction."""
+        """Q' X of vectors X, (d, n): row k is the part in the k-th direction."""
         return torch.ormqr(self.reflectors, self.factors, vectors, left=True, transpose=True)
 
     def change_of(self, matrix: Tensor) -> Tensor:

@@ -275,7 +275,7 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray
     """Indices of the texts of each batch: sorted by length, longest first, at most `tokens_per_batch` padded tokens.
 
     Longest first, so that a batch that does not fit into memory fails at once. A text longer than the budget is a
-    batch of its own; every text stands in exactly one batch.
+    batch of its own; every text is in exactly one batch.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0

@@ -16,6 +16,7 @@ q query heads, k key/value heads, feed-forward width f.
 # ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class OpenELMConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # first, because it sets the fields that were given under another name
         super().__post_init__(**kwargs)
         sizes = self.layer_sizes()
@@ -185,7 +186,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Attention spelled out, for `attn_implementation="eager"`; it alone returns the weights.
 
@@ -233,7 +234,7 @@ class OpenELMAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, q + 2k, h)
         query, key, value = heads.split(self.split_sizes, dim=2)
@@ -279,7 +280,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = OpenELMRMSNorm(config.model_dim)
         self.ffn = OpenELMFeedForward(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attn(self.attn_norm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
@@ -337,7 +338,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every position. Right padding needs no mask, and without one attention is faster.
 
@@ -403,7 +404,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if `labels` is given; arguments as in `OpenELMModel.forward`.
 

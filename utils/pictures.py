@@ -122,10 +122,10 @@ CATEGORY_MARKERS = "os^Dv"  # the paper has colours alone; green and red look al
 def draw_words(axes: Axes, words: pd.DataFrame, boundary: dict) -> None:
     """Words of one subspace as points, a colour and marker per category and a shade per word, and the dashed line."""
     styles = zip(cycle(CATEGORY_COLOURS), cycle(CATEGORY_MARKERS), words.groupby("category", sort=False))
-    for colours, marker, (category, of_category) in styles:
+    for colours, marker, (category, in_category) in styles:
         axes.plot([], [], ls="", label=category)  # a heading in the legend
-        shades = plt.get_cmap(colours)(np.linspace(0.4, 1, len(of_category)))
-        for shade, row in zip(shades, of_category.itertuples(), strict=True):
+        shades = plt.get_cmap(colours)(np.linspace(0.4, 1, len(in_category)))
+        for shade, row in zip(shades, in_category.itertuples(), strict=True):
             axes.plot(row.component_1, row.component_2, ls="", marker=marker, ms=4.5, color=shade, label=row.word)
     axes.margins(0.1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim(), xlabel="component 1", ylabel="component 2")  # fixed: it clips
@@ -148,12 +148,12 @@ def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: d
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.9))
         for panel, (subspace, title) in zip(axes, SUBSPACES.items(), strict=True):
-            of_subspace = words[words.subspace == subspace]
-            compared = of_subspace[of_subspace.category.isin([first, second])]
+            in_subspace = words[words.subspace == subspace]
+            compared = in_subspace[in_subspace.category.isin([first, second])]
             boundary = (boundaries or {}).get(subspace) or separating_line(
                 compared[["component_1", "component_2"]].to_numpy(), (compared.category == first).to_numpy()
             )
-            draw_words(panel, of_subspace, boundary)
+            draw_words(panel, in_subspace, boundary)
             panel.set_title(f"{title}\n{notes[subspace]}" if notes else title)
         handles, labels = axes[0].get_legend_handles_labels()
         handles.append(Line2D([], [], color="black", lw=1, ls="--"))
