@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
+from utils.batches import token_batches
 from utils.io import environment, pick_device, run_script, save_json, settings
-from utils.models import Dtype, TokenizedTexts, run_base_model, token_batches
+from utils.models import Dtype, TokenizedTexts, run_base_model
 
 
 @dataclass(frozen=True)
