@@ -32,10 +32,10 @@ def test_padding_is_a_twentieth_at_most(lengths, budget):
     assert padded(lengths, token_batches(lengths, budget)) <= 1.05 * lengths.sum()
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(200, 209), min_size=1, max_size=8).map(np.array), st.integers(1, 6))
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(200, 209), min_size=1, max_size=7, unique=True).map(np.array), st.integers(1, 6))
 def test_no_other_cut_is_cheaper(lengths, texts_per_batch):
-    """Against all cuts of the sorted texts; the lengths are so close that the limit on padding never acts."""
+    """Against all cuts of sorted texts; different lengths, but so close that the limit on padding never acts."""
     budget = 209 * texts_per_batch
     batches, ordered = token_batches(lengths, budget), np.sort(lengths)[::-1]
     cuts = itertools.product([False, True], repeat=len(lengths) - 1)

@@ -9,8 +9,8 @@ MAX_PADDED = 1.05  # padded tokens over tokens
 def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    Of all cuts of the sorted texts the one with the fewest padded tokens plus `BATCH_COST` for each batch; where that
-    still pads by more than a twentieth, as with few texts, batches count as cheaper, until it does not.
+    Of all cuts between texts of different lengths the one with the fewest padded tokens plus `BATCH_COST` for each
+    batch; where that still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
 
     Args:
         lengths: tokens of each text, (n,).
