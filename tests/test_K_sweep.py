@@ -171,9 +171,13 @@ def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
 
 # ------------------------------------------------------------------ the reference
 def generalized_eigenvectors(factor, denominator) -> np.ndarray:
-    """All of F F' u = lambda C u by scipy, largest eigenvalue first; C as it is, or on a basis of its range."""
+    """All of F F' u = lambda C u by scipy, largest eigenvalue first.
+
+    Where C is singular, u is unique up to the null space of C; the one in the range of C once that has a unit diagonal.
+    """
     factor, denominator = factor.numpy(), denominator.numpy()
-    basis = scipy.linalg.orth(denominator, rcond=1e-12)
+    scale = 1 / np.sqrt(np.diag(denominator))
+    basis = scale[:, None] * scipy.linalg.orth(denominator * scale * scale[:, None], rcond=1e-12)
     projected = basis.T @ factor @ factor.T @ basis, basis.T @ denominator @ basis
     return basis @ scipy.linalg.eigh(*projected)[1][:, ::-1]
 
@@ -194,7 +198,7 @@ def test_reference_is_the_projection_ratio_of_scipy_s_eigenvectors(num_samples, 
     assert K_sweep.ntps_reference(moments, fraction) == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize(("num_samples", "num_classes"), [(300, 3), (300, 20), (10, 3), (16, 2)])
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(300, 3), (300, 20), (10, 3), (15, 2)])
 def test_fast_score_equals_the_reference(num_samples, num_classes):
     """Full rank and fewer texts than dimensions, few label directions (most of U is tied) and many."""
     features, targets, states = make_data(num_samples, 16, min(num_classes, num_samples), seed=num_samples)
@@ -571,7 +575,7 @@ def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
     K_sweep.run(with_values(config, eigenvectors="smallest", center=True))
     folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
     assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
-    cache.main(configure(cache, **names, pooling="last", overwrite=True))
+    cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
         K_sweep.run(config)
 

@@ -15,6 +15,7 @@ from tests.conftest import ROOT, run_command
 from utils.datasets_table import SPECS
 from utils.io import parse
 from utils.models import MODELS
+from utils.settings import flatten
 
 README = (ROOT / "README.md").read_text()
 PROGRAM = r"python (?:-m \w+\.\w+|\S+\.py)"  # a module of a package, or a script
@@ -58,16 +59,22 @@ def test_commands_of_the_readme_parse(command):
         assert not arguments
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_field(script):
-    module = __import__(script.removesuffix(".py"))
-    shown = run_command(script, "--help")
-    assert shown.returncode == 0
-    classes = [of for of in module.Config.__mro__ if dataclasses.is_dataclass(of)]
-    source = "".join(map(inspect.getsource, classes))
-    for field in dataclasses.fields(module.Config):
-        assert f"--{field.name}".replace("_", "-") in shown.stdout.replace("_", "-")
-        assert re.search(rf"^    {field.name}: .*#", source, flags=re.MULTILINE), f"{field.name} has no comment"
+@pytest.mark.parametrize("module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.study"])
+def test_help_explains_every_field(module, capsys):
+    """Every setting has a flag, and the comment beside it is what the help says of it."""
+    config_class = importlib.import_module(module).Config
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"])
+    shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out.replace("_", "-")).split())
+    groups = [type(value) for value in vars(config_class()).values() if dataclasses.is_dataclass(value)]
+    for settings in [config_class, *groups]:
+        source = "".join(inspect.getsource(base) for base in settings.__mro__ if dataclasses.is_dataclass(base))
+        for field in dataclasses.fields(settings):
+            if field.name in flatten(config_class()):
+                comment = re.search(rf"^    {field.name}: .*?# (.*)", source, flags=re.MULTILINE)
+                assert comment, f"{field.name} has no comment"
+                assert f"--{field.name}".replace("_", "-") in shown
+                assert " ".join(comment[1].replace("_", "-").split())[:25] in shown, field.name
 
 
 def test_make_demo_ends_with_the_readme_numbers(tmp_path):

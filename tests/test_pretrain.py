@@ -44,7 +44,8 @@ def finished_run(tmp_path_factory):
 
 
 def short_config(folder, **changes):
-    return configure(pretrain, **SHORT, output_dir=folder / "model", results_dir=folder / "runs", **changes)
+    places = {"output_dir": folder / "model", "results_dir": folder / "runs"}
+    return configure(pretrain, **SHORT | places | changes)
 
 
 # ------------------------------------------------------------------ a short run

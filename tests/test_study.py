@@ -48,6 +48,7 @@ def test_cells_write_to_a_folder_of_their_scale_and_seed():
             if settings is not None:
                 assert settings["results_dir"] == Path(f"results/study/{scale}/seed{settings['seed']}")
                 assert settings["dataset_name"].removeprefix("docstrings/") in TASKS
+                assert settings["max_samples"] == study.MAX_SAMPLES
 
 
 @pytest.mark.parametrize("rung", study.LADDER, ids=lambda rung: Path(rung.name).name)
@@ -77,7 +78,7 @@ def test_finetuning_of_each_kind_makes_the_run_it_names(monkeypatch, tmp_path):
     assert config.output.ntps_after and not again.output.ntps_after
     assert (pretrained.init, random.init) == ("pretrained", "random")
     for made, kind in ((config, "lora"), (pretrained, "full_finetuning"), (random, "from_scratch")):
-        assert made.training.num_steps == study.NUM_STEPS[kind] and made.data.max_samples == study.MAX_SAMPLES
+        assert made.training.num_steps == study.NUM_STEPS[kind]
 
 
 # ------------------------------------------------------------------ running cells; the functions run in the workers
