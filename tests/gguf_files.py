@@ -30,6 +30,7 @@ def write_gguf(
     architecture: str | None = None,
     without: tuple[str, ...] = (),
     extra: dict[str, float] | None = None,
+    pre_tokenizer: str = "gpt-2",
 ) -> Path:
     """A causal LM and its byte-level BPE tokenizer in one file.
 
@@ -41,6 +42,7 @@ def write_gguf(
         architecture: the name to write, where it is not to be the model's.
         without: settings and weights to leave out.
         extra: numbers to add to the settings.
+        pre_tokenizer: the name of the rule that cuts a text into words.
     """
     config = model.config
     name = architecture or config.model_type
@@ -61,7 +63,7 @@ def write_gguf(
     for key, value in (extra or {}).items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     writer.add_file_type(FILE_TYPES[quantisation])
-    add_tokenizer(writer, tokenizer)
+    add_tokenizer(writer, tokenizer, pre_tokenizer)
     add_weights(writer, model, gguf.GGMLQuantizationType[quantisation], without)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -70,11 +72,11 @@ def write_gguf(
     return path
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre_tokenizer: str) -> None:
     """Vocabulary, merges and the end-of-text token."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
     types = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokenizer))]

@@ -92,6 +92,13 @@ def test_configuration_and_tokens_are_those_that_transformers_reads(architecture
     assert (tokenizer.padding_side, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("right", 0, None)
 
 
+def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
+    """As its own tokenizer.json and llama.cpp do: white space before a digit then stays together."""
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"), make_tokenizer(), pre_tokenizer="smollm")
+    pieces = load_tokenizer(path).backend_tokenizer.pre_tokenizer.pre_tokenize_str("see  12\n\n3 red")
+    assert [piece for piece, _ in pieces] == ["see", "ĠĠ", "1", "2", "ĊĊ", "3", "Ġred"]
+
+
 def test_the_model_is_saved_as_an_ordinary_folder(llama_file, tmp_path):
     model, tokenizer = load_model(llama_file, AutoModelForCausalLM, torch.float32), load_tokenizer(llama_file)
     model.save_pretrained(tmp_path / "folder")

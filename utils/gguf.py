@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -160,6 +162,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"The tokenizer of {path} cannot be read ({error}). Name one with --tokenizer_name.") from None
+    if (
+        vocabulary.get("pre_tokenizer_type") == "smollm"
+    ):  # splits off each digit first; transformers 5.23 does not know it
+        digits, words = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = PreTokenizers([digits, words])
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **options)
 
 
