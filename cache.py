@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from utils.batches import token_batches
 from utils.data import LabelledTexts, load_texts
 from utils.io import (
     FORMAT_VERSION,
@@ -58,7 +59,7 @@ from utils.models import (
     load_tokenizer,
     model_fingerprint,
     pool,
-    token_batches,
+    stored_as,
     tokenize,
     visit_hidden_states,
 )
@@ -463,6 +464,7 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
     metadata = {
         "format_version": FORMAT_VERSION,
         **identity,
+        **stored_as(config.model),
         "environment": environment(),
         "num_samples": len(data.texts),
         "num_tokens": int(tokens.lengths.sum()),

@@ -37,7 +37,7 @@ from utils.data import LabelledTexts, load_splits
 from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
 from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.models import load_config, model_fingerprint
+from utils.models import load_config, model_fingerprint, stored_as
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
@@ -260,7 +260,7 @@ def main(config: Config) -> None:
             "train": find_features(config, "train", data["train"]),
             "test": find_features(config, "test", data["test"]),
         }
-        result = identity | probe_layers(config, paths, data)
+        result = identity | stored_as(config.model) | probe_layers(config, paths, data)
     print_table(result, config.output.score_split)
     if config.output.picture:
         figure = plot_probes(result, load_ntps(config), config.output.score_split)
