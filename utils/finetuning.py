@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.optimization import Adafactor
 
+from utils.batches import token_batches
 from utils.data import LabelledTexts
 from utils.io import UserError, set_seed
-from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, token_batches, tokenize
+from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, stored_as, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
 from utils.self_check import check_gradients, self_check
@@ -234,7 +235,8 @@ def finetune(
         return {}
     save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
     trainable.save(place.folder)
-    extra = {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
+    extra: dict[str, Any] = stored_as(config.model)
+    extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
     metrics = save_result(run, progress, data, extra)
     print_scores(metrics)
     print(place.metrics_path)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 import utils.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
+from utils import gguf
 from utils.hub import Repository, hub_errors, nearest
 from utils.io import ROOT, UserError
 from utils.settings import Model, Run
@@ -58,6 +59,7 @@ MODELS = {
     "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
     "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
     "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
+    "smollm2": ModelSpec(f"demo/runs/{gguf.SMOLLM2}", "135M", "python -m demo.smollm2"),
     "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
     "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
     "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
@@ -73,11 +75,17 @@ MODELS = {
 
 # ------------------------------------------------------------------ loading
 def model_source(model_name: str) -> str:
-    """The hub id or local folder that `model_name` stands for.
+    """The hub id, local folder or GGUF file that `model_name` stands for.
 
     Raises:
-        UserError: a model of the pretraining ladder that is not there yet, or a folder without a model.
+        UserError: a model of the demo that is not there yet, or a folder without a model.
     """
+    if model_name == "smollm2":
+        if not (path := gguf.models_dir() / gguf.SMOLLM2).is_file():
+            raise UserError(f"No model at {path}. Run: python -m demo.smollm2")
+        return str(path)
+    if gguf.is_gguf(model_name):
+        return model_name
     spec = MODELS.get(model_name)
     if spec and spec.path.startswith("demo/"):
         if not (ROOT / spec.path / "config.json").is_file():
@@ -104,10 +112,10 @@ def read_config(model: Model, run: Run) -> PreTrainedConfig:
     Raises:
         UserError: there is no such model, or it is an encoder-decoder.
     """
+    if gguf.is_gguf(source := model_source(model.model_name)):
+        return gguf.load_config(Path(source))
     with hub_errors(repository(model.model_name, model.revision)):
-        config = AutoConfig.from_pretrained(
-            model_source(model.model_name), revision=model.revision, trust_remote_code=run.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=run.trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS is of a causal LM, a decoder that "
@@ -141,6 +149,8 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
         name, revision = model.tokenizer_name, None
     elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
+    if gguf.is_gguf(name):
+        return gguf.load_tokenizer(Path(name))
     sought = repository(name, revision)
     with hub_errors(dataclasses.replace(sought, kind="Tokenizer of", instead="--tokenizer_name for an open copy")):
         return AutoTokenizer.from_pretrained(
@@ -159,6 +169,8 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
         UserError: `hub_errors`, an architecture without causal LM, a weight of another shape, or one of the decoder
             that the checkpoint lacks; the library would fill it with random numbers.
     """
+    if gguf.is_gguf(source := model_source(model.model_name)):
+        return gguf.load_model(Path(source), getattr(torch, model.dtype))
     config = read_config(model, run)
     is_causal = type(config) in AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
     is_visual = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[attr-defined]
@@ -173,7 +185,7 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
     try:
         with hub_errors(repository(model.model_name, model.revision)):
             loaded, info = auto_class.from_pretrained(
-                model_source(model.model_name),
+                source,
                 revision=model.revision,
                 dtype=getattr(torch, model.dtype),
                 trust_remote_code=run.trust_remote_code,
@@ -253,10 +265,17 @@ def file_digest(path: Path, size: int, modified: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """First 16 hex digits of the SHA-256 over the names and contents of the files that decide a model's states."""
+def local_fingerprint(place: Path) -> str:
+    """First 16 hex digits of the SHA-256 over the names and contents of the files that decide a model's states.
+
+    Args:
+        place: folder, or a GGUF file, whose own name decides nothing.
+    """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in DECIDING_FILES for path in folder.glob(pattern)}):
+    if place.is_file():
+        stat = place.stat()
+        return file_digest(place, stat.st_size, stat.st_mtime_ns).hex()[:16]
+    for path in sorted({path for pattern in DECIDING_FILES for path in place.glob(pattern)}):
         if path.name not in OTHER_FILES:
             stat = path.stat()
             digest.update(path.name.encode() + b"\0" + file_digest(path, stat.st_size, stat.st_mtime_ns))
@@ -269,14 +288,14 @@ def model_fingerprint(model: Model, run: Run) -> str:
     The parts are the model, a tokenizer or an adapter from elsewhere, joined by `+`.
     """
     source = model_source(model.model_name)
-    parts = [folder_fingerprint(Path(source))] if Path(source).is_dir() else []
+    parts = [local_fingerprint(Path(source))] if Path(source).exists() else []
     if not parts:
         config = load_config(model, run)
         parts.append(getattr(config, "_commit_hash", None) or model.revision or "unknown")
     parts += [
-        folder_fingerprint(Path(folder))
-        for folder in (model.tokenizer_name, model.adapter_dir)
-        if folder is not None and Path(folder).is_dir()
+        local_fingerprint(Path(place))
+        for place in (model.tokenizer_name, model.adapter_dir)
+        if place is not None and Path(place).exists()
     ]
     return "+".join(parts)
 
@@ -289,6 +308,13 @@ def known_fingerprint(model: Model, run: Run) -> str | None:
         return model_fingerprint(model, run)
     except UserError:
         return None
+
+
+def stored_as(model: Model) -> dict[str, str]:
+    """`quantisation`, for what is kept about a result of a model in a GGUF file; nothing for any other."""
+    if not gguf.is_gguf(source := model_source(model.model_name)):
+        return {}
+    return {"quantisation": f"{gguf.quantisation(Path(source))}, de-quantised once a run to {model.dtype}"}
 
 
 # ------------------------------------------------------------------ tokens
@@ -370,21 +396,6 @@ def tokenize(
             "they do not belong together. Name the right one with --tokenizer_name."
         )
     return TokenizedTexts(token_ids, offsets, max_length)
-
-
-def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Indices of the texts of each batch: sorted by length, longest first, at most `tokens_per_batch` padded tokens.
-
-    Longest first, so that a batch that does not fit into memory fails at once. A text longer than the budget is a
-    batch of its own; every text is in exactly one batch.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, tokens_per_batch // int(lengths[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
 
 
 # ------------------------------------------------------------------ hidden states

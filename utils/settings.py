@@ -51,7 +51,7 @@ def check_shares(group: Any, *names: str) -> None:
 class Model:
     """Which model, and how many tokens of a text it reads."""
 
-    model_name: str = "tiny"  # hub id, local folder, or a short name of the README's table
+    model_name: str = "tiny"  # hub id, local folder, .gguf file, or a short name of the README's table
     revision: str | None = None  # commit or tag of the model
     tokenizer_name: str | None = None  # another repository or folder for the tokenizer
     adapter_dir: Path | None = None  # LoRA adapter merged into the model; results go to <model>+lora
