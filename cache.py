@@ -38,6 +38,8 @@ from transformers import PreTrainedModel
 
 from utils.batches import token_batches
 from utils.data import LabelledTexts, load_texts
+from utils.hidden_states import pool, visit_hidden_states
+from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.io import (
     FORMAT_VERSION,
     UserError,
@@ -51,18 +53,7 @@ from utils.io import (
     write_atomically,
 )
 from utils.linalg import NUM_PROBES, noise_probes
-from utils.models import (
-    TokenizedTexts,
-    known_fingerprint,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    pool,
-    stored_as,
-    tokenize,
-    visit_hidden_states,
-)
+from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.moments import moments_path, pooled_path
 from utils.results import check_identity, read_identity
 from utils.self_check import self_check

@@ -34,10 +34,10 @@ from torch import Tensor
 import cache
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts, load_splits
+from utils.identity import load_config, model_fingerprint, stored_as
 from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
 from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.models import load_config, model_fingerprint, stored_as
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, run_command
 from utils.datasets_table import SPECS
 from utils.io import parse
-from utils.models import MODELS
+from utils.model_table import MODELS
 from utils.settings import flatten
 
 README = (ROOT / "README.md").read_text()

@@ -23,8 +23,9 @@ import lora_finetuning
 from tests.conftest import make_tokenizer, run_in_process
 from utils.adapters import save_base_model
 from utils.hub import nearest
+from utils.identity import load_config
 from utils.io import UserError
-from utils.models import load_base_model, load_causal_lm, load_config, load_tokenizer
+from utils.models import load_base_model, load_causal_lm, load_tokenizer
 from utils.settings import Model, Run
 
 CPU, RUN = torch.device("cpu"), Run()

@@ -19,8 +19,10 @@ import lora_finetuning
 from tests.conftest import configure, kill_at, run_in_process
 from tests.test_training import ARCHITECTURES, make_run, model_folder, take_steps
 from utils import data as data_module
+from utils.hidden_states import run_base_model
 from utils.io import UserError
-from utils.models import FAMILIES, load_base_model, run_base_model
+from utils.model_table import FAMILIES
+from utils.models import load_base_model
 from utils.settings import with_values
 
 

@@ -10,9 +10,11 @@ from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from utils.hidden_states import decoder_of
 from utils.hub import shorten
+from utils.identity import model_fingerprint
 from utils.io import UserError, load_json, save_json
-from utils.models import MODELS, decoder_of, model_fingerprint, model_source
+from utils.model_table import MODELS, model_source
 from utils.settings import Model, Run
 
 BASE_MODEL_FILE = "base_model.json"  # what lora_finetuning.py writes beside an adapter about the model it is for
