@@ -30,7 +30,7 @@ from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 import cache
 from utils.data import LabelledTexts, load_splits, stratified_rows
 from utils.io import UserError, open_tensors, run_script, set_seed
-from utils.models import stored_as
+from utils.models import load_config, stored_as
 from utils.moments import pooled_path
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
@@ -206,6 +206,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it is there already."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     run(config, load_splits(config.data, config.run))
 
 

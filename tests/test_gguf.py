@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -60,8 +59,8 @@ def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_
     input_ids = torch.randint(0, 300, (2, 17))
     with torch.no_grad():
         expected = model(input_ids, output_hidden_states=True)
-        causal = load_model(path, AutoModelForCausalLM, torch.float32)(input_ids)
-        states = load_model(path, AutoModel, torch.float32)(input_ids, output_hidden_states=True).hidden_states
+        causal = load_model(path, torch.float32)(input_ids)
+        states = load_model(path, torch.float32)(input_ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(causal.logits, expected.logits, rtol=0, atol=1e-5)
     for ours, original in zip(states, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours, original, rtol=0, atol=1e-5)
@@ -71,12 +70,12 @@ def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_quantised_file_gives_what_transformers_reads(architecture, kind, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), kind)
-    ours, reference = load_model(path, AutoModelForCausalLM, torch.float32), theirs(AutoModelForCausalLM, path)
+    ours, reference = load_model(path, torch.float32), theirs(AutoModelForCausalLM, path)
     assert ours.state_dict().keys() == reference.state_dict().keys()
     for name, weight in reference.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight.float()), name
     assert quantisation(path) == kind
-    assert load_model(path, AutoModel, torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(path, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -100,7 +99,7 @@ def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
 
 
 def test_the_model_is_saved_as_an_ordinary_folder(llama_file, tmp_path):
-    model, tokenizer = load_model(llama_file, AutoModelForCausalLM, torch.float32), load_tokenizer(llama_file)
+    model, tokenizer = load_model(llama_file, torch.float32), load_tokenizer(llama_file)
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
@@ -130,7 +129,7 @@ def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
             with pytest.raises(UserError, match=r"cut off|not a readable GGUF file"):
                 read(cut)
         with pytest.raises(UserError, match=r"cut off|not a readable GGUF file"):
-            load_model(cut, AutoModel, torch.float32)
+            load_model(cut, torch.float32)
 
 
 def test_other_files_are_named(llama_file, tmp_path):
@@ -159,7 +158,7 @@ def test_models_that_would_be_read_wrongly_are_refused(tmp_path):
     for message, options in cases.items():
         path = write_gguf(tmp_path / "model.gguf", model, tokenizer, **options)
         with pytest.raises(UserError, match=message):
-            load_model(path, AutoModel, torch.float32)
+            load_model(path, torch.float32)
     path = write_gguf(tmp_path / "model.gguf", random_model("qwen2"), tokenizer, architecture="llama")
     with pytest.raises(UserError, match=r"holds blk\.0\.attn_k\.bias, which a llama model here would not use"):
-        load_model(path, AutoModel, torch.float32)
+        load_model(path, torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_texts, make_tokenizer, run_in_process
 from tests.gguf_files import write_gguf
@@ -63,7 +63,7 @@ def test_pooled_states_are_those_of_the_file(run, file, rows_path, tmp_path):
     [path] = (tmp_path / "moments" / "tiny.Q8" / "rows").glob("*pooled*")
     with safe_open(path, "pt") as stored:
         pooled = stored.get_tensor("pooled")
-    model, tokenizer = load_model(file, AutoModel, torch.float32), load_tokenizer(file)
+    model, tokenizer = load_model(file, torch.float32), load_tokenizer(file)
     means = set()
     for text in (json.loads(line)["text"] for line in rows_path.read_text().splitlines()):
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_lora_writes_an_adapter_that_plain_peft_loads(run, file, tmp_path):
     run("lora_finetuning.py", "--dtype", "float32", "--num_steps", "4", "--batch_size", "8", "--learning_rate", "0.01")
     folder = tmp_path / "lora" / "tiny.Q8" / "rows"
     assert json.loads((folder / "metrics.json").read_text())["quantisation"].startswith("Q8_0")
-    adapted = PeftModel.from_pretrained(load_model(file, AutoModelForCausalLM, torch.float32), folder / "adapter")
+    adapted = PeftModel.from_pretrained(load_model(file, torch.float32), folder / "adapter")
     merged = load_base_model(Model(str(file), adapter_dir=folder / "adapter"), Run(), CPU)
     input_ids = torch.randint(0, 300, (2, 9))
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_trained_models_are_ordinary_folders(run, file, tmp_path, init):
     run("from_scratch.py", "--init", init, "--dtype", "float32", "--num_steps", "2", "--batch_size", "8")
     [config] = tmp_path.rglob("config.json")
     trained = AutoModelForCausalLM.from_pretrained(config.parent, dtype=torch.float32)
-    start = load_model(file, AutoModelForCausalLM, torch.float32)
+    start = load_model(file, torch.float32)
     change = (trained.model.embed_tokens.weight - start.model.embed_tokens.weight).abs().max()
     assert 0 < change < 0.01 if init == "pretrained" else change > 0.01
     texts = make_texts(5)

@@ -21,6 +21,7 @@ from utils.io import UserError, set_seed
 from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, stored_as, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
+from utils.self_check import check_gradients, self_check
 from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_shares
 from utils.training import (
     Place,
@@ -223,7 +224,10 @@ def finetune(
     }
     set_seed(config.data.seed)
     trainable = build(config, place.device)
+    trainable.decoder.to(place.device)
+    self_check(trainable.decoder, tokens["train"], config.model.model_name)
     run = build_run(config, trainable, data, tokens, identity, place)
+    check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     progress = train(run)

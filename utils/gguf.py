@@ -21,7 +21,6 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -170,12 +169,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **options)
 
 
-def load_model(path: Path, auto_class: type, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `auto_class` on the CPU, its weights de-quantised.
+def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM on the CPU, its weights de-quantised.
 
     Args:
         path: the GGUF file.
-        auto_class: AutoModelForCausalLM, or AutoModel for the model without its lm_head.
         dtype: of the de-quantised weights.
 
     Raises:
@@ -184,8 +182,8 @@ def load_model(path: Path, auto_class: type, dtype: torch.dtype) -> PreTrainedMo
     file = read_header(path)
     config = config_of(file, path)
     state = state_dict(file, config, path, dtype)
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING if auto_class is AutoModelForCausalLM else MODEL_MAPPING
-    return classes[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return causal_lm.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def state_dict(file: Header, config: PreTrainedConfig, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ class Run(Unrecorded):
     overwrite: bool = False  # make a result again where one is there
     tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
     trust_remote_code: bool = False  # let a model repository run its own code
+    debug: bool = False  # show the traceback behind an error
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "tokens_per_batch")
