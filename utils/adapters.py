@@ -57,7 +57,7 @@ def check_base_model(causal_lm: nn.Module, config: PeftConfig, model: Model, run
         if made_for["fingerprint"] == model_fingerprint(plain, run):
             return
         parameters = dict(causal_lm.named_parameters())
-        adapted = {name: parameters[name] for name in made_for["weights"] if name in parameters}
+        adapted: dict[str, Tensor] = {name: parameters[name] for name in made_for["weights"] if name in parameters}
         if made_for["weights_digest"] == weights_digest(adapted):  # a copy elsewhere, or in other files
             return
         raise UserError(
@@ -148,7 +148,7 @@ def merge_adapter(causal_lm: Any, model: Model, run: Run) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is looked at below
             peft_model: Any = PeftModel(target, config)  # type: ignore[arg-type]
-            result = set_peft_model_state_dict(peft_model, weights)
+            result: Any = set_peft_model_state_dict(peft_model, weights)
             unused = list(result.unexpected_keys)
             wanted = [name for name, _ in peft_model.named_parameters() if peft_model.base_model.prefix in name]
             missing = [name for name in result.missing_keys if name in wanted]
