@@ -353,7 +353,7 @@ def accumulate_moments(
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
     with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
-        for rows in token_batches(tokens.lengths, config.run.tokens_per_batch):
+        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device)):
             input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
             batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
             finite.clear()
