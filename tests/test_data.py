@@ -720,7 +720,7 @@ def test_error_of_the_hub(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=message):
-        load("dair-ai/emotion", dataset_revision="v9")
+        load("dair-ai/emotions", dataset_revision="v9")
 
 
 def test_other_errors_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
