@@ -232,9 +232,17 @@ def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedMo
     """
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
-        from utils.adapters import merge_adapter  # only where one is asked for: the import of PEFT takes a second
+        from utils.adapters import (  # only where one is asked for: the import of PEFT takes a second
+            BaseModel,
+            merge_adapter,
+        )
 
-        causal_lm = merge_adapter(causal_lm, model, run)
+        def fingerprint(name: str) -> str:
+            return model_fingerprint(dataclasses.replace(model, model_name=name, adapter_dir=None), run)
+
+        spec, source = MODELS.get(model.model_name), model_source(model.model_name)
+        names = (model.model_name, *([spec.path] if spec else []), source)
+        causal_lm = merge_adapter(BaseModel(causal_lm, decoder_of(causal_lm), names, fingerprint), model.adapter_dir)
     return causal_lm.to(device).eval()
 
 
