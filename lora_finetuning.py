@@ -94,8 +94,8 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         )
     if missing := [target for target in targets if target not in projections]:
         raise UserError(
-            f"{config.model.model_name} has no {', '.join(missing)} in its decoder, where hidden states come from; "
-            f"--target_modules can name {present}."
+            f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name "
+            f"{present}, the projections of its decoder."
         )
     if not 0 <= config.start_layer < num_layers:
         raise UserError(
@@ -131,7 +131,7 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
         with replace_folder(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
-            save_base_model(temporary, peft_model, config.model, config.run)
+            save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
 
     return Trainable(decoder_of(causal_lm), save, config.model.dtype)
 
