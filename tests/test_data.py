@@ -339,7 +339,7 @@ def test_medical_keeps_a_question_on_one_side(calls: list[dict[str, Any]], capsy
 def test_leak_of_the_intents_is_found(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     load("Bhuvaneshwari/intent_classification")
     out, err = capsys.readouterr()
-    assert "120 train and 120 test texts, 12 classes, own test, 100.0% of the test texts also stand in train" in out
+    assert "120 train and 120 test texts, 12 classes, own test, 100.0% of the test texts are also in train" in out
     assert "warning: 100.0% of the test texts" in err
     load("emotion")
     out, err = capsys.readouterr()

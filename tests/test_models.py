@@ -22,22 +22,12 @@ from transformers import (
 )
 
 from tests.conftest import make_texts, make_tokenizer, retrain, run_in_process
+from utils.hidden_states import decoder_layers, visit_hidden_states
 from utils.hub import hub_errors
+from utils.identity import load_config, model_fingerprint
 from utils.io import UserError
-from utils.models import (
-    FAMILIES,
-    MODELS,
-    TokenizedTexts,
-    decoder_layers,
-    load_base_model,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    repository,
-    tokenize,
-    visit_hidden_states,
-)
+from utils.model_table import FAMILIES, MODELS, repository
+from utils.models import TokenizedTexts, load_base_model, load_causal_lm, load_tokenizer, tokenize
 from utils.openelm import OpenELMConfig
 from utils.settings import Model, Run
 
@@ -297,7 +287,7 @@ def test_offline_hub_model_says_so():
 
 
 def test_model_of_the_ladder_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.models.ROOT", tmp_path)
+    monkeypatch.setattr("utils.model_table.ROOT", tmp_path)
     with pytest.raises(UserError, match=r"python -m demo\.pretrain --size large"):
         load_config(Model("large"), RUN)
 

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.hidden_states import decoder_layers, visit_hidden_states
 from utils.io import UserError
-from utils.models import TokenizedTexts, context_length, decoder_layers, visit_hidden_states
+from utils.models import TokenizedTexts, context_length
 
 LENGTHS = (20, 13, 8, 5)  # of the sequences
 # Largest relative difference between states that should be equal. Batches of one shape give equal states bit for bit,
