@@ -94,8 +94,8 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         )
     if missing := [target for target in targets if target not in projections]:
         raise UserError(
-            f"{config.model.model_name} has no {', '.join(missing)} in its decoder, where hidden states come from; "
-            f"--target_modules can name {present}."
+            f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name "
+            f"{present}, the projections of its decoder."
         )
     if not 0 <= config.start_layer < num_layers:
         raise UserError(
