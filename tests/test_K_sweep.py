@@ -208,6 +208,7 @@ def test_fast_score_equals_the_reference(num_samples, num_classes):
     np.testing.assert_allclose(fast, expected, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_fast_score_equals_the_reference_on_the_embedded_model(tiny_results):
     with open_tensors(tiny_results["reference"]) as (file, metadata):
         layers = [load_layer(file, metadata, layer, CPU) for layer in (0, 2, 4)]
@@ -392,6 +393,7 @@ def test_pca_is_the_paper_score_and_the_probe_within_the_first_principal_directi
         assert result["retained"][i].item() == pytest.approx(retained, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_a_random_subspace_is_at_chance_and_the_same_for_a_seed():
     features, targets, states = make_data(300, 16, 4, seed=2)
     moments, chance = moments_of(features, targets, states), sweep(features, targets, states)["chance"]
@@ -432,6 +434,7 @@ def test_only_options_other_than_the_default_stand_in_the_name():
 
 
 # ------------------------------------------------------------------ permuted labels
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
 def test_closed_form_null_agrees_with_real_permutations(n, d, c):
     features, targets, states = make_data(n, d, c, seed=7)
@@ -500,6 +503,7 @@ def layers_of(path) -> list[dict]:
     return [K_sweep.sweep_layer(moments, None, config, i) for i, moments in enumerate(layers)]
 
 
+@pytest.mark.slow
 def test_excess_lies_within_its_bounds_on_the_embedded_model(tiny_results):
     for layer in layers_of(tiny_results["reference"]):
         excess, slack = layer["excess_loss"], 1e-9
@@ -509,6 +513,7 @@ def test_excess_lies_within_its_bounds_on_the_embedded_model(tiny_results):
         assert torch.all(excess[:-1] - excess[1:] >= -slack)  # a larger V never loses more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["small batches", "float64 products", "shuffled texts"])
 def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
     reference, other = layers_of(tiny_results["reference"]), layers_of(tiny_results[way])

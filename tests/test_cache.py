@@ -173,6 +173,7 @@ def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, t
     assert path.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(model_dirs):
     """The largest number of bytes of tensors that are alive at the end of a batch, for eight times the texts."""
     peaks = []
@@ -205,6 +206,7 @@ def moments_file(model_dir, results_dir):
     return results_dir / "moments" / model_dir.name / "rows" / "train.safetensors"
 
 
+@pytest.mark.slow
 def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
     call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
     first = run_command(*call)  # once as a user types it

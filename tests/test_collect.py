@@ -18,6 +18,8 @@ from tests.conftest import configure, run_in_process
 from utils.scores import SCORES
 from utils.settings import result_settings
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "fig_plot/collect.py"
 
 

@@ -98,6 +98,7 @@ def test_bootstrap_of_a_mean_is_the_standard_error():
     assert (low, high) == (pytest.approx(value - half, abs=0.02), pytest.approx(value + half, abs=0.02))
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth():
     """A correlation of normal pairs, 40 rows: 95 % within some four standard errors of 200 trials."""
     random = np.random.default_rng(7)
@@ -157,6 +158,7 @@ def test_selection_equals_a_loop_over_every_permutation():
         assert found.p_value == pytest.approx(np.mean(np.array(every) >= size(found.best) - 1e-9), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_selection_of_noise_has_uniform_p_values():
     random = np.random.default_rng(11)
     p_values = []
@@ -207,6 +209,7 @@ def test_leave_one_out_does_not_see_the_task_left_out():
     assert (first.chosen != second.chosen).any()  # the other choices do see it
 
 
+@pytest.mark.slow
 def test_leave_one_out_under_noise_has_mean_zero_and_a_wider_spread():
     """And its p-values are uniform; the sd of a plain Spearman of 12 tasks is .30."""
     random = np.random.default_rng(15)

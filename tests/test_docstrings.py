@@ -172,6 +172,7 @@ def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monke
 
 
 # ------------------------------------------------------------------ tasks
+@pytest.mark.slow
 def test_family_of_tasks():
     assert len(CLASSIFICATION) >= 12 and sum(task.regression for task in TASKS.values()) == 1
     for name in CLASSIFICATION:
@@ -218,6 +219,7 @@ def test_unknown_task_names_the_nearest():
         load_task("raises", "validation")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_command_line_prints_the_table(monkeypatch, capsys):
     assert run_in_process(monkeypatch, "demo/docstrings.py", "--task", "raises", "--num_examples", "3") == 0
     lines = capsys.readouterr().out.splitlines()

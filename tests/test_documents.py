@@ -79,6 +79,7 @@ def test_help_explains_every_field(module, capsys):
                 assert " ".join(comment[1].replace("_", "-").split())[:25] in shown, field.name
 
 
+@pytest.mark.slow
 def test_make_demo_ends_with_the_readme_numbers(tmp_path):
     """The commands of `make demo`, and the table the README shows, where this machine has the same docstrings."""
     commands = makefile_commands("demo")

@@ -39,6 +39,7 @@ def run(file, rows_path, tmp_path, monkeypatch):
     return run_script
 
 
+@pytest.mark.slow
 def test_from_the_moments_to_the_scores_and_pictures(run, file, tmp_path):
     for split in ("train", "test"):
         run("cache.py", "--split", split)

@@ -224,7 +224,7 @@ def made(model_dirs, rows_path, tmp_path_factory):
     results_dir = tmp_path_factory.mktemp("made")
     base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": results_dir}
     for split in ("train", "test"):
-        cache.main(configure(cache, **base, split=split, save_pooled="all"))
+        cache.main(configure(cache, **base, split=split, save_pooled="all", folds="all"))
     K_sweep.main(configure(K_sweep, **base, picture=False))
     return results_dir
 
@@ -286,6 +286,17 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
         assert entry["solver"]["converged"]
     assert result["num_samples"] == {"train": 168, "test": 72} and result["samples_per_feature"] == 168 / 32
     assert 0.3 < result["baselines"]["majority"]["accuracy"] < 0.4 < result["baselines"]["bag_of_words"]["accuracy"]
+
+
+def test_ridge_uses_the_folds_that_are_kept_and_says_which_are_missing(config, capsys):
+    """cache.py keeps the folds of the last layer unless told otherwise."""
+    names = {name: getattr(config, name) for name in ("model", "data", "run")}
+    last = with_values(cache.Config(**names), save_pooled="all", overwrite=True)
+    cache.main(last)
+    linear_sklearn.main(with_values(config, ridge=True))
+    entries = result_of(config)["layers"]
+    assert [entry["ridge"] is None for entry in entries] == [True, True, False]
+    assert "no folds are stored of layer 0, 1: python cache.py --folds all" in capsys.readouterr().out
 
 
 def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, mod
     changes = {"model_name": str(folder), "learning_rate": 1e-2, "num_steps": 60}
     config = configure(lora_finetuning, **settings | changes)
     run, made_of = make_run(lora_finetuning, config)
-    losses = take_steps(run, 40)
+    losses = take_steps(run, 60)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     run.model.eval()
     made_of["trainable"].save(config.run.results_dir)
@@ -219,6 +219,7 @@ def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
     return {"settings": settings, "printed": printed.getvalue(), "num_reads": len(calls)}
 
 
+@pytest.mark.slow
 def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
     results = compared["settings"]["results_dir"]
     folder, metrics = result(results)
@@ -238,6 +239,7 @@ def test_a_run_with_ntps_after_reads_the_splits_once(compared):
     assert compared["num_reads"] == 1 and compared["printed"].count("168 train and 72 test texts") == 1
 
 
+@pytest.mark.slow
 def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     """Another adapter is copied to the same place, with its times, which are older than those of the first's scores."""
     settings = compared["settings"] | {"results_dir": tmp_path / "results"}

@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 from fig_plot import import_published
 from tests.conftest import PUBLISHED, ROOT, needs_published
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "fig_plot").glob("*.ipynb"))
 
 

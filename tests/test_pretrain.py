@@ -21,6 +21,8 @@ from tests.conftest import configure, run_in_process
 from utils.io import ROOT, UserError
 from utils.settings import with_values
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
 SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
 FIELDS = {"fingerprint", "environment", "corpus_tokens", "tokens_seen", "epochs", "held_out_loss", "unigram_loss"}

@@ -19,7 +19,10 @@ from utils.data import load_splits
 from utils.settings import Data, Run
 
 DATASETS = Path(os.environ.get("NTPS_DATASETS_DIR") or ROOT.parent / "shared" / "data")
-pytestmark = pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository"),
+]
 
 
 class Expected(NamedTuple):

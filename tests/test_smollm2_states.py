@@ -21,9 +21,12 @@ from utils.settings import Model, Run
 
 MODEL, RUN, CPU = Model("smollm2"), Run(device="cpu"), torch.device("cpu")
 GOLDEN = json.loads((ROOT / "tests" / "data" / "smollm2_golden.json").read_text())
-pytestmark = pytest.mark.skipif(
-    not (models_dir() / SMOLLM2).is_file(), reason="SmolLM2 is not there; python -m demo.smollm2 fetches it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (models_dir() / SMOLLM2).is_file(), reason="SmolLM2 is not there; python -m demo.smollm2 fetches it"
+    ),
+]
 
 
 def test_hidden_states_of_a_padded_batch_are_those_of_transformers():

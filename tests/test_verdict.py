@@ -7,6 +7,8 @@ import pytest
 from fig_plot import import_published, tables, verdict
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
+pytestmark = pytest.mark.slow
+
 MODELS, TASKS = ("tiny-random", "small-one", "large-one", "huge-one"), [f"task{i:02d}" for i in range(14)]
 FRACTIONS, LAYERS = (0.25, 0.5, 0.75), (0, 1, 2)
 NAMES = ("ntps", "ntps_label", "ntps_whitened", "retained")

@@ -13,10 +13,8 @@ encoded are errors; in a dataset of the hub, which its reader cannot fix, they a
 labels count as missing is in `labels.py`, which cells as text in `texts.py`.
 """
 
-import argparse
 import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from utils.columns import column, join_texts, label_column_name, text_pieces
 from utils.dataset_check import check_copies
 from utils.datasets_table import DATASETS, DatasetSpec, table
 from utils.files import check_class_names
-from utils.io import UserError
+from utils.io import UserError, run_script
 from utils.labels import (
     check_words,
     is_missing,
@@ -295,18 +293,27 @@ def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:
     return load_splits(settings, run, split)[split]
 
 
-def main() -> None:
-    """Prints the known datasets, or with --check FOLDER what the copies in a folder hold; needs no network."""
-    parser = argparse.ArgumentParser(prog="python -m utils.data", description=main.__doc__)
-    parser.add_argument("--check", metavar="FOLDER", type=Path, help="folder of copies, as --datasets_dir takes it")
-    folder = parser.parse_args().check
-    if folder is None:
+@dataclass(frozen=True)
+class Config:
+    """What to print."""
+
+    check: Path | None = None  # folder of copies, as --datasets_dir takes it: compare them with the table
+
+
+def main(config: Config) -> None:
+    """Prints the known datasets, or what the copies in a folder hold; needs no network.
+
+    Raises:
+        UserError: a column or class of a copy is not as the table says.
+    """
+    if config.check is None:
         print(table())
         return
-    text, as_the_table_says = check_copies(folder)
+    text, as_the_table_says = check_copies(config.check)
     print(text)
-    sys.exit(0 if as_the_table_says else 1)
+    if not as_the_table_says:
+        raise UserError(f"A copy in {config.check} is not as the table says; see above.")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Config, __doc__)
