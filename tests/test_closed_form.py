@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import string
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,12 +130,12 @@ def test_alpha_is_that_of_generalised_cross_validation():
     one_hot = np.eye(10)[labels[rows]]
     centred = StandardScaler().fit_transform(features[rows])
     left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    errors = {}
+    errors: dict[float, float] = {}
     for alpha in 10.0 ** np.arange(-1, 6):
         hat = (left * (values**2 / (values**2 + alpha))) @ left.T + 1 / len(centred)
         residual = one_hot - hat @ one_hot
         errors[alpha] = (residual**2).sum() / (1 - np.trace(hat) / len(centred)) ** 2
-    best = min(errors, key=errors.get)
+    best = min(errors, key=lambda alpha: errors[alpha])
     assert chosen.error == pytest.approx(judge_ridge(train, test, (best,)).error, rel=1e-12)
 
 
@@ -147,9 +148,12 @@ def iris_model(tmp_path_factory):
     pairs = [(first, second) for first in string.ascii_lowercase for second in string.ascii_lowercase][: len(features)]
     words = ["".join(pair) for pair in pairs]
     vocabulary = {token: i for i, token in enumerate([*words, *sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
-    Qwen2Tokenizer(vocabulary, merges=pairs, eos_token="<end>").save_pretrained(folder / "model")
-    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = Qwen2Config(vocab_size=512, num_key_value_heads=1, max_position_embeddings=8, **sizes)
+    merges: Any = pairs  # the annotation is narrower than what it takes
+    Qwen2Tokenizer(vocabulary, merges=merges, eos_token="<end>").save_pretrained(folder / "model")
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=8,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[: len(features)] = torch.from_numpy(features).float()
@@ -168,7 +172,7 @@ def test_golden_values_from_moments_of_the_pass(iris_model):
     path = cache.config_path(config)
     with open_tensors(path) as (file, metadata):
         moments = load_layer(file, metadata, 0, torch.device("cpu"))
-    assert moments.class_counts.tolist() == [50, 50, 50]
+    assert moments.class_counts is not None and moments.class_counts.tolist() == [50, 50, 50]
     scores = layer_scores(moments, None, load_folds(path, 0, torch.device("cpu"))).scores
     for name, value in {**IRIS32, **TRANSFORMER_RANKER}.items():
         assert scores[name]["value"] == pytest.approx(value, abs=1e-10), name

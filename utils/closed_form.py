@@ -264,10 +264,9 @@ class LayerScores(NamedTuple):
 
 def as_entry(definition: Definition, found: Value, saturated: bool) -> dict[str, Any]:
     """A score as it stands in a JSON result: None for what is not a number, z = (value - mean) / deviation."""
-    value, mean, std = (number if math.isfinite(number) else None for number in found)
-    z = (value - mean) / std if None not in (value, mean, std) and std > 1e-12 else None
-    meaningless = saturated and definition.saturates
-    return {"value": value, "null_mean": mean, "null_std": std, "z": z, "meaningless": meaningless}
+    z = (found.value - found.null_mean) / found.null_std if found.null_std > 1e-12 else math.nan
+    numbers = {name: x if math.isfinite(x) else None for name, x in {**found._asdict(), "z": z}.items()}
+    return {**numbers, "meaningless": saturated and definition.saturates}
 
 
 def layer_scores(

@@ -1,7 +1,7 @@
 """Ridge regression fitted on the moments of some texts and judged by those of others; its R2 under permuted labels."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,11 +54,11 @@ def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Par
     averages = [folds[f"fold_{name}"] for name in order]
     averages.append(folds["fold_label_second_moment"].diagonal(dim1=1, dim2=2).sum(1))
     totals, total = [torch.tensordot(counts, average, 1) for average in averages], counts.sum()
-    pairs = []
+    pairs: list[Any] = []
     for fold in counts.nonzero()[:, 0]:
         num, inside = counts[fold], [average[fold] for average in averages]
         outside = [(all_of - num * part) / (total - num) for all_of, part in zip(totals, inside, strict=True)]
-        pairs.append((Part(*outside, num=(total - num).item()), Part(*inside, num=num.item())))
+        pairs.append(tuple(Part(*values[:5], n.item()) for values, n in ((outside, total - num), (inside, num))))
     return pairs
 
 
