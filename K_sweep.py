@@ -86,8 +86,10 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
         spread, axes = torch.linalg.eigh(denominator * scale * scale[:, None])
         kept = spread > len(scale) * torch.finfo(torch.float64).eps * spread[-1]
         whitener = scale[:, None] * axes[:, kept] * spread[kept].rsqrt()  # W' C W = I
-        eigenvalues, vectors = torch.linalg.eigh(whitener.T @ factor @ factor.T @ whitener)
-        num_informative = int((eigenvalues > len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]).sum())
+        _, vectors = torch.linalg.eigh(whitener.T @ factor @ factor.T @ whitener)
+        lengths = torch.linalg.svdvals(whitener.T @ factor)  # of eigenvalues the roots, without their rounding
+        smallest = math.sqrt(whitener.shape[1] * torch.finfo(torch.float64).eps) * lengths[0]
+        num_informative = int((lengths > smallest).sum())
         return whitener @ vectors.flip(1), num_informative
 
     u, num_informative = solve(moments.pooled_label_cross_moment, moments.pooled_second_moment)

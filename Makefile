@@ -4,23 +4,28 @@ PYTHON := .venv/bin/python
 READY := .venv/.ready
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-# idle threads sleep instead of spinning: a busy machine then slows small problems tenfold less
-export OMP_WAIT_POLICY = PASSIVE
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint study figures bench clean
 
-.PHONY: demo test lint study figures bench clean
+help:  ## what can be made here
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(READY)  ## docstrings -> tiny LM -> moments -> NTPS, with a table and a picture
 	$(PYTHON) cache.py --split train
 	$(PYTHON) cache.py --split test
 	$(PYTHON) K_sweep.py
 
-test: lint  ## ruff, mypy, pytest
+test: lint  ## ruff, mypy, every test
 	$(PYTHON) -m pytest -n 2
 
-lint: $(READY)
+test-fast: lint  ## the same without the slow tests, while you work
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
+	.venv/bin/codespell --skip '*.json,*.jsonl,*.ipynb,*.csv,*.pdf,./.venv,./.git,./results,./demo/cache,./demo/runs'
 
 # full: about 100 minutes on two cores, goes on where it was interrupted; quick: two models, one seed
 STUDY ?= full
@@ -29,26 +34,26 @@ STUDY_DATA_quick := results/study/quick/data
 STUDY_DATA := $(STUDY_DATA_$(STUDY))
 
 study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x every script
-	$(PYTHON) demo/study.py --scale $(STUDY)
+	$(PYTHON) -m demo.study --scale $(STUDY)
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
-	$(PYTHON) fig_plot/collect.py --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
-	$(PYTHON) benchmarks/reproducibility.py --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
-	$(PYTHON) fig_plot/verdict.py --data_dir $(STUDY_DATA)
+	$(PYTHON) -m fig_plot.collect --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
+	$(PYTHON) -m benchmarks.reproducibility --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
+	$(PYTHON) -m fig_plot.verdict --data_dir $(STUDY_DATA)
 
 figures: $(READY)  ## every committed figure from the committed CSV files
-	$(PYTHON) fig_plot/verdict.py
+	$(PYTHON) -m fig_plot.verdict
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Verdict.ipynb
 
 bench: $(READY)  ## every performance claim of the README, measured here
-	$(PYTHON) benchmarks/bench_cache.py
-	$(PYTHON) benchmarks/bench_k_sweep.py
-	$(PYTHON) benchmarks/bench_sklearn.py
-	$(PYTHON) benchmarks/bench_linear_training.py
-	$(PYTHON) benchmarks/bench_training.py
+	$(PYTHON) -m benchmarks.bench_cache
+	$(PYTHON) -m benchmarks.bench_k_sweep
+	$(PYTHON) -m benchmarks.bench_sklearn
+	$(PYTHON) -m benchmarks.bench_linear_training
+	$(PYTHON) -m benchmarks.bench_training
 
-clean:
+clean:  ## remove the environment, results and caches
 	rm -rf .venv results demo/cache
 
 $(READY): requirements.txt

@@ -414,7 +414,7 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
-    ensure(config, load_texts(config.data, config.split), renew=config.run.overwrite)
+    ensure(config, load_texts(config.data, config.run, config.split), renew=config.run.overwrite)
 
 
 if __name__ == "__main__":

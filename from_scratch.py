@@ -86,7 +86,7 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
 
 def main(config: Config) -> None:
     """Trains and writes the result, unless it is there already."""
-    finetune(config, config.kind, build, load_splits(config.data))
+    finetune(config, config.kind, build, load_splits(config.data, config.run))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def print_table(result: dict, split: str) -> None:
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # before the passes, not after them
-    data = load_splits(config.data)
+    data = load_splits(config.data, config.run)
     check_labels(data["train"])
     path = result_path("linear_sklearn", config.run, config.model, config.data, ".json")
     identity = {

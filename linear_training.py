@@ -205,7 +205,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it is there already."""
-    run(config, load_splits(config.data))
+    run(config, load_splits(config.data, config.run))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def before_after(config: Config, metrics: dict, data: dict[str, LabelledTexts]) 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Trains, or finds the finished run; then the table of NTPS before and after, if asked for."""
-    data = load_splits(config.data)
+    data = load_splits(config.data, config.run)
     metrics = finetune(config, "lora", build, data)
     if config.output.ntps_after and metrics:
         result = before_after(config, metrics, data)

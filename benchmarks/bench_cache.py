@@ -1,20 +1,17 @@
 """What the moments cost: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
 
-    python benchmarks/bench_cache.py
-    python benchmarks/bench_cache.py --device cuda --dtype bfloat16 --hidden_sizes 896 --num_texts 4096
+    python -m benchmarks.bench_cache
+    python -m benchmarks.bench_cache --device cuda --dtype bfloat16 --hidden_sizes 896 --num_texts 4096
 
 Random Qwen2 models (Qwen2-0.5B's proportions) on ragged texts of 35 tokens on average. The three run one after the
 other in every round, so that a slow moment of the machine meets all of them; ratios are of the fastest rounds.
 Writes results/benchmarks/bench_cache.json.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import numpy as np
 import torch
@@ -22,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
-from utils.io import environment, pick_device, run_script, save_json, settings
-from utils.models import Dtype, TokenizedTexts, run_base_model, token_batches
+from utils.io import environment, pick_device, run_script, save_json
+from utils.models import TokenizedTexts, run_base_model, token_batches
+from utils.settings import Dtype, Run, all_settings
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def measure(hidden_size: int, config: Config, device: torch.device) -> dict:
     labels = torch.arange(config.num_texts) % config.num_classes
     targets = torch.nn.functional.one_hot(labels, config.num_classes).double()
     folds = torch.nn.functional.one_hot(torch.arange(config.num_texts) % 5, 5).double()
-    cache_config = cache.Config(tokens_per_batch=config.tokens_per_batch)
+    cache_config = cache.Config(run=Run(tokens_per_batch=config.tokens_per_batch))
     ways: dict[str, Callable[[], object]] = {
         "cache": lambda: cache.accumulate_moments(model, tokens, targets, folds, cache_config),
         "forward": lambda: plain_forward(model, tokens, config),
@@ -129,7 +127,7 @@ def measure(hidden_size: int, config: Config, device: torch.device) -> dict:
     for _ in range(config.num_rounds):
         for name, way in ways.items():
             times[name].append(seconds(way, device))
-    fastest = {name: min(of) for name, of in times.items()}
+    fastest = {name: min(rounds) for name, rounds in times.items()}
     return {
         "hidden_size": hidden_size,
         "num_tokens": int(tokens.lengths.sum()),
@@ -151,7 +149,7 @@ def main(config: Config) -> None:
         print(f"{hidden_size:5d}{times} {row['cache_over_forward']:14.2f} {row['dense_over_cache']:12.1f}")
     path = config.results_dir / "benchmarks" / "bench_cache.json"
     result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
-    save_json(path, {"config": settings(config), "environment": environment(), **result})
+    save_json(path, {"config": all_settings(config), "environment": environment(), **result})
     print(path)
 
 

@@ -1,26 +1,24 @@
 """What the eigenproblems of one layer cost, against three symmetric eigendecompositions of that size.
 
-    python benchmarks/bench_k_sweep.py
+    python -m benchmarks.bench_k_sweep
 
 The measure is `scipy.linalg.eigh` with its default driver, three times, on the layer's own matrices; both run in every
 round, ratios are of the fastest rounds. Writes results/benchmarks/bench_k_sweep.json.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
-
 import scipy.linalg
 import torch
 
 import K_sweep
-from utils.io import environment, pick_device, run_script, save_json, settings
+from utils.io import environment, pick_device, run_script, save_json
 from utils.moments import LayerMoments
+from utils.settings import all_settings
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def main(config: Config) -> None:
         print(f"{hidden_size:5d} {layer:9.3f} {eigh:9.3f} {layer / eigh:7.2f}")
     path = config.results_dir / "benchmarks" / "bench_k_sweep.json"
     result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
-    save_json(path, {"config": settings(config), "environment": environment(), **result})
+    save_json(path, {"config": all_settings(config), "environment": environment(), **result})
     print(path)
 
 

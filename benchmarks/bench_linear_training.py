@@ -1,6 +1,6 @@
 """What 50 epochs of a linear probe cost on stored pooled states, and with the LM run again in every epoch.
 
-    python benchmarks/bench_linear_training.py
+    python -m benchmarks.bench_linear_training
 
 Ours is all of linear_training.py's work on the model: the passes of cache.py over both splits (the moments included)
 and every epoch. The other is a plain loop: batches of 64 texts in random order, padded to the longest of the batch,
@@ -9,24 +9,22 @@ for `epochs_measured` epochs and multiplied up to 50. Texts are cut at `max_leng
 1,024 tokens would cost the plain loop far more. Writes results/benchmarks/bench_linear_training.json.
 """
 
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
-
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-import cache
 import linear_training
-from utils.checkpoints import make_identity
-from utils.data import LabelledTexts, load_texts
-from utils.io import environment, pick_device, run_script, save_json, settings
-from utils.models import TokenizedTexts, load_base_model, load_config, load_tokenizer, run_base_model, tokenize
-from utils.training import BatchOrder, Head, Objective, make_accelerator, train
+from utils.data import LabelledTexts, load_splits
+from utils.io import environment, pick_device, run_script, save_json
+from utils.models import TokenizedTexts, load_base_model, load_config, load_tokenizer, pool, run_base_model, tokenize
+from utils.objectives import BatchOrder, Head, Objective
+from utils.settings import all_settings, with_values
+from utils.training import make_identity, make_place, train
 
 
 @dataclass(frozen=True)
@@ -43,77 +41,72 @@ class Config:
     results_dir: Path = Path("results")  # where the result goes
 
 
-def ours(config: linear_training.Config, data: tuple[LabelledTexts, LabelledTexts]) -> tuple[float, float]:
+def ours(config: linear_training.Config, data: dict[str, LabelledTexts]) -> tuple[float, float]:
     """Seconds of the passes through the LM and of the epochs."""
     start = time.perf_counter()
-    states = (
-        linear_training.pooled_states(config, "train", data[0]),
-        linear_training.pooled_states(config, "test", data[1]),
-    )
+    states = {
+        "train": linear_training.pooled_states(config, "train", data["train"]),
+        "test": linear_training.pooled_states(config, "test", data["test"]),
+    }
     passes = time.perf_counter() - start
-    objective = Objective.of(data[0])
-    targets = [objective.targets(part.labels) for part in data]
-    parts = {name: (states[i], targets[i]) for i, name in enumerate(("train", "test"))}
-    place = (*make_accelerator(config, config.results_dir), config.results_dir)
-    run = linear_training.build_run(config, parts, objective, make_identity(config, *data), place)
-    train(run)
-    return passes, run.seconds
+    objective = Objective.of(data["train"])
+    parts = {split: (states[split], objective.targets(part.labels)) for split, part in data.items()}
+    place = make_place(config, config.run.results_dir)
+    run = linear_training.build_run(config, parts, objective, make_identity(config, data), place)
+    return passes, train(run).seconds
 
 
 def plain_epochs(
     config: linear_training.Config,
-    data: tuple[LabelledTexts, LabelledTexts],
-    tokens: tuple[TokenizedTexts, TokenizedTexts],
+    data: dict[str, LabelledTexts],
+    tokens: dict[str, TokenizedTexts],
     num_epochs: int,
 ) -> float:
     """Seconds of `num_epochs` epochs with the LM in the loop."""
-    device = pick_device(config.device)
-    model = load_base_model(config, device)
-    objective = Objective.of(data[0])
-    targets = [objective.targets(part.labels).to(device) for part in data]
+    device = pick_device(config.run.device)
+    model = load_base_model(config.model, config.run, device)
+    objective = Objective.of(data["train"])
+    targets = {split: objective.targets(part.labels).to(device) for split, part in data.items()}
     head = Head(model.config.hidden_size, objective.num_labels, config.dropout).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
-    orders = [BatchOrder(len(part.texts), config.batch_size, config.seed) for part in data]
+    orders = {split: BatchOrder(len(part.texts), config.batch_size, config.data.seed) for split, part in data.items()}
 
-    def outputs(split: int, rows):
+    def outputs(split: str, rows: np.ndarray) -> torch.Tensor:
         input_ids, lengths = (tensor.to(device) for tensor in tokens[split].pad(rows))
-        return head(cache.pool(run_base_model(model, input_ids), lengths, "mean").clone())
+        return head(pool(run_base_model(model, input_ids), lengths, "mean").clone())
+
+    def num_right(rows: np.ndarray) -> int:
+        right = outputs("test", rows).argmax(1) == targets["test"][torch.from_numpy(rows).to(device)]
+        return int(right.sum())
 
     start = time.perf_counter()
-    for step in range(num_epochs * orders[0].steps_per_epoch):
-        rows = orders[0](step)
-        loss = cross_entropy(outputs(0, rows), targets[0][torch.from_numpy(rows).to(device)])
+    for step in range(num_epochs * orders["train"].steps_per_epoch):
+        rows = orders["train"](step)
+        loss = cross_entropy(outputs("train", rows), targets["train"][torch.from_numpy(rows).to(device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % orders[0].steps_per_epoch == 0:
+        if (step + 1) % orders["train"].steps_per_epoch == 0:
             with torch.no_grad():
-                right = [
-                    (outputs(1, rows).argmax(1) == targets[1][torch.from_numpy(rows).to(device)]).sum().item()
-                    for rows in map(orders[1], range(orders[1].steps_per_epoch))
-                ]
-    print(f"plain loop: test accuracy {sum(right) / len(data[1].texts):.4f} after {num_epochs} epochs")
+                right = sum(map(num_right, map(orders["test"], range(orders["test"].steps_per_epoch))))
+    print(f"plain loop: test accuracy {right / len(data['test'].texts):.4f} after {num_epochs} epochs")
     return time.perf_counter() - start
 
 
 def main(config: Config) -> None:
     """Measures both in one run, prints the table and writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        probe = linear_training.Config(
-            model_name=config.model_name,
-            dataset_name=config.dataset_name,
-            max_samples=config.max_samples,
-            max_length=config.max_length,
-            num_epochs=config.num_epochs,
-            device=config.device,
-            results_dir=Path(folder),
-        )
-        data = load_texts(probe, "train"), load_texts(probe, "test")
-        model_config = load_config(probe)
-        tokenizer = load_tokenizer(probe, model_config)
-        train_tokens, test_tokens = (tokenize(part.texts, tokenizer, model_config, config.max_length) for part in data)
+        names = ("model_name", "dataset_name", "max_samples", "max_length", "num_epochs", "device")
+        asked = {name: getattr(config, name) for name in names}
+        probe = with_values(linear_training.Config(), **asked, results_dir=Path(folder))
+        data = load_splits(probe.data, probe.run)
+        model_config = load_config(probe.model, probe.run)
+        tokenizer = load_tokenizer(probe.model, probe.run, model_config)
+        tokens = {
+            split: tokenize(part.texts, tokenizer, model_config, config.max_length) for split, part in data.items()
+        }
         passes, epochs = ours(probe, data)
-        measured = plain_epochs(probe, data, (train_tokens, test_tokens), config.epochs_measured)
+        measured = plain_epochs(probe, data, tokens, config.epochs_measured)
     plain = measured / config.epochs_measured * config.num_epochs
     result = {
         "ours_passes_seconds": passes,
@@ -123,11 +116,12 @@ def main(config: Config) -> None:
         "plain_seconds_extrapolated": plain,
         "ratio": plain / (passes + epochs),
     }
-    print(f"\n{config.num_epochs} epochs of {config.model_name} on {len(data[0].texts)} + {len(data[1].texts)} texts")
+    sizes = " + ".join(str(len(part.texts)) for part in data.values())
+    print(f"\n{config.num_epochs} epochs of {config.model_name} on {sizes} texts")
     for name, value in result.items():
         print(f"{name:<30}{value:>10.2f}")
     path = config.results_dir / "benchmarks" / "bench_linear_training.json"
-    save_json(path, {"config": settings(config), "environment": environment(), **result})
+    save_json(path, {"config": all_settings(config), "environment": environment(), **result})
     print(path)
 
 

@@ -1,24 +1,21 @@
 """Logistic probes of all layers: linear_sklearn.py's lbfgs against saga as the paper runs it, on the same features.
 
-    python benchmarks/bench_sklearn.py
-    python benchmarks/bench_sklearn.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion
+    python -m benchmarks.bench_sklearn
+    python -m benchmarks.bench_sklearn --model_name Qwen/Qwen2-0.5B --dataset_name emotion
 
 The features are those of linear_sklearn.py (made if they are not there), standardised once, float32. In every round
 each layer is fitted by both: `fit_logistic` with its defaults, and LogisticRegression(solver="saga", max_iter=1000,
-tol=0.01); ratios are of the sums over layers of the fastest rounds. scikit-learn's lbfgs from zero stands beside them,
-to show what the preconditioned start is worth. One process, layer after layer. Beyond the embedded features, wide ones
+tol=0.01); ratios are of the sums over layers of the fastest rounds. scikit-learn's lbfgs from zero is beside them, to
+show what the preconditioned start is worth. One process, layer after layer. Beyond the embedded features, wide ones
 are made up (--synthetic n d c): Gaussian, with an uneven spectrum and labels of a noisy linear rule.
 Writes results/benchmarks/bench_sklearn.json.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import numpy as np
 import torch
@@ -29,8 +26,10 @@ from torch import Tensor
 
 import linear_sklearn
 from utils.data import load_texts
-from utils.io import environment, open_tensors, run_script, save_json, settings
+from utils.io import environment, open_tensors, run_script, save_json
+from utils.moments import pooled_path
 from utils.probes import fit_logistic
+from utils.settings import all_settings, with_values
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,10 @@ class Config:
 
 def cached_features(config: Config) -> tuple[list[Tensor], np.ndarray]:
     """Standardised float32 features of every layer, each (n, d), and the labels (n,)."""
-    probe = linear_sklearn.Config(config.model_name, config.dataset_name, results_dir=config.results_dir)
-    data = load_texts(probe, "train")
-    path = linear_sklearn.pooled_file(linear_sklearn.find_features(probe, "train", data))
+    names = {"model_name": config.model_name, "dataset_name": config.dataset_name, "results_dir": config.results_dir}
+    probe = with_values(linear_sklearn.Config(), **names)
+    data = load_texts(probe.data, probe.run, "train")
+    path = pooled_path(linear_sklearn.find_features(probe, "train", data))
     with open_tensors(path) as (file, _):
         pooled = file.get_tensor("pooled").numpy()
     return [torch.from_numpy(StandardScaler().fit_transform(layer)) for layer in pooled], data.labels
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
         rows[-1]["loss_at_most_saga_s"] = all(ours <= saga for ours, saga in pairs)
         print(f"  log-loss at most saga's at every layer: {'yes' if rows[-1]['loss_at_most_saga_s'] else 'NO'}")
     path = config.results_dir / "benchmarks" / "bench_sklearn.json"
-    content = {"config": settings(config), "environment": environment(), "threads": torch.get_num_threads()}
+    content = {"config": all_settings(config), "environment": environment(), "threads": torch.get_num_threads()}
     save_json(path, {**content, "rows": rows})
     print(path)
 

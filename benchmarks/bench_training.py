@@ -1,7 +1,7 @@
 """Steps per second and memory of our training loop against a plain one, same model, optimiser and batch size.
 
-    python benchmarks/bench_training.py
-    python benchmarks/bench_training.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
+    python -m benchmarks.bench_training
+    python -m benchmarks.bench_training --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
 
 The plain loop pads every batch to the longest text of the dataset, takes rows in random order, gives an attention
 mask, and evaluates one text at a time. Ours groups texts of like length, pads to the longest of the batch and evaluates
@@ -12,25 +12,25 @@ activations that the largest step keeps for its backward pass.
 Writes results/benchmarks/bench_training.json.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import numpy as np
 import torch
 
 import lora_finetuning
-from utils.data import load_texts
+from utils.data import load_splits, load_texts
 from utils.finetuning import build_run
-from utils.io import environment, pick_device, run_script, save_json, set_seed, settings
+from utils.io import environment, pick_device, run_script, save_json, set_seed
 from utils.models import TokenizedTexts, load_config, load_tokenizer, tokenize
-from utils.training import BatchOrder, Run, make_accelerator, train_step
+from utils.objectives import BatchOrder
+from utils.settings import all_settings, with_values
+from utils.training import Progress, TrainingRun, make_identity, make_place, train_step
 
 
 @dataclass(frozen=True)
@@ -48,38 +48,35 @@ class Config:
     results_dir: Path = Path("results")  # where the result goes
 
 
-def make_run(config: Config) -> tuple[Run, tuple[TokenizedTexts, TokenizedTexts]]:
+def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     """A LoRA run with the paper's hyperparameters and the batch size asked for, and the tokens of train and test."""
     with tempfile.TemporaryDirectory() as folder:
-        lora = lora_finetuning.Config(
-            model_name=config.model_name,
-            dataset_name=config.dataset_name,
-            batch_size=config.batch_size,
-            max_length=config.max_length,
-            device=config.device,
-            results_dir=Path(folder),
-        )
-        test = load_texts(replace(lora, max_samples=config.num_evaluated), "test")
-        data = load_texts(lora, "train"), test
-        model_config = load_config(lora)
-        tokenizer = load_tokenizer(lora, model_config)
-        train_tokens, test_tokens = (tokenize(p.texts, tokenizer, model_config, config.max_length) for p in data)
-        accelerator, device = make_accelerator(lora, lora.results_dir)
-        set_seed(lora.seed)
-        tokens = train_tokens, test_tokens
-        run = build_run(lora, lora_finetuning.build(lora, device), data, tokens, (accelerator, device, Path(folder)))
+        asked = {
+            name: getattr(config, name) for name in ("model_name", "dataset_name", "batch_size", "max_length", "device")
+        }
+        lora = with_values(lora_finetuning.Config(), **asked, results_dir=Path(folder))
+        data = load_splits(lora.data, lora.run)
+        data["test"] = load_texts(replace(lora.data, max_samples=config.num_evaluated), lora.run, "test")
+        model_config = load_config(lora.model, lora.run)
+        tokenizer = load_tokenizer(lora.model, lora.run, model_config)
+        tokens = {
+            split: tokenize(part.texts, tokenizer, model_config, config.max_length) for split, part in data.items()
+        }
+        place = make_place(lora, Path(folder))
+        set_seed(lora.data.seed)
+        trainable = lora_finetuning.build(lora, place.device)
+        run = build_run(lora, trainable, data, tokens, make_identity(lora, data), place)
     return run, tokens
 
 
-def make_plain(run: Run, tokens: tuple[TokenizedTexts, TokenizedTexts]) -> None:
-    """Turns `run` into the plain loop: padding to the longest text, random order, an evaluation text by text."""
-    train_tokens, test_tokens = tokens
-    longest = int(max(part.lengths.max() for part in tokens))
+def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:
+    """The plain loop: padding to the longest text, random order, an evaluation text by text."""
+    longest = int(max(part.lengths.max() for part in tokens.values()))
     device = run.targets.device
     decoder = run.model.decoder.forward
 
     def inputs(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        input_ids, lengths = train_tokens.pad(rows)
+        input_ids, lengths = tokens["train"].pad(rows)
         padded = torch.nn.functional.pad(input_ids, (0, longest - input_ids.shape[1]))
         run.model.mask = (torch.arange(longest) < lengths[:, None]).long().to(device)
         return padded.to(device), lengths.to(device)
@@ -90,15 +87,14 @@ def make_plain(run: Run, tokens: tuple[TokenizedTexts, TokenizedTexts]) -> None:
     @torch.no_grad()
     def evaluate(model: torch.nn.Module) -> dict[str, Any]:
         run.model.decoder.forward = decoder
-        outputs = [
-            model(*(t.to(device) for t in test_tokens.pad(np.array([row])))) for row in range(len(test_tokens.lengths))
-        ]
+        each = [tokens["test"].pad(np.array([row])) for row in range(len(tokens["test"].lengths))]
+        outputs = [model(input_ids.to(device), lengths.to(device)) for input_ids, lengths in each]
         run.model.decoder.forward = masked
         return {"outputs": torch.cat(outputs)}
 
-    run.inputs, run.evaluate = inputs, evaluate
-    run.order = BatchOrder(len(train_tokens.lengths), run.order.rows_per_step, run.seed)
     run.model.decoder.forward = masked
+    order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.seed)
+    return replace(run, inputs=inputs, evaluate=evaluate, order=order)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -110,24 +106,24 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def steps(run: Run, num_steps: int) -> None:
+def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:
     """Optimiser steps."""
     run.model.train()
     for _ in range(num_steps):
-        train_step(run, run.model)
+        train_step(run, progress, run.model)
 
 
-def evaluation(run: Run) -> None:
+def evaluation(run: TrainingRun) -> None:
     """One evaluation."""
     run.model.eval()
     run.evaluate(run.model)
 
 
-def peak_memory(run: Run, num_steps: int) -> int:
+def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
     """Bytes: on a GPU the peak of allocated memory, on a CPU what the largest step keeps for its backward pass."""
     if run.targets.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        steps(run, num_steps)
+        steps(run, progress, num_steps)
         return torch.cuda.max_memory_allocated()
     weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
     largest = 0
@@ -141,7 +137,7 @@ def peak_memory(run: Run, num_steps: int) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            steps(run, 1)
+            steps(run, progress, 1)
         largest = max(largest, sum(size for size, _ in kept.values()))
     return largest
 
@@ -153,21 +149,22 @@ def main(config: Config) -> None:
     for name in ("ours", "plain"):
         runs[name], tokens = make_run(config)
         if name == "plain":
-            make_plain(runs[name], tokens)
+            runs[name] = make_plain(runs[name], tokens)
+    progress = {name: Progress(run.batch_size) for name, run in runs.items()}
     times: dict[str, dict[str, list[float]]] = {name: {"steps": [], "evaluation": []} for name in runs}
     for round_number in range(config.num_rounds + 1):
         for name, run in runs.items():
-            of_round = (seconds(lambda run=run: steps(run, config.num_steps), device),  # type: ignore[misc]
-                        seconds(lambda run=run: evaluation(run), device))  # type: ignore[misc]  # fmt: skip
+            stepping = seconds(partial(steps, run, progress[name], config.num_steps), device)
+            evaluating = seconds(partial(evaluation, run), device)
             if round_number:  # the first one warms up
-                times[name]["steps"].append(of_round[0])
-                times[name]["evaluation"].append(of_round[1])
+                times[name]["steps"].append(stepping)
+                times[name]["evaluation"].append(evaluating)
     table = {}
     for name, found in times.items():
         table[name] = {
             "steps_per_second": config.num_steps / min(found["steps"]),
             "texts_evaluated_per_second": config.num_evaluated / min(found["evaluation"]),
-            "peak_bytes": peak_memory(runs[name], config.num_steps),
+            "peak_bytes": peak_memory(runs[name], progress[name], config.num_steps),
         }
     ratios = {key: table["ours"][key] / table["plain"][key] for key in table["ours"]}
     print(f"\n{'':<8}{'steps/s':>12}{'texts evaluated/s':>20}{'peak MB':>10}")
@@ -178,7 +175,7 @@ def main(config: Config) -> None:
         )
     print(f"{'ratio':<8}" + "".join(f"{ratios[key]:>{w}.2f}" for key, w in zip(ratios, (12, 20, 10), strict=True)))
     path = config.results_dir / "benchmarks" / "bench_training.json"
-    save_json(path, {"config": settings(config), "environment": environment(), **table, "ratio": ratios})
+    save_json(path, {"config": all_settings(config), "environment": environment(), **table, "ratio": ratios})
     print(path)
 
 

@@ -1,7 +1,7 @@
 """How far each score moves when nothing about the question changes, beside how far it moves from dataset to dataset.
 
-    python benchmarks/reproducibility.py
-    python benchmarks/reproducibility.py --tasks docstrings/kind docstrings/scipy --num_draws 100
+    python -m benchmarks.reproducibility
+    python -m benchmarks.reproducibility --tasks docstrings/kind docstrings/scipy --num_draws 100
 
 A score is the run's: the mean over the fractions at the last layer. Each is computed again, by cache.py and K_sweep.py,
 
@@ -22,14 +22,11 @@ prints, reproducibility_summary.csv.
 
 import contextlib
 import io
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import numpy as np
 import pandas as pd
@@ -38,9 +35,11 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils.io import load_json, open_tensors, run_script, write_atomically
+from utils.io import open_tensors, run_script, write_atomically
+from utils.linalg import NestedBasis, captured
 from utils.moments import LayerMoments, load_layer
-from utils.report import SCORES
+from utils.scores import SCORES
+from utils.settings import with_values
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -73,7 +72,7 @@ class Config:
 # ------------------------------------------------------------------ ntps in a basis that is not averaged over
 def score_of_columns(u: Tensor, v: Tensor, k_us: list[int], k_vs: list[int]) -> float:
     """|P U_k|^2 / |U_k|^2 averaged over the fractions, the columns of U (d, rank M) and V (d, rank C0) as they come."""
-    inside = K_sweep.captured(torch.ormqr(*K_sweep.nested_basis(v), u, left=True, transpose=True), k_vs)
+    inside = captured(NestedBasis.of(v).coordinates(u), k_vs)
     norms = u.square().sum(0)
     return float(np.mean([(inside[i, :k].sum() / norms[:k].sum()).item() for i, k in enumerate(k_us)]))
 
@@ -86,7 +85,7 @@ def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws:
     tied = whitener @ torch.linalg.qr(inside, mode="complete").Q[:, u.shape[1] :]
     order = [1] if config.eigenvectors == "smallest" else []  # dimensions to flip
     v = K_sweep.subspace_directions(moments, config, layer=0).flip(order)  # the layer is that of a random V
-    k_us, k_vs = (K_sweep.num_directions(config.fractions, of.shape[1]) for of in (whitener, v))
+    k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (whitener, v))
     random = np.random.default_rng(seed)
     for _ in range(num_draws):
         # the Q of a Gaussian matrix; which signs it has does not matter to a sum of squares
@@ -114,16 +113,16 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
     v = released_eigenvectors(moments.prefix_next_cross_moment.to(dtype), moments.prefix_second_moment.to(dtype))
     scores = []
     for fraction in fractions:
-        u_k, v_k = (of[:, : max(1, int(fraction * of.shape[1]))] for of in (u, v))
+        u_k, v_k = (vectors[:, : max(1, int(fraction * vectors.shape[1]))] for vectors in (u, v))
         projected = v_k @ (torch.linalg.pinv(v_k) @ u_k)
         scores.append((projected.square().sum() / u_k.square().sum()).item())
     return float(np.mean(scores))
 
 
 # ------------------------------------------------------------------ run
-def last_layer(sweep: K_sweep.Config) -> LayerMoments:
-    """The moments that a run of K_sweep.py reads, of the last layer."""
-    with open_tensors(K_sweep.find_moments(sweep)[0]) as (file, metadata):
+def last_layer(moments: cache.Config) -> LayerMoments:
+    """The moments that cache.py wrote, of the last layer."""
+    with open_tensors(cache.config_path(moments)) as (file, metadata):
         num_layers, _ = file.get_slice("pooled_mean").get_shape()
         return load_layer(file, metadata, num_layers - 1, torch.device("cpu"))
 
@@ -137,12 +136,13 @@ def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]
     for variant, options in RECOMPUTED.items():
         shared: dict[str, Any] = {"model_name": config.model_name, "dataset_name": task}
         shared["results_dir"] = folder / variant
-        cache.main(cache.Config(**shared, **options, max_samples=config.max_samples, device=config.device))
-        moments = last_layer(K_sweep.Config(**shared))
+        sampled = {"max_samples": config.max_samples, "device": config.device}
+        made = with_values(cache.Config(), **shared, **options, **sampled)
+        cache.main(made)
+        moments = last_layer(made)
         for score, order in ORDERS.items():
-            sweep = K_sweep.Config(**shared, eigenvectors=order, picture=False, num_null_draws=2)
-            K_sweep.main(sweep)
-            of_run = load_json(K_sweep.result_path(sweep))["score"]
+            sweep = with_values(K_sweep.Config(eigenvectors=order, num_null_draws=2), **shared, picture=False)
+            of_run = K_sweep.run(sweep)["score"]
             for name in SCORES if order == "largest" else ("ntps",):
                 yield row(score if name == "ntps" else name, variant, of_run[name]["value"])
             if variant == "baseline":

@@ -6,11 +6,12 @@ than three pairs, or one side constant) is nan, never 0.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata, weightedtau
+from scipy.stats import permutation_test, rankdata, weightedtau
+from sklearn.metrics import roc_auc_score
 
 TOLERANCE = 1e-9  # two rank correlations nearer than this are equal: they differ by rounding only
 
@@ -144,14 +145,11 @@ def auc(score: ArrayLike, positive: ArrayLike) -> float:
     Returns:
         nan where only one class is left.
     """
-    ranks = rank(score)
-    is_positive = np.asarray(positive, bool)[np.isfinite(ranks)]
-    num_positive, num_negative = is_positive.sum(), (~is_positive).sum()
-    if not num_positive or not num_negative:
+    score, positive = np.asarray(score, float), np.asarray(positive, bool)
+    known = np.isfinite(score)
+    if len(set(positive[known])) < 2:
         return float("nan")
-    # the Mann-Whitney form
-    above = ranks[np.isfinite(ranks)][is_positive].sum() - num_positive * (num_positive + 1) / 2
-    return float(above / (num_positive * num_negative))
+    return float(roc_auc_score(positive[known], score[known]))
 
 
 # ------------------------------------------------------------------ intervals
@@ -242,13 +240,31 @@ def _usable(maps: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray
     return kept[configurations], every_target[tasks], tasks, configurations
 
 
+def _permutation_null(
+    statistic: Callable[..., Any], targets: np.ndarray, num_permutations: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """The statistic of permuted targets (draws,), and its one-sided p-value, nan where the statistic is."""
+    test = permutation_test(
+        (targets,),
+        statistic,
+        permutation_type="pairings",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=num_permutations,
+        batch=1000,  # keeps the products of large maps out of memory
+        rng=np.random.default_rng(seed),
+    )
+    return test.null_distribution, float(test.pvalue) if np.isfinite(test.statistic) else float("nan")
+
+
 def selection_null(
     maps: ArrayLike, targets: ArrayLike, num_permutations: int = 10_000, seed: int = 0, absolute: bool = False
 ) -> SelectionNull:
     """The paper's way: the configuration with the largest Spearman, and what the same choice finds in noise.
 
     The null permutes the targets over the tasks and takes the maximum over all configurations again, so that it knows
-    how much they resemble each other. p = (1 + draws at least as large) / (1 + draws).
+    how much they resemble each other. p = (1 + draws at least as large) / (1 + draws), or the exact share where the
+    tasks have no more than `num_permutations` orders.
 
     Args:
         maps: (configurations, tasks), layers x fractions flattened. Tasks that miss their target or every
@@ -266,17 +282,13 @@ def selection_null(
     ranks, target = _standardize(rank(maps)), _standardize(rank(targets))  # dot products are correlations
     observed = ranks @ target
     index = int(size(observed).round(9).argmax())  # rounded: among equals the first, on any machine
-    random = np.random.default_rng(seed)
-    null = np.empty(num_permutations)
-    for start in range(0, num_permutations, 1000):  # keeps the products of large maps out of memory
-        block = null[start : start + 1000]
-        permuted = random.permuted(np.tile(target, (len(block), 1)), axis=1)
-        block[:] = size(ranks @ permuted.T).max(0)
-    best = float(observed[index])
-    at_least = int((null >= size(best) - TOLERANCE).sum())
-    p_value = (1 + at_least) / (1 + num_permutations) if np.isfinite(best) else float("nan")
+
+    def largest(permuted: np.ndarray, axis: int) -> np.ndarray:
+        return size(ranks @ permuted.T).max(0)
+
+    null, p_value = _permutation_null(largest, target, num_permutations, seed)
     quantile = float(np.quantile(null, 0.95))
-    return SelectionNull(best, int(configurations[index]), float(null.mean()), quantile, p_value)
+    return SelectionNull(float(observed[index]), int(configurations[index]), float(null.mean()), quantile, p_value)
 
 
 def _choose_without_each(maps: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -321,14 +333,17 @@ def leave_one_out_selection(
     """
     num_tasks = np.size(targets)
     maps, targets, tasks, configurations = _usable(maps, targets)
-    draws = np.random.default_rng(seed).permuted(np.tile(targets, (num_permutations, 1)), axis=1)
-    best, fraction = _choose_without_each(maps, np.vstack([targets, draws]))
-    correlation, *null = spearman_rows(fraction, np.vstack([targets, draws]))
+
+    def correlation(permuted: np.ndarray, axis: int) -> np.ndarray:
+        _, fraction = _choose_without_each(maps, np.atleast_2d(permuted))
+        return spearman_rows(fraction, permuted).reshape(permuted.shape[:-1])
+
+    _, p_value = _permutation_null(correlation, targets, num_permutations, seed)
+    (best,), (fraction,) = _choose_without_each(maps, targets[None])
     chosen, predicted = np.full(num_tasks, -1), np.full(num_tasks, np.nan)
-    chosen[tasks] = np.where(best[0] < 0, -1, configurations[best[0]])
-    predicted[tasks] = fraction[0]
-    p_value = (1 + (np.array(null) >= correlation - TOLERANCE).sum()) / (1 + num_permutations)
-    return LeaveOneOut(chosen, predicted, float(correlation), float(p_value) if np.isfinite(correlation) else np.nan)
+    chosen[tasks] = np.where(best < 0, -1, configurations[best])
+    predicted[tasks] = fraction
+    return LeaveOneOut(chosen, predicted, spearman(fraction, targets), p_value)
 
 
 def expected_maximum(

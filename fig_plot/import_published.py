@@ -1,10 +1,10 @@
 """Read the authors' published figure data and write them as tidy CSV files, to draw beside our own.
 
     git clone https://github.com/Yu-AngCheng/NTPS ../ntps-released
-    python fig_plot/import_published.py ../ntps-released
+    python -m fig_plot.import_published ../ntps-released
 
 Reads Fig1.pkl, Fig2_1.pkl, Fig2_2.pkl and Fig3.pkl, wherever they lie below the folder given. A pickle can run any
-code; these are read by an unpickler that knows floats and arrays of floats, by stand-ins written here, and refuses
+code; these are read by an unpickler that knows floats and arrays of floats, by substitutes written here, and refuses
 everything else. Writes, if all four are as expected, to fig_plot/published/, which git ignores (the data are theirs):
 
     fig1.csv  subspace (U, V), category, word, component_1, component_2
@@ -15,7 +15,6 @@ everything else. Writes, if all four are as expected, to fig_plot/published/, wh
 import csv
 import math
 import pickle
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/...` finds utils
 from utils.io import ROOT, UserError, run_script, write_atomically
 
 WORDS = {  # the files hold no words; these are the figure's, in its order
@@ -51,7 +49,7 @@ class Config:
 
 # ------------------------------------------------------------------ an unpickler of floats
 class PlainDtype:
-    """Stands in for numpy.dtype: little-endian floats. numpy's own takes flags from the file, which could be forged."""
+    """Replaces numpy.dtype: little-endian floats. numpy's own takes flags from the file, which could be forged."""
 
     def __init__(self, code: str, align: bool, copy: bool) -> None:
         if code not in ("f4", "f8"):
@@ -64,7 +62,7 @@ class PlainDtype:
 
 
 class PlainArray:
-    """Stands in for what numpy's _reconstruct makes: an array, given its shape and bytes in a second step."""
+    """Replaces what numpy's _reconstruct makes: an array, given its shape and bytes in a second step."""
 
     def __init__(self, subtype: str, shape: tuple, code: bytes) -> None:
         self.values = np.empty(0)
@@ -75,22 +73,22 @@ class PlainArray:
 
 
 def plain_scalar(dtype: PlainDtype, raw: bytes) -> float:
-    """Stands in for numpy's scalar."""
+    """Replaces numpy's scalar."""
     return float(np.frombuffer(raw, dtype.code)[0])
 
 
-STAND_INS: dict[tuple[str, str], Any] = {("numpy", "dtype"): PlainDtype, ("numpy", "ndarray"): "ndarray"}
+SUBSTITUTES: dict[tuple[str, str], Any] = {("numpy", "dtype"): PlainDtype, ("numpy", "ndarray"): "ndarray"}
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # as numpy 1 and numpy 2 write it
-    STAND_INS |= {(_module, "_reconstruct"): PlainArray, (_module, "scalar"): plain_scalar}
+    SUBSTITUTES |= {(_module, "_reconstruct"): PlainArray, (_module, "scalar"): plain_scalar}
 
 
 class FloatUnpickler(pickle.Unpickler):
-    """Dicts, lists, text, numbers, and the stand-ins above; no name from a file is ever imported."""
+    """Dicts, lists, text, numbers, and the substitutes above; no name from a file is ever imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in STAND_INS:
+        if (module, name) not in SUBSTITUTES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return STAND_INS[module, name]
+        return SUBSTITUTES[module, name]
 
 
 def read_pickle(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """Does NTPS predict? Correlations with their intervals, baselines, controls, and what choosing on the outcome is worth.
 
-    python fig_plot/verdict.py                # the mini study, from fig_plot/data/
-    python fig_plot/verdict.py --published    # the paper's numbers, from fig_plot/published/ (import_published.py)
+    python -m fig_plot.verdict                # the mini study, from fig_plot/data/
+    python -m fig_plot.verdict --published    # the paper's numbers, from fig_plot/published/ (import_published.py)
 
 Reads the CSV files of collect.py. Writes verdict_*.csv beside them:
 
@@ -12,14 +12,13 @@ Reads the CSV files of collect.py. Writes verdict_*.csv beside them:
     verdict_controls.csv      what V by PCA, a random V, random weights and permuted labels give
     verdict_decision.csv      AUC of "LoRA gains more than two points"
     verdict_seeds.csv         spread between seeds beside that over tasks
-    verdict_calibration.csv   error of the LoRA gain foretold from a score, in points of accuracy
+    verdict_calibration.csv   error of the LoRA gain predicted from a score, in points of accuracy
 
 The fixed rule is the score of a run: mean over all fractions at the last layer. A correlation across tasks is computed
 within each model and averaged over models; one across models within each task, averaged over tasks. Intervals are
 bootstraps over tasks. The random-weights model is left out of all but the controls.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python fig_plot/verdict.py` finds utils
-from fig_plot import correlations as of
 from fig_plot.collect import parse_size, save_csv
+from fig_plot.correlations import (
+    CORRELATIONS,
+    auc,
+    bootstrap_interval,
+    bootstrap_mean_correlation,
+    expected_maximum,
+    leave_one_out_selection,
+    partial_spearman,
+    selection_null,
+    spearman,
+    spearman_rows,
+)
 from fig_plot.tables import (
     CONTROLS,
     DATA_DIR,
@@ -72,50 +81,50 @@ def correlation_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, 
         names = dict.fromkeys((*SCORES, *CONTROLS, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy"))
         for name in [name for name in names if name in cells and name != measure]:
             score = matrix(cells, name)
-            yield from of_direction("tasks", name, measure, score, target, config)
-            yield from of_direction("models", name, measure, score.T, target.T, config)
-        yield from of_others(measure, target, config)
+            yield from direction_rows("tasks", name, measure, score, target, config)
+            yield from direction_rows("models", name, measure, score.T, target.T, config)
+        yield from others_rows(measure, target, config)
 
 
-def of_direction(
+def direction_rows(
     direction: str, name: str, measure: str, score: pd.DataFrame, target: pd.DataFrame, config: Config
 ) -> Iterator[dict[str, Any]]:
     """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group."""
     score, target = score.align(target, join="inner")
     x, y = score.to_numpy(float), target.to_numpy(float)
-    groups = int(np.isfinite(of.spearman_rows(x, y)).sum())
+    groups = int(np.isfinite(spearman_rows(x, y)).sum())
     if not groups:
         return
-    for kind, correlation in of.CORRELATIONS.items():
+    for kind, correlation in CORRELATIONS.items():
         draws = {"num_draws": config.num_draws if kind == "spearman" else config.num_draws // 4, "seed": config.seed}
         if direction == "tasks":
-            interval = of.bootstrap_mean_correlation(x, y, correlation, **draws)
+            interval = bootstrap_mean_correlation(x, y, correlation, **draws)
         else:  # groups are the tasks here
             within = np.array([correlation(*rows) for rows in zip(x, y, strict=True)])
-            interval = of.bootstrap_interval(np.mean, within[np.isfinite(within)], **draws)
+            interval = bootstrap_interval(np.mean, within[np.isfinite(within)], **draws)
         yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
                **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
 
-def of_others(measure: str, target: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+def others_rows(measure: str, target: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
     """The baseline without a score: what the other models reach on the task, or the model on the other tasks."""
-    yield from of_direction("tasks", "mean of the others", measure, mean_of_others(target), target, config)
-    yield from of_direction("models", "mean of the others", measure, mean_of_others(target.T), target.T, config)
+    yield from direction_rows("tasks", "mean of the others", measure, mean_of_others(target), target, config)
+    yield from direction_rows("models", "mean of the others", measure, mean_of_others(target.T), target.T, config)
+
+
+def mean_partial(score: np.ndarray, gain: np.ndarray, headroom: np.ndarray) -> float:
+    """Mean over models of the partial Spearman over tasks; all three are (tasks, models)."""
+    values = [partial_spearman(*model) for model in zip(score.T, gain.T, headroom.T, strict=True)]
+    defined = [value for value in values if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def partial_rows(cells: pd.DataFrame, config: Config, scores: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows of verdict_partial.csv: Spearman of score and gain with the headroom held fixed, mean over models."""
     for measure in known_gains(cells):
         for name in scores:
-            tables = [matrix(cells, column).to_numpy(float) for column in (name, measure, "headroom")]
-
-            def mean_partial(*by_task: np.ndarray) -> float:
-                values = [of.partial_spearman(*rows) for rows in zip(*(table.T for table in by_task), strict=True)]
-                defined = [value for value in values if np.isfinite(value)]
-                return float(np.mean(defined)) if defined else float("nan")
-
-            draws = {"num_draws": config.num_draws // 4, "seed": config.seed}
-            interval = of.bootstrap_interval(mean_partial, *(table.T for table in tables), **draws)
+            tables = [matrix(cells, column).to_numpy(float).T for column in (name, measure, "headroom")]
+            interval = bootstrap_interval(mean_partial, *tables, num_draws=config.num_draws // 4, seed=config.seed)
             yield {"measure": measure, "score": name, "given": "headroom", **interval._asdict()}
 
 
@@ -130,7 +139,7 @@ def decision_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
         known = cells[cells[measure].notna()]
         for name in (*SCORES, *CONTROLS, "headroom", "num_parameters"):
             if name in known:
-                value = of.auc(known[name].to_numpy(float), known[measure].to_numpy(float) > WORTHWHILE_GAIN)
+                value = auc(known[name].to_numpy(float), known[measure].to_numpy(float) > WORTHWHILE_GAIN)
                 yield {"measure": measure, "score": name, "auc": value, "cells": len(known)}
 
 
@@ -155,18 +164,16 @@ def selection_rows(
                     target = target_of[measure].to_numpy(float)
                     if np.isfinite(target).sum() < 3 or maps.shape[1] != len(target):
                         continue
-                    best = of.selection_null(maps, target, num_permutations=config.num_draws, seed=config.seed)
-                    without = of.leave_one_out_selection(maps, target, config.num_draws, config.seed)
+                    best = selection_null(maps, target, num_permutations=config.num_draws, seed=config.seed)
+                    without = leave_one_out_selection(maps, target, config.num_draws, config.seed)
                     last = configurations["layer"] == configurations["layer"].max()
                     chosen = configurations.iloc[best.configuration]
-                    yield {
-                        **{"model": model, "measure": measure, "eigenvectors": order, "score": score},
-                        "fixed_rule": of.spearman(maps[last].mean(0), target),
-                        **{"best": best.best, "layer": int(chosen["layer"]), "fraction": chosen["fraction"]},
-                        **{"null_mean": best.null_mean, "null_quantile": best.null_quantile, "p": best.p_value},
-                        **{"leave_one_out": without.correlation, "leave_one_out_p": without.p_value},
-                        **{"configurations": len(maps), "tasks": int(np.isfinite(target).sum())},
-                    }
+                    yield {"model": model, "measure": measure, "eigenvectors": order, "score": score,
+                           "fixed_rule": spearman(maps[last].mean(0), target), "best": best.best,
+                           "layer": int(chosen["layer"]), "fraction": chosen["fraction"],
+                           "null_mean": best.null_mean, "null_quantile": best.null_quantile, "p": best.p_value,
+                           "leave_one_out": without.correlation, "leave_one_out_p": without.p_value,
+                           "configurations": len(maps), "tasks": int(np.isfinite(target).sum())}  # fmt: skip
 
 
 def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -179,7 +186,7 @@ def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict
                 target = targets[measure].to_numpy(float)
                 if maps.shape[1] != len(target) or np.isfinite(target).sum() < 3:
                     continue
-                values = of.spearman_rows(maps, target)
+                values = spearman_rows(maps, target)
                 for (layer, fraction), value in zip(configurations.to_numpy(), values, strict=True):
                     yield {"model": model, "score": score, "measure": measure, "layer": int(layer),
                            "fraction": fraction, "spearman": value}  # fmt: skip
@@ -192,7 +199,7 @@ def control_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]
         for score in NAMES:
             for v in ("", "_smallest", "_pca", "_random"):
                 lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
-                interval = of.bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
+                interval = bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
                 row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression"}
                 row |= {"value": rows[score + v].mean(), "lead_over_random": interval.value}
                 row |= {"low": interval.low, "high": interval.high, "tasks": len(lead)}
@@ -204,7 +211,7 @@ def control_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]
 
 
 def calibration_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows of verdict_calibration.csv: root mean squared error of a gain foretold for a task left out, in points.
+    """Rows of verdict_calibration.csv: root mean squared error of a gain predicted for a task left out, in points.
 
     Least squares on the other tasks, all models together, an intercept per model; `nothing` is the intercept alone.
     """
@@ -227,9 +234,9 @@ def calibration_rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def seed_rows(seeds: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Rows of verdict_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks."""
-    for model, of_model in seeds.groupby("model"):
+    for model, rows in seeds.groupby("model"):
         for name in ("ntps", "retained", *MEASURES):
-            table = of_model.pivot(index="dataset", columns="seed", values=name).dropna()
+            table = rows.pivot(index="dataset", columns="seed", values=name).dropna()
             if table.shape[1] > 1 and len(table) > 1:
                 between = float(np.sqrt(table.var(axis=1).mean()))
                 yield {"model": model, "name": name, "sd_between_seeds": between, "seeds": table.shape[1],
@@ -244,7 +251,7 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         UserError: the values have not been imported.
     """
     if not (data_dir / "fig3.csv").is_file():
-        raise UserError(f"No {data_dir / 'fig3.csv'}. Run: python fig_plot/import_published.py PATH")
+        raise UserError(f"No {data_dir / 'fig3.csv'}. Run: python -m fig_plot.import_published PATH")
     fig2, fig3 = pd.read_csv(data_dir / "fig2.csv"), pd.read_csv(data_dir / "fig3.csv")
     fig3 = fig3.assign(lora_gain=fig3["lora_accuracy"] - fig3["linear_accuracy"], headroom=1 - fig3["linear_accuracy"])
     train = fig2[fig2["metric"] == "train_accuracy"].rename(columns={"value": "probe_accuracy"})
@@ -256,16 +263,17 @@ def published_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
             target, score = matrix(kept, measure), matrix(kept, "ntps")
             sizes = pd.Series({model: parse_size(MODELS[model].parameters) for model in target.index})
             scores = {"ntps": score, "num_parameters": pd.DataFrame(dict.fromkeys(target, sizes))}
-            scores |= {"headroom": matrix(kept, "headroom")} if "headroom" in kept else {}
-            of_cells = [*of_others(measure, target, config)]
+            if "headroom" in kept:
+                scores["headroom"] = matrix(kept, "headroom")
+            found = [*others_rows(measure, target, config)]
             for name, table in scores.items():
-                of_cells += of_direction("tasks", name, measure, table, target, config)
-                of_cells += of_direction("models", name, measure, table.T, target.T, config)
-            rows += [{"without": without or "", **row} for row in of_cells]
+                found += direction_rows("tasks", name, measure, table, target, config)
+                found += direction_rows("models", name, measure, table.T, target.T, config)
+            rows += [{"without": without or "", **row} for row in found]
     sizes_of_sweep = (1, 10, 19, 100, 475)
-    noise = [(size, *of.expected_maximum(size, 12, seed=config.seed)) for size in sizes_of_sweep]
+    noise = [(size, *expected_maximum(size, 12, seed=config.seed)) for size in sizes_of_sweep]
     decision = [
-        {"score": name, "auc": of.auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > WORTHWHILE_GAIN)}
+        {"score": name, "auc": auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > WORTHWHILE_GAIN)}
         for name, sign in (("ntps", -1), ("headroom", 1))
     ]
     partial = partial_rows(fig3, config, ("ntps",))
@@ -295,14 +303,14 @@ def study_tables(data_dir: Path, config: Config) -> dict[str, pd.DataFrame]:
         "calibration": calibration_rows(cells),
         "seeds": seed_rows(seeds),
     }
-    return {name: pd.DataFrame(of_table) for name, of_table in rows.items()}
+    return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
 def print_summary(tables: dict[str, pd.DataFrame]) -> None:
     """Spearman of every score with the main measures, and the smaller tables."""
-    of_kind = tables["correlations"].query("correlation == 'spearman'")
-    shown = of_kind.assign(
-        cell=of_kind.apply(lambda row: f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]", axis=1)
+    spearmans = tables["correlations"].query("correlation == 'spearman'")
+    shown = spearmans.assign(
+        cell=spearmans.apply(lambda row: f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]", axis=1)
     )
     shown["group"] = shown["direction"]
     if "without" in shown:

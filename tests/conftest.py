@@ -4,14 +4,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as utils/ sets it, before torch is loaded
 # One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
 # from a sum over one in the last bit, which matters where a killed run must equal an uninterrupted one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +24,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from utils.models import file_digest
 from utils.settings import with_values
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = Path(os.environ.get("NTPS_PUBLISHED", ""))
+needs_published = pytest.mark.skipif(
+    "NTPS_PUBLISHED" not in os.environ, reason="NTPS_PUBLISHED does not name the folder of the authors' figure files"
+)
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
 
 
@@ -84,6 +95,27 @@ def model_dirs(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture
+def model_twins(model_dirs, tmp_path) -> tuple[Path, Path]:
+    """Folders with a model, and with one of the same architecture and size but other weights, as a second training."""
+    model, retrained = (Path(shutil.copytree(model_dirs["qwen2"], tmp_path / name)) for name in ("model", "retrained"))
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(retrained)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(retrained)
+    return model, retrained
+
+
+def retrain(folder: Path) -> None:
+    """Changes weights of the model in a folder; size and time of the file stay, as after a copy with its times."""
+    path = next(folder.glob("*.safetensors"))
+    stat, tensors = path.stat(), load_file(path)
+    name = next(name for name in sorted(tensors) if "embed" in name)
+    tensors[name][:, 0] += 1  # of every token, so that states change whatever the texts
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    file_digest.cache_clear()  # a process of its own would read the file; this one remembers it by size and time
+
+
 @pytest.fixture(scope="session")
 def rows_path(tmp_path_factory) -> Path:
     """A labelled JSON lines file of 240 ragged texts in 3 classes, the class showing in a word."""
@@ -105,3 +137,13 @@ def run_in_process(monkeypatch, script: str, *arguments: str | Path) -> int | st
     except SystemExit as exit:
         return exit.code
     return 0
+
+
+def kill_at(ready: Callable[[], Any], *arguments: str | Path) -> None:
+    """Runs a command line in a process of its own, and kills it as soon as `ready()` says so."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not ready():
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -14,14 +17,17 @@ from sklearn.linear_model import LinearRegression
 
 import cache
 import K_sweep
-from tests.conftest import run_command
+from tests.conftest import configure, retrain, run_in_process
 from utils.data import load_texts
-from utils.io import open_tensors
+from utils.io import UserError, open_tensors, parse
+from utils.linalg import NestedBasis
 from utils.moments import LayerMoments, load_layer
 from utils.permuted_labels import draw_permuted_factors
-from utils.report import NULL_SCORES, SCORES
+from utils.scores import NULL_SCORES, SCORES
+from utils.settings import with_values
 
 CPU = torch.device("cpu")
+FRACTIONS = (0.05, 0.3, 0.6, 0.95)
 
 
 def tensor(array) -> torch.Tensor:
@@ -61,7 +67,7 @@ def moments_of(features, targets, states) -> LayerMoments:
 
 
 def sweep(features, targets, states, **options) -> dict:
-    return K_sweep.sweep_layer(moments_of(features, targets, states), None, K_sweep.Config(**options), 0)
+    return K_sweep.sweep_layer(moments_of(features, targets, states), None, configure(K_sweep, **options), 0)
 
 
 def projector(vectors) -> np.ndarray:
@@ -163,11 +169,60 @@ def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
     assert torch.all(complete[:, 3:].norm(dim=0).diff() > 0)  # C-norm 1: shorter means more variance
 
 
+# ------------------------------------------------------------------ the reference
+def generalized_eigenvectors(factor, denominator) -> np.ndarray:
+    """All of F F' u = lambda C u by scipy, largest eigenvalue first.
+
+    Where C is singular, u is unique up to the null space of C; the one in the range of C once that has a unit diagonal.
+    """
+    factor, denominator = factor.numpy(), denominator.numpy()
+    scale = 1 / np.sqrt(np.diag(denominator))
+    basis = scale[:, None] * scipy.linalg.orth(denominator * scale * scale[:, None], rcond=1e-12)
+    projected = basis.T @ factor @ factor.T @ basis, basis.T @ denominator @ basis
+    return basis @ scipy.linalg.eigh(*projected)[1][:, ::-1]
+
+
+@pytest.mark.parametrize("num_samples", [300, 9])  # more and fewer texts than dimensions
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5, 1.0])
+def test_reference_is_the_projection_ratio_of_scipy_s_eigenvectors(num_samples, fraction):
+    """With as many label directions as dimensions or texts, nothing is tied: U is unique."""
+    random = np.random.default_rng(3)
+    features, _, states = make_data(num_samples, 12, 3)
+    moments = moments_of(features, random.normal(size=(num_samples, 12)), states)
+    u = generalized_eigenvectors(moments.pooled_label_cross_moment, moments.pooled_second_moment)
+    v = generalized_eigenvectors(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    assert u.shape[1] == min(num_samples, 12)
+    k_u, k_v = (max(1, int(fraction * vectors.shape[1])) for vectors in (u, v))
+    inside = projector(v[:, :k_v]) @ u[:, :k_u]
+    expected = np.square(inside).sum() / np.square(u[:, :k_u]).sum()
+    assert K_sweep.ntps_reference(moments, fraction) == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(300, 3), (300, 20), (10, 3), (15, 2)])
+def test_fast_score_equals_the_reference(num_samples, num_classes):
+    """Full rank and fewer texts than dimensions, few label directions (most of U is tied) and many."""
+    features, targets, states = make_data(num_samples, 16, min(num_classes, num_samples), seed=num_samples)
+    fast = sweep(features, targets, states, fractions=FRACTIONS, num_null_draws=2)["ntps"]
+    moments = moments_of(features, targets, states)
+    expected = [K_sweep.ntps_reference(moments, fraction) for fraction in FRACTIONS]
+    np.testing.assert_allclose(fast, expected, atol=1e-8)
+
+
+def test_fast_score_equals_the_reference_on_the_embedded_model(tiny_results):
+    with open_tensors(tiny_results["reference"]) as (file, metadata):
+        layers = [load_layer(file, metadata, layer, CPU) for layer in (0, 2, 4)]
+    for moments in layers:
+        config = configure(K_sweep, fractions=FRACTIONS, num_null_draws=2)
+        fast = K_sweep.sweep_layer(moments, None, config, 0)["ntps"]
+        expected = [K_sweep.ntps_reference(moments, fraction) for fraction in FRACTIONS]
+        np.testing.assert_allclose(fast, expected, atol=1e-6)
+
+
 # ------------------------------------------------------------------ the score
 def ntps_of(u, u_whitener, v, k_us, k_vs, largest=True) -> np.ndarray:
-    basis = K_sweep.nested_basis(tensor(v))
-    u_rows, whitener_rows = (torch.ormqr(*basis, tensor(of), left=True, transpose=True) for of in (u, u_whitener))
-    return K_sweep.ntps(u_rows, whitener_rows, k_us, k_vs, largest)[0].numpy()
+    basis = NestedBasis.of(tensor(v))
+    labels, perception = (basis.coordinates(tensor(vectors)) for vectors in (u, u_whitener))
+    return K_sweep.ntps(labels, perception, k_us, k_vs, largest)[0].numpy()
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9))
@@ -342,7 +397,9 @@ def test_a_random_subspace_is_at_chance_and_the_same_for_a_seed():
     moments, chance = moments_of(features, targets, states), sweep(features, targets, states)["chance"]
 
     def of_seed(seed, layer=0):
-        return K_sweep.sweep_layer(moments, None, K_sweep.Config(subspace="random", seed=seed, num_null_draws=2), layer)
+        return K_sweep.sweep_layer(
+            moments, None, configure(K_sweep, subspace="random", seed=seed, num_null_draws=2), layer
+        )
 
     scores = torch.stack([of_seed(seed)["ntps_label"] for seed in range(200)])
     error = scores.std(0) / 200**0.5
@@ -365,7 +422,7 @@ def test_every_subspace_has_as_many_directions_as_the_autoregression():
 
 def test_only_options_other_than_the_default_stand_in_the_name():
     def name(**options):
-        return K_sweep.result_path(K_sweep.Config(dataset_name="docstrings/kind", **options)).as_posix()
+        return K_sweep.output_path(configure(K_sweep, dataset_name="docstrings/kind", **options)).as_posix()
 
     folder = "results/ntps/tiny/docstrings__kind"
     assert name() == name(subspace="autoregression") == f"{folder}.json"
@@ -399,24 +456,24 @@ def test_draws_have_the_known_mean():
     p = np.array([0.5, 0.3, 0.2])
     label_covariance = tensor(np.diag(p) - np.outer(p, p))
     for n, rank in ((200, 30), (40, 30), (31, 30), (33, 30)):
-        factor, orthonormal = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
-        totals = factor.square().sum((1, 2))
+        drawn = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
+        totals = drawn.factors.square().sum((1, 2))
         expected = rank * label_covariance.trace() / (n - 1)
         assert abs(totals.mean() - expected) < 5 * totals.std() / 4000**0.5 + 1e-12
-        np.testing.assert_allclose(orthonormal.mT @ orthonormal, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
+        np.testing.assert_allclose(drawn.bases.mT @ drawn.bases, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
 
 
 # ------------------------------------------------------------------ the embedded model, and the command line
-def shuffled_texts(settings, split):
+def shuffled_texts(settings, run, split):
     """The texts of `load_texts` in another order."""
-    data = load_texts(settings, split)
+    data = load_texts(settings, run, split)
     order = np.random.default_rng(1).permutation(len(data.texts))
     return dataclasses.replace(data, texts=[data.texts[i] for i in order], labels=data.labels[order])
 
 
 @pytest.fixture(scope="module")
 def tiny_results(tmp_path_factory):
-    """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
+    """cache.py on one docstring task with the embedded model, 600 texts, under four ways of computing the same."""
     ways = {
         "reference": {},
         "small batches": {"tokens_per_batch": 256},
@@ -425,14 +482,13 @@ def tiny_results(tmp_path_factory):
     }
     results = {}
     for way, options in ways.items():
-        config = cache.Config(
-            dataset_name="docstrings/kind", max_samples=1500, results_dir=tmp_path_factory.mktemp("tiny"), **options
-        )
+        folder = tmp_path_factory.mktemp("tiny")
+        config = configure(cache, dataset_name="docstrings/kind", max_samples=600, results_dir=folder, **options)
         with pytest.MonkeyPatch.context() as patch:
             if way == "shuffled texts":
                 patch.setattr(cache, "load_texts", shuffled_texts)
             cache.main(config)
-        [results[way]] = config.results_dir.glob("moments/*/*/train.safetensors")
+        [results[way]] = folder.glob("moments/*/*/train.safetensors")
     return results
 
 
@@ -462,16 +518,27 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
             assert (a[name] - b[name]).abs().max() < 1e-4, (name, a["layer"])
 
 
-def test_command_line_from_rows_to_picture(model_dirs, rows_path, tmp_path):
-    common = ["--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path]
-    missing = run_command("K_sweep.py", *common)
-    assert missing.returncode == 1 and "python cache.py --model_name" in missing.stderr
+@pytest.fixture(scope="module")
+def cached(model_dirs, rows_path, tmp_path_factory):
+    """A results folder with the moments of both splits in bfloat16; and the settings K_sweep.py needs to find them."""
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+    names["results_dir"] = tmp_path_factory.mktemp("cached")
     for split in ("train", "test"):
-        assert run_command("cache.py", *common, "--split", split).returncode == 0
-    result = run_command("K_sweep.py", *common)
-    assert result.returncode == 0, result.stderr
-    path = tmp_path / "ntps" / model_dirs["qwen2"].name / "rows.json"
-    assert result.stdout.strip().splitlines()[-1] == str(path)
+        cache.main(configure(cache, **names, split=split, dtype="bfloat16"))
+    return names
+
+
+@pytest.fixture
+def names(cached, tmp_path):
+    """Of a copy of `cached`."""
+    return cached | {"results_dir": shutil.copytree(cached["results_dir"], tmp_path / "results")}
+
+
+def test_from_moments_to_json_and_picture(names, monkeypatch, capsys):
+    call = [word for name, value in names.items() for word in (f"--{name}", value)]
+    assert run_in_process(monkeypatch, "K_sweep.py", *call) == 0
+    path = names["results_dir"] / "ntps" / Path(names["model_name"]).name / "rows.json"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
     content = json.loads(path.read_text())
     assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
     for layer in content["layers"]:
@@ -483,17 +550,74 @@ def test_command_line_from_rows_to_picture(model_dirs, rows_path, tmp_path):
     assert content["score"]["retained"]["value"] == pytest.approx(value)
     assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".pdf").is_file()
 
-    assert run_command("K_sweep.py", *common).returncode == 0  # reused
-    refused = run_command("K_sweep.py", *common, "--seed", "1")
-    assert refused.returncode == 1 and "seed: 0 there, 1 now" in refused.stderr
-    smallest = run_command("K_sweep.py", *common, "--eigenvectors", "smallest", "--center")
-    assert smallest.returncode == 0 and path.with_name("rows.smallest.centered.json").is_file()
-    assert run_command("cache.py", *common, "--pooling", "last", "--overwrite").returncode == 0
-    stale = run_command("K_sweep.py", *common)
-    assert stale.returncode == 1 and "other moments" in stale.stderr
+
+def test_settings_left_at_their_default_are_those_of_the_moments(names):
+    result = K_sweep.run(configure(K_sweep, **names, picture=False, num_null_draws=2))
+    assert result["config"]["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"dtype: 'bfloat16' there, 'float16' now"):
+        K_sweep.run(configure(K_sweep, **names, picture=False, dtype="float16"))
+    with pytest.raises(UserError, match=r"max_samples: None there, 20 now"):
+        K_sweep.run(configure(K_sweep, **names, picture=False, max_samples=20))
 
 
-@pytest.mark.parametrize("options", [["--fractions", "0.5", "1.5"], ["--num_null_draws", "1"], ["--device", "gpu9"]])
-def test_mistakes_end_in_one_sentence(options, tmp_path):
-    result = run_command("K_sweep.py", *options, "--results_dir", tmp_path)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
+def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
+    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
+    first, solve = K_sweep.run(config), K_sweep.sweep_layer
+
+    def no_work(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(K_sweep, "sweep_layer", no_work)
+    assert K_sweep.run(config) == first
+    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+        K_sweep.run(with_values(config, seed=1))
+    monkeypatch.setattr(K_sweep, "sweep_layer", solve)
+    K_sweep.run(with_values(config, eigenvectors="smallest", center=True))
+    folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
+    assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
+    cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
+    with pytest.raises(UserError, match=r"other moments.*--overwrite"):
+        K_sweep.run(config)
+
+
+def test_a_retrained_model_is_noticed(names, model_dirs, tmp_path):
+    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
+    names = names | {"model_name": str(folder)}
+    cache.main(configure(cache, **names))
+    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
+    K_sweep.run(config)
+    retrain(folder)
+    with pytest.raises(UserError, match="other weights of the model"):
+        K_sweep.run(config)
+    shutil.rmtree(folder)  # moments are solved without the model, where it is not there
+    folder.mkdir()
+    K_sweep.run(with_values(config, overwrite=True))
+
+
+def test_missing_moments_name_a_command_that_makes_them(tmp_path):
+    """The name of an adapted model is of a folder of results; cache.py takes the model and its adapter."""
+    wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "max_samples": 90, "split": "test"}
+    with pytest.raises(UserError, match=r"No moments at .*Run: python cache\.py ") as raised:
+        K_sweep.run(configure(K_sweep, **wanted, results_dir=tmp_path))
+    script, *arguments = shlex.split(str(raised.value).split("Run: python ")[1])
+    assert script == "cache.py"
+    adapter = tmp_path / "lora" / "tiny" / "docstrings__kind" / "adapter"
+    expected = wanted | {"model_name": "tiny", "adapter_dir": adapter, "results_dir": tmp_path}
+    parsed = parse(cache.Config, arguments)
+    assert parsed == configure(cache, **expected)
+    assert str(cache.config_path(parsed)) in str(raised.value)  # where K_sweep.py looked
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fractions", "0.5", "1.5"], r"--fractions must be in (0, 1]"),
+        (["--num_null_draws", "1"], "--num_null_draws must be at least 2"),
+        (["--device", "gpu9"], "--device gpu9 cannot be used here"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+    code, printed = run_in_process(monkeypatch, "K_sweep.py", *options, "--results_dir", tmp_path), capsys.readouterr()
+    assert code == 2 or code.startswith("error: ")
+    assert message in " ".join(f"{code} {printed.err} {printed.out}".replace("│", " ").split())
+    assert not any(tmp_path.iterdir())  # before a pass through the model

@@ -1,9 +1,8 @@
 """alignment_vis.py: directions equal scipy's, coordinates transformers', scores the formulas; its command line."""
 
-import dataclasses
 import json
+import shlex
 import shutil
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,15 +10,17 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-import tyro
 from matplotlib import pyplot as plt
 from transformers import AutoModel, AutoTokenizer
 
 import alignment_vis
 import cache
-from fig_plot.plotting import plot_alignment, separating_line
-from tests.conftest import make_texts, run_command, run_in_process, write_rows
-from utils.io import UserError, open_tensors
+from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
+from utils import separability
+from utils.io import UserError, open_tensors, parse
+from utils.pictures import plot_alignment
+from utils.separability import separating_line
+from utils.settings import flatten, with_values
 
 GROUPS = ("colour=red,green,house", "size=small,large,engine", "rest=the,of")
 GROUPED = ["red", "green", "house", "small", "large", "engine", "the", "of"]
@@ -30,36 +31,36 @@ COMPONENTS = ["component_1", "component_2"]
 def made(model_dirs, rows_path, tmp_path_factory):
     """Folder with the moments of the train split; tests work on copies."""
     results_dir = tmp_path_factory.mktemp("made")
-    names: dict[str, Any] = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    cache.main(cache.Config(**names, results_dir=results_dir))
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+    cache.main(configure(cache, **names, results_dir=results_dir))
     return results_dir
 
 
 @pytest.fixture
 def config(made, model_dirs, rows_path, tmp_path):
     shutil.copytree(made, tmp_path / "results")
-    names: dict[str, Any] = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    return alignment_vis.Config(**names, results_dir=tmp_path / "results", words=GROUPS, num_shuffles=2)
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+    return configure(alignment_vis, **names, results_dir=tmp_path / "results", words=GROUPS, num_shuffles=2)
 
 
 def command(config, *more):
-    names = ("model_name", "dataset_name", "results_dir", "num_shuffles")
-    return ["alignment_vis.py", *(a for name in names for a in (f"--{name}", getattr(config, name))), *more]
+    names, values = ("model_name", "dataset_name", "results_dir", "num_shuffles"), flatten(config)
+    return ["alignment_vis.py", *(word for name in names for word in (f"--{name}", values[name])), *more]
 
 
 def result_of(config, name="rows.layer0") -> dict:
-    [path] = config.results_dir.glob(f"alignment/*/{name}.json")
+    [path] = config.run.results_dir.glob(f"alignment/*/{name}.json")
     return json.loads(path.read_text())
 
 
 def table_of(config, name="rows.layer0") -> pd.DataFrame:
-    [path] = config.results_dir.glob(f"alignment/*/{name}.csv")
+    [path] = config.run.results_dir.glob(f"alignment/*/{name}.csv")
     return pd.read_csv(path)
 
 
 def dense_solutions(config, layer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """All eigenvalues and eigenvectors of both problems by scipy, largest first, from the matrices as they are."""
-    [path] = config.results_dir.glob("moments/*/*/train.safetensors")
+    [path] = config.run.results_dir.glob("moments/*/*/train.safetensors")
     with open_tensors(path) as (file, metadata):
         mu, b, m, c0, c1, prefix, following = (
             file.get_tensor(name)[layer].numpy()
@@ -92,11 +93,11 @@ def states_by_transformers(folder, words, layer) -> np.ndarray:
 # ------------------------------------------------------------------ coordinates
 @pytest.mark.parametrize(("layer", "center"), [(0, False), (1, False), (2, True)])
 def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, center):
-    config = dataclasses.replace(config, layer=layer, center=center)
+    config = with_values(config, layer=layer, center=center)
     alignment_vis.main(config)
     name = f"rows.layer{layer}" + (".centered" if center else "")
     table, result = table_of(config, name), result_of(config, name)
-    states = states_by_transformers(config.model_name, GROUPED, layer)
+    states = states_by_transformers(config.model.model_name, GROUPED, layer)
     for subspace, (values, vectors) in dense_solutions(config, layer).items():
         rows = table[table.subspace == subspace]
         assert list(rows.word) == GROUPED and list(rows.category) == [g for g, n in zip(
@@ -116,17 +117,17 @@ def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, ce
 
 def test_more_components_only_add_columns(config):
     alignment_vis.main(config)
-    two, name = table_of(config), config.model_name.split("/")[-1]
-    alignment_vis.main(dataclasses.replace(config, num_components=3, overwrite=True))
+    two, name = table_of(config), config.model.model_name.split("/")[-1]
+    alignment_vis.main(with_values(config, num_components=3, overwrite=True))
     three = table_of(config)
     assert list(three.columns) == ["subspace", "category", "word", *COMPONENTS, "component_3"]
     np.testing.assert_allclose(three[COMPONENTS], two[COMPONENTS])
-    assert (config.results_dir / "alignment" / name / "rows.layer0.png").stat().st_size > 10_000
+    assert (config.run.results_dir / "alignment" / name / "rows.layer0.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_signs_do_not_depend_on_the_solver(config, monkeypatch, layer):
-    config = dataclasses.replace(config, layer=layer)
+    config = with_values(config, layer=layer)
     alignment_vis.main(config)
     expected, solve = table_of(config, f"rows.layer{layer}"), alignment_vis.solve_generalized_eigenproblem
 
@@ -135,7 +136,7 @@ def test_signs_do_not_depend_on_the_solver(config, monkeypatch, layer):
         return vectors * torch.tensor([-1.0, 1.0, -1.0] + [1.0] * (vectors.shape[1] - 3)), *rest
 
     monkeypatch.setattr(alignment_vis, "solve_generalized_eigenproblem", flipped)
-    alignment_vis.main(dataclasses.replace(config, overwrite=True))
+    alignment_vis.main(with_values(config, overwrite=True))
     pd.testing.assert_frame_equal(table_of(config, f"rows.layer{layer}"), expected)
     means = expected.groupby(["subspace", "category"])[COMPONENTS].mean()
     for subspace in "UV":
@@ -170,7 +171,7 @@ def silhouette_by_hand(x, labels) -> float:
 def test_scores_equal_their_formulas(gap):
     random, labels = np.random.default_rng(1), np.array([0, 0, 0, 0, 0, 1, 1, 1, 1])
     x = random.normal(size=(9, 3)) + gap * labels[:, None]
-    scores = alignment_vis.measure(x, labels)
+    scores = separability.measure(x, labels)
     right = []
     for i in range(9):
         w = logistic_weights(np.delete(x, i, 0), np.delete(labels, i) == 0)
@@ -178,23 +179,23 @@ def test_scores_equal_their_formulas(gap):
     assert scores["leave_one_out"] == pytest.approx(np.mean(right))
     assert scores["silhouette"] == pytest.approx(silhouette_by_hand(x, labels))
     three = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    assert alignment_vis.measure(x, three)["silhouette"] == pytest.approx(silhouette_by_hand(x, three))
+    assert separability.measure(x, three)["silhouette"] == pytest.approx(silhouette_by_hand(x, three))
 
 
 def test_shuffled_labels_tell_chance_and_units_do_not_matter():
-    config, labels = alignment_vis.Config(num_shuffles=20, seed=4), np.repeat([0, 1], 6)
+    labels = np.repeat([0, 1], 6)
     x = np.random.default_rng(0).normal(size=(12, 2))
-    apart = alignment_vis.separability(x + 9 * labels[:, None], labels, config)
+    apart = separability.separability(x + 9 * labels[:, None], labels, num_shuffles=20, seed=4)
     assert apart["leave_one_out"]["value"] == 1 and apart["silhouette"]["value"] > 0.7
     assert apart["leave_one_out"]["p"] == apart["silhouette"]["p"] == 1 / 21
     assert 0.2 < apart["leave_one_out"]["shuffled"] < 0.5  # below one half, as the module says
-    mixed = alignment_vis.separability(x, labels, config)
+    mixed = separability.separability(x, labels, num_shuffles=20, seed=4)
     random, scaled = np.random.default_rng(4), (x - x.mean(0)) / x.std(0)
     drawn = np.array([silhouette_by_hand(scaled, random.permutation(labels)) for _ in range(20)])
     assert mixed["silhouette"]["shuffled"] == pytest.approx(drawn.mean())
     assert mixed["silhouette"]["p"] == pytest.approx((1 + (drawn >= mixed["silhouette"]["value"] - 1e-9).sum()) / 21)
     assert mixed["silhouette"]["p"] > 0.1
-    stretched = alignment_vis.separability(x * [1e-3, 50] + [0, 3000], labels, config)
+    stretched = separability.separability(x * [1e-3, 50] + [0, 3000], labels, num_shuffles=20, seed=4)
     for name in ("silhouette", "leave_one_out"):
         assert stretched[name] == pytest.approx(mixed[name])
 
@@ -211,18 +212,18 @@ def test_line_is_that_of_logistic_regression():
 def test_result_holds_the_scores_of_its_own_table(config):
     alignment_vis.main(config)
     result, table = result_of(config), table_of(config)
-    for subspace, of in result["subspaces"].items():
+    for subspace, described in result["subspaces"].items():
         rows = table[table.subspace == subspace]
         for group, labels in (("first_two", [0, 0, 0, 1, 1, 1]), ("all", [0, 0, 0, 1, 1, 1, 2, 2])):
             x = rows[COMPONENTS].to_numpy()[: len(labels)]
             z = (x - x.mean(0)) / x.std(0)
             z[:, np.ptp(x, axis=0) < 1e-5] = 0
             value = silhouette_by_hand(z, np.array(labels))
-            assert of["separability"][group]["silhouette"]["value"] == pytest.approx(value)
+            assert described["separability"][group]["silhouette"]["value"] == pytest.approx(value)
         x = rows[COMPONENTS].to_numpy()[:6]
         line = separating_line(x, np.arange(6) < 3)
-        np.testing.assert_allclose(of["boundary"]["weights"], line["weights"])
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+        np.testing.assert_allclose(described["boundary"]["weights"], line["weights"])
+    tokenizer = AutoTokenizer.from_pretrained(config.model.model_name)
     assert result["num_tokens"] == {word: len(tokenizer.tokenize(word)) for word in GROUPED}
     assert result["num_samples"] == 168
 
@@ -292,12 +293,12 @@ def test_picture_takes_the_boundaries_given_and_many_words():
 
 
 # ------------------------------------------------------------------ command line and mistakes
-def test_command_line_writes_reuses_and_refuses(config, monkeypatch):
-    first = run_command(*command(config, "--layer", "-1", "--words", *GROUPS))
-    assert first.returncode == 0, first.stderr
-    [path] = config.results_dir.glob("alignment/*/rows.layer2.json")
-    printed = first.stdout.strip().splitlines()
-    assert printed[-1] == str(path) and "leave-one-out" in first.stdout and "colour / size" in first.stdout
+def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, *command(config, "--layer", "-1", "--words", *GROUPS)) == 0
+    [path] = config.run.results_dir.glob("alignment/*/rows.layer2.json")
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == str(path)
+    assert "leave-one-out" in printed and "colour / size" in printed
     names = [f"rows.layer2.{suffix}" for suffix in ("csv", "json", "pdf", "png")]
     assert sorted(file.name for file in path.parent.iterdir()) == names
     before, table = path.read_text(), path.with_suffix(".csv").read_text()
@@ -307,27 +308,45 @@ def test_command_line_writes_reuses_and_refuses(config, monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(alignment_vis, "align", no_work)
-    last = dataclasses.replace(config, layer=2)  # the same as -1
+    last = with_values(config, layer=2)  # the same as -1
     alignment_vis.main(last)
     assert path.read_text() == before and path.with_suffix(".csv").read_text() == table
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
-        alignment_vis.main(dataclasses.replace(last, seed=1))
+        alignment_vis.main(with_values(last, seed=1))
     with pytest.raises(UserError, match=r"words: .*colour.* there, .*Joy.* now"):
-        alignment_vis.main(dataclasses.replace(last, words=None))
-    base: dict[str, Any] = {name: getattr(config, name) for name in ("model_name", "dataset_name", "results_dir")}
-    cache.main(cache.Config(**base, pooling="last", overwrite=True))
+        alignment_vis.main(with_values(last, words=None))
+    base = {name: flatten(config)[name] for name in ("model_name", "dataset_name", "results_dir")}
+    cache.main(configure(cache, **base, pooling="last", overwrite=True))
     with pytest.raises(UserError, match="made from other moments"):
         alignment_vis.main(last)
 
 
-def test_words_of_the_domain(config, monkeypatch):
-    metadata = {"config": {name: getattr(config, name) for name in alignment_vis.MODEL_FIELDS}}
-    wordless = dataclasses.replace(config, words=None)
-    complete = alignment_vis.complete_settings(wordless, metadata, 3, config.results_dir)
-    assert complete.words == alignment_vis.PAPER_WORDS
-    docstrings = dataclasses.replace(wordless, dataset_name="docstrings/kind")
-    complete = alignment_vis.complete_settings(docstrings, metadata, 3, config.results_dir)
-    assert complete.words == alignment_vis.DOCSTRING_WORDS
+def test_a_retrained_model_is_noticed(config, model_dirs, tmp_path):
+    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / model_dirs["qwen2"].name)
+    config = with_values(config, model_name=str(folder))
+    base = {name: flatten(config)[name] for name in ("model_name", "dataset_name", "results_dir")}
+    cache.main(configure(cache, **base, overwrite=True))
+    alignment_vis.main(config)
+    retrain(folder)
+    with pytest.raises(UserError, match="other weights of the model"):
+        alignment_vis.main(config)
+
+
+def test_settings_left_at_their_default_are_those_of_the_moments(config):
+    base = {name: flatten(config)[name] for name in ("model_name", "dataset_name", "results_dir")}
+    cache.main(configure(cache, **base, dtype="bfloat16", overwrite=True))
+    alignment_vis.main(config)
+    assert result_of(config)["config"]["dtype"] == "bfloat16"
+    states = states_by_transformers(config.model.model_name, GROUPED, 0)
+    ratio = table_of(config).query("subspace == 'U'").component_2 / (states @ dense_solutions(config, 0)["U"][1])[:, 1]
+    assert 1e-6 < np.abs(np.abs(ratio) - 1).max() < 0.2  # its words went through a bfloat16 model too
+
+
+def test_words_of_the_domain(config):
+    wordless = with_values(config, words=None)
+    assert alignment_vis.complete_settings(wordless, 3).words == alignment_vis.PAPER_WORDS
+    docstrings = with_values(wordless, dataset_name="docstrings/kind")
+    assert alignment_vis.complete_settings(docstrings, 3).words == alignment_vis.DOCSTRING_WORDS
     for words in (alignment_vis.PAPER_WORDS, alignment_vis.DOCSTRING_WORDS):
         assert [len(listed) for listed in alignment_vis.parse_words(words).values()] == [4, 4, 5]
 
@@ -347,7 +366,7 @@ def test_words_of_the_domain(config, monkeypatch):
 def test_bad_words_end_in_one_sentence(config, monkeypatch, words, message):
     code = run_in_process(monkeypatch, *command(config, "--words", *words))
     assert isinstance(code, str) and code.startswith("error: ") and message in code  # a string: exit code 1
-    assert not (config.results_dir / "alignment").exists()
+    assert not (config.run.results_dir / "alignment").exists()
 
 
 @pytest.mark.parametrize(
@@ -357,75 +376,67 @@ def test_bad_words_end_in_one_sentence(config, monkeypatch, words, message):
         (["--layer", "-4"], ["no layer -4"]),
         (["--num_components", "4"], ["perception", "has 3 informative directions", "Set --num_components 3."]),
         (["--num_components", "3", "--center"], ["has 2", "--num_components 2, or drop --center"]),
-        (["--dtype", "bfloat16"], ["dtype: 'float32' there, 'bfloat16' now", "--dtype bfloat16", "--overwrite"]),
+        (["--dtype", "bfloat16"], ["dtype: 'float32' there, 'bfloat16' now", "--overwrite"]),
         (["--device", "gpu9"], ["--device gpu9"]),
     ],
 )
 def test_impossible_requests_end_in_one_sentence(config, monkeypatch, options, messages):
     code = run_in_process(monkeypatch, *command(config, "--words", *GROUPS, *options))
     assert isinstance(code, str) and all(message in code for message in ("error: ", *messages)), code
-    assert not (config.results_dir / "alignment").exists()
+    assert not (config.run.results_dir / "alignment").exists()
 
 
-def test_missing_moments_name_the_command(config, monkeypatch):
-    code = run_in_process(monkeypatch, *command(config, "--split", "test", "--dtype", "bfloat16"))
-    wanted = f"python cache.py --model_name {config.model_name} --dataset_name {config.dataset_name} --split test"
-    assert f"{wanted} --dtype bfloat16 --results_dir {config.results_dir}" in code
+def test_missing_moments_name_the_command(config):
+    with pytest.raises(UserError) as raised:
+        alignment_vis.main(with_values(config, split="test", dtype="bfloat16"))
+    script, *arguments = shlex.split(str(raised.value).split("Run: python ")[1])
+    names = ("model_name", "dataset_name", "results_dir")
+    base = {name: flatten(config)[name] for name in names}
+    assert script == "cache.py"
+    assert parse(cache.Config, arguments) == configure(cache, **base, split="test", dtype="bfloat16")
 
 
 def test_one_label_direction_is_too_few(model_dirs, tmp_path):
     rows = [{"text": text, "label": len(text) / 7} for text in make_texts(60)]
-    names: dict[str, Any] = {
+    names = {
         "model_name": str(model_dirs["qwen2"]),
         "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows)),
         "results_dir": tmp_path / "results",
     }
-    cache.main(cache.Config(**names))
+    cache.main(configure(cache, **names))
     with pytest.raises(UserError, match=r"has 1 informative directions .* Choose a dataset with more classes"):
-        alignment_vis.main(alignment_vis.Config(**names))
+        alignment_vis.main(configure(alignment_vis, **names))
 
 
 def test_moments_of_the_embedded_model_are_made(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(cache, "main", asked.append)
-    config = alignment_vis.Config(dataset_name="docstrings/kind", split="test", seed=7, results_dir=tmp_path)
-    path = alignment_vis.find_moments(config)
-    assert asked == [cache.Config(dataset_name="docstrings/kind", split="test", results_dir=tmp_path)]
-    assert path == tmp_path / "moments" / "tiny" / "docstrings__kind" / "test.safetensors"
-    with pytest.raises(UserError, match=r"tiny\+lora.*python cache.py --split test --adapter_dir .*/adapter "):
-        alignment_vis.find_moments(
-            alignment_vis.Config(adapter_dir=tmp_path / "adapter", split="test", results_dir=tmp_path)
-        )
+
+    def stop(config):
+        asked.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "main", stop)
+    names = {"dataset_name": "docstrings/kind", "split": "test", "results_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        alignment_vis.main(configure(alignment_vis, **names))
+    assert asked == [configure(cache, **names)]
 
 
 def test_a_state_that_is_not_finite_names_the_word(config, monkeypatch):
-    pool = cache.pool
+    pool = alignment_vis.pool
 
     def broken(hidden_states, *rest):
         pooled = pool(hidden_states, *rest)
         pooled[4, 7] = torch.nan
         return pooled
 
-    monkeypatch.setattr(cache, "pool", broken)
+    monkeypatch.setattr(alignment_vis, "pool", broken)
     with pytest.raises(UserError, match="'large' at layer 0 is not finite"):
         alignment_vis.main(config)
-    assert not (config.results_dir / "alignment").exists()
+    assert not (config.run.results_dir / "alignment").exists()
 
 
 @pytest.mark.parametrize("change", [{"num_components": 1}, {"num_shuffles": 0}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        alignment_vis.Config(**change)
-
-
-def test_shared_fields_are_those_of_cache_and_help_explains_every_field(capsys):
-    ours = {field.name: (field.type, field.default) for field in dataclasses.fields(alignment_vis.Config)}
-    theirs = {field.name: (field.type, field.default) for field in dataclasses.fields(cache.Config)}
-    shared = ours.keys() & theirs.keys()
-    assert shared >= {*alignment_vis.MODEL_FIELDS, "split", "device", "results_dir", "trust_remote_code"}
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
-    with pytest.raises(SystemExit):
-        tyro.cli(alignment_vis.Config, description=alignment_vis.__doc__, args=["--help"])
-    printed = capsys.readouterr().out.replace("_", "-")
-    for name in ours:
-        assert f"--{name.replace('_', '-')}" in printed
+        configure(alignment_vis, **change)

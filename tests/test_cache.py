@@ -1,11 +1,11 @@
 """cache.py: the streamed moments equal the definition, whatever the batches; and its command line."""
 
-import dataclasses
+import errno
+import gc
 import json
-import signal
-import subprocess
-import sys
-import time
+import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import cache
-from tests.conftest import ROOT, make_texts, run_command, write_rows
-from utils.data import LabelledTexts
+from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, write_rows
+from utils.data import LabelledTexts, load_texts
+from utils.io import UserError
 from utils.models import tokenize
+from utils.settings import with_values
 
 
 def dense_moments(model, token_ids: list[list[int]], targets: torch.Tensor, pooling: str) -> dict[str, torch.Tensor]:
@@ -71,9 +73,8 @@ def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_p
     texts = [*make_texts(20, seed=3, longest=12), "a", "e", "the"]  # one-token texts among them
     model, tokens, targets, folds = setup(model_dirs[architecture], texts, regression=pooling == "last")
     assert tokens.lengths.min() == 1 and tokens.lengths.max() > 10
-    config = cache.Config(
-        pooling=pooling, product_dtype="float64", tokens_per_batch=texts_per_batch * int(tokens.lengths.max())
-    )
+    budget = texts_per_batch * int(tokens.lengths.max())
+    config = configure(cache, pooling=pooling, product_dtype="float64", tokens_per_batch=budget)
     averages = cache.accumulate_moments(model, tokens, targets, folds, config).averages()
     dense = dense_moments(model, token_lists(tokens), targets, pooling)
     for symbol, name in NAMES.items():
@@ -84,7 +85,7 @@ def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_p
 def test_every_further_sum_equals_the_definition(model_dirs):
     texts = make_texts(30, seed=5)
     model, tokens, targets, folds = setup(model_dirs["qwen2"], texts)
-    config = cache.Config(product_dtype="float64", tokens_per_batch=64)
+    config = configure(cache, product_dtype="float64", tokens_per_batch=64)
     averages = cache.accumulate_moments(model, tokens, targets, folds, config).averages()
     pooled, prefixes, following = [], [], []
     for ids in token_lists(tokens):
@@ -117,15 +118,6 @@ def test_every_further_sum_equals_the_definition(model_dirs):
         torch.testing.assert_close(averages["fold_label_mean"][fold], y_fold.mean(0))
 
 
-def test_folds_add_up_to_the_whole(model_dirs):
-    model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(40, seed=6))
-    averages = cache.accumulate_moments(model, tokens, targets, folds, cache.Config()).averages()
-    weights = averages["fold_num_samples"] / averages["fold_num_samples"].sum()
-    for name in ("pooled_second_moment", "pooled_label_cross_moment"):
-        whole = torch.einsum("f,lf...->l...", weights, averages[f"fold_{name}"])
-        torch.testing.assert_close(whole, averages[name])
-
-
 def test_equal_texts_share_a_fold_in_any_order():
     texts = make_texts(50)
     folds = cache.assign_folds(texts + texts[::-1], 5).argmax(1)
@@ -137,7 +129,7 @@ def test_half_precision_model_is_summed_in_float64(model_dirs):
     """bfloat16 states of known value: their float32 products and float64 sums lose nothing."""
     model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(12, seed=8))
     model = model.to(torch.bfloat16)
-    averages = cache.accumulate_moments(model, tokens, targets, folds, cache.Config(tokens_per_batch=1)).averages()
+    averages = cache.accumulate_moments(model, tokens, targets, folds, configure(cache, tokens_per_batch=1)).averages()
     dense = dense_moments(model, token_lists(tokens), targets, "mean")  # the same states, one text at a time
     for symbol, name in NAMES.items():
         assert averages[name].dtype == torch.float64
@@ -145,28 +137,34 @@ def test_half_precision_model_is_summed_in_float64(model_dirs):
         torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-6)
 
 
-def test_pooled_states_are_saved_row_by_row(model_dirs, rows_path, tmp_path):
-    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-    cache.main(cache.Config(**base, save_pooled="all", tokens_per_batch=200))
-    [path] = tmp_path.glob("moments/*/*/train.safetensors")
-    [pooled_path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
-    moments, features = load_file(path), load_file(pooled_path)
-    pooled = features["pooled"].double()
-    second_moment = torch.einsum("lnd,lne->lde", pooled, pooled) / pooled.shape[1]
-    torch.testing.assert_close(second_moment, moments["pooled_second_moment"], rtol=1e-4, atol=1e-6)
-    one_hot = torch.nn.functional.one_hot(features["labels"].long()).double()
-    cross_moment = torch.einsum("lnd,nc->ldc", pooled, one_hot) / pooled.shape[1]
-    torch.testing.assert_close(cross_moment, moments["pooled_label_cross_moment"], rtol=1e-4, atol=1e-6)
+def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path, tmp_path):
+    config = configure(
+        cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path,
+        save_pooled="all", tokens_per_batch=200,
+    )  # fmt: skip
+    cache.main(config)
+    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
+    features, data = load_file(path), load_texts(config.data, config.run, "train")
+    assert features["labels"].tolist() == data.labels.tolist()
+    model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
+    assert features["pooled"].shape == (3, 168, 32)
+    for row in range(0, 168, 12):
+        with torch.no_grad():
+            states = model(**tokenizer(data.texts[row], return_tensors="pt"), output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):
+            torch.testing.assert_close(features["pooled"][layer, row], state[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, tmp_path):
     """Moments recomputed without pooled states leave the old states beside them: those must not be taken for theirs."""
-    config = cache.Config(str(model_dirs["qwen2"]), str(rows_path), results_dir=tmp_path, save_pooled="last")
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    config = configure(cache, **names, save_pooled="last")
     cache.main(config)
     [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
     mean = load_file(path)["pooled"]
-    of_last = dataclasses.replace(config, pooling="last")
-    cache.main(dataclasses.replace(of_last, save_pooled="none", overwrite=True))
+    of_last = with_values(config, pooling="last")
+    cache.main(with_values(of_last, save_pooled="none", overwrite=True))
     cache.main(of_last)
     last = load_file(path)["pooled"]
     assert (mean - last).abs().max() > 0.1
@@ -176,13 +174,26 @@ def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, t
 
 
 def test_memory_does_not_grow_with_the_texts(model_dirs):
-    """Nothing the pass keeps has a text axis."""
-    kept = []
-    for num_texts in (10, 60):
-        model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9))
-        sums = cache.accumulate_moments(model, tokens, targets, folds, cache.Config())
-        kept.append({name: tuple(value.shape) for name, value in sums.sums.items()})
-    assert kept[0] == kept[1]
+    """The largest number of bytes of tensors that are alive at the end of a batch, for eight times the texts."""
+    peaks = []
+    for num_texts in (40, 320):
+        gc.collect()
+        model, tokens, targets, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9, longest=5))
+        alive: list[int] = []
+        add_labels = cache.MomentSums.add_labels
+
+        def add_and_count(sums, *rest, alive=alive, add_labels=add_labels):
+            add_labels(sums, *rest)
+            tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+            alive.append(sum(found.nbytes for found in tensors))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache.MomentSums, "add_labels", add_and_count)
+            cache.accumulate_moments(model, tokens, targets, folds, configure(cache, tokens_per_batch=64))
+        inputs = targets.nbytes + folds.nbytes
+        peaks.append(max(alive) - inputs)
+    assert len(alive) > 10
+    assert peaks[1] < 1.02 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
 
 
 # ------------------------------------------------------------------ command line
@@ -190,26 +201,43 @@ def arguments(model_dir, rows, results_dir, *more):
     return ["cache.py", "--model_name", model_dir, "--dataset_name", rows, "--results_dir", results_dir, *more]
 
 
-def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path):
+def moments_file(model_dir, results_dir):
+    return results_dir / "moments" / model_dir.name / "rows" / "train.safetensors"
+
+
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
     call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
-    first = run_command(*call)
+    first = run_command(*call)  # once as a user types it
     assert first.returncode == 0, first.stderr
-    path = tmp_path / "moments" / model_dirs["qwen2"].name / "rows" / "train.safetensors"
+    path = moments_file(model_dirs["qwen2"], tmp_path)
     assert first.stdout.strip().splitlines()[-1] == str(path)
     written = path.stat().st_mtime_ns
-    second = run_command(*call)
-    assert second.returncode == 0 and "reused" in second.stdout and path.stat().st_mtime_ns == written
-    other = run_command(*call, "--pooling", "last", "--max_length", "9")
-    assert other.returncode == 1 and "Traceback" not in other.stderr
-    assert "pooling: 'mean' there, 'last' now" in other.stderr and "max_length" in other.stderr
+    assert run_in_process(monkeypatch, *call) == 0
+    assert "reused" in capsys.readouterr().out and path.stat().st_mtime_ns == written
+    other = run_in_process(monkeypatch, *call, "--pooling", "last", "--max_length", "9")
+    assert other.startswith("error: ") and "pooling: 'mean' there, 'last' now" in other and "max_length" in other
     assert path.stat().st_mtime_ns == written
-    again = run_command(*call, "--pooling", "last", "--overwrite")
-    assert again.returncode == 0 and path.stat().st_mtime_ns != written
+    assert run_in_process(monkeypatch, *call, "--pooling", "last", "--overwrite") == 0
+    assert path.stat().st_mtime_ns != written
     assert sorted(file.name for file in path.parent.iterdir()) == ["train.safetensors"]
 
 
+def test_a_retrained_model_under_the_same_path_is_noticed(model_dirs, rows_path, tmp_path):
+    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
+    config = configure(cache, model_name=str(folder), dataset_name=str(rows_path), results_dir=tmp_path)
+    cache.main(config)
+    retrain(folder)
+    with pytest.raises(UserError, match=r"other weights of the model.*--overwrite"):
+        cache.main(config)
+    path = moments_file(folder, tmp_path)
+    before = load_file(path)["pooled_second_moment"]
+    cache.main(with_values(config, overwrite=True))
+    assert not torch.equal(load_file(path)["pooled_second_moment"], before)
+
+
 def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
-    cache.main(cache.Config(str(model_dirs["llama"]), str(rows_path), results_dir=tmp_path, split="all"))
+    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    cache.main(configure(cache, **names, split="all"))
     [path] = tmp_path.glob("moments/*/*/all.safetensors")
     with open(path, "rb") as file:  # the header, read without the library
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -218,7 +246,7 @@ def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
     assert metadata["label_names"] == ["class 0", "class 1", "class 2"]
     assert metadata["environment"]["packages"]["torch"] == torch.__version__
     assert metadata["config"]["split"] == "all" and metadata["num_pairs"] == metadata["num_tokens"] - 240
-    assert header["prefix_second_moment"]["dtype"] == "F64"
+    assert header["prefix_second_moment"]["dtype"] == "F64" and len(metadata["model_fingerprint"]) == 16
 
 
 def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
@@ -226,11 +254,11 @@ def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
         return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
 
     texts = make_texts(40)
-    call = arguments(model_dirs["qwen2"], rows("ab"), tmp_path)
-    assert run_command(*call).returncode == 0
+    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows("ab")), results_dir=tmp_path)
+    cache.main(config)
     rows("ac")
-    changed = run_command(*call)
-    assert changed.returncode == 1 and "other rows" in changed.stderr
+    with pytest.raises(UserError, match="other rows"):
+        cache.main(config)
 
 
 def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
@@ -242,18 +270,19 @@ def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
     with torch.no_grad():
         model.embed_tokens.weight[rare] = torch.inf
     model.save_pretrained(broken)
-    result = run_command(*arguments(broken, rows_path, tmp_path))
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    texts = [json.loads(line)["text"] for line in rows_path.read_text().splitlines()]
-    message = result.stderr.strip().splitlines()[-1]
-    assert "layer 0, row" in message
-    assert not list(tmp_path.glob("moments/**/*.safetensors")) and any("quickly" in text for text in texts)
+    config = configure(cache, model_name=str(broken), dataset_name=str(rows_path), results_dir=tmp_path)
+    with pytest.raises(UserError, match=r"layer 0, row (\d+) of the split") as raised:
+        cache.main(config)
+    row = int(re.search(r"row (\d+)", str(raised.value))[1])
+    text = load_texts(config.data, config.run, "train").texts[row]
+    assert rare in tokenizer(text)["input_ids"]
+    assert not list(tmp_path.glob("moments/**/*.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--model_name", "tinny"], "nearest known: tiny"),
+        (["--model_name", "tinny"], "Did you mean tiny?"),
         (["--model_name", "tests"], "config.json"),
         (["--device", "cuda:7"], "Try --device cpu"),
         (["--tokens_per_batch", "0"], "at least 1"),
@@ -262,66 +291,60 @@ def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
         (["--text_column", "body"], "body"),
     ],
 )
-def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
+def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, capsys, change, message):
     call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
     for flag, value in zip(change[::2], change[1::2], strict=True):
         if flag in call:
             call[call.index(flag) + 1] = value
         else:
             call += [flag, value]
-    result = run_command(*call)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert message in result.stderr + result.stdout
+    code, printed = run_in_process(monkeypatch, *call), capsys.readouterr()
+    assert code == 2 or code.startswith("error: "), code  # what no flag takes, or what cannot be done
+    assert message in f"{code}{printed.err}{printed.out}"
     assert not list(tmp_path.glob("moments/**/*.safetensors"))
 
 
 def test_damaged_and_foreign_files_are_named(model_dirs, rows_path, tmp_path):
-    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
-    path = tmp_path / "moments" / model_dirs["qwen2"].name / "rows" / "train.safetensors"
+    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path)
+    path = moments_file(model_dirs["qwen2"], tmp_path)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a tensor file")
-    damaged = run_command(*call)
-    assert damaged.returncode == 1 and str(path) in damaged.stderr and "--overwrite" in damaged.stderr
+    with pytest.raises(UserError, match=f"{path} is damaged.*--overwrite"):
+        cache.main(config)
     save_file({"a": torch.zeros(1)}, path)
-    foreign = run_command(*call)
-    assert foreign.returncode == 1 and str(path) in foreign.stderr and "Traceback" not in foreign.stderr
+    with pytest.raises(UserError, match=f"{path} was not written by this version"):
+        cache.main(config)
 
 
-def test_a_kill_leaves_no_result(model_dirs, tmp_path):
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(make_texts(20000))]
-    call = arguments(model_dirs["qwen2"], write_rows(tmp_path / "many.jsonl", rows), tmp_path, "--save_pooled", "all")
-    process = subprocess.Popen([sys.executable, *map(str, call), "--tokens_per_batch", "64"], cwd=ROOT)
-    while not list(tmp_path.glob("moments/*/*/*.tmp")):  # the pass has begun to write
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list(tmp_path.glob("moments/**/*.safetensors"))
+def test_a_pass_that_breaks_off_leaves_no_file(model_dirs, rows_path, tmp_path, monkeypatch):
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    seen = []
 
+    def interrupt(*_):
+        seen.extend(tmp_path.rglob("*.tmp"))
+        raise KeyboardInterrupt
 
-def test_help_explains_every_field():
-    result = run_command("cache.py", "--help")
-    assert result.returncode == 0
-    for field in dataclasses.fields(cache.Config):
-        assert f"--{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")
-    assert "right" not in result.stdout or "results/moments" in result.stdout
+    monkeypatch.setattr(cache.MomentSums, "add_labels", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.main(configure(cache, **names, save_pooled="all"))
+    assert len(seen) == 1  # the pooled states were being written
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("save_pooled", ["none", "all"])
-def test_a_full_disk_is_one_sentence(model_dirs, rows_path, tmp_path, save_pooled):
+def test_a_full_disk_is_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, save_pooled):
     """What the system and the library raise on a full disk, raised where they raise it."""
+
+    def full(*_, **__):
+        if save_pooled == "none":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space")
+
     if save_pooled == "none":
-        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        patch = f"import utils.io; utils.io.save_file = lambda *a, **k: (_ for _ in ()).throw({error!r})"
+        monkeypatch.setattr("utils.io.save_file", full)
     else:
-        patch = (
-            "import os, errno; os.posix_fallocate = lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space'))"
-        )
-    run = "import runpy; runpy.run_path('cache.py', run_name='__main__')"
-    code = f"from safetensors import SafetensorError; {patch}; {run}"
+        monkeypatch.setattr(os, "posix_fallocate", full)
     call = arguments(model_dirs["qwen2"], rows_path, tmp_path, "--save_pooled", save_pooled)
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); " + code, *map(str, call[1:])]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "cannot write" in result.stderr and "--results_dir" in result.stderr
+    code = run_in_process(monkeypatch, *call)
+    assert code.startswith("error: cannot write") and "--results_dir" in code
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

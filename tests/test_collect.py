@@ -14,9 +14,9 @@ import linear_sklearn
 import linear_training
 import lora_finetuning
 from fig_plot import collect
-from tests.conftest import run_command, run_in_process
-from utils.io import result_settings
-from utils.report import SCORES
+from tests.conftest import configure, run_in_process
+from utils.scores import SCORES
+from utils.settings import result_settings
 
 SCRIPT = "fig_plot/collect.py"
 
@@ -26,14 +26,14 @@ def run_scripts(model: Path, rows: Path, results_dir: Path, seed: int, is_traine
     shared: dict[str, Any] = {"model_name": str(model), "dataset_name": str(rows), "seed": seed}
     shared["results_dir"] = results_dir
     for split in ("train", "test"):
-        cache.main(cache.Config(**shared, split=split, save_pooled="all", device="cpu"))
+        cache.main(configure(cache, **shared, split=split, save_pooled="all", device="cpu"))
     for control in ({}, {"subspace": "pca"}, {"eigenvectors": "smallest", "center": True}):
-        K_sweep.main(K_sweep.Config(**shared, **control, picture=False, num_null_draws=5))
-    linear_sklearn.main(linear_sklearn.Config(**shared, device="cpu", num_workers=1, picture=False))
+        K_sweep.main(configure(K_sweep, **shared, **control, picture=False, num_null_draws=5))
+    linear_sklearn.main(configure(linear_sklearn, **shared, device="cpu", num_workers=1, picture=False))
     if is_trained:
-        linear_training.main(linear_training.Config(**shared, device="cpu", num_epochs=2))
+        linear_training.main(configure(linear_training, **shared, device="cpu", num_epochs=2))
         steps = {"num_steps": 2, "steps_per_evaluation": 1, "batch_size": 4, "dtype": "float32"}
-        lora_finetuning.main(lora_finetuning.Config(**shared, **steps, device="cpu"))
+        lora_finetuning.main(configure(lora_finetuning, **shared, **steps, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,9 @@ def test_whole_numbers_keep_all_their_digits(tmp_path):
     ],
 )
 def test_options_are_not_part_of_the_datasets_name(name, dataset, options):
-    config = K_sweep.Config(dataset_name=dataset, **options)
+    config = configure(K_sweep, dataset_name=dataset, **options)
     path = Path(f"ntps/tiny/{name}.json")
-    assert K_sweep.result_path(config).name == path.name  # the name that K_sweep.py gives it
+    assert K_sweep.output_path(config).name == path.name  # the name that K_sweep.py gives it
     assert collect.dataset_of(path, result_settings(config)) == dataset
 
 
@@ -226,13 +226,11 @@ def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, mod
     ]
 
 
-def test_strict_ends_with_exit_code_1(results_dir, model_dirs):
+def test_strict_ends_with_exit_code_1(monkeypatch, results_dir, model_dirs):
     spoil(results_dir, model_dirs["qwen2"].name, model_dirs["llama"].name)
-    places = ["--results_dir", results_dir, "--output_dir", results_dir.parent / "data"]
-    result = run_command(SCRIPT, *places, "--strict")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: 5 results skipped or missing")
-    assert (results_dir.parent / "data" / "scores.csv").is_file()
+    message, data = collected(monkeypatch, results_dir, "--strict")
+    assert str(message).startswith("error: 5 results skipped or missing")
+    assert (data / "scores.csv").is_file()
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])

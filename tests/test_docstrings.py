@@ -11,6 +11,7 @@ import pytest
 
 from demo import docstrings
 from demo.docstrings import TASKS, Row, Task, is_test_side, load_rows, load_task, pretraining_corpus
+from tests.conftest import run_in_process
 from utils.io import ROOT, UserError
 
 CLASSIFICATION = [name for name, task in TASKS.items() if not task.regression]
@@ -130,7 +131,7 @@ def test_order_depends_on_the_texts_alone(fake_package):
     assert hashes == sorted(hashes)
 
 
-def test_missing_package_names_the_command_that_mends_it():
+def test_missing_package_names_the_command_that_fixes_it():
     with pytest.raises(UserError, match=r"'no_such_package'.*pip install -r requirements\.txt"):
         docstrings.source_files("no_such_package")
 
@@ -217,9 +218,9 @@ def test_unknown_task_names_the_nearest():
         load_task("raises", "validation")  # type: ignore[arg-type]
 
 
-def test_command_line_prints_the_table():
-    command = [sys.executable, "demo/docstrings.py", "--task", "raises", "--num_examples", "3"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert {line.split()[0] for line in lines} >= set(TASKS)
+def test_command_line_prints_the_table(monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "demo/docstrings.py", "--task", "raises", "--num_examples", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line} >= set(TASKS)
     assert any(line.startswith(f"fingerprint {docstrings.fingerprint()}") for line in lines)
     assert lines[-1] == str(docstrings.cache_path(docstrings.cache_key()))

@@ -1,6 +1,7 @@
 """The README and the Makefile: what they name exists, and what they tell a user to type works."""
 
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
@@ -9,26 +10,31 @@ import sys
 
 import pandas as pd
 import pytest
-import tyro
 
 from tests.conftest import ROOT, run_command
 from utils.datasets_table import SPECS
+from utils.io import parse
 from utils.models import MODELS
+from utils.settings import flatten
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^ {4}(python \S+\.py.*?)(?: +#.*)?$", README, flags=re.MULTILINE)))
+PROGRAM = r"python (?:-m \w+\.\w+|\S+\.py)"  # a module of a package, or a script
+BLOCKS = re.findall(rf"^ {{4}}({PROGRAM}.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
+COMMANDS = sorted({*BLOCKS, *re.findall(rf"`({PROGRAM}[^`]*)`", README)})
 SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")})
 
 
 def makefile_commands(target: str) -> list[list[str]]:
     """The python commands of a target, as `make` would run them."""
     printed = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [shlex.split(line)[1:] for line in printed.splitlines() if re.match(r"\S*python \S+\.py", line)]
+    return [shlex.split(line)[1:] for line in printed.splitlines() if re.match(rf"\S*{PROGRAM}", line)]
 
 
 def test_every_file_the_readme_names_exists():
     named = set(re.findall(r"\b((?:[\w-]+/)*[\w-]+\.(?:py|txt|toml|ipynb|mplstyle))\b", README))
-    assert {"cache.py", "K_sweep.py", "demo/pretrain.py"} <= named
+    modules = re.findall(r" -m (\w+\.\w+)", README + (ROOT / "Makefile").read_text())
+    named |= {module.replace(".", "/") + ".py" for module in modules}
+    assert {"cache.py", "K_sweep.py", "fig_plot/verdict.py"} <= named
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
@@ -45,24 +51,30 @@ def test_tables_name_every_dataset_and_model():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_parse(command):
     """Every flag exists: the command is parsed by its script's own Config."""
-    script, *arguments = shlex.split(command)[1:]
-    module = __import__(script.removesuffix(".py").replace("/", "."), fromlist=["Config"])
+    script, *arguments = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if hasattr(module, "Config"):
-        tyro.cli(module.Config, args=arguments)
+        parse(module.Config, arguments)
     else:
         assert not arguments
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_field(script):
-    module = __import__(script.removesuffix(".py"))
-    shown = run_command(script, "--help")
-    assert shown.returncode == 0
-    classes = [of for of in module.Config.__mro__ if dataclasses.is_dataclass(of)]
-    source = "".join(map(inspect.getsource, classes))
-    for field in dataclasses.fields(module.Config):
-        assert f"--{field.name}".replace("_", "-") in shown.stdout.replace("_", "-")
-        assert re.search(rf"^    {field.name}: .*#", source, flags=re.MULTILINE), f"{field.name} has no comment"
+@pytest.mark.parametrize("module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.study"])
+def test_help_explains_every_field(module, capsys):
+    """Every setting has a flag, and the comment beside it is what the help says of it."""
+    config_class = importlib.import_module(module).Config
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"])
+    shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out.replace("_", "-")).split())
+    groups = [type(value) for value in vars(config_class()).values() if dataclasses.is_dataclass(value)]
+    for settings in [config_class, *groups]:
+        source = "".join(inspect.getsource(base) for base in settings.__mro__ if dataclasses.is_dataclass(base))
+        for field in dataclasses.fields(settings):
+            if field.name in flatten(config_class()):
+                comment = re.search(rf"^    {field.name}: .*?# (.*)", source, flags=re.MULTILINE)
+                assert comment, f"{field.name} has no comment"
+                assert f"--{field.name}".replace("_", "-") in shown
+                assert " ".join(comment[1].replace("_", "-").split())[:25] in shown, field.name
 
 
 def test_make_demo_ends_with_the_readme_numbers(tmp_path):
@@ -82,20 +94,62 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path):
         assert shown and abs(float(shown[1]) - float(value)) < (1e-3 if same_rows else 0.03), name
 
 
-def test_correlations_of_the_readme_stand_in_the_committed_tables():
-    """Every `value [low, high]` of the result table is a row of verdict_correlations.csv or verdict_controls.csv."""
-    table = README.split("| claim |")[1].split("![")[0]
-    found = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", table)
-    assert len(found) >= 10
-    data = {
-        name: pd.read_csv(ROOT / "fig_plot" / "data" / f"verdict_{name}.csv") for name in ("correlations", "controls")
-    }
-    rows = [*data["correlations"].query("correlation == 'spearman'")[["value", "low", "high"]].to_numpy().tolist()]
-    rows += data["controls"][["lead_over_random", "low", "high"]].to_numpy().tolist()
-    for numbers in found:
-        digits = [len(number.split(".")[1]) for number in numbers]
-        shown = [float(number) for number in numbers]
-        assert any([round(x, d) for x, d in zip(row, digits, strict=True)] == shown for row in rows), numbers
+# the README's result table: claim -> direction and measure, and the scores it names beside NTPS
+CLAIMS = {
+    "NTPS orders tasks by probe accuracy": ("across tasks", "probe_accuracy"),
+    "... by accuracy above the majority class": ("across tasks", "probe_skill"),
+    "... by probe error": ("across tasks", "probe_mse"),
+    "... by LoRA gain over the paper's probe": ("across tasks", "lora_gain_paper"),
+    "... by LoRA gain over a converged probe": ("across tasks", "lora_gain"),
+    "NTPS orders models on a task by accuracy": ("across models", "probe_accuracy"),
+}
+OTHERS = {
+    "bag of words": "bag_of_words_accuracy",
+    "number of classes": "num_classes",
+    "`retained` of a random V": "retained_random",
+    "nothing; not even the other models' mean,": "mean of the others",
+    "parameters": "num_parameters",
+}
+NUMBER = r"[+-]?\d*\.\d+"
+DATA = ROOT / "fig_plot" / "data"
+ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| ")]
+RESULTS = {cells[0]: cells for cells in ROWS}
+
+
+def is_rounded(shown: list[str], values) -> bool:
+    """Whether each number is the value, rounded to the digits that are shown."""
+    return [float(text) for text in shown] == [
+        round(value, len(text.split(".")[1])) for text, value in zip(shown, values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_correlations_of_the_readme_are_the_committed_ones(claim):
+    """Ours with their intervals in verdict_correlations.csv, the published means in published_correlations.csv."""
+    direction, measure = CLAIMS[claim]
+    _, published, here, better, _ = RESULTS[claim]
+    table = pd.read_csv(DATA / "verdict_correlations.csv").query("correlation == 'spearman'")
+    table = table[(table.direction == direction) & (table.measure == measure)].set_index("score")[
+        ["value", "low", "high"]
+    ]
+    assert is_rounded(re.findall(NUMBER, here), table.loc["ntps"])
+    name, shown = re.fullmatch(r"(.*?) ([+-].*)", better).groups()
+    assert is_rounded(re.findall(NUMBER, shown), table.loc[OTHERS[name]])
+    if published:
+        theirs = pd.read_csv(DATA / "published_correlations.csv", comment="#")
+        theirs = theirs[(theirs.direction == direction) & (theirs.measure == measure.removesuffix("_paper"))]
+        assert is_rounded([published], [theirs.spearman.mean()])
+
+
+def test_lead_over_a_random_subspace_of_the_readme_is_the_committed_one():
+    _, _, here, better, _ = RESULTS["V keeps more of the labels than a random V"]
+    table = pd.read_csv(DATA / "verdict_controls.csv").query("model == 'tiny' and score == 'retained'").set_index("v")
+    expected = [
+        *table.value[["autoregression", "random"]],
+        *table.loc["autoregression", ["lead_over_random", "low", "high"]],
+    ]
+    assert is_rounded(re.findall(NUMBER, here), expected)
+    assert is_rounded(re.findall(NUMBER, better), [table.value["pca"]])
 
 
 def test_makefile_and_ci_call_the_documented_commands():

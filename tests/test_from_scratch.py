@@ -1,7 +1,7 @@
 """from_scratch.py: random and pretrained starts, float32 weights, the saved model, the command line."""
 
-import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import cache
 import from_scratch
-from tests.conftest import run_command
-from tests.test_training import ARCHITECTURES, make_run, model_folder
-from utils.training import train_step
+import linear_training
+from tests.conftest import configure, run_in_process
+from tests.test_training import ARCHITECTURES, make_run, model_folder, take_steps
+from utils.settings import with_values
 
 
 @pytest.fixture
@@ -32,19 +33,19 @@ def settings(model_dirs, rows_path, tmp_path) -> dict:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_falls_and_every_weight_is_trained_in_float32(settings, model_dirs, architecture, dtype):
     folder = model_folder(architecture, model_dirs)
-    changes = {"model_name": str(folder), "dtype": dtype, "learning_rate": 3e-3, "num_steps": 60}
-    run, _ = make_run(from_scratch, from_scratch.Config(**settings | changes))
+    changes = {"model_name": str(folder), "dtype": dtype, "learning_rate": 3e-3, "num_steps": 40}
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings | changes))
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert len(run.trained_parameters()) == len(list(run.model.parameters()))
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    losses = [train_step(run, run.model) for _ in range(60)]
+    losses = take_steps(run, 40)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert not any(torch.equal(parameter, before[name]) for name, parameter in run.model.named_parameters())
 
 
 def test_random_weights_follow_the_seed_and_are_not_the_pretrained_ones(settings):
     def weights(**changes):
-        run, _ = make_run(from_scratch, from_scratch.Config(**settings, **changes))
+        run, _ = make_run(from_scratch, configure(from_scratch, **settings, **changes))
         return run.model.decoder.layers[0].self_attn.q_proj.weight.detach()
 
     pretrained = AutoModelForCausalLM.from_pretrained(settings["model_name"], dtype=torch.float32)
@@ -55,8 +56,8 @@ def test_random_weights_follow_the_seed_and_are_not_the_pretrained_ones(settings
 
 
 def test_full_finetuning_starts_from_the_pretrained_weights_and_changes_them(settings):
-    from_scratch.main(from_scratch.Config(**settings, init="pretrained"))
-    [folder] = settings["results_dir"].glob("full_finetuning/*/*/model")
+    from_scratch.main(configure(from_scratch, **settings, init="pretrained"))
+    [folder] = settings["results_dir"].glob("full_finetuning/*/*/*+full_finetuning+rows")
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_decoder().state_dict()
     pretrained = AutoModelForCausalLM.from_pretrained(settings["model_name"], dtype=torch.float32)
     for name, weight in pretrained.get_decoder().state_dict().items():
@@ -64,41 +65,53 @@ def test_full_finetuning_starts_from_the_pretrained_weights_and_changes_them(set
     assert not list(settings["results_dir"].glob("from_scratch/*"))
 
 
-def test_command_line_writes_a_model_for_the_other_scripts(settings):
-    call = ["from_scratch.py"]
+def test_command_line_writes_a_model_for_the_other_scripts(settings, monkeypatch, capsys):
+    call: list = ["from_scratch.py"]
     for name, value in settings.items():
         call += [f"--{name}", value]
-    done = run_command(*call)
-    assert done.returncode == 0, done.stderr
+    assert run_in_process(monkeypatch, *call) == 0
     [path] = settings["results_dir"].glob("from_scratch/*/*/metrics.json")
-    assert done.stdout.strip().splitlines()[-1] == str(path)
-    names = ["head.safetensors", "history.csv", "metrics.json", "model"]
-    assert sorted(file.name for file in path.parent.iterdir()) == names
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
     metrics = json.loads(path.read_text())
     assert metrics["last"]["step"] == 8 and metrics["config"]["init"] == "random"
-    cache.main(
-        cache.Config(
-            model_name=str(path.parent / "model"),
-            dataset_name=settings["dataset_name"],
-            results_dir=settings["results_dir"],
-        )
-    )
-    assert list(settings["results_dir"].glob("moments/model/*/train.safetensors"))
-    other = run_command(*call, "--init", "random", "--num_steps", "9")
-    assert other.returncode == 1 and "num_steps: 8 there, 9 now" in other.stderr and "Traceback" not in other.stderr
+    name = f"{path.parent.parent.name}+from_scratch+rows"
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        *("head.safetensors", "history.csv", "metrics.json", name),
+    ]  # fmt: skip
+    shared = {"dataset_name": settings["dataset_name"], "results_dir": settings["results_dir"], "num_epochs": 1}
+    linear_training.main(configure(linear_training, model_name=str(path.parent / name), **shared))
+    assert list(settings["results_dir"].glob(f"moments/{name}/rows/train.safetensors"))
+    assert list(settings["results_dir"].glob(f"linear_training/{name}/rows/metrics.json"))
+    message = str(run_in_process(monkeypatch, *call, "--init", "random", "--num_steps", "9"))
+    assert message.startswith("error: ") and "num_steps: 8 there, 9 now" in message
+
+
+def test_two_trained_models_do_not_share_a_results_path(settings, rows_path, tmp_path):
+    """Trained on two datasets, and by the two kinds of start: each has results of its own on the same texts."""
+    other_rows = shutil.copy(rows_path, tmp_path / "other.jsonl")
+    settings |= {"num_steps": 1}
+    for change in ({}, {"init": "pretrained"}, {"dataset_name": str(other_rows)}):
+        from_scratch.main(configure(from_scratch, **settings | change))
+    folders = [path.parent for path in settings["results_dir"].glob("f*/*/*/*/config.json")]
+    assert len(folders) == 3
+    for folder in folders:
+        moments = {"model_name": str(folder), "dataset_name": settings["dataset_name"]}
+        cache.main(configure(cache, **moments, results_dir=settings["results_dir"], max_samples=20))
+    found = list(settings["results_dir"].glob("moments/*/rows/train.safetensors"))
+    assert len({path.read_bytes() for path in found}) == 3
 
 
 def test_the_model_need_not_be_saved(settings):
-    from_scratch.main(from_scratch.Config(**settings, save_model=False))
+    from_scratch.main(configure(from_scratch, **settings, save_model=False))
     [path] = settings["results_dir"].glob("from_scratch/*/*/metrics.json")
-    assert not (path.parent / "model").exists()
+    assert not list(path.parent.glob("*/config.json"))
 
 
 def test_a_second_run_gives_the_same_history(settings):
     histories = []
     for place in ("one", "two"):
-        config = from_scratch.Config(**settings | {"results_dir": settings["results_dir"] / place})
-        from_scratch.main(dataclasses.replace(config, tokens_per_batch=100 if place == "one" else 8192))
-        [path] = config.results_dir.glob("from_scratch/*/*/history.csv")
+        config = configure(from_scratch, **settings | {"results_dir": settings["results_dir"] / place})
+        from_scratch.main(with_values(config, tokens_per_batch=100 if place == "one" else 8192))
+        [path] = config.run.results_dir.glob("from_scratch/*/*/history.csv")
         histories.append([line.split(",")[:4] for line in path.read_text().splitlines()])
     assert histories[0] == histories[1]

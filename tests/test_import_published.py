@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fig_plot.import_published import NUM_DATASETS, NUM_MODELS, WORDS
-from tests.conftest import ROOT, run_command, run_in_process
+from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 SCRIPT = "fig_plot/import_published.py"
-PUBLISHED = ROOT.parent / "shared" / "published"
 
 
 def made_up_cells(*fields: str, number=np.float64) -> dict:
@@ -64,7 +63,7 @@ class Call:
 def test_made_up_files_are_read_to_the_last_digit(tmp_path):
     contents = made_up_files()
     output = tmp_path / "out"
-    done = run_command(SCRIPT, write_files(tmp_path, contents), "--output_dir", output)
+    done = run_command("-m", "fig_plot.import_published", write_files(tmp_path, contents), "--output_dir", output)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(output)
     header, *rows = read_rows(output / "fig1.csv")
@@ -97,9 +96,11 @@ def test_files_of_numpy_1_are_read(tmp_path, monkeypatch):
     assert run_in_process(monkeypatch, SCRIPT, folder, "--output_dir", tmp_path / "out") == 0
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the authors' files are not here")
+@needs_published
 @pytest.mark.parametrize("name", ["fig1.csv", "fig2.csv", "fig3.csv"])
 def test_published_files_equal_their_csv(name, tmp_path, monkeypatch):
+    if not (PUBLISHED / name).is_file():
+        pytest.skip(f"no {name} beside the authors' files")
     assert run_in_process(monkeypatch, SCRIPT, PUBLISHED, "--output_dir", tmp_path) == 0
     found, expected = read_rows(tmp_path / name), read_rows(PUBLISHED / name)
     assert found[0] == expected[0]
@@ -163,7 +164,7 @@ def test_the_hostile_files_would_run_in_a_plain_unpickler(tmp_path):
 
 def test_refusal_ends_in_one_sentence_and_exit_code_1(tmp_path):
     folder = write_files(tmp_path, made_up_files() | {"Fig1.pkl": Call(os.system, f"touch {tmp_path / 'marker'}")})
-    done = run_command(SCRIPT, folder, "--output_dir", tmp_path / "out")
+    done = run_command("-m", "fig_plot.import_published", folder, "--output_dir", tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "marker").exists()

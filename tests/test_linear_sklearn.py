@@ -1,6 +1,5 @@
 """linear_sklearn.py: its solvers equal scikit-learn's and the moments', its scores the formulas; its command line."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tyro
 from safetensors.numpy import load_file
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
@@ -23,12 +21,14 @@ from sklearn.preprocessing import StandardScaler
 import cache
 import K_sweep
 import linear_sklearn
-from tests.conftest import ROOT, make_texts, run_command, write_rows
+from tests.conftest import ROOT, configure, make_texts, run_command, run_in_process, write_rows
+from utils import data as data_module
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts, load_texts
 from utils.io import UserError
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.probes import fit_logistic, num_processes, preconditioned_start, ridge_path
+from utils.settings import with_values
 
 
 def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
@@ -75,13 +75,13 @@ def test_lbfgs_finds_what_scikit_learn_finds_from_zero(num_classes):
 
 def test_saga_is_the_paper_s_and_never_silently_capped():
     features, labels = make_features(200, 10, 3)
-    config = linear_sklearn.Config(solver="saga", seed=3)
+    config = configure(linear_sklearn, solver="saga", seed=3)
     model, solver = fit_logistic(features, labels, config)
     paper = LogisticRegression(max_iter=1000, solver="saga", tol=0.01, random_state=3).fit(features.numpy(), labels)
     np.testing.assert_array_equal(model.coef_, paper.coef_)
     assert solver == {"num_iterations": paper.n_iter_[0], "converged": True}
     for name in ("saga", "lbfgs"):
-        capped = dataclasses.replace(config, solver=name, max_iter=2, tolerance=1e-9)
+        capped = with_values(config, solver=name, max_iter=2, tolerance=1e-9)
         assert fit_logistic(features, labels, capped)[1]["converged"] is False
 
 
@@ -141,6 +141,7 @@ def test_ridge_from_moments_equals_scikit_learn_on_the_same_folds():
         ridge_path(moments, torch.tensor([240.0, 0, 0, 0, 0]).double(), alphas)
 
 
+@pytest.mark.slow
 def test_array_api_gives_the_same_fit():
     """The GPU's path, on CPU tensors; in a process of its own, as scipy reads its switch when it is imported."""
     script = """
@@ -217,48 +218,45 @@ def test_baselines_of_numbers():
 
 
 # ------------------------------------------------------------------ the script
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made(model_dirs, rows_path, tmp_path_factory):
     """Folder with moments and features of both splits, and those of K_sweep.py; tests work on copies."""
     results_dir = tmp_path_factory.mktemp("made")
-    base: dict[str, Any] = {
-        "model_name": str(model_dirs["qwen2"]),
-        "dataset_name": str(rows_path),
-        "results_dir": results_dir,
-    }
+    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": results_dir}
     for split in ("train", "test"):
-        cache.main(cache.Config(**base, split=split, save_pooled="all"))
-    K_sweep.main(K_sweep.Config(**base))
+        cache.main(configure(cache, **base, split=split, save_pooled="all"))
+    K_sweep.main(configure(K_sweep, **base, picture=False))
     return results_dir
 
 
 @pytest.fixture
 def config(made, model_dirs, rows_path, tmp_path):
     shutil.copytree(made, tmp_path / "results")
-    names: dict[str, Any] = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    return linear_sklearn.Config(**names, results_dir=tmp_path / "results")
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "num_workers": 1}
+    return configure(linear_sklearn, **names, picture=False, results_dir=tmp_path / "results")
 
 
 def command(config, *more):
-    names = ("model_name", "dataset_name", "results_dir")
-    return ["linear_sklearn.py", *(a for name in names for a in (f"--{name}", getattr(config, name))), *more]
+    names = {"model_name": config.model.model_name, "dataset_name": config.data.dataset_name}
+    names["results_dir"] = config.run.results_dir
+    return ["linear_sklearn.py", *(word for name, value in names.items() for word in (f"--{name}", value)), *more]
 
 
 def result_of(config) -> dict:
-    [path] = config.results_dir.glob("linear_sklearn/*/rows.json")
+    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
     return json.loads(path.read_text())
 
 
 def features_path(config, split):
-    [path] = config.results_dir.glob(f"moments/*/*/{split}.pooled.safetensors")
+    [path] = config.run.results_dir.glob(f"moments/*/*/{split}.pooled.safetensors")
     return path
 
 
 def test_result_equals_scikit_learn_and_k_sweep(config):
-    linear_sklearn.main(dataclasses.replace(config, ridge=True))
+    linear_sklearn.main(with_values(config, ridge=True))
     result = result_of(config)
     parts = {split: load_file(features_path(config, split)) for split in ("train", "test")}
-    [ntps_path] = config.results_dir.glob("ntps/*/rows.json")
+    [ntps_path] = config.run.results_dir.glob("ntps/*/rows.json")
     sweep = json.loads(ntps_path.read_text())
     for entry, swept in zip(result["layers"], sweep["layers"], strict=True):
         x = {split: part["pooled"][entry["layer"]].astype(np.float64) for split, part in parts.items()}
@@ -277,7 +275,7 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
         assert entry["train"]["mse"] == pytest.approx(swept["probe_mse"], abs=1e-6)
         assert entry["train"]["r2"] == pytest.approx(swept["probe_r2"], abs=1e-5)
         assert entry["test"]["mse"] == pytest.approx(swept["probe_mse_held_out"], abs=1e-6)
-        texts = load_texts(config, "train").texts
+        texts = load_texts(config.data, config.run, "train").texts
         fold = cache.assign_folds(texts, 5).argmax(1).numpy()
         for alpha, r2 in zip(entry["ridge"]["alphas"], entry["ridge"]["r2"], strict=True):
             pipeline, one_hot = make_pipeline(StandardScaler(), Ridge(alpha)), np.eye(3)[y["train"]]
@@ -290,35 +288,64 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
     assert 0.3 < result["baselines"]["majority"]["accuracy"] < 0.4 < result["baselines"]["bag_of_words"]["accuracy"]
 
 
-def test_command_line_writes_reuses_and_refuses(config):
-    first = run_command(*command(config, "--num_workers", "2"))  # by processes: the same numbers as without, below
-    assert first.returncode == 0, first.stderr
-    [path] = config.results_dir.glob("linear_sklearn/*/rows.json")
-    assert first.stdout.strip().splitlines()[-1] == str(path) and "2 at a time" in first.stdout
+def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, *command(config, "--num_workers", "1")) == 0
+    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
-    by_processes = result_of(config)
-    linear_sklearn.main(dataclasses.replace(config, score_split="train"))  # the same result, shown otherwise
-    assert result_of(config) == by_processes and path.with_name("rows.train.png").is_file()
+    first = result_of(config)
+    linear_sklearn.main(with_values(config, score_split="train", picture=True))  # the same result, shown otherwise
+    assert result_of(config) == first and path.with_name("rows.train.png").is_file()
     with pytest.raises(UserError, match="solver: 'lbfgs' there, 'saga' now; inverse_penalty: "):
-        linear_sklearn.main(dataclasses.replace(config, solver="saga", inverse_penalty=2.0))
-    linear_sklearn.main(dataclasses.replace(config, overwrite=True))
-    assert result_of(config)["layers"] == by_processes["layers"]
+        linear_sklearn.main(with_values(config, solver="saga", inverse_penalty=2.0))
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers(config, capsys):
+    linear_sklearn.main(config)
+    expected = result_of(config)
+    linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
+    assert "2 at a time" in capsys.readouterr().out
+    assert result_of(config)["layers"] == expected["layers"]
+
+
+def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
+    model, retrained = model_twins
+    names = {"model_name": str(model), "dataset_name": str(rows_path), "num_workers": 1, "picture": False}
+    config = configure(linear_sklearn, **names, results_dir=tmp_path / "results")
+    linear_sklearn.main(config)
+    before = result_of(config)
+    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
+    with pytest.raises(UserError, match=r"rows\.json was made with other weights of the model"):
+        linear_sklearn.main(config)
+    linear_sklearn.main(with_values(config, overwrite=True))
+    after = result_of(config)
+    assert after["model_fingerprint"] != before["model_fingerprint"]
+    assert after["layers"][1]["test"]["log_loss"] != before["layers"][1]["test"]["log_loss"]
+
+
+def test_a_run_reads_the_splits_once(config, tmp_path, monkeypatch, capsys):
+    calls, real = [], data_module.find_source
+    monkeypatch.setattr(data_module, "find_source", lambda *arguments: calls.append(arguments) or real(*arguments))
+    linear_sklearn.main(with_values(config, results_dir=tmp_path / "new"))
+    assert len(calls) == 1 and capsys.readouterr().out.count("168 train and 72 test texts") == 1
 
 
 def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
-    shutil.rmtree(config.results_dir / "ntps")
-    linear_sklearn.main(dataclasses.replace(config, score_split="train", solver="saga", max_iter=1))
+    shutil.rmtree(config.run.results_dir / "ntps")
+    linear_sklearn.main(with_values(config, score_split="train", solver="saga", max_iter=1, picture=True))
     printed = capsys.readouterr().out
     assert "scores on train" in printed and "bag_of_words" in printed and "No NTPS at" in printed
     assert "warning: saga has not converged at layer 0, 1, 2" in printed
     result = result_of(config)
     assert [layer["solver"] for layer in result["layers"]] == [{"num_iterations": 1, "converged": False}] * 3
-    linear_sklearn.main(dataclasses.replace(config, solver="saga", max_iter=1))
+    linear_sklearn.main(with_values(config, solver="saga", max_iter=1))
     assert "has not converged" in capsys.readouterr().out  # also where the result is reused
 
 
 def test_few_texts_are_warned_of(config, capsys, tmp_path):
-    linear_sklearn.main(dataclasses.replace(config, max_samples=20, results_dir=tmp_path / "few"))
+    linear_sklearn.main(with_values(config, max_samples=20, results_dir=tmp_path / "few"))
     assert "n / d = 20 / 32 < 1: least squares interpolates" in capsys.readouterr().out
     [path] = tmp_path.glob("few/linear_sklearn/*/rows.json")
     for layer in json.loads(path.read_text())["layers"][1:]:
@@ -331,18 +358,18 @@ def test_missing_features_are_made_and_stale_ones_made_anew(config, capsys):
     linear_sklearn.main(config)
     assert path.is_file()
     expected = result_of(config)["layers"]
-    base: dict[str, Any] = {name: getattr(config, name) for name in ("model_name", "dataset_name", "results_dir")}
-    cache.main(cache.Config(**base, pooling="last", save_pooled="all", overwrite=True))
-    cache.main(cache.Config(**base, overwrite=True))  # moments of the mean beside features of the last token
-    linear_sklearn.main(dataclasses.replace(config, overwrite=True))
+    moments = cache.Config(model=config.model, data=config.data, run=config.run)
+    cache.main(with_values(moments, pooling="last", save_pooled="all", overwrite=True))
+    cache.main(with_values(moments, overwrite=True))  # moments of the mean beside features of the last token
+    linear_sklearn.main(with_values(config, overwrite=True))
     assert result_of(config)["layers"] == expected
 
 
 def test_features_of_other_settings_are_refused_by_name(config):
     with pytest.raises(UserError, match="pooling: 'mean' there, 'last' now"):
-        linear_sklearn.main(dataclasses.replace(config, pooling="last"))
-    assert not (config.results_dir / "linear_sklearn").exists()
-    linear_sklearn.main(dataclasses.replace(config, pooling="last", overwrite=True))
+        linear_sklearn.main(with_values(config, pooling="last"))
+    assert not (config.run.results_dir / "linear_sklearn").exists()
+    linear_sklearn.main(with_values(config, pooling="last", overwrite=True))
     assert result_of(config)["config"]["pooling"] == "last"
 
 
@@ -354,12 +381,12 @@ def test_non_finite_features_name_the_layer(config):
     states.flush()
     with pytest.raises(UserError, match="layer 1, row 5"):
         linear_sklearn.main(config)
-    assert not (config.results_dir / "linear_sklearn").exists()
+    assert not (config.run.results_dir / "linear_sklearn").exists()
 
 
 def test_classes_without_texts_are_refused(config):
     with pytest.raises(UserError, match="2 train texts are fewer than the 3 classes"):
-        linear_sklearn.main(dataclasses.replace(config, max_samples=2))
+        linear_sklearn.main(with_values(config, max_samples=2))
     with pytest.raises(UserError, match="No train text of class b"):
         linear_sklearn.check_labels(labelled(["x"] * 4, [0, 0, 2, 0], ["a", "b", "c"]))
     linear_sklearn.check_labels(labelled(["x"], [0.5], []))
@@ -368,11 +395,10 @@ def test_classes_without_texts_are_refused(config):
 def test_regression(model_dirs, tmp_path, capsys):
     texts = make_texts(150)
     rows = [{"text": text, "label": len(text) / 7} for text in texts]
-    names: dict[str, Any] = {
-        "model_name": str(model_dirs["qwen2"]),
-        "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows)),
-    }
-    config = linear_sklearn.Config(**names, results_dir=tmp_path / "results", ridge=True)
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    config = configure(
+        linear_sklearn, **names, results_dir=tmp_path / "results", ridge=True, num_workers=1, picture=False
+    )
     linear_sklearn.main(config)
     result, features = result_of(config), load_file(features_path(config, "test"))
     train = load_file(features_path(config, "train"))
@@ -387,6 +413,7 @@ def test_regression(model_dirs, tmp_path, capsys):
     assert "pearson" in capsys.readouterr().out and len(result["layers"][2]["ridge"]["r2"]) == 8
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing_half_written(config):
     call = command(config, "--solver", "saga", "--max_iter", "100000000", "--tolerance", "1e-300")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -402,7 +429,9 @@ def test_an_interrupted_run_leaves_nothing_half_written(config):
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (config.results_dir / "linear_sklearn").exists() and not list(config.results_dir.glob("**/*.tmp"))
+    assert not (config.run.results_dir / "linear_sklearn").exists() and not list(
+        config.run.results_dir.glob("**/*.tmp")
+    )
 
 
 @pytest.mark.parametrize(
@@ -416,37 +445,22 @@ def test_an_interrupted_run_leaves_nothing_half_written(config):
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        linear_sklearn.Config(**change)
+        configure(linear_sklearn, **change)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_absent_gpu_is_one_sentence(config):
     with pytest.raises(UserError, match="Try --device cpu"):
-        linear_sklearn.main(dataclasses.replace(config, device="cuda"))
-    assert not (config.results_dir / "linear_sklearn").exists()
+        linear_sklearn.main(with_values(config, device="cuda"))
+    assert not (config.run.results_dir / "linear_sklearn").exists()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_gives_the_same_result(config):
-    linear_sklearn.main(dataclasses.replace(config, device="cpu"))
+    linear_sklearn.main(with_values(config, device="cpu"))
     on_cpu = result_of(config)["layers"]
-    linear_sklearn.main(dataclasses.replace(config, device="cuda", overwrite=True))
+    linear_sklearn.main(with_values(config, device="cuda", overwrite=True))
     for ours, theirs in zip(result_of(config)["layers"], on_cpu, strict=True):
         assert ours["test"]["log_loss"] == pytest.approx(theirs["test"]["log_loss"], abs=2e-3)
         assert ours["test"]["mse"] == pytest.approx(theirs["test"]["mse"], abs=1e-6)
-
-
-def test_data_and_model_fields_are_those_of_cache():
-    ours = {field.name: (field.type, field.default) for field in dataclasses.fields(linear_sklearn.Config)}
-    for field in dataclasses.fields(cache.Config):
-        if field.name not in ("split", "save_pooled"):
-            assert ours[field.name] == (field.type, field.default)
-
-
-def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(linear_sklearn.Config, description=linear_sklearn.__doc__, args=["--help"])
-    printed = capsys.readouterr().out.replace("_", "-")
-    for field in dataclasses.fields(linear_sklearn.Config):
-        assert f"--{field.name.replace('_', '-')}" in printed

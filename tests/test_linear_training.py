@@ -1,31 +1,27 @@
 """linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
 
 import csv
-import dataclasses
 import json
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import numpy as np
 import pytest
 import torch
-import tyro
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer
 
 import cache
 import linear_training
-from tests.conftest import ROOT, make_texts, run_command, write_rows
+from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
 from utils.data import load_texts
 from utils.io import UserError
+from utils.settings import Run, with_values
 
 
 def settings(model_dirs, rows, results_dir, **changes):
     base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows), "results_dir": results_dir}
-    return linear_training.Config(**{**base, "device": "cpu", "num_epochs": 4, **changes})
+    return configure(linear_training, **{**base, "device": "cpu", "num_epochs": 4, **changes})
 
 
 def result(results_dir):
@@ -43,17 +39,17 @@ def train_through_the_model(config) -> list[float]:
     Written without utils/training.py, but for the two conventions that make runs comparable: a permutation per
     (seed, epoch), dropout masks per (seed, step, process).
     """
-    model = AutoModel.from_pretrained(config.model_name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name, padding_side="right")
+    model = AutoModel.from_pretrained(config.model.model_name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.model_name, padding_side="right")
     tokenizer.pad_token = tokenizer.eos_token
-    data = load_texts(config, "train")
+    data = load_texts(config.data, config.run, "train")
     labels = torch.from_numpy(data.labels)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.data.seed)
     head = torch.nn.Linear(model.config.hidden_size, data.num_labels)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
     losses, step = [], 0
     for epoch in range(config.num_epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(labels))
+        order = np.random.default_rng((config.data.seed, epoch)).permutation(len(labels))
         of_epoch = []
         for start in range(0, len(order), config.batch_size):
             rows = order[start : start + config.batch_size]
@@ -62,7 +58,7 @@ def train_through_the_model(config) -> list[float]:
                 states = model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]
             pooled = (states * mask).sum(1) / mask.sum(1)
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, 0)).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence((config.data.seed, step, 0)).generate_state(1)[0]))
             loss = cross_entropy(head(torch.dropout(pooled, config.dropout, train=True)), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -105,16 +101,9 @@ def test_the_model_runs_once(model_dirs, rows_path, tmp_path, monkeypatch):
 def test_stored_states_of_every_layer_serve_too(model_dirs, rows_path, tmp_path):
     linear_training.main(settings(model_dirs, rows_path, tmp_path / "one"))
     for split in ("train", "test"):
-        cache.main(
-            cache.Config(
-                model_name=str(model_dirs["qwen2"]),
-                dataset_name=str(rows_path),
-                split=split,
-                save_pooled="all",
-                num_folds=3,
-                results_dir=tmp_path / "two",
-            )
-        )
+        one_run = settings(model_dirs, rows_path, tmp_path / "two")
+        moments = cache.Config(split, num_folds=3, model=one_run.model, data=one_run.data, run=one_run.run)
+        cache.main(with_values(moments, save_pooled="all"))
     linear_training.main(settings(model_dirs, rows_path, tmp_path / "two"))
     one, two = (history(result(tmp_path / folder)[0]) for folder in ("one", "two"))
     assert len(one) == len(two) > 1
@@ -163,7 +152,7 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_p
 
 
 def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):
-    data = load_texts(settings(model_dirs, rows_path, tmp_path), "train")
+    data = load_texts(settings(model_dirs, rows_path, tmp_path).data, Run(), "train")
     kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
     assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
@@ -193,36 +182,47 @@ def arguments(model_dirs, rows, results_dir, *more):
     return [*call, "--results_dir", results_dir, "--num_epochs", "3", *more]
 
 
-def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, capsys):
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, capsys, monkeypatch):
     call = arguments(model_dirs, rows_path, tmp_path)
-    first = run_command(*call)
-    assert first.returncode == 0, first.stderr
+    assert run_in_process(monkeypatch, *call) == 0
     folder, metrics = result(tmp_path)
-    assert first.stdout.strip().splitlines()[-1] == str(folder / "metrics.json")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
     assert metrics["config"]["num_epochs"] == 3 and metrics["environment"]["packages"]["torch"] == torch.__version__
     assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
     written = (folder / "metrics.json").stat().st_mtime_ns
     linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=3))
     assert "reused" in capsys.readouterr().out
-    other = run_command(*call, "--learning_rate", "0.5", "--standardize")
-    assert other.returncode == 1 and "Traceback" not in other.stderr
-    assert "learning_rate: 0.0001 there, 0.5 now" in other.stderr and "standardize" in other.stderr
+    message = str(run_in_process(monkeypatch, *call, "--learning_rate", "0.5", "--standardize"))
+    assert message.startswith("error: ") and "learning_rate: 0.0001 there, 0.5 now; standardize: " in message
     assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 
+def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
+    model, retrained = model_twins
+    config = settings({"qwen2": model}, rows_path, tmp_path / "results")
+    linear_training.main(config)
+    _, before = result(tmp_path / "results")
+    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
+    with pytest.raises(UserError, match=r"metrics\.json was made with other weights of the model"):
+        linear_training.main(config)
+    linear_training.main(with_values(config, overwrite=True))  # the stale pooled states are made anew as well
+    _, after = result(tmp_path / "results")
+    assert after["model_fingerprint"] != before["model_fingerprint"]
+    assert after["last"]["test_loss"] != before["last"]["test_loss"]
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_path, capsys):
-    more = ("--num_epochs", "400", "--minutes_per_state", "0.001", "--validation_share", "0.1", "--device", "cpu")
+    def config(place):
+        return settings(model_dirs, rows_path, tmp_path / place, num_epochs=150, validation_share=0.1)
+
+    more = ("--num_epochs", "150", "--minutes_per_state", "0.001", "--validation_share", "0.1", "--device", "cpu")
     call = arguments(model_dirs, rows_path, tmp_path / "killed", *more)
-    process = subprocess.Popen([sys.executable, *map(str, call)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "killed").glob("linear_training/*/*/state.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_at(lambda: list(tmp_path.glob("killed/linear_training/*/*/state.safetensors")), *call)
     assert not list((tmp_path / "killed").glob("linear_training/*/*/metrics.json"))
     for place in ("killed", "whole"):
-        linear_training.main(settings(model_dirs, rows_path, tmp_path / place, num_epochs=400, validation_share=0.1))
+        linear_training.main(config(place))
         assert ("going on from step" in capsys.readouterr().out) == (place == "killed")
     whole, killed = result(tmp_path / "whole")[0], result(tmp_path / "killed")[0]
     assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
@@ -249,19 +249,10 @@ def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
         ({"dropout": 1.0}, "dropout"),
         ({"batch_size": 0}, "at least 1"),
         ({"track": "wandb"}, "pip install wandb"),
-        ({"model_name": "tinny"}, "nearest known: tiny"),
+        ({"model_name": "tinny"}, "Did you mean tiny"),
     ],
 )
 def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
     with pytest.raises((UserError, ValueError), match=message):
         linear_training.main(settings(model_dirs, rows_path, tmp_path, **change))
     assert not list(tmp_path.glob("linear_training/**/*.json"))
-
-
-def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit) as stop:
-        tyro.cli(linear_training.Config, args=["--help"])
-    shown = capsys.readouterr().out.replace("_", "-")
-    assert stop.value.code == 0
-    for field in dataclasses.fields(linear_training.Config):
-        assert f"--{field.name.replace('_', '-')}" in shown

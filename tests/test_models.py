@@ -1,5 +1,6 @@
 """The eight models of the paper, as small random models of their architecture, and what can go wrong in loading one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,27 +12,28 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-import cache
-from tests.conftest import make_texts, make_tokenizer, run_command, run_in_process
+from tests.conftest import make_texts, make_tokenizer, retrain, run_in_process
+from utils.hub import hub_errors
 from utils.io import UserError
 from utils.models import (
     FAMILIES,
     MODELS,
     TokenizedTexts,
     decoder_layers,
-    hub_errors,
     load_base_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
-    run_base_model,
+    model_fingerprint,
+    repository,
     token_batches,
     tokenize,
     visit_hidden_states,
 )
 from utils.openelm import OpenELMConfig
+from utils.settings import Model, Run
 
-CPU = torch.device("cpu")
+CPU, RUN = torch.device("cpu"), Run()
 
 
 def qwen2(heads: int, key_value_heads: int, tied: bool) -> Qwen2Config:
@@ -84,8 +86,7 @@ def folders(tmp_path_factory):
 
 def states_of(model, input_ids) -> list[torch.Tensor]:
     seen = {}
-    with visit_hidden_states(model, lambda layer, states: seen.__setitem__(layer, states.clone())):
-        run_base_model(model, input_ids)
+    visit_hidden_states(model, input_ids, lambda layer, states: seen.__setitem__(layer, states.clone()))
     return [seen[layer] for layer in sorted(seen)]
 
 
@@ -97,8 +98,8 @@ def test_the_table_names_the_eight_models_of_the_paper():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_are_those_of_the_library(folders, name):
     """Layer count + 1 states, the last after the final norm, and one layer alive at a time changes nothing."""
-    settings = cache.Config(str(folders[name]))
-    model = load_base_model(settings, CPU)
+    settings = Model(str(folders[name]))
+    model = load_base_model(settings, RUN, CPU)
     input_ids = torch.randint(0, 300, (3, 11))
     states = states_of(model, input_ids)
     assert len(states) == model.config.num_hidden_layers + 1
@@ -109,7 +110,7 @@ def test_hidden_states_are_those_of_the_library(folders, name):
     torch.testing.assert_close(states[-1], expected.last_hidden_state, rtol=0, atol=1e-6)
     root_mean_square = states[-1].square().mean(-1).sqrt()
     torch.testing.assert_close(root_mean_square, torch.ones(3, 11), rtol=0, atol=0.05)  # its norm weights are 1 here
-    causal = load_causal_lm(settings, CPU)  # the base model holds the weights of the causal LM, not fresh ones
+    causal = load_causal_lm(settings, RUN, CPU)  # the base model holds the weights of the causal LM, not fresh ones
     with torch.no_grad():
         logits = causal(input_ids=input_ids).logits
         from_states = states[-1] @ causal.get_output_embeddings().weight.T
@@ -118,7 +119,7 @@ def test_hidden_states_are_those_of_the_library(folders, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_know_neither_padding_nor_company(folders, name):
-    model = load_base_model(cache.Config(str(folders[name])), CPU)
+    model = load_base_model(Model(str(folders[name])), RUN, CPU)
     random = np.random.default_rng(0)
     lengths = np.array([1, 9, 4, 17, 2])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -134,7 +135,7 @@ def test_hidden_states_know_neither_padding_nor_company(folders, name):
 def test_every_model_goes_from_rows_to_score(folders, rows_path, name, tmp_path, monkeypatch, capsys):
     common = ["--model_name", folders[name], "--dataset_name", rows_path, "--results_dir", tmp_path]
     assert run_in_process(monkeypatch, "cache.py", *common, "--max_samples", 90) == 0
-    assert run_in_process(monkeypatch, "K_sweep.py", *common, "--num_null_draws", 5) == 0
+    assert run_in_process(monkeypatch, "K_sweep.py", *common, "--num_null_draws", 5, "--no_picture") == 0
     path = tmp_path / "ntps" / folders[name].name / "rows.json"
     assert capsys.readouterr().out.strip().endswith(str(path))
     result = json.loads(path.read_text())
@@ -148,7 +149,7 @@ def test_any_other_causal_lm_works_by_the_defaults(tmp_path):
     config.bos_token_id = config.eos_token_id = 0
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    model = load_base_model(cache.Config(str(tmp_path)), CPU)
+    model = load_base_model(Model(str(tmp_path)), RUN, CPU)
     input_ids = torch.randint(0, 300, (2, 7))
     with torch.no_grad():
         expected = model(input_ids=input_ids, output_hidden_states=True).hidden_states
@@ -160,7 +161,7 @@ def test_any_other_causal_lm_works_by_the_defaults(tmp_path):
 @pytest.mark.parametrize("name", ["Qwen/Qwen2-0.5B", "apple/OpenELM-270M", "meta-llama/Meta-Llama-3-8B"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dtype_is_the_one_asked_for(folders, name, dtype):
-    model = load_base_model(cache.Config(str(folders[name]), dtype=dtype), CPU)
+    model = load_base_model(Model(str(folders[name]), dtype=dtype), RUN, CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not model.training
 
@@ -169,8 +170,8 @@ def test_the_dtype_is_the_one_asked_for(folders, name, dtype):
 def test_a_merged_adapter_changes_the_states_as_the_unmerged_one_does(folders, name, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    settings = cache.Config(str(folders[name]))
-    causal = load_causal_lm(settings, CPU)
+    settings = Model(str(folders[name]))
+    causal = load_causal_lm(settings, RUN, CPU)
     targets = FAMILIES[causal.config.model_type].lora_target_modules
     torch.manual_seed(1)
     peft_model = get_peft_model(causal, LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)).eval()
@@ -178,24 +179,39 @@ def test_a_merged_adapter_changes_the_states_as_the_unmerged_one_does(folders, n
     input_ids = torch.randint(0, 300, (2, 9))
     with torch.no_grad():
         expected = peft_model(input_ids=input_ids, output_hidden_states=True).hidden_states
-    merged, plain = load_base_model(settings, CPU, tmp_path), load_base_model(settings, CPU)
+    merged = load_base_model(dataclasses.replace(settings, adapter_dir=tmp_path), RUN, CPU)
+    plain = load_base_model(settings, RUN, CPU)
     for ours, theirs in zip(states_of(merged, input_ids), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (states_of(plain, input_ids)[-1] - expected[-1]).abs().max() > 1e-2
 
 
+# ------------------------------------------------------------------ identity
+def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp_path):
+    original = model_fingerprint(Model(str(model_dirs["qwen2"])), RUN)
+    copy = shutil.copytree(model_dirs["qwen2"], tmp_path / "copy", copy_function=shutil.copyfile)  # other file times
+    (copy / "training_args.bin").write_bytes(b"decides nothing")
+    assert model_fingerprint(Model(str(copy)), RUN) == original
+    retrain(copy)
+    retrained = model_fingerprint(Model(str(copy)), RUN)
+    assert retrained != original
+    both = model_fingerprint(Model(str(copy), adapter_dir=model_dirs["llama"]), RUN)
+    assert both.startswith(retrained) and both != retrained
+
+
 # ------------------------------------------------------------------ tokens
 def test_tokenizer_pads_on_the_right_with_a_token_of_its_own(folders):
     for name in ("Qwen/Qwen2-0.5B", "meta-llama/Meta-Llama-3-8B", "apple/OpenELM-270M"):
-        settings = cache.Config(str(folders[name]))
-        tokenizer = load_tokenizer(settings, load_config(settings))  # saved with padding on the left, without a pad
+        settings = Model(str(folders[name]))
+        # saved with padding on the left, without a pad
+        tokenizer = load_tokenizer(settings, RUN, load_config(settings, RUN))
         assert tokenizer.padding_side == "right" and tokenizer.pad_token_id is not None
 
 
 def test_tokens_are_those_of_the_tokenizer_truncated(folders):
-    settings = cache.Config(str(folders["Qwen/Qwen2-0.5B"]))
-    config = load_config(settings)
-    tokenizer, texts = load_tokenizer(settings, config), make_texts(20, seed=2, longest=60)
+    settings = Model(str(folders["Qwen/Qwen2-0.5B"]))
+    config = load_config(settings, RUN)
+    tokenizer, texts = load_tokenizer(settings, RUN, config), make_texts(20, seed=2, longest=60)
     tokens = tokenize(texts, tokenizer, config, max_length=10)
     for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
         assert ids.tolist() == tokenizer(text)["input_ids"][:10]
@@ -212,9 +228,9 @@ def test_batches_hold_every_text_once_within_the_budget(budget):
 
 
 def test_mistaken_tokenizer_and_empty_text_are_named(folders):
-    settings = cache.Config(str(folders["Qwen/Qwen2-0.5B"]))
-    config = load_config(settings)
-    tokenizer = load_tokenizer(settings, config)
+    settings = Model(str(folders["Qwen/Qwen2-0.5B"]))
+    config = load_config(settings, RUN)
+    tokenizer = load_tokenizer(settings, RUN, config)
     with pytest.raises(UserError, match="row 1"):
         tokenize(["a", "", "b"], tokenizer, config)
     config.vocab_size = 20
@@ -230,21 +246,21 @@ def response(status: int) -> httpx.Response:
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        (errors.GatedRepoError("gated", response=response(403)), "Accept its licence"),
+        (errors.GatedRepoError("gated", response=response(403)), "Accept its terms"),
         (errors.RevisionNotFoundError("none", response=response(404)), "no revision 'v9'"),
-        (errors.RepositoryNotFoundError("none", response=response(404)), "Nearest known: Qwen/Qwen2-0.5B"),
+        (errors.RepositoryNotFoundError("none", response=response(404)), "Did you mean Qwen/Qwen2-0.5B"),
         (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
     ],
 )
 def test_what_the_hub_answers_becomes_a_sentence(cause, message):
-    with pytest.raises(UserError, match=message), hub_errors("Qwen/Qwen2-0.5", "v9"):
+    with pytest.raises(UserError, match=message), hub_errors(repository("Qwen/Qwen2-0.5", "v9")):
         try:
             raise cause
         except Exception as error:
             raise OSError("wrapped, as transformers does") from error
 
 
-def test_no_code_of_a_repository_runs_unasked(folders, tmp_path):
+def test_no_code_of_a_repository_runs_unasked(tmp_path):
     """A folder whose config points to code of its own: refused, and the code has not run."""
     folder, sign = tmp_path / "remote", tmp_path / "it_ran"
     folder.mkdir()
@@ -254,32 +270,32 @@ def test_no_code_of_a_repository_runs_unasked(folders, tmp_path):
     (folder / "configuration_remote.py").write_text(code)
     auto_map = {"AutoConfig": "configuration_remote.C", "AutoModelForCausalLM": "configuration_remote.C"}
     (folder / "config.json").write_text(json.dumps({"model_type": "remote", "auto_map": auto_map}))
-    result = run_command("cache.py", "--model_name", folder, "--results_dir", tmp_path)
-    assert result.returncode == 1 and "--trust_remote_code" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        load_config(Model(str(folder)), RUN)
     assert not sign.exists()
 
 
-def test_offline_hub_model_says_so(tmp_path):
-    result = run_command("cache.py", "--model_name", "Qwen/Qwen2-0.5B", "--results_dir", tmp_path)
-    assert result.returncode == 1 and "cannot be reached" in result.stderr and "Traceback" not in result.stderr
+def test_offline_hub_model_says_so():
+    with pytest.raises(UserError, match=r"Qwen/Qwen2-0\.5B .*cannot be reached"):
+        load_config(Model("Qwen/Qwen2-0.5B"), RUN)
 
 
 def test_model_of_the_ladder_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.models.ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"python demo/pretrain\.py --size large"):
-        load_config(cache.Config("large"))
+    with pytest.raises(UserError, match=r"python -m demo\.pretrain --size large"):
+        load_config(Model("large"), RUN)
 
 
 def test_tokenizer_of_another_repository(folders):
     """OpenELM's own repository has no tokenizer: an ungated copy is named by --tokenizer_name."""
-    settings = cache.Config(str(folders["apple/OpenELM-270M"]), tokenizer_name=str(folders["Qwen/Qwen2-0.5B"]))
-    ours = load_tokenizer(settings, load_config(settings))
+    settings = Model(str(folders["apple/OpenELM-270M"]), tokenizer_name=str(folders["Qwen/Qwen2-0.5B"]))
+    ours = load_tokenizer(settings, RUN, load_config(settings, RUN))
     theirs = AutoTokenizer.from_pretrained(folders["Qwen/Qwen2-0.5B"])
     assert ours("the river")["input_ids"] == theirs("the river")["input_ids"]
     (folders["apple/OpenELM-270M"] / "tokenizer_config.json").rename(folders["apple/OpenELM-270M"] / "away")
     try:
         with pytest.raises(UserError, match="meta-llama/Llama-2-7b-hf"):
-            load_tokenizer(cache.Config(str(folders["apple/OpenELM-270M"])), load_config(settings))
+            load_tokenizer(Model(str(folders["apple/OpenELM-270M"])), RUN, load_config(settings, RUN))
     finally:
         (folders["apple/OpenELM-270M"] / "away").rename(folders["apple/OpenELM-270M"] / "tokenizer_config.json")
 
@@ -292,4 +308,4 @@ def test_missing_weights_are_refused_not_made_up(folders, tmp_path):
     save_file(tensors, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
     for load in (load_base_model, load_causal_lm):
         with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
-            load(cache.Config(str(tmp_path / "partial")), CPU)
+            load(Model(str(tmp_path / "partial")), RUN, CPU)

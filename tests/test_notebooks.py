@@ -8,10 +8,9 @@ import pytest
 from nbclient import NotebookClient
 
 from fig_plot import import_published
-from tests.conftest import ROOT
+from tests.conftest import PUBLISHED, ROOT, needs_published
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "fig_plot").glob("*.ipynb"))
-PUBLISHED = ROOT.parent / "shared" / "published"
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,8 @@ def test_notebook_is_committed_without_outputs_and_says_what_it_claims(name):
             assert not cell.outputs and cell.execution_count is None
 
 
+@needs_published
 def test_notebooks_draw_the_published_values_where_they_are(copied):
-    if not PUBLISHED.is_dir():
-        pytest.skip("the paper's published values are not here")
     import_published.main(import_published.Config(path=PUBLISHED, output_dir=copied / "published"))
     for name in ("Fig1", "Fig2", "Fig3"):
         execute(copied, name)

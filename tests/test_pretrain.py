@@ -1,10 +1,11 @@
 """demo/pretrain.py: a short run through the command line, resuming, and the committed checkpoint."""
 
-import dataclasses
+import contextlib
+import io
 import json
 import math
-import subprocess
-import sys
+import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from demo import pretrain
 from demo.docstrings import pretraining_corpus
 from demo.pretrain import Config, cut_windows, learning_rate_at, split_documents
+from tests.conftest import configure, run_in_process
 from utils.io import ROOT, UserError
+from utils.settings import with_values
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
 SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
@@ -34,13 +37,15 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     flags = [f"--{name}={value}" for name, value in SHORT.items()]
     places = [f"--output_dir={folder / 'model'}", f"--results_dir={folder / 'runs'}"]
-    command = [sys.executable, "demo/pretrain.py", *flags, *places]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return folder, done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        assert run_in_process(patch, "demo/pretrain.py", *flags, *places) == 0
+    return folder, printed.getvalue()
 
 
 def short_config(folder, **changes):
-    return Config(**SHORT, output_dir=folder / "model", results_dir=folder / "runs", **changes)
+    places = {"output_dir": folder / "model", "results_dir": folder / "runs"}
+    return configure(pretrain, **SHORT | places | changes)
 
 
 # ------------------------------------------------------------------ a short run
@@ -56,6 +61,8 @@ def test_short_run_writes_a_model_that_loads(finished_run):
 
 def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path):
     pretrain.main(short_config(tmp_path, stop_at_step=3))
+    with pytest.raises(UserError, match=r"state\.safetensors was made .*learning_rate: None there, 0\.5 now"):
+        pretrain.main(short_config(tmp_path, learning_rate=0.5))
     assert not (tmp_path / "model").exists() and (tmp_path / "runs" / "tiny" / "state.safetensors").exists()
     pretrain.main(short_config(tmp_path))
     resumed, whole = report_of(tmp_path / "model"), report_of(finished_run[0] / "model")
@@ -66,23 +73,38 @@ def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path):
         torch.testing.assert_close(weight, weights[1][name], atol=2e-3, rtol=2e-2)  # one step of bfloat16
 
 
-def test_other_settings_are_refused_and_named(finished_run, tmp_path, capsys):
+def test_other_settings_are_refused_and_named(finished_run, capsys):
     folder, _ = finished_run
     with pytest.raises(UserError, match=r"seed: 0 there, 7 now"):
         pretrain.main(short_config(folder, seed=7))
     pretrain.main(short_config(folder, minutes_per_state=9.0))  # changes only speed: the finished model is kept
     assert "already complete" in capsys.readouterr().out
-    pretrain.main(short_config(tmp_path, stop_at_step=2))
-    with pytest.raises(UserError, match=r"learning_rate: None there, 0\.5 now"):
-        pretrain.main(short_config(tmp_path, learning_rate=0.5))
+
+
+def test_other_docstrings_are_refused(finished_run, monkeypatch):
+    """A model that saw other texts is not taken for the one asked for."""
+    folder, _ = finished_run
+    monkeypatch.setattr(pretrain, "fingerprint", lambda: "0123456789abcdef")
+    with pytest.raises(UserError, match=r"pretraining\.json was made from other rows or docstrings"):
+        pretrain.main(short_config(folder))
+
+
+def test_overwrite_replaces_a_finished_model(finished_run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run[0], folder)
+    (folder / "model" / "stray.txt").write_text("of the first run")
+    pretrain.main(short_config(folder, seed=7, max_steps=1, overwrite=True))
+    report = report_of(folder / "model")
+    assert (report["config"]["seed"], report["step"]) == (7, 1)
+    assert not (folder / "model" / "stray.txt").exists() and not list(folder.glob("*.tmp"))
 
 
 def test_too_little_text_is_a_users_mistake(tmp_path):
-    config = dataclasses.replace(short_config(tmp_path), batch_size=100_000)
+    config = short_config(tmp_path)
     with pytest.raises(UserError, match="Lower --batch_size"):
-        pretrain.main(config)
+        pretrain.main(with_values(config, batch_size=100_000))
     with pytest.raises(UserError, match="Raise --max_documents"):
-        pretrain.main(dataclasses.replace(config, max_documents=1))
+        pretrain.main(with_values(config, max_documents=1))
 
 
 # ------------------------------------------------------------------ parts
@@ -122,7 +144,7 @@ def test_committed_checkpoint_is_small_and_says_where_it_comes_from():
     report = report_of(CHECKPOINT)
     assert set(report) >= FIELDS
     assert report["config"]["size"] == "tiny" and report["config"]["max_steps"] is None
-    assert report["command"].startswith("python demo/pretrain.py")
+    assert re.match(r"python (-m demo\.pretrain|demo/pretrain\.py) ", report["command"])
     assert report["held_out_loss"] < report["unigram_loss"] - 2
 
 

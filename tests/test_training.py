@@ -46,7 +46,7 @@ def model_folder(architecture: str, model_dirs: dict[str, Path]) -> Path:
 
 def make_run(script, config) -> tuple[TrainingRun, dict]:
     """A run as `finetune` builds it, and what went into it."""
-    data = load_splits(config.data)
+    data = load_splits(config.data, config.run)
     place = make_place(config, result_path("test", config.run, config.model, config.data))
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)

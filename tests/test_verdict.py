@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fig_plot import tables, verdict
-from tests.conftest import ROOT, run_command
+from fig_plot import import_published, tables, verdict
+from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 MODELS, TASKS = ("tiny-random", "small-one", "large-one", "huge-one"), [f"task{i:02d}" for i in range(14)]
 FRACTIONS, LAYERS = (0.25, 0.5, 0.75), (0, 1, 2)
@@ -32,7 +32,7 @@ def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
                 *(("largest", "pca", 0.1), ("largest", "random", -0.2)),
             ):
                 row = {**keys, "eigenvectors": order, "subspace": subspace, "layer": 2, "probe_mse": 9.0}
-                row |= {name: of + lead for name, of in scores.items()}
+                row |= {name: score + lead for name, score in scores.items()}
                 row |= {f"{name}_{key}": 3.0 for name in NAMES[1:] for key in ("null_mean", "null_std", "z")}
                 rows.append(row)
             for layer in LAYERS:
@@ -51,22 +51,23 @@ def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
         for task in TASKS
     ]
     sizes = [{"model": model, "num_parameters": 10**i, "held_out_loss": 4.0 - i} for i, model in enumerate(MODELS)]
-    for name, of_table in {"scores": rows, "layers": layers, "probes": probes, "training": training,
-                           "datasets": datasets, "models": sizes}.items():  # fmt: skip
-        pd.DataFrame(of_table).to_csv(folder / f"{name}.csv", index=False)
+    for name, table in {"scores": rows, "layers": layers, "probes": probes, "training": training,
+                        "datasets": datasets, "models": sizes}.items():  # fmt: skip
+        pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
     return pd.DataFrame(rows)
 
 
-@pytest.fixture
-def study(tmp_path):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
     """The tables of a made-up study in which NTPS ranks tasks perfectly, by the command a user types."""
-    write_study(tmp_path)
-    done = run_command("fig_plot/verdict.py", "--data_dir", tmp_path, "--num_draws", "200")
+    folder = tmp_path_factory.mktemp("study")
+    write_study(folder)
+    done = run_command("-m", "fig_plot.verdict", "--data_dir", folder, "--num_draws", "200")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == str(tmp_path)
+    assert done.stdout.strip().splitlines()[-1] == str(folder)
     return {
         path.stem.removeprefix("verdict_"): pd.read_csv(path, keep_default_na=False, na_values=[""])
-        for path in tmp_path.glob("verdict_*.csv")
+        for path in folder.glob("verdict_*.csv")
     }
 
 
@@ -97,7 +98,7 @@ def test_headroom_explains_the_gain_away(study):
     assert table.loc["nothing", "rmse_points"] > 3
 
 
-def test_selection_finds_the_planted_configuration_and_noise_has_no_small_p(study, tmp_path):
+def test_selection_finds_the_planted_configuration_and_noise_has_no_small_p(study):
     rows = study["selection"].query("measure == 'probe_accuracy' and eigenvectors == 'largest' and score == 'ntps'")
     assert set(rows.model) == set(MODELS[1:])
     assert (rows.best.round(6) == 1).all() and (rows.layer == 1).all() and (rows.fraction == 0.5).all()
@@ -135,18 +136,15 @@ def test_mean_of_others_leaves_the_model_itself_out():
     assert tables.mean_of_others(table[:1]).isna().all(axis=None)
 
 
-def test_missing_tables_name_the_command(tmp_path):
-    for flags, command in (((), "fig_plot/collect.py"), (("--published",), "fig_plot/import_published.py")):
-        done = run_command("fig_plot/verdict.py", "--data_dir", tmp_path, *flags)
-        assert done.returncode == 1 and command in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("flags, module", [((), "collect"), (("--published",), "import_published")])
+def test_missing_tables_name_the_command(flags, module, tmp_path, monkeypatch):
+    message = run_in_process(monkeypatch, "fig_plot/verdict.py", "--data_dir", tmp_path, *flags)
+    assert f"python -m fig_plot.{module}" in message
 
 
+@needs_published
 def test_published_values_are_judged_too(tmp_path):
-    published = ROOT.parent / "shared" / "published"
-    if not published.is_dir():
-        pytest.skip("the paper's published values are not here")
-    for name in ("fig2", "fig3"):
-        (tmp_path / f"{name}.csv").write_bytes((published / f"{name}.csv").read_bytes())
+    import_published.main(import_published.Config(path=PUBLISHED, output_dir=tmp_path))
     config = verdict.Config(published=True, data_dir=tmp_path, num_draws=100)
     table = verdict.published_tables(tmp_path, config)["correlations"]
     whole = table[table["without"] == ""]

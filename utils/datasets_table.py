@@ -27,10 +27,11 @@ class DatasetSpec:
     test_split: str | None = "test"  # the hub's split that is held out; None: seeded 70/30, as in the paper
     group_by: tuple[str, ...] = ()  # rows that share one of these texts stay on one side of the 70/30 split
     config: str | None = None
-    # The hub wants the full 40 digits; where only the short hash of a commit is known it stands in `seen_at`.
+    # The hub wants the full 40 digits; where only the short hash of a commit is known it is in `seen_at`.
     revision: str | None = None  # what is loaded; None: the newest
     seen_at: str | None = None  # commit at which the columns were read
     data_files: Mapping[str, str] | None = None  # split -> files, where the file names alone would mislead
+    class_names: tuple[str, ...] = ()  # in the order of the label; empty for numbers and the 77 intents
     note: str = ""
 
     @property
@@ -73,6 +74,7 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(67_349, 872),
+        class_names=("negative", "positive"),
         licence="unknown",
         test_split="validation",
         revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb",
@@ -105,6 +107,7 @@ SPECS = (
         label_column="label",
         num_classes=6,
         sizes=(16_000, 2_000),
+        class_names=("sadness", "joy", "love", "anger", "fear", "surprise"),
         licence="other (education and research)",
         config="split",
         revision="cab853a1dbdf4c42c2b3ef2173804746df8825fe",
@@ -116,6 +119,7 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(3_901, 1_673),
+        class_names=("ham", "spam"),
         licence="unknown",
         test_split=None,
         config="plain_text",
@@ -129,10 +133,11 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(2_133, 915),
+        class_names=("0", "1"),
         licence="unknown",
         test_split=None,
         group_by=("question_1", "question_2"),
-        note="each question stands in two rows; --ungrouped_split gives the paper's split",
+        note="each question is in two rows; --ungrouped_split gives the paper's split",
     ),
     DatasetSpec(
         key="rotten_tomatoes",
@@ -141,6 +146,7 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(8_530, 1_066),
+        class_names=("neg", "pos"),
         licence="unknown",
         revision="aa13bc287fa6fcab6daf52f0dfb9994269ffea28",
     ),
@@ -151,6 +157,7 @@ SPECS = (
         label_column="answerKey",
         num_classes=5,
         sizes=(9_741, 1_221),
+        class_names=("A", "B", "C", "D", "E"),
         licence="mit",
         test_split="validation",
         revision="94630fe30dad47192a8546eb75f094926d47e155",
@@ -163,6 +170,7 @@ SPECS = (
         label_column="label",
         num_classes=3,
         sizes=(1_000, 320),
+        class_names=("risk", "neutral", "opportunity"),
         licence="cc-by-nc-sa-4.0",
         seen_at="f261b1f",
     ),
@@ -173,6 +181,7 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(25_000, 25_000),
+        class_names=("neg", "pos"),
         licence="other",
         config="plain_text",
         revision="e6281661ce1c48d982bc483cf8a173c1bbeb5d31",
@@ -217,6 +226,7 @@ SPECS = (
         label_column="label",
         num_classes=2,
         sizes=(3_600_000, 400_000),
+        class_names=("negative", "positive"),
         licence="apache-2.0",
         revision="9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289",
         note='without the title, as in the released loader; --text_template "{title} {content}" adds it',
@@ -228,6 +238,7 @@ SPECS = (
         label_column="label",
         num_classes=3,
         sizes=(549_367, 9_824),
+        class_names=("entailment", "neutral", "contradiction"),
         licence="cc-by-sa-4.0",
         revision="cdb5c3d5eed6ead6e5a341c8e56e669bb666725b",
         note="rows without a majority label (-1) are left out",

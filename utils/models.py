@@ -47,10 +47,10 @@ OPEN = "open"
 LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
 MODELS = {
     "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
-    "micro": ModelSpec("demo/runs/micro", "0.4M", "python demo/pretrain.py --size micro"),
-    "small": ModelSpec("demo/runs/small", "3.7M", "python demo/pretrain.py --size small"),
-    "medium": ModelSpec("demo/runs/medium", "12M", "python demo/pretrain.py --size medium"),
-    "large": ModelSpec("demo/runs/large", "29M", "python demo/pretrain.py --size large"),
+    "micro": ModelSpec("demo/runs/micro", "0.4M", "python -m demo.pretrain --size micro"),
+    "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
+    "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
+    "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
     "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
     "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
     "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),

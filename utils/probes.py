@@ -81,7 +81,7 @@ def fit_logistic(features: Tensor, labels: np.ndarray, config: Any) -> tuple[Log
     Args:
         features: (n, d), standardised, float32; see `as_array` for who does the work.
         labels: classes 0..c-1 of which none is absent, (n,).
-        config: `solver`, `inverse_penalty`, `max_iter`, `tolerance` and `seed` are read.
+        config: `solver`, `inverse_penalty`, `max_iter`, `tolerance` and `data.seed` are read.
 
     Returns:
         The fitted model; {"num_iterations", "converged"}, the iterations those of scikit-learn after the start.
@@ -90,7 +90,7 @@ def fit_logistic(features: Tensor, labels: np.ndarray, config: Any) -> tuple[Log
     max_iter = config.max_iter or (10_000 if lbfgs else 1000)
     tolerance = config.tolerance or (1e-4 if lbfgs else 0.01)
     model = LogisticRegression(
-        solver=config.solver, C=config.inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=config.seed
+        solver=config.solver, C=config.inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=config.data.seed
     )
     if lbfgs:
         binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones

@@ -16,7 +16,7 @@ from utils.settings import Data, Model, Run
 
 # what a part of an identity other than its settings says, where it differs
 DIFFERENCES = {
-    "fingerprint": "from other rows",
+    "fingerprint": "from other rows or docstrings",  # the docstrings are those that demo/pretrain.py reads
     "label_names": "from other rows",
     "train_fingerprint": "from other rows",
     "test_fingerprint": "from other rows",
@@ -24,7 +24,6 @@ DIFFERENCES = {
     "model_fingerprint": "with other weights of the model",
     "moments": "from other moments",
     "held_out": "from other moments of the held-out split",
-    "docstrings": "from other docstrings than those installed now",
 }
 
 

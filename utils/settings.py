@@ -6,6 +6,7 @@ A script's `Config` holds its own fields and these groups. On the command line t
 
 import dataclasses
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from utils.io import path_name
 Dtype = Literal["float32", "bfloat16", "float16"]
 Track = Literal["none", "tensorboard", "trackio", "wandb"]
 AnyConfig = TypeVar("AnyConfig")
+DATASETS_DIR = Path(os.environ["NTPS_DATASETS_DIR"]) if os.environ.get("NTPS_DATASETS_DIR") else None
 
 
 class Unrecorded:
@@ -94,6 +96,7 @@ class Run(Unrecorded):
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
     results_dir: Path = Path("results")  # where results are read and written
+    datasets_dir: Path | None = DATASETS_DIR  # local copies of hub datasets; None: NTPS_DATASETS_DIR, else the hub
     overwrite: bool = False  # make a result again where one is there
     tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
     trust_remote_code: bool = False  # let a model repository run its own code
