@@ -473,7 +473,7 @@ def shuffled_texts(settings, run, split):
 
 @pytest.fixture(scope="module")
 def tiny_results(tmp_path_factory):
-    """cache.py on one docstring task with the embedded model, 600 texts, under four ways of computing the same."""
+    """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
     ways = {
         "reference": {},
         "small batches": {"tokens_per_batch": 256},
@@ -483,7 +483,7 @@ def tiny_results(tmp_path_factory):
     results = {}
     for way, options in ways.items():
         folder = tmp_path_factory.mktemp("tiny")
-        config = configure(cache, dataset_name="docstrings/kind", max_samples=600, results_dir=folder, **options)
+        config = configure(cache, dataset_name="docstrings/kind", max_samples=1500, results_dir=folder, **options)
         with pytest.MonkeyPatch.context() as patch:
             if way == "shuffled texts":
                 patch.setattr(cache, "load_texts", shuffled_texts)
