@@ -51,14 +51,14 @@ def part_of(moments: LayerMoments) -> Part:
 def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Part]]:
     """The texts outside a fold and those inside it, for each fold that has any, from `utils.probes.load_folds`."""
     order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
-    averages = [folds[f"fold_{name}"] for name in order]
+    averages: list[Any] = [folds[f"fold_{name}"] for name in order]
     averages.append(folds["fold_label_second_moment"].diagonal(dim1=1, dim2=2).sum(1))
     totals, total = [torch.tensordot(counts, average, 1) for average in averages], counts.sum()
     pairs: list[Any] = []
     for fold in counts.nonzero()[:, 0]:
         num, inside = counts[fold], [average[fold] for average in averages]
-        outside = [(all_of - num * part) / (total - num) for all_of, part in zip(totals, inside, strict=True)]
-        pairs.append(tuple(Part(*values[:5], n.item()) for values, n in ((outside, total - num), (inside, num))))
+        outside: Any = [(all_of - num * part) / (total - num) for all_of, part in zip(totals, inside, strict=True)]
+        pairs.append((Part._make([*outside, (total - num).item()]), Part._make([*inside, num.item()])))
     return pairs
 
 
