@@ -62,7 +62,8 @@ def score_ranks(models: list[dict[str, Any]]) -> pd.DataFrame:
     """The rank of each model, 1 = best, by each score that they all have at the last layer: models x scores."""
     table = {}
     for name in RANKED:
-        values = [model["last_layer"].get(name, {}).get("value") for model in models]
+        entries = [model["last_layer"].get(name, {"value": None}) for model in models]
+        values = [None if entry.get("meaningless") else entry["value"] for entry in entries]
         if None not in values:
             table[name] = rankdata(-np.array(values), method="min")
     return pd.DataFrame(table, index=[model["model"] for model in models])
