@@ -34,7 +34,7 @@ from tqdm import tqdm
 import cache
 from utils.closed_form import layer_scores
 from utils.io import environment, open_tensors, pick_device, run_script, save_json
-from utils.linalg import NestedBasis, captured, rounding, whiten
+from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
 from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.pictures import plot_sweep, save_figure
@@ -105,13 +105,15 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
 
 
 # ------------------------------------------------------------------ the eigenproblem
-def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
+def informative_directions(whitened_factor: Tensor, row_errors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values of W' F, largest first, without those that are zero.
 
-    Zero means below sqrt(rank * eps) of the largest: what an eigen-decomposition of W' F F' W can tell from zero.
+    Zero means below sqrt(rank * eps) of the largest: what an eigen-decomposition of W' F F' W can tell from zero; or
+    what random errors of F give a direction: at most twice the length of their combination, with half to spare.
 
     Args:
         whitened_factor: (rank, c), float64.
+        row_errors: length of the error of each row, (rank,); None: exact.
 
     Returns:
         (rank, r) and (r,).
@@ -122,10 +124,14 @@ def informative_directions(whitened_factor: Tensor) -> tuple[Tensor, Tensor]:
     else:
         vectors, values, _ = torch.linalg.svd(whitened_factor, full_matrices=False)
     kept = values > math.sqrt(rounding(len(whitened_factor))) * values[:1]
+    if row_errors is not None:
+        kept &= values > 3 * (vectors.square().T @ row_errors.square()).sqrt()
     return vectors[:, kept], values[kept]
 
 
-def solve_generalized_eigenproblem(factor: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def solve_generalized_eigenproblem(
+    factor: Tensor, denominator: Tensor, noise: Noise | None = None, factor_error: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
 
     Differs from the paper: the released script takes the smallest first (`--eigenvectors smallest`).
@@ -133,13 +139,18 @@ def solve_generalized_eigenproblem(factor: Tensor, denominator: Tensor) -> tuple
     Args:
         factor: F, (d, c), float64.
         denominator: C, (d, d), symmetric, positive semi-definite, float64.
+        noise: what of C is rounding; None: of float64 alone.
+        factor_error: the error of F Z for random signs Z, (d, p); None: exact.
 
     Returns:
         Eigenvectors with lambda > 0, (d, r), C-orthonormal; their eigenvalues, (r,); the whitener W of C, (d, rank),
         whose columns span these and the tied eigenvectors with lambda = 0.
     """
-    whitener = whiten(denominator)
-    vectors, singular_values = informative_directions(whitener.T @ factor)
+    whitener = whiten(denominator, noise=noise)
+    row_errors = None
+    if factor_error is not None:
+        row_errors = (whitener.square().T @ factor_error.square().mean(1)).sqrt()
+    vectors, singular_values = informative_directions(whitener.T @ factor, row_errors)
     return whitener @ vectors, singular_values.square(), whitener
 
 
@@ -165,6 +176,7 @@ class Perception:
 
     whitener: Tensor  # W_M, (d, rank M)
     labels: Tensor  # W_M' U, (rank M, r): orthonormal, largest eigenvalue first
+    eigenvalues: Tensor  # (r,)
     mean: Tensor  # W_M' mu, (rank M,); zeros where the means are subtracted
     covariance_whitener: Tensor  # W of Sigma, (d, rank Sigma)
     change: Tensor  # W_M' Sigma W, (rank M, rank Sigma): from the space that Sigma whitens to that of M
@@ -176,21 +188,21 @@ def solve_perception(moments: LayerMoments, center: bool) -> Perception:
     At full rank M = Sigma + mu mu' is a rank-one update of what W whitens: W_M = W (I + a a')^{-1/2}, a = W' mu.
     """
     sigma, mean = moments.pooled_covariance, moments.pooled_mean
-    whitener = whiten(sigma)
+    whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
     identity = torch.eye(whitener.shape[1]).to(sigma)
     if center:
-        labels, _ = informative_directions(whitener.T @ moments.pooled_label_covariance)
-        return Perception(whitener, labels, torch.zeros_like(identity[0]), whitener, identity)
+        labels, values = informative_directions(whitener.T @ moments.pooled_label_covariance)
+        return Perception(whitener, labels, values.square(), torch.zeros_like(identity[:, 0]), whitener, identity)
     if whitener.shape[1] < whitener.shape[0]:
-        uncentred = whiten(moments.pooled_second_moment)
+        uncentred = whiten(moments.pooled_second_moment, noise=moments.pooled_noise(center=False))
         change = uncentred.T @ sigma @ whitener
     else:
         a = whitener.T @ mean
         squared = (a @ a).clamp(min=torch.finfo(a.dtype).tiny)
         update = torch.outer(a * ((1 + squared).rsqrt() - 1) / squared, a)
         uncentred, change = whitener + whitener @ update, identity + update
-    labels, _ = informative_directions(uncentred.T @ moments.pooled_label_cross_moment)
-    return Perception(uncentred, labels, uncentred.T @ mean, whitener, change)
+    labels, values = informative_directions(uncentred.T @ moments.pooled_label_cross_moment)
+    return Perception(uncentred, labels, values.square(), uncentred.T @ mean, whitener, change)
 
 
 def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Tensor:
@@ -200,11 +212,13 @@ def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Te
     (second moment, without --center), or drawn from a rotation-invariant law.
     """
     prefix_moment, next_moment = moments.autoregression(config.center)
+    noise = moments.prefix_noise(config.center)
     if config.subspace == "autoregression":
-        v, _, whitener = solve_generalized_eigenproblem(next_moment, prefix_moment)
+        error = moments.rounding.prefix_next_error if moments.rounding else None
+        v, _, whitener = solve_generalized_eigenproblem(next_moment, prefix_moment, noise, error)
         v = complete_by_variance(v, whitener, prefix_moment)
         return v if config.eigenvectors == "largest" else v.flip(1)
-    rank = whiten(prefix_moment).shape[1]  # so that K is the same as for the autoregression
+    rank = whiten(prefix_moment, noise=noise).shape[1]  # so that K is the same as for the autoregression
     if config.subspace == "pca":
         pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
         v = torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
@@ -250,8 +264,24 @@ def average_over_ties(k: int, informative: Lengths, tied: Lengths, num_tied: int
     return inside / (informative.whole[columns].sum() + share * tied.whole)
 
 
+def mean_over_equal(values: Tensor, eigenvalues: Tensor) -> Tensor:
+    """Each of `values` (r,) as the mean over the directions of the same eigenvalue, given in order.
+
+    Any basis of an eigenspace is a solution: with n <= d the eigenvalues are the class frequencies, often equal.
+    """
+    group = (eigenvalues.diff().abs() > 1e-9 * eigenvalues[:-1]).cumsum(0)
+    group = torch.cat([group.new_zeros(1), group])
+    same = (group[:, None] == group).to(values)
+    return same @ values / same.sum(1)
+
+
 def ntps(
-    labels: Tensor, perception: Tensor, k_us: list[int], k_vs: list[int], largest: bool = True
+    labels: Tensor,
+    perception: Tensor,
+    k_us: list[int],
+    k_vs: list[int],
+    largest: bool = True,
+    eigenvalues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The paper's score over all k_U directions, and the same ratio over the r informative ones only.
 
@@ -259,8 +289,9 @@ def ntps(
         labels: Q' U_r, (d, r), Q the nested basis of V, U largest eigenvalue first.
         perception: Q' W, (d, rank M), W the whitener of M: it spans U_r and the tied space.
         k_us: columns of U for each fraction.
-        k_vs: columns of V for each fraction.
+        k_vs: columns of Q for each fraction.
         largest: order of U (V's is that of Q).
+        eigenvalues: of the columns of U_r, (r,), so that equal ones count as tied; None: all differ.
 
     Returns:
         `ntps` and `ntps_label`, (fractions,).
@@ -269,11 +300,19 @@ def ntps(
     tied_inside = captured(perception, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
     tied_whole = perception.square().sum() - whole.sum()
     num_tied = perception.shape[1] - len(whole)
+    eigenvalues = torch.arange(len(whole), 0, -1).to(whole) if eigenvalues is None else eigenvalues
+    of_each = [Lengths(mean_over_equal(row, eigenvalues), mean_over_equal(whole, eigenvalues)) for row in inside]
     scores = [
-        average_over_ties(k_u, Lengths(inside[i], whole), Lengths(tied_inside[i], tied_whole), num_tied, largest)
+        average_over_ties(k_u, of_each[i], Lengths(tied_inside[i], tied_whole), num_tied, largest)
         for i, k_u in enumerate(k_us)
     ]
     return torch.stack(scores).clamp(0, 1), inside.sum(1) / whole.sum()
+
+
+LAYER_SCORES = (
+    *("ntps", "ntps_label", "chance", "ntps_whitened", "retained"),
+    *("excess_loss", "excess_lower", "excess_upper", "excess_lower_euclidean", "excess_upper_euclidean"),
+)
 
 
 def excess_scores(
@@ -292,11 +331,11 @@ def excess_scores(
         ks: columns of V for each fraction.
     """
     p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
-    inside = captured(whitened_basis.coordinates(p), ks)
+    inside = captured(whitened_basis.coordinates(p), whitened_basis.spanned(ks))
     explained = s.square().sum()
     retained, ntps_whitened = inside @ s.square() / explained, inside.mean(1)
     directions = basis.coordinates(whitener @ p)
-    missing = directions.square().sum() - captured(directions, ks).sum(1)
+    missing = directions.square().sum() - captured(directions, basis.spanned(ks)).sum(1)
     smallest, largest = extreme_eigenvalues(moments.pooled_covariance, whitener)
     return {
         "ntps_whitened": ntps_whitened,
@@ -322,36 +361,51 @@ def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------ one layer
+def label_directions(moments: LayerMoments, whitener: Tensor) -> Tensor:
+    """Singular values of W' S, W the whitener of Sigma: none where the pooled state says nothing of the labels."""
+    return informative_directions(whitener.T @ moments.pooled_label_covariance)[1]
+
+
+def pooled_sizes(sigma: Tensor, v: Tensor) -> Tensor:
+    """The largest deviation that v' m could have, were its coordinates to vary together, for each column of V."""
+    return v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
+
+
 def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
-    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors."""
+    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors.
+
+    A layer has no score (None) where its pooled states do not vary, or not with the labels, or no text has two tokens.
+    """
     sigma = moments.pooled_covariance
     solved, v = solve_perception(moments, config.center), subspace_directions(moments, config, layer)
     whitener, rank, rank_v = solved.covariance_whitener, solved.covariance_whitener.shape[1], v.shape[1]
+    ranks = {"layer": layer, "rank_u": solved.whitener.shape[1], "rank_v": rank_v, "rank_label": solved.labels.shape[1]}
+    probe = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
+    if not rank or not rank_v or not label_directions(moments, whitener).numel():
+        return ranks | dict.fromkeys(LAYER_SCORES) | probe | {"null_draws": None}
     k_us = num_directions(config.fractions, solved.whitener.shape[1])
     k_vs = num_directions(config.fractions, rank_v)
     v = v[:, : max(k_vs)]
-    basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v))
+    basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v), pooled_sizes(sigma, v))
+    dims = basis.spanned(k_vs)
     perception = basis.coordinates(solved.whitener)
     largest = config.eigenvectors == "largest"
-    ntps_all, ntps_label = ntps(perception @ solved.labels, perception, k_us, k_vs, largest)
+    ntps_all, ntps_label = ntps(perception @ solved.labels, perception, k_us, dims, largest, solved.eigenvalues)
 
     random = np.random.default_rng([config.data.seed, layer])
     draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
     offset = torch.outer(solved.mean, moments.label_mean)
     null_draws = {
-        "ntps_label": euclidean_null(draws, whitened_basis.change_of(solved.change), offset, perception, k_vs),
-        **whitened_null(draws, [min(k, rank) for k in k_vs]),
+        "ntps_label": euclidean_null(draws, whitened_basis.change_of(solved.change), offset, perception, dims),
+        **whitened_null(draws, whitened_basis.spanned(k_vs)),
     }
     return {
-        "layer": layer,
-        "rank_u": solved.whitener.shape[1],
-        "rank_v": rank_v,
-        "rank_label": solved.labels.shape[1],
+        **ranks,
         "ntps": ntps_all,
         "ntps_label": ntps_label,
         "chance": torch.tensor(k_vs) / len(sigma),
         **excess_scores(moments, whitener, whitened_basis, basis, k_vs),
-        **probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance)),
+        **probe,
         "null_draws": null_draws,
     }
 

@@ -10,10 +10,16 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 help:  ## what can be made here
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(READY)  ## docstrings -> tiny LM -> moments -> NTPS, with a table and a picture
-	$(PYTHON) cache.py --split train
-	$(PYTHON) cache.py --split test
-	$(PYTHON) K_sweep.py
+# smollm2: a real LLM of 135M parameters, a few minutes and 93 MB to download; any other --model_name too
+MODEL ?= tiny
+TRAIN_smollm2 := --max_samples 1000
+TEST_smollm2 := --max_samples 500
+
+demo: $(READY)  ## docstrings -> LM (MODEL=tiny or smollm2) -> moments -> NTPS, with a table and a picture
+	$(if $(filter smollm2,$(MODEL)),$(PYTHON) -m demo.smollm2)
+	$(PYTHON) cache.py --model_name $(MODEL) --split train $(TRAIN_$(MODEL))
+	$(PYTHON) cache.py --model_name $(MODEL) --split test $(TEST_$(MODEL))
+	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
 test: lint  ## ruff, mypy, every test
 	$(PYTHON) -m pytest -n 2

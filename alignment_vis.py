@@ -46,6 +46,7 @@ from utils.models import load_base_model, load_config, load_tokenizer, pool, tok
 from utils.moments import LayerMoments, load_layer
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, result_path
+from utils.self_check import self_check
 from utils.separability import describe_subspace
 from utils.settings import Data, Model, Run, result_settings
 
@@ -124,6 +125,7 @@ def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
     model_config = load_config(config.model, config.run)
     tokens = tokenize(words, load_tokenizer(config.model, config.run, model_config), model_config)
     model = load_base_model(config.model, config.run, device)
+    self_check(model, tokens, config.model.model_name)
     input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(np.arange(len(words))))
     states: list[Tensor] = []
 

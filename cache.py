@@ -16,6 +16,9 @@ last layer comes after the final norm. Everything is an average over texts, in f
     pooled_label_cross_moment  B   (l, d, c)   mean of m y'
     prefix_second_moment       C0  (l, d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
     prefix_next_cross_moment   C1  (l, d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
+
+Beside them is what tells rounding from rank: the errors of C0 Z and C1 Z that float32 products leave, for a few
+fixed random signs Z, and token_square (l, d), the mean over texts of the sum over t = 1..T of x_t^2.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -33,10 +36,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from utils.batches import token_batches
 from utils.data import LabelledTexts, load_texts
 from utils.io import (
     FORMAT_VERSION,
     UserError,
+    check_writable,
     create_tensor_file,
     environment,
     open_tensors,
@@ -45,6 +50,7 @@ from utils.io import (
     save_tensors,
     write_atomically,
 )
+from utils.linalg import NUM_PROBES, noise_probes
 from utils.models import (
     TokenizedTexts,
     known_fingerprint,
@@ -53,12 +59,13 @@ from utils.models import (
     load_tokenizer,
     model_fingerprint,
     pool,
-    token_batches,
+    stored_as,
     tokenize,
     visit_hidden_states,
 )
 from utils.moments import moments_path, pooled_path
 from utils.results import check_identity, read_identity
+from utils.self_check import self_check
 from utils.settings import (
     Data,
     Model,
@@ -86,7 +93,7 @@ class Config:
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
     pooling: Literal["mean", "last"] = "mean"  # pooled state m of a text: mean of its tokens, or its last token
     num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
-    product_dtype: Literal["float32", "float64"] = "float32"  # of the products within a batch
+    product_dtype: Literal["auto", "float32", "float64"] = "auto"  # of products; auto: by the number of tokens
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
@@ -97,44 +104,88 @@ class Config:
 
 
 # ------------------------------------------------------------------ moments
-def prefix_products(hidden_states: Tensor, lengths: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over texts and over t = 1..T-1 of s_t [s_t ; x_{t+1}]', of s_t, and of x_{t+1}; summed, not averaged.
+@dataclass(frozen=True)
+class PrefixSums:
+    """What the texts of a batch add to the sums over t = 1..T-1; float64. A text of one token adds nothing."""
 
-    With x_t = a_t + centre and s_t = q_t + t centre, only a_t and q_t are multiplied in the dtype of the states; what
-    `centre` adds is exact. float32 then rounds relative to the spread of the states and not to their mean: on the
-    embedded model that brings NTPS from 3e-4 to 5e-6 of its float64 value.
+    products: Tensor  # (d, 2d), of s_t [s_t ; x_{t+1}]'
+    prefixes: Tensor  # (d,), of s_t
+    following: Tensor  # (d,), of x_{t+1}
+    errors: Tensor  # (2, d, p), of products @ Z, the two halves apart: what the dtype of the products costs
+    totals: Tensor  # (b, d), s_T of each text, of one token too
+
+
+def prefix_products(
+    hidden_states: Tensor, lengths: Tensor, centre: Tensor, probes: Tensor, dtype: torch.dtype
+) -> PrefixSums:
+    """The sums over the pairs of a batch; summed, not averaged.
+
+    With x_t = a_t + centre and s_t = q_t + t centre, only a_t and q_t are multiplied in `dtype`; what `centre` adds is
+    exact. float32 then rounds relative to the spread of the states and not to their mean. The prefix sums themselves
+    are float64: added up in float32 they cost ten times the precision of the products.
+
+    What a product with Z should be is had from thin float64 products: a_{t+1}' Z is the step of q_t' Z.
 
     Args:
-        hidden_states: (b, t, d), right-padded.
+        hidden_states: (b, t, d), right-padded, float64.
         lengths: tokens per text, (b,).
-        centre: any vector near the mean state, (d,); the result does not depend on it.
-
-    Returns:
-        (d, 2d), (d,), (d,), float64. A text of one token has no pair and adds nothing.
+        centre: any vector near the mean state, (d,), float64; the result does not depend on it.
+        probes: Z, (d, p).
+        dtype: of the products.
     """
-    batch, num_tokens, hidden_size = hidden_states.shape
+    batch, num_tokens, d = hidden_states.shape
     position = torch.arange(1, num_tokens, device=lengths.device)
     has_next = position < lengths[:, None]
     t = has_next * position  # (b, T - 1), 0 on padding
-    centred = hidden_states - centre
-    pairs = hidden_states.new_empty(batch, num_tokens - 1, 2 * hidden_size)  # [q_t ; a_{t+1}]
-    torch.cumsum(centred[:, :-1], dim=1, out=pairs[..., :hidden_size])
-    pairs[..., hidden_size:] = centred[:, 1:]
+    prefix = hidden_states - centre  # a_t for now
+    pairs = prefix.new_empty(batch, num_tokens - 1, 2 * d, dtype=dtype)  # [q_t ; a_{t+1}]
+    pairs[..., d:] = prefix[:, 1:]
+    prefix.cumsum_(1)
+    pairs[..., :d] = prefix[:, :-1]
     pairs *= has_next[..., None]  # padding off, on both sides
     pairs = pairs.flatten(0, 1)
-    products = (pairs[:, :hidden_size].T @ pairs).double()
-    q_sum, a_sum = pairs.sum(0).double().chunk(2)
-    tq_sum, ta_sum = (t.flatten().to(pairs.dtype) @ pairs).double().chunk(2)
-    mu, num_pairs, t_sum, t_squared_sum = centre.double(), has_next.sum(), t.sum(), t.square().sum()
-    products[:, :hidden_size] += torch.outer(tq_sum, mu) + torch.outer(mu, tq_sum) + torch.outer(t_squared_sum * mu, mu)
-    products[:, hidden_size:] += torch.outer(q_sum, mu) + torch.outer(mu, ta_sum) + torch.outer(t_sum * mu, mu)
-    return products, q_sum + t_sum * mu, a_sum + num_pairs * mu
+    products = (pairs[:, :d].T @ pairs).double()
+    along = prefix @ probes  # q_t' Z
+    weights = torch.cat([along[:, :-1], along.diff(dim=1), torch.ones_like(t)[..., None], t[..., None]], dim=-1)
+    weights = torch.nn.functional.pad(weights * has_next[..., None], (0, 0, 0, 1))  # the last position has no next
+    sums = prefix.flatten(0, 1).T @ weights.flatten(0, 1)
+    exact, q_sum, tq_sum = sums[:, :-2].chunk(2, dim=1), sums[:, -2], sums[:, -1]
+    errors = torch.stack([part @ probes - of for part, of in zip(products.chunk(2, dim=1), exact, strict=True)])
+    totals = prefix[torch.arange(batch, device=lengths.device), lengths - 1]  # q_T
+    has_pairs = (lengths > 1).double()
+    a_sum = has_pairs @ (totals - hidden_states[:, 0] + centre)
+    ta_sum = (lengths - 1).double() @ totals - q_sum  # summation by parts
+    num_pairs, t_sum, t_squared_sum = has_next.sum(), t.sum(), t.square().sum()
+    products[:, :d] += torch.outer(tq_sum, centre) + torch.outer(centre, tq_sum + t_squared_sum * centre)
+    products[:, d:] += torch.outer(q_sum, centre) + torch.outer(centre, ta_sum + t_sum * centre)
+    return PrefixSums(
+        products, q_sum + t_sum * centre, a_sum + num_pairs * centre, errors, totals + lengths[:, None] * centre
+    )
+
+
+def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: int) -> torch.dtype:
+    """The dtype of the products: with `auto` float64 for few tokens.
+
+    Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
+    would cost a fifth of a long pass, where float32 errors are smaller and are measured.
+    """
+    few = int(tokens.lengths.sum()) <= max(2**14, 32 * hidden_size)
+    dtype = ("float64" if few else "float32") if config.product_dtype == "auto" else config.product_dtype
+    return getattr(torch, dtype)
 
 
 class MomentSums:
     """Running float64 sums over texts; `averages` divides them by the number of texts at the end."""
 
-    def __init__(self, num_layers: int, hidden_size: int, num_labels: int, num_folds: int, device: torch.device):
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        num_labels: int,
+        num_folds: int,
+        device: torch.device,
+        product_dtype: torch.dtype,
+    ):
         l, f, d, c = num_layers, num_folds, hidden_size, num_labels  # noqa: E741, the symbols of the module docstring
         shapes = {
             "fold_pooled_second_moment": (l, f, d, d),
@@ -144,6 +195,9 @@ class MomentSums:
             "prefix_next_cross_moment": (l, d, d),
             "prefix_mean": (l, d),
             "next_mean": (l, d),
+            "prefix_second_error": (l, d, NUM_PROBES),
+            "prefix_next_error": (l, d, NUM_PROBES),
+            "token_square": (l, d),
             "pooled_norm_fourth_power": (l,),  # |m|^4, for Ledoit-Wolf shrinkage
             "pooled_norm_squared_pooled": (l, d),  # |m|^2 m, likewise
             "fold_label_mean": (f, c),
@@ -151,6 +205,7 @@ class MomentSums:
             "fold_num_samples": (f,),
         }
         self.centres: dict[int, Tensor] = {}  # of each layer: the mean state of its first batch
+        self.probes, self.product_dtype = noise_probes(d).to(device), product_dtype
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
     def add_labels(self, targets: Tensor, folds: Tensor) -> None:
@@ -161,7 +216,7 @@ class MomentSums:
 
     def add_states(self, layer: int, hidden_states: Tensor, pooled: Tensor, lengths: Tensor, targets: Tensor,
                    folds: Tensor) -> None:  # fmt: skip
-        """Adds one layer's states of a batch: (b, t, d) in the dtype of the products, `pooled` (b, d) in float64."""
+        """Adds one layer's states of a batch: (b, t, d), and `pooled` (b, d), both float64."""
         sums = self.sums
         for fold, weights in enumerate(folds.T):
             weighted = (weights[:, None] * pooled).T
@@ -173,12 +228,16 @@ class MomentSums:
         sums["pooled_norm_squared_pooled"][layer] += norm_squared @ pooled
         if layer not in self.centres:
             self.centres[layer] = pool(hidden_states, lengths, "mean").mean(0)
-        products, prefix_sum, next_sum = prefix_products(hidden_states, lengths, self.centres[layer])
-        prefix_second, prefix_next = products.chunk(2, dim=1)
+        added = prefix_products(hidden_states, lengths, self.centres[layer], self.probes, self.product_dtype)
+        prefix_second, prefix_next = added.products.chunk(2, dim=1)
         sums["prefix_second_moment"][layer] += prefix_second
         sums["prefix_next_cross_moment"][layer] += prefix_next
-        sums["prefix_mean"][layer] += prefix_sum
-        sums["next_mean"][layer] += next_sum
+        sums["prefix_mean"][layer] += added.prefixes
+        sums["next_mean"][layer] += added.following
+        sums["prefix_second_error"][layer] += added.errors[0]
+        sums["prefix_next_error"][layer] += added.errors[1]
+        # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
+        sums["token_square"][layer] += added.totals.square().sum(0) - 2 * prefix_next.diagonal()
 
     def averages(self) -> dict[str, Tensor]:
         """Averages over texts, of each fold and, without the prefix `fold_`, of all folds together."""
@@ -246,14 +305,15 @@ def accumulate_moments(
         UserError: a non-finite state, naming layer and text.
     """
     device = next(model.parameters()).device
-    num_layers = model.config.num_hidden_layers + 1
-    sums = MomentSums(num_layers, model.config.hidden_size, targets.shape[1], folds.shape[1], device)
+    num_layers, hidden_size = model.config.num_hidden_layers + 1, model.config.hidden_size
+    dtype = choose_product_dtype(config, tokens, hidden_size)
+    sums = MomentSums(num_layers, hidden_size, targets.shape[1], folds.shape[1], device, dtype)
     first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
     finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
     def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
-        hidden_states = hidden_states.to(getattr(torch, config.product_dtype))
-        pooled = pool(hidden_states, batch.lengths, config.pooling).double()
+        hidden_states = hidden_states.double()  # exact; float32 sums over tokens would be rounding as large as a rank
+        pooled = pool(hidden_states, batch.lengths, config.pooling)
         mean = pooled if config.pooling == "mean" else pool(hidden_states, batch.lengths, "mean")
         finite.append(mean.isfinite().all(1))  # a sum over all tokens shows any of them; read once a batch
         sums.add_states(layer, hidden_states, pooled, batch.lengths, batch.targets, batch.folds)
@@ -275,6 +335,18 @@ def accumulate_moments(
                 )
             progress.update(int(tokens.lengths[rows].sum()))
     return sums
+
+
+def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
+    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
+    lengths = tokens.lengths.astype(float)
+    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
+    return {
+        "mean_inverse_length": float((1 / lengths).mean()),
+        "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
+        "num_distinct_texts": len(distinct),
+        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
+    }
 
 
 # ------------------------------------------------------------------ find or make
@@ -382,20 +454,24 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
 def make(config: Config, data: LabelledTexts, identity: dict) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device = config_path(config), pick_device(config.run.device)
+    check_writable(path)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
     model = load_base_model(config.model, config.run, device)
+    self_check(model, tokens, config.model.model_name)
     targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
     metadata = {
         "format_version": FORMAT_VERSION,
         **identity,
+        **stored_as(config.model),
         "environment": environment(),
         "num_samples": len(data.texts),
         "num_tokens": int(tokens.lengths.sum()),
         "num_pairs": int((tokens.lengths - 1).sum()),
         "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
         "max_length": tokens.max_length,
+        "rounding": rounding_statistics(tokens),
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
     }
     if config.output.save_pooled == "none":
@@ -414,6 +490,7 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     ensure(config, load_texts(config.data, config.run, config.split), renew=config.run.overwrite)
 
 

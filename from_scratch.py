@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from utils.data import load_splits
 from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.hub import hub_errors
 from utils.io import replace_folder, run_script
-from utils.models import hub_errors, load_causal_lm, load_config, load_tokenizer, repository
+from utils.models import decoder_of, load_causal_lm, load_config, load_tokenizer, repository
 from utils.settings import Unrecorded, with_values
 
 
@@ -81,11 +82,12 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
                 model.save_pretrained(temporary)
                 load_tokenizer(config.model, config.run, model.config).save_pretrained(temporary)
 
-    return Trainable(getattr(model, model.base_model_prefix), save, config.model.dtype)
+    return Trainable(decoder_of(model), save, config.model.dtype)
 
 
 def main(config: Config) -> None:
     """Trains and writes the result, unless it is there already."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     finetune(config, config.kind, build, load_splits(config.data, config.run))
 
 

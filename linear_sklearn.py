@@ -37,7 +37,7 @@ from utils.data import LabelledTexts, load_splits
 from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
 from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.models import model_fingerprint
+from utils.models import load_config, model_fingerprint, stored_as
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
@@ -68,7 +68,7 @@ class Config:
 
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
     num_folds: int = 5  # of --ridge; equal texts share a fold
-    product_dtype: Literal["float32", "float64"] = "float32"  # of the products within a batch of cache.py
+    product_dtype: Literal["auto", "float32", "float64"] = "auto"  # of the products within a batch of cache.py
     solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
     inverse_penalty: float = 1.0  # scikit-learn's C
     max_iter: int | None = None  # None: 10000 for lbfgs, 1000 for saga (the paper's)
@@ -245,6 +245,7 @@ def print_table(result: dict, split: str) -> None:
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # before the passes, not after them
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     data = load_splits(config.data, config.run)
     check_labels(data["train"])
     path = result_path("linear_sklearn", config.run, config.model, config.data, ".json")
@@ -259,7 +260,7 @@ def main(config: Config) -> None:
             "train": find_features(config, "train", data["train"]),
             "test": find_features(config, "test", data["test"]),
         }
-        result = identity | probe_layers(config, paths, data)
+        result = identity | stored_as(config.model) | probe_layers(config, paths, data)
     print_table(result, config.output.score_split)
     if config.output.picture:
         figure = plot_probes(result, load_ntps(config), config.output.score_split)

@@ -30,6 +30,7 @@ from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 import cache
 from utils.data import LabelledTexts, load_splits, stratified_rows
 from utils.io import UserError, open_tensors, run_script, set_seed
+from utils.models import load_config, stored_as
 from utils.moments import pooled_path
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
@@ -197,7 +198,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
     probe = build_run(config, parts, objective, identity, place)
     progress = train(probe)
     save_head(place.folder / "head.safetensors", probe.model, objective, identity, centre, spread)
-    metrics = save_result(probe, progress, data, {"hidden_size": train_states.shape[1]})
+    metrics = save_result(probe, progress, data, {"hidden_size": train_states.shape[1], **stored_as(config.model)})
     print_scores(metrics)
     print(place.metrics_path)
     return metrics
@@ -205,6 +206,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it is there already."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     run(config, load_splits(config.data, config.run))
 
 

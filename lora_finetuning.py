@@ -24,15 +24,25 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import NoMatchingPeftModuleError
+from transformers.pytorch_utils import Conv1D
 
 import cache
 import K_sweep
 import linear_training
+from utils.adapters import save_base_model
 from utils.before_after import compare, print_comparison
 from utils.data import LabelledTexts, load_splits
 from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
 from utils.io import UserError, load_json, replace_folder, run_script, save_json
-from utils.models import FAMILIES, MODELS, load_causal_lm, model_fingerprint
+from utils.models import (
+    FAMILIES,
+    MODELS,
+    decoder_layers,
+    decoder_of,
+    load_causal_lm,
+    load_config,
+    model_fingerprint,
+)
 from utils.results import read_identity, result_path
 from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
 
@@ -70,20 +80,28 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
     """The causal LM with LoRA in its projections; nothing else requires a gradient.
 
     Raises:
-        UserError: no targets are known, a target is not a module of the model, or there is no such layer.
+        UserError: no targets are known, a target is not a projection inside the decoder, or there is no such layer.
     """
     model_config: Any = model.config
-    family, num_layers = FAMILIES.get(model_config.model_type), model_config.num_hidden_layers
+    decoder = decoder_of(model)
+    family, num_layers = FAMILIES.get(decoder.config.model_type), len(decoder_layers(decoder))
     targets = config.target_modules or (family.lora_target_modules if family else None)
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    present = ", ".join(sorted(linear - {"lm_head"}))
+    projections = {  # GPT-2 keeps its matrices the other way round, in Conv1D
+        name.rsplit(".", 1)[-1]: isinstance(module, Conv1D)
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    present = ", ".join(sorted(projections))
     if not targets:
         raise UserError(
             f"Which projections of {config.model.model_name} ({model_config.model_type}) get LoRA? Name some with "
             f"--target_modules; it has {present}."
         )
-    if missing := [target for target in targets if target not in linear]:
-        raise UserError(f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name {present}.")
+    if missing := [target for target in targets if target not in projections]:
+        raise UserError(
+            f"{config.model.model_name} has no {', '.join(missing)} in its decoder, where hidden states come from; "
+            f"--target_modules can name {present}."
+        )
     if not 0 <= config.start_layer < num_layers:
         raise UserError(
             f"--start_layer {config.start_layer}: {config.model.model_name} has layers 0 to {num_layers - 1}."
@@ -96,6 +114,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         bias="none",
         target_modules=list(targets),
         layers_to_transform=list(range(config.start_layer, num_layers)) if config.start_layer else None,
+        fan_in_fan_out=any(projections[target] for target in targets),
         task_type=TaskType.CAUSAL_LM,
     )
     try:
@@ -117,8 +136,9 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
         with replace_folder(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+            save_base_model(temporary, peft_model, config.model, config.run)
 
-    return Trainable(getattr(causal_lm, causal_lm.base_model_prefix), save, config.model.dtype)
+    return Trainable(decoder_of(causal_lm), save, config.model.dtype)
 
 
 # ------------------------------------------------------------------ NTPS before and after
@@ -188,6 +208,7 @@ def before_after(config: Config, metrics: dict, data: dict[str, LabelledTexts]) 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Trains, or finds the finished run; then the table of NTPS before and after, if asked for."""
+    load_config(config.model, config.run)  # its name is wrong or right before the data are read
     data = load_splits(config.data, config.run)
     metrics = finetune(config, "lora", build, data)
     if config.output.ntps_after and metrics:

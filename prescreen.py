@@ -164,14 +164,19 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
 
 
 def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, dict[str, float | None]]:
-    """The scores of K_sweep.py at the last layer: value, null, and mean and z against random subspaces."""
+    """The scores of K_sweep.py at the last layer: value, null, and mean and z against random subspaces.
+
+    None of them where the pooled states do not vary, or no text has two tokens.
+    """
     sweep = with_values(K_sweep.Config(data=config.data), num_null_draws=30)
-    score = summarize([K_sweep.sweep_layer(moments, None, sweep, layer)], sweep.fractions)
-    draws = []
+    entry = K_sweep.sweep_layer(moments, None, sweep, layer)
+    if entry["ntps"] is None:
+        return {}
+    score, draws = summarize([entry], sweep.fractions), []
     for seed in range(config.num_random):
         random = with_values(sweep, subspace="random", seed=seed, num_null_draws=2)
-        entry = K_sweep.sweep_layer(moments, None, random, layer)
-        draws.append([entry[name].mean().item() for name in SCORES])
+        found = K_sweep.sweep_layer(moments, None, random, layer)
+        draws.append([found[name].mean().item() for name in SCORES])
     scores = {}
     for name, values in zip(SCORES, np.transpose(draws), strict=True):
         spread = values.std(ddof=1) if len(values) > 1 else 0.0

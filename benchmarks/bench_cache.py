@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
+from utils.batches import token_batches
 from utils.io import environment, pick_device, run_script, save_json
-from utils.models import TokenizedTexts, run_base_model, token_batches
+from utils.models import TokenizedTexts, run_base_model
 from utils.settings import Dtype, Run, all_settings
 
 

@@ -37,7 +37,7 @@ from transformer_ranker import TransformerRanker
 rows, batch_size, estimator, *models = sys.argv[1:]
 ranker = TransformerRanker(load_dataset("json", data_files=rows, split="train"))
 result = ranker.run(models, batch_size=int(batch_size), estimator=estimator, layer_aggregator="bestlayer", device="cpu")
-print(json.dumps(result._results if hasattr(result, "_results") else dict(result.results)))
+print(json.dumps({name: float(score) for name, score in result.scores.items()}))
 """
 
 

@@ -80,7 +80,7 @@ def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
     is_kept = config["subspace"] == "autoregression" and not keys["model"].endswith("+lora")
     for layer in result["layers"] if is_kept else ():
         for index, fraction in enumerate(result["fractions"]):
-            scores = {name: layer[name][index] for name in (*SCORES, "chance")}
+            scores = {name: layer[name] and layer[name][index] for name in (*SCORES, "chance")}
             yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
 
 

@@ -26,7 +26,6 @@ from utils.models import (
     load_tokenizer,
     model_fingerprint,
     repository,
-    token_batches,
     tokenize,
     visit_hidden_states,
 )
@@ -216,15 +215,6 @@ def test_tokens_are_those_of_the_tokenizer_truncated(folders):
     for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
         assert ids.tolist() == tokenizer(text)["input_ids"][:10]
     assert tokenize(texts, tokenizer, config).lengths.max() == 64  # the model's context
-
-
-@pytest.mark.parametrize("budget", [1, 30, 256, 10_000])
-def test_batches_hold_every_text_once_within_the_budget(budget):
-    lengths = np.random.default_rng(0).integers(1, 50, 200)
-    batches = token_batches(lengths, budget)
-    assert sorted(np.concatenate(batches)) == list(range(200))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
 
 
 def test_mistaken_tokenizer_and_empty_text_are_named(folders):

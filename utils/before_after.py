@@ -9,6 +9,11 @@ from utils.scores import SCORES
 ADAPTED = "+lora"  # what the name of a model with a merged adapter ends with
 
 
+def difference(before: float | None, after: float | None) -> float | None:
+    """After minus before; None where a layer without a score gives none."""
+    return None if before is None or after is None else after - before
+
+
 def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any]:
     """Each score before and after, accuracy of linear probe and LoRA (R2 for regression) at the last step, and gain.
 
@@ -23,7 +28,7 @@ def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any
         score: {
             "before": before["score"][score],
             "after": after["score"][score],
-            "difference": after["score"][score]["value"] - before["score"][score]["value"],
+            "difference": difference(before["score"][score]["value"], after["score"][score]["value"]),
         }
         for score in SCORES
     }

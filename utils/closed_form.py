@@ -275,7 +275,7 @@ def layer_scores(
     folds: tuple[dict[str, Tensor], Tensor] | None = None,
     seed: tuple[int, ...] = (0, 0),
 ) -> LayerScores:
-    """Every score of one layer; a score that cannot be had (H-score of a regression, say) is not there.
+    """Every score of one layer; one that cannot be had is not there: H-scores of a regression, all where m never varies.
 
     Args:
         moments: of the layer.
@@ -283,23 +283,22 @@ def layer_scores(
         folds: of `utils.probes.load_folds`; None: ridge is fitted on all texts and judged by the other split.
         seed: of the draws of LogME.
     """
-    sigma, second = moments.pooled_covariance, nonzero_spectrum(moments.pooled_second_moment)
-    whitener = whiten(sigma)
-    rank = whitener.shape[1]
-    spectrum = nonzero_spectrum(sigma, rank)
-    found = least_squares(moments, held_out, whitener)
-    if moments.class_counts is not None:
-        found |= h_scores(moments, whitener, spectrum)
-    found["logme"] = logme(moments, spectrum, second, np.random.default_rng(seed))
-    found |= kernel_scores(moments)
+    sigma, found = moments.pooled_covariance, dict[str, Value]()
     pairs = fold_parts(*folds) if folds else []
     if len(pairs) < 2 and held_out is not None:
         pairs = [(part_of(moments), part_of(held_out))]
     parts: list[Judged] = []
     if pairs and pairs[0][0].num > 0:
         found["ridge_r2"], parts = ridge(pairs, moments.label_covariance)
-    found["effective_rank"] = Value(effective_rank(second[0]))
-    found["participation_ratio"] = Value((sigma.trace() ** 2 / sigma.square().sum()).item())
+    whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
+    if rank := whitener.shape[1]:
+        spectrum, second = nonzero_spectrum(sigma, rank), nonzero_spectrum(moments.pooled_second_moment)
+        found |= least_squares(moments, held_out, whitener) | kernel_scores(moments)
+        if moments.class_counts is not None:
+            found |= h_scores(moments, whitener, spectrum)
+        found["logme"] = logme(moments, spectrum, second, np.random.default_rng(seed))
+        found["effective_rank"] = Value(effective_rank(second[0]))
+        found["participation_ratio"] = Value((sigma.trace() ** 2 / sigma.square().sum()).item())
     saturated = moments.num_samples <= max(len(sigma), rank + 1)
     entries = {d.name: as_entry(d, found[d.name], saturated) for d in DEFINITIONS if d.name in found}
     return LayerScores(entries, parts)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.optimization import Adafactor
 
+from utils.batches import token_batches
 from utils.data import LabelledTexts
 from utils.io import UserError, set_seed
-from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, token_batches, tokenize
+from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, stored_as, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
+from utils.self_check import check_gradients, self_check
 from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_shares
 from utils.training import (
     Place,
@@ -222,7 +224,10 @@ def finetune(
     }
     set_seed(config.data.seed)
     trainable = build(config, place.device)
+    trainable.decoder.to(place.device)
+    self_check(trainable.decoder, tokens["train"], config.model.model_name)
     run = build_run(config, trainable, data, tokens, identity, place)
+    check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     progress = train(run)
@@ -230,7 +235,8 @@ def finetune(
         return {}
     save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
     trainable.save(place.folder)
-    extra = {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
+    extra: dict[str, Any] = stored_as(config.model)
+    extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
     metrics = save_result(run, progress, data, extra)
     print_scores(metrics)
     print(place.metrics_path)

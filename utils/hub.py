@@ -2,10 +2,14 @@
 
 import contextlib
 import difflib
+import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import tokenizers
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -16,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 
 from utils.io import CANNOT_WRITE, UserError
 
@@ -30,6 +35,7 @@ class Repository:
     instead: str  # what works without the hub
     revision: str | None = None
     revision_flag: str = "--revision"
+    folder: Path | None = None  # where it is, if it is a local one
 
     @property
     def url(self) -> str:
@@ -78,7 +84,15 @@ ERRORS: tuple[tuple[tuple[type[BaseException], ...], str, str, str], ...] = (
         "needs another configuration",
         "Name it: --dataset_name {name}:<config>. {message}",
     ),
+    (
+        (ValueError, OSError),
+        "backend tokenizer",
+        "has no file that holds its vocabulary, such as tokenizer.json",
+        "Save one beside the model, or name another with --tokenizer_name.",
+    ),
+    ((ImportError,), "", "needs a package that is not installed", "{message}. Or choose a copy that does not need it."),
     ((DatasetsError, OSError, HTTPError, ValueError), "", "cannot be read", "{message}"),
+    ((Exception,), "", "cannot be loaded with {files}", "{error}: {message}. The traceback is shown with --debug."),
 )
 
 
@@ -86,6 +100,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` with the known names closest to a wrong one; empty if none is close."""
     tails = {known_name.rsplit("/", 1)[-1].lower(): known_name for known_name in known}
     close = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), tails, n=3, cutoff=0.6)
+    close = [tail for tail in close if tails[tail] != name]
     return f" Did you mean {' or '.join(tails[tail] for tail in close)}?" if close else ""
 
 
@@ -97,12 +112,43 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def shorten(message: str) -> str:
+    """A library's message as one line, without what it says of its own functions and without colours."""
+    line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()).rstrip(".")
+    return line if len(line) <= 400 else f"{line[:400]} ..."
+
+
+def damaged_file(folder: Path | None) -> str:
+    """The first file of a folder that is not what its name says, and what is wrong with it; empty if there is none."""
+    for path in sorted(folder.iterdir()) if folder and folder.is_dir() else []:
+        if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".json", ".model"):
+            continue
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{path} is a pointer of git-lfs and not the file itself; run: git lfs pull"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+                if path.name == "tokenizer.json":
+                    tokenizers.Tokenizer.from_file(str(path))
+            elif path.suffix == ".bin" and head[:1] != b"\x80" and not zipfile.is_zipfile(path):
+                return f"{path} is damaged or cut short; download it again"
+        except Exception as error:  # tokenizers raises bare Exceptions
+            return f"{path} is damaged or cut short ({shorten(str(error))}); download it again"
+    return ""
+
+
 @contextlib.contextmanager
 def hub_errors(repository: Repository) -> Iterator[None]:
     """Turns what is raised while the repository is loaded into one sentence that says what fixes it.
 
     Raises:
-        UserError: gated, unknown or private, no such revision or configuration, no connection, remote code, damaged.
+        UserError: gated, unknown or private, no such revision or configuration, no connection, remote code, damaged
+            (naming the file), or whatever else was raised, which is its cause.
     """
     try:
         yield
@@ -113,11 +159,18 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         for cause in chain:
             if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:  # a full disk is not the hub's fault
                 raise cause from None
-        message = " ".join(str(error).split())
+        if damage := damaged_file(repository.folder):
+            raise UserError(f"{repository.kind} {repository.name} cannot be read: {damage}.") from error
+        message = shorten(str(error))
         facts = {name: getattr(repository, name) for name in ("name", "url", "revision", "revision_flag", "instead")}
-        facts |= {"message": message, "nearest": nearest(repository.name, repository.known)}
+        is_local = repository.folder is not None and repository.folder.is_dir()
+        facts |= {"files": f"{repository.folder}/config.json" if is_local else "its files"}
+        facts |= {
+            "message": message,
+            "error": type(error).__name__,
+            "nearest": nearest(repository.name, repository.known),
+        }
         for kinds, pattern, fault, remedy in ERRORS:
             if re.search(pattern, message, re.IGNORECASE) and any(isinstance(cause, kinds) for cause in chain):
                 fault, remedy = fault.format(**facts), remedy.format(**facts)
-                raise UserError(f"{repository.kind} {repository.name} {fault}. {remedy}") from None
-        raise
+                raise UserError(f"{repository.kind} {repository.name} {fault}. {remedy}") from error

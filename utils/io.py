@@ -6,6 +6,7 @@ under a temporary name and renamed, so that an existing result is a finished one
 
 import contextlib
 import errno
+import glob
 import importlib.metadata
 import json
 import math
@@ -13,8 +14,10 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -46,19 +50,51 @@ def parse(config_class: type, arguments: Sequence[str] | None = None, descriptio
 def run_script(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback."""
     config = parse(config_class, description=description)
+    debug = getattr(getattr(config, "run", None), "debug", False)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     try:
         main(config)
     except UserError as error:
+        if debug:
+            traceback.print_exc()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in NO_PLACE or debug:
             raise
-        sys.exit(
-            f"error: cannot write {error.filename or 'the result'}: {error.strerror}. Free space or set --results_dir."
-        )
+        sys.exit(f"error: {cannot_write(error)}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def cannot_write(error: OSError) -> str:
+    """The sentence about a file that cannot be written."""
+    name = str(error.filename or "the result")
+    name = name if len(name) <= 200 else f"{name[:200]}..."
+    return f"cannot write {name}: {error.strerror}. Free space or set --results_dir."
+
+
+def check_writable(path: Path) -> None:
+    """Tries to write beside `path` what `write_atomically` would, and leaves nothing; to be called before the work.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+        for folder in made:
+            folder.rmdir()
+    except OSError as error:
+        if error.errno not in (*NO_PLACE, errno.ENOTEMPTY):
+            raise
+        if error.errno != errno.ENOTEMPTY:  # another run has begun to write there
+            raise UserError(cannot_write(error)) from error
 
 
 # ------------------------------------------------------------------ names and paths
@@ -73,11 +109,39 @@ def path_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------ atomic files
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what is to be `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what processes that are no longer there have left of writing `path`, as one killed by SIGKILL does."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        process = left.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+        if process.isdecimal() and not is_running(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # there is one, of another user
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it on success, deletes it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove_abandoned(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -88,7 +152,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, and puts it in its place on success."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    remove_abandoned(folder)
+    temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -1,5 +1,6 @@
 """The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.linalg import Noise, rounding
 from utils.results import result_path
 from utils.settings import Data, Model, Run
 
@@ -15,6 +17,7 @@ PER_LAYER = (
     *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
 )
 NORMS = ("pooled_norm_fourth_power", "pooled_norm_squared_pooled")  # for Ledoit-Wolf shrinkage
+OF_ROUNDING = ("prefix_second_error", "prefix_next_error")
 SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
 
 
@@ -26,6 +29,18 @@ def moments_path(run: Run, model: Model, data: Data, split: str) -> Path:
 def pooled_path(moments: Path) -> Path:
     """Where the pooled states are that belong to a file of moments."""
     return moments.with_suffix(".pooled.safetensors")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What in the moments of one layer can be rounding."""
+
+    pooled: Tensor  # (d,), variance that the rounding of the states to the model's dtype gives the pooled state
+    prefix: Tensor  # (d,), what it adds to the diagonal of C0
+    prefix_second_error: Tensor  # (d, p), error of C0 Z
+    prefix_next_error: Tensor  # (d, p), error of C1 Z
+    num_distinct_texts: int
+    num_distinct_pairs: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class LayerMoments:
     class_counts: Tensor | None = None  # texts of each class, (c,); None: regression
     pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
     pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
+    rounding: Rounding | None = None  # None: of float64 alone
 
     @property
     def pooled_covariance(self) -> Tensor:
@@ -72,6 +88,45 @@ class LayerMoments:
         cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
         return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
 
+    def pooled_noise(self, center: bool) -> Noise:
+        """What of M, or of Sigma, is rounding."""
+        diagonal = torch.zeros_like(self.pooled_mean)
+        if center:  # Sigma is a difference of two float64 matrices that can be much larger than it
+            diagonal += rounding(len(diagonal)) * self.pooled_second_moment.diagonal()
+        if self.rounding is None:
+            return Noise(diagonal)
+        return Noise(diagonal + self.rounding.pooled, max_rank=self.rounding.num_distinct_texts - center)
+
+    def prefix_noise(self, center: bool) -> Noise:
+        """What of C0 is rounding."""
+        diagonal = torch.zeros_like(self.pooled_mean)
+        if center:
+            diagonal += rounding(len(diagonal)) * self.prefix_second_moment.diagonal()
+        if self.rounding is None:
+            return Noise(diagonal)
+        max_rank = max(0, self.rounding.num_distinct_pairs - center)
+        return Noise(diagonal + self.rounding.prefix, self.rounding.prefix_second_error, max_rank)
+
+
+def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -> Rounding:
+    """What in the moments of a layer can be rounding.
+
+    A state of the model's dtype is off by up to half of its spacing, eps 2^e for |x| in 2^e [1, 2): a variance of
+    eps^2 4^e / 12, which is eps^2 x^2 / 12 times 3 / (8 log 2) on average over mantissas (their logarithm is
+    uniform). The errors of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum t times.
+    Four times that is taken, which also covers mantissas that are less evenly spread.
+    """
+    statistics, config = metadata["rounding"], metadata["config"]
+    relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
+    tokens_per_text = metadata["num_tokens"] / metadata["num_samples"]
+    per_token = 4 * relative * file.get_slice("token_square")[layer].to(device).clamp(min=0) / tokens_per_text
+    return Rounding(
+        pooled=per_token * (1 if config["pooling"] == "last" else statistics["mean_inverse_length"]),
+        prefix=per_token * statistics["mean_prefix_tokens"],
+        **{name: file.get_slice(name)[layer].to(device) for name in OF_ROUNDING},
+        **{name: statistics[name] for name in ("num_distinct_texts", "num_distinct_pairs")},
+    )
+
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
     """The moments of one layer from an open file of cache.py; no other layer is read."""
@@ -80,7 +135,8 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
     tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
     if metadata["class_counts"] is not None:
         tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
-    return LayerMoments(**tensors, num_samples=metadata["num_samples"], num_pairs=metadata["num_pairs"])
+    counts = {name: metadata[name] for name in ("num_samples", "num_pairs")}
+    return LayerMoments(**tensors, **counts, rounding=load_rounding(file, metadata, layer, device))
 
 
 def probe_error(moments: LayerMoments, weights: Tensor, intercept: Tensor) -> float:

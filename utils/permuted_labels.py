@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from utils.linalg import eigen_cut, inverse_root, rounding
 
@@ -60,13 +61,12 @@ def whitened_null(draws: PermutedFactors, ks: list[int]) -> dict[str, Tensor]:
 
     Args:
         draws: of `draw_permuted_factors`, in the nested basis of V within the space that Sigma whitens.
-        ks: columns of V for each fraction, within that space.
+        ks: directions of that space that the first columns of V span, for each fraction.
     """
-    last = [k - 1 for k in ks]
     shares = {}
     for name, columns in (("ntps_whitened", draws.bases), ("retained", draws.factors)):
-        inside = columns.square().sum(2).cumsum(1)
-        shares[name] = inside[:, last] / inside[:, -1:]
+        inside = pad(columns.square().sum(2).cumsum(1), (1, 0))
+        shares[name] = inside[:, ks] / inside[:, -1:]
     return shares
 
 
@@ -87,5 +87,5 @@ def euclidean_null(
     labels = to_perception @ draws.factors.transpose(0, 1).flatten(1) + offset.repeat(1, num_draws)
     labels = labels.unflatten(1, (num_draws, num_labels)).transpose(0, 1)
     directions = perception @ (labels @ inverse_root(labels.mT @ labels)).transpose(0, 1).flatten(1)
-    inside = directions.unflatten(1, (num_draws, num_labels)).square().sum(2).cumsum(0).T
-    return inside[:, [k - 1 for k in ks]] / inside[:, -1:]
+    inside = pad(directions.unflatten(1, (num_draws, num_labels)).square().sum(2).cumsum(0).T, (1, 0))
+    return inside[:, ks] / inside[:, -1:]

@@ -35,7 +35,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def draw_layer_map(axes: Axes, result: dict, name: str) -> None:
     """Map of one score over layers (up) and fractions (right), annotated with its range in the colour bar."""
-    values = np.array([layer[name] for layer in result["layers"]])
+    empty = [np.nan] * len(result["fractions"])  # of a layer without a score
+    values = np.array([layer[name] or empty for layer in result["layers"]])
     fractions = result["fractions"]
     half = (fractions[-1] - fractions[0]) / max(1, len(fractions) - 1) / 2 or 0.5
     extent = (fractions[0] - half, fractions[-1] + half, -0.5, len(values) - 0.5)
@@ -48,6 +49,9 @@ def draw_layer_map(axes: Axes, result: dict, name: str) -> None:
 def draw_null_curve(axes: Axes, result: dict, name: str) -> None:
     """The last layer's score over fractions, with its permuted-label band (two standard deviations) and chance."""
     layer, fractions = result["layers"][-1], result["fractions"]
+    if layer[name] is None:
+        axes.set(title="last layer: no score", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
+        return
     null, score = layer["null"][name], result["score"][name]
     mean, std = np.array(null["mean"]), np.array(null["std"])
     axes.fill_between(fractions, mean - 2 * std, mean + 2 * std, color="tab:orange", alpha=0.3, lw=0)
@@ -93,7 +97,7 @@ def draw_ntps_over_layers(axes: Axes, ntps: dict) -> None:
     """The scores of K_sweep.py over layers, each averaged over the fractions."""
     layers = [layer["layer"] for layer in ntps["layers"]]
     for name, colour in (("ntps", "tab:blue"), ("ntps_whitened", "tab:green"), ("retained", "tab:red")):
-        values = [np.mean(layer[name]) for layer in ntps["layers"]]
+        values = [np.nan if layer[name] is None else np.mean(layer[name]) for layer in ntps["layers"]]
         axes.plot(layers, values, color=colour, marker="o", ms=3, label=LABELS[name])
     axes.set(title="NTPS, mean over K", xlabel="layer", ylim=(0, 1.02))
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def overview(result: dict[str, Any]) -> pd.DataFrame:
     """One row per model, best first: what the page shows."""
     rows = []
     for model in result["models"]:
-        last = model["last_layer"]
+        last = defaultdict(lambda: {"value": None, "random_z": None}, model["last_layer"])
         rows.append(
             {
                 "model": model["model"],
@@ -108,7 +109,7 @@ def overview(result: dict[str, Any]) -> pd.DataFrame:
                 "z": model["z"],
                 "layer": f"{model['best_layer']} of {model['num_layers'] - 1}",
                 "last R2": last["ridge_r2"]["value"],
-                "H OAS": last.get("h_oas", {}).get("value"),
+                "H OAS": last["h_oas"]["value"],
                 "LogME": last["logme"]["value"],
                 "retained": last["retained"]["value"],
                 "z random V": last["retained"]["random_z"],

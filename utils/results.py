@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.io import FORMAT_VERSION, UserError, load_json, open_tensors, save_tensors
+from utils.io import FORMAT_VERSION, UserError, check_writable, load_json, open_tensors, save_tensors
 from utils.settings import Data, Model, Run
 
 # what a part of an identity other than its settings says, where it differs
@@ -75,9 +75,10 @@ def find_result(path: Path, identity: dict[str, Any], run: Run, free: Collection
         free: settings that may differ.
 
     Raises:
-        UserError: the result is damaged, or of another identity.
+        UserError: the result is damaged, or of another identity; or it has to be made and cannot be written.
     """
     if run.overwrite or not path.is_file():
+        check_writable(path)
         return None
     stored = read_identity(path)
     check_identity(stored, identity, path, free)

@@ -28,6 +28,9 @@ NULL_SCORES = tuple(score.name for score in DEFINITIONS if score.has_null)
 LABELS = {score.name: score.label for score in DEFINITIONS}
 
 
+NO_SCORE, NO_NULL = {"value": None}, {"null_mean": None, "null_std": None, "z": None}  # of a layer without a score
+
+
 def option_suffix(config: Mapping[str, Any]) -> str:
     """What K_sweep.py appends to a dataset's name for settings other than the default, such as `.smallest.centered`."""
     options = [
@@ -42,6 +45,8 @@ def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
     """One number a score, by a rule that selects nothing: the mean over all fractions at the last layer."""
     last = layers[-1]
     score: dict[str, Any] = {"rule": f"mean over {len(fractions)} fractions at the last layer ({last['layer']})"}
+    if last["null_draws"] is None:
+        return score | dict.fromkeys(NULL_SCORES, NO_SCORE | NO_NULL) | {"ntps": NO_SCORE}
     for name in SCORES:
         value = last[name].mean().item()
         score[name] = {"value": value}
@@ -57,11 +62,11 @@ def to_json(layer: dict) -> dict:
     """A layer's entry with lists for tensors, and the mean and standard deviation of the null for its draws."""
     null = {
         name: {"mean": draws.mean(0).tolist(), "std": draws.std(0).tolist()}
-        for name, draws in layer["null_draws"].items()
+        for name, draws in (layer["null_draws"] or {}).items()
     }
     rest = {name: value for name, value in layer.items() if name != "null_draws"}
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in rest.items()} | {
-        "null": null
+        "null": null or None
     }
 
 
@@ -69,17 +74,25 @@ def print_table(result: dict) -> None:
     """The scores of every layer, averaged over the fractions, and the score of the run."""
     rows = [
         {name: layer[name] for name in ("layer", "rank_u", "rank_v")}
-        | {name: sum(layer[name]) / len(layer[name]) for name in SCORES}
+        | {name: sum(layer[name]) / len(layer[name]) if layer[name] else float("nan") for name in SCORES}
         | {"probe R2": layer["probe_r2"], "held out": layer["probe_r2_held_out"] or float("nan")}
         for layer in result["layers"]
     ]
     print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-", col_space=8))
+    if missing := [str(layer["layer"]) for layer in result["layers"] if layer["ntps"] is None]:
+        print(
+            f"No score at layer {', '.join(missing)}: there the pooled states are the same for every text, or do not "
+            "vary with the labels, or no text has two tokens."
+        )
     if result["num_samples"] <= result["hidden_size"]:
         print("n <= d: the least-squares probe interpolates its own rows; read the held-out column, not probe R2.")
     print(f"\nscore: {result['score']['rule']}")
     for name in SCORES:
         score = result["score"][name]
         null = ""
+        if score["value"] is None:
+            print(f"  {name:<14}none")
+            continue
         if name in NULL_SCORES:
             z = "no spread" if score["z"] is None else f"z = {score['z']:+.1f}"
             null = f"   permuted labels {score['null_mean']:.4f} +- {score['null_std']:.4f}   {z}"

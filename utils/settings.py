@@ -51,7 +51,7 @@ def check_shares(group: Any, *names: str) -> None:
 class Model:
     """Which model, and how many tokens of a text it reads."""
 
-    model_name: str = "tiny"  # hub id, local folder, or a short name of the README's table
+    model_name: str = "tiny"  # hub id, local folder, .gguf file, or a short name of the README's table
     revision: str | None = None  # commit or tag of the model
     tokenizer_name: str | None = None  # another repository or folder for the tokenizer
     adapter_dir: Path | None = None  # LoRA adapter merged into the model; results go to <model>+lora
@@ -100,6 +100,7 @@ class Run(Unrecorded):
     overwrite: bool = False  # make a result again where one is there
     tokens_per_batch: int = 8192  # upper limit of padded tokens in one forward pass
     trust_remote_code: bool = False  # let a model repository run its own code
+    debug: bool = False  # show the traceback behind an error
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "tokens_per_batch")

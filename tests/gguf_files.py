@@ -1,0 +1,108 @@
+"""Writes a small model as a GGUF file, as llama.cpp's converter does."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from utils.gguf import ARCHITECTURES
+
+FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+}
+
+
+def interleave_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of q_proj or k_proj in the order that llama.cpp rotates: each head's (2, dim / 2) becomes (dim / 2, 2)."""
+    return weight.reshape(num_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    quantisation: str = "F32",
+    architecture: str | None = None,
+    without: tuple[str, ...] = (),
+    extra: dict[str, float] | None = None,
+    pre_tokenizer: str = "gpt-2",
+) -> Path:
+    """A causal LM and its byte-level BPE tokenizer in one file.
+
+    Args:
+        path: the file to write.
+        model: llama, qwen2 or qwen3.
+        tokenizer: of the model.
+        quantisation: of the matrices whose rows can be cut into blocks.
+        architecture: the name to write, where it is not to be the model's.
+        without: settings and weights to leave out.
+        extra: numbers to add to the settings.
+        pre_tokenizer: the name of the rule that cuts a text into words.
+    """
+    config = model.config
+    name = architecture or config.model_type
+    writer = gguf.GGUFWriter(path, name)
+    numbers = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }
+    for key, value in numbers.items():
+        if key not in without:
+            writer.add_uint32(f"{name}.{key}", value)
+    writer.add_float32(f"{name}.rope.freq_base", config.rope_parameters["rope_theta"])
+    writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    for key, value in (extra or {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    writer.add_file_type(FILE_TYPES[quantisation])
+    add_tokenizer(writer, tokenizer, pre_tokenizer)
+    add_weights(writer, model, gguf.GGMLQuantizationType[quantisation], without)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre_tokenizer: str) -> None:
+    """Vocabulary, merges and the end-of-text token."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    types = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokenizer))]
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+
+
+def add_weights(
+    writer: gguf.GGUFWriter, model: PreTrainedModel, kind: gguf.GGMLQuantizationType, without: tuple[str, ...]
+) -> None:
+    """Every weight by its GGUF name; norms and biases stay float32."""
+    config = model.config
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for hf_name, weight in model.state_dict().items():
+        module, _, suffix = hf_name.rpartition(".")
+        name = f"{names.get_name(module)}.{suffix}"
+        if name in without or (hf_name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        values = weight.float().numpy()
+        if config.model_type == "llama" and module.endswith(tuple(heads)):
+            values = interleave_halves(values, heads[module.rpartition(".")[2]])
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        if values.ndim == 1 or values.shape[-1] % block or kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)

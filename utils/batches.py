@@ -1,0 +1,65 @@
+"""Which texts go through the model together: batches of like length, so that little of them is padding."""
+
+import numpy as np
+
+BATCH_COST = 64  # what a batch costs by itself, in tokens
+MAX_PADDED = 1.05  # padded tokens over tokens
+
+
+def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
+
+    Of all cuts between texts of different lengths the one with the fewest padded tokens plus `BATCH_COST` for each
+    batch; where that still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
+
+    Args:
+        lengths: tokens of each text, (n,).
+        tokens_per_batch: most padded tokens of a batch; a longer text is a batch of its own.
+
+    Returns:
+        Arrays of indices; every text is in exactly one.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(-lengths, return_counts=True)
+    values, ends = -values, np.concatenate([[0], np.cumsum(counts)])
+    cost = float(BATCH_COST)
+    while True:
+        groups = cheapest_groups(values, ends, tokens_per_batch, cost)
+        padded = sum(int(values[i]) * int(ends[j] - ends[i]) for i, j in groups)
+        if padded <= MAX_PADDED * lengths.sum():
+            break
+        cost /= 2
+    batches = []
+    for i, j in groups:
+        size = max(1, tokens_per_batch // int(values[i]))
+        batches += [order[start : min(start + size, ends[j])] for start in range(ends[i], ends[j], size)]
+    return batches
+
+
+def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
+    """The cut of the different lengths `values` (descending) with the fewest padded tokens plus `cost` a batch.
+
+    Every text of a group is padded to its first length. Solved from the shortest lengths on: the best cut of what is
+    left after the first group is known by then.
+
+    Args:
+        values: the m different lengths, descending.
+        ends: texts before each of them, (m + 1,).
+        tokens_per_batch: as in `token_batches`.
+        cost: of a batch, in tokens.
+
+    Returns:
+        `(i, j)` for each group, of the lengths `values[i:j]`.
+    """
+    best, cut = np.zeros(len(values) + 1), np.zeros(len(values), dtype=int)
+    for i in range(len(values) - 1, -1, -1):
+        texts = ends[i + 1 :] - ends[i]
+        batches = -(-texts // max(1, tokens_per_batch // int(values[i])))
+        total = values[i] * texts + cost * batches + best[i + 1 :]
+        cut[i] = i + 1 + int(total.argmin())
+        best[i] = total.min()
+    groups, i = [], 0
+    while i < len(values):
+        groups.append((i, int(cut[i])))
+        i = int(cut[i])
+    return groups
