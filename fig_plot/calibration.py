@@ -7,8 +7,9 @@ authors' figure files, the paper's 96 pairs. Writes fig_plot/data/prescreen_cali
 utils/calibration.py explains; rows of a study that is not there now stay.
 
 The gain is test accuracy after LoRA less that of the linear probe, in points. A line has one intercept and one slope
-for all models and tasks of a study. It is better than the mean gain only if the 95 % interval of its lead, by a
-bootstrap over tasks, is above 0.
+for all models and tasks of a study. It is better than the mean gain only if the 95 % interval of its lead on a
+task left out, by a bootstrap over tasks, is above 0, and that of its lead on a model left out, over models, too; a line
+through one model cannot show that.
 """
 
 import os
@@ -42,17 +43,20 @@ class Config:
     seed: int = 0  # of the bootstrap
 
 
-def left_out(x: np.ndarray, gain: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """Gain less what the line through the other tasks predicts, (n,); without columns in x, their mean.
+def left_out(x: np.ndarray, gain: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Gain less what the line through the other groups predicts, (n,); without columns in x, their mean.
 
     Args:
         x: predictors, (n, k).
         gain: (n,).
-        task: of each row, (n,).
+        group: task or model of each row, (n,).
+
+    Returns:
+        nan where there is one group only.
     """
-    design, residual = np.column_stack([np.ones(len(gain)), x]), np.empty(len(gain))
-    for name in np.unique(task):
-        out = task == name
+    design, residual = np.column_stack([np.ones(len(gain)), x]), np.full(len(gain), np.nan)
+    for name in np.unique(group) if len(np.unique(group)) > 1 else ():
+        out = group == name
         residual[out] = gain[out] - design[out] @ np.linalg.lstsq(design[~out], gain[~out])[0]
     return residual
 
@@ -60,10 +64,14 @@ def left_out(x: np.ndarray, gain: np.ndarray, task: np.ndarray) -> np.ndarray:
 def fit(source: str, predictor: str, cells: pd.DataFrame, config: Config) -> Line | None:
     """The line of one predictor; None with fewer than three tasks or where the predictor is constant."""
     rows = cells.dropna(subset=[predictor, "gain"])
-    task, x, gain = (rows[name].to_numpy() for name in ("dataset", predictor, "gain"))
+    task, model, x, gain = (rows[name].to_numpy() for name in ("dataset", "model", predictor, "gain"))
     if len(np.unique(task)) < 3 or np.ptp(x) == 0:
         return None
-    residual, of_mean = left_out(x[:, None], gain, task), left_out(np.empty((len(x), 0)), gain, task)
+    nothing = np.empty((len(x), 0))
+    residual, of_mean = left_out(x[:, None], gain, task), left_out(nothing, gain, task)
+    new_model, mean_new_model = (np.abs(left_out(of, gain, model)) for of in (x[:, None], nothing))
+    model_lead = pd.Series(mean_new_model - new_model).groupby(model).mean().to_numpy()
+    model_bounds = bootstrap_interval(np.mean, model_lead, num_draws=config.num_draws, seed=config.seed)
     lead = pd.Series(np.abs(of_mean) - np.abs(residual)).groupby(task).mean().to_numpy()
     bounds = bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
     slope, intercept = np.polyfit(x, gain, 1)
@@ -71,8 +79,11 @@ def fit(source: str, predictor: str, cells: pd.DataFrame, config: Config) -> Lin
     return Line(
         source=source, predictor=predictor, intercept=intercept, slope=slope, lowest=x.min(), highest=x.max(),
         error=np.abs(residual).mean(), error_of_mean=np.abs(of_mean).mean(),
+        error_new_model=new_model.mean(), error_of_mean_new_model=mean_new_model.mean(),
+        lead_low_new_model=model_bounds.low,
         lead=bounds.value, lead_low=bounds.low, lead_high=bounds.high,
         residual_low=low, residual_high=high, mean_gain=gain.mean(), cells=len(rows), tasks=len(np.unique(task)),
+        models=len(np.unique(model)),
     )  # fmt: skip
 
 
@@ -111,10 +122,10 @@ def main(config: Config) -> None:
     save_csv(path, pd.DataFrame([asdict(line) for line in lines]))
     for line in lines:
         told = "better than the mean gain" if line.is_better else "no better"
-        print(
-            f"{line.source:<10} {line.predictor:<20} off by {line.error:.2f} points, the mean by "
-            f"{line.error_of_mean:.2f}: lead {line.lead:+.2f} [{line.lead_low:+.2f}, {line.lead_high:+.2f}], {told}"
-        )
+        lead = f"lead {line.lead:+.2f} [{line.lead_low:+.2f}, {line.lead_high:+.2f}]"
+        print(f"{line.source:<10} {line.predictor:<20} off by {line.error:.2f} points, the mean by "
+              f"{line.error_of_mean:.2f}: {lead}; on a new model {line.error_new_model:.2f}, the mean "
+              f"{line.error_of_mean_new_model:.2f} ({line.models} models): {told}")  # fmt: skip
     print(path)
 
 

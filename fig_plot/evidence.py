@@ -12,11 +12,13 @@ Writes prescreen_evidence.csv, a row per question, score and statistic:
     across models   the same over the models on a task, mean over tasks
     gain > 2        AUC of "LoRA gains more than two points of accuracy", over all models and tasks
 
-with a 95 % bootstrap interval over tasks, and the lowest and highest value with one task left out.
+with a 95 % bootstrap interval over tasks, and the lowest and highest value with one task left out. `cells` is "all" or,
+where closed_form.csv has fewer models than the study, "closed form": the same cells for every score.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,47 +93,56 @@ def above_two_points(score: np.ndarray, gain: np.ndarray) -> float:
 
 
 def judged(
-    statistic: Callable[..., float], score: pd.DataFrame, target: pd.DataFrame, config: Config
+    statistic: Callable[..., float], score: pd.DataFrame, target: pd.DataFrame, num_draws: int, seed: int
 ) -> dict[str, Any]:
     """Value, interval, range with a task left out, and how much there is of each; score and target (models, tasks)."""
     score, target = score.align(target, join="inner")
     known = np.isfinite(score.to_numpy(float) * target.to_numpy(float))
     tasks, models = known.any(0), known.any(1)
     x, y = (table.to_numpy(float)[models][:, tasks].T for table in (score, target))
-    found = bootstrap_interval(statistic, x, y, num_draws=config.num_draws, seed=config.seed)
+    if not np.isfinite(statistic(x, y)):
+        return {"value": np.nan}
+    found = bootstrap_interval(statistic, x, y, num_draws=num_draws, seed=seed)
     without = [statistic(np.delete(x, task, 0), np.delete(y, task, 0)) for task in range(len(x))]
     defined = [value for value in without if np.isfinite(value)]
     ends = {"without_a_task_low": min(defined, default=np.nan), "without_a_task_high": max(defined, default=np.nan)}
     return {**found._asdict(), **ends, "models": int(models.sum()), "tasks": int(tasks.sum())}
 
 
-def evidence_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
+def all_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
     """Rows of prescreen_evidence.csv."""
     names = [name for name in (*closed_form.SEEING, *SCORES, *BASELINES) if name in cells]
+    everywhere = [name for name in names if name not in closed_form.SEEING]
+    known = cells.dropna(subset=[closed_form.SEEING[0]])
+    for row in evidence_rows(known, names, config):
+        yield {"cells": "closed form", **row}
+    for row in evidence_rows(cells, everywhere, config):
+        yield {"cells": "all", **row}
+
+
+def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iterator[dict[str, Any]]:
+    """Each of the scores against each measure."""
     for measure in MEASURES:
         target = matrix(cells, measure)
         for name in names:
             score, keys = matrix(cells, name), {"measure": measure, "score": name}
             for direction, of in (("across tasks", across_tasks), ("across models", across_models)):
                 for kind, correlation in CORRELATIONS.items():
-                    row = judged(lambda x, y, of=of, kind=correlation: of(x, y, kind), score, target, config)
+                    draws = config.num_draws // (1 if kind == "spearman" else 4)  # weighted tau is slow
+                    row = judged(partial(of, kind=correlation), score, target, draws, config.seed)
                     if np.isfinite(row["value"]):
                         yield {"direction": direction, **keys, "statistic": kind, **row}
             if measure == "lora_gain":
-                yield {
-                    "direction": "gain > 2",
-                    **keys,
-                    "statistic": "auc",
-                    **judged(above_two_points, score, target, config),
-                }
+                row = judged(above_two_points, score, target, config.num_draws, config.seed)
+                if np.isfinite(row["value"]):
+                    yield {"direction": "gain > 2", **keys, "statistic": "auc", **row}
 
 
 def print_summary(table: pd.DataFrame) -> None:
     """For each question the three scores that do best, and the best baseline."""
-    for (direction, measure, statistic), rows in table.groupby(["direction", "measure", "statistic"], sort=False):
-        if statistic == "weighted_tau":
-            continue
-        print(f"\n{direction}, {measure}, {statistic}:")
+    shown = table[table["statistic"] != "weighted_tau"]
+    for keys, rows in shown.groupby(["cells", "direction", "measure", "statistic"], sort=False):
+        print(f"\n{', '.join(map(str, keys))}:")
         rows = rows.sort_values("value", ascending=False, kind="stable")
         is_baseline = rows["score"].isin(BASELINES)
         for row in [*rows[~is_baseline].head(3).itertuples(), *rows[is_baseline].head(1).itertuples()]:
@@ -153,7 +164,7 @@ def main(config: Config) -> None:
         table = pd.concat([old, added]).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         save_csv(path, table)
         print(path)
-    evidence = pd.DataFrame(evidence_rows(closed_form_cells(config.data_dir), config))
+    evidence = pd.DataFrame(all_rows(closed_form_cells(config.data_dir), config))
     print_summary(evidence)
     save_csv(config.data_dir / "prescreen_evidence.csv", evidence)
     print(config.data_dir / "prescreen_evidence.csv")

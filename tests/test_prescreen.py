@@ -1,7 +1,9 @@
 """prescreen.py as a user runs it: the ranking, the sentences, what goes wrong, and what is kept."""
 
+import dataclasses
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,11 @@ from utils.io import UserError, open_tensors
 from utils.moments import pooled_path
 from utils.results import read_identity
 
-LINE = Line("made-up", "ridge_r2", 8.0, -10.0, 0.1, 0.9, 1.0, 2.0, 1.0, 0.4, 1.6, -1.5, 1.5, 3.0, 40, 10)
+LINE = Line(
+    source="made-up", predictor="ridge_r2", intercept=8.0, slope=-10.0, lowest=0.1, highest=0.9, error=1.0,
+    error_of_mean=2.0, error_new_model=1.1, error_of_mean_new_model=1.9, lead_low_new_model=0.2,
+    lead=1.0, lead_low=0.4, lead_high=1.6, residual_low=-1.0, residual_high=1.0, mean_gain=3.0, cells=40, tasks=10, models=4,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -133,9 +139,11 @@ def test_sentence(changes, told):
 
 
 def test_no_gain_is_given_where_the_line_is_no_better_than_the_mean():
-    weak = Line(**{**LINE.__dict__, "lead_low": -0.1})
-    gain = expected_gain({"ridge_r2": 0.5}, [weak])
-    assert gain.low is None and "no score predicts LoRA's gain better than its mean" in gain.reason
+    changes: tuple[dict[str, Any], ...] = ({"lead_low": -0.1}, {"lead_low_new_model": -0.1})
+    changes += ({"lead_low_new_model": float("nan"), "models": 1},)
+    for change in changes:
+        gain = expected_gain({"ridge_r2": 0.5}, [dataclasses.replace(LINE, **change)])
+        assert gain.low is None and "no score predicts LoRA's gain better than its mean" in gain.reason
     assert expected_gain({"ridge_r2": 0.5}, []).reason.startswith("no calibration")
 
 

@@ -27,6 +27,9 @@ class Line:
     highest: float
     error: float  # mean |gain - prediction| with the task, over all models, left out of the fit
     error_of_mean: float  # the same, predicting the mean gain of the other tasks
+    error_new_model: float  # mean |gain - prediction| with the model, over all tasks, left out; nan with one model
+    error_of_mean_new_model: float  # the same, predicting the mean gain of the other models
+    lead_low_new_model: float  # lower end of the 95 % bootstrap interval of that lead, over models; nan with one model
     lead: float  # error_of_mean - error
     lead_low: float  # 95 % bootstrap interval of it, over tasks
     lead_high: float
@@ -35,11 +38,12 @@ class Line:
     mean_gain: float
     cells: int  # models x tasks
     tasks: int
+    models: int
 
     @property
     def is_better(self) -> bool:
-        """Whether it predicts better than the mean gain does, beyond the choice of tasks."""
-        return self.lead_low > 0
+        """Whether it predicts better than the mean gain does, for a new task and for a new model, beyond chance."""
+        return self.lead_low > 0 and self.lead_low_new_model > 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def expected_gain(values: Mapping[str, float | None], lines: list[Line]) -> Gain
         return Gain(None, None, "no calibration: run python -m fig_plot.calibration")
     better = sorted((line for line in known if line.is_better), key=lambda line: line.error)
     if not better:
-        line = min(known, key=lambda line: line.error)
+        line = max(known, key=lambda line: line.cells)
         told = f"{line.cells} runs of the {line.source} study gained {line.mean_gain:+.1f} points on average"
         return Gain(None, None, f"no score predicts LoRA's gain better than its mean does ({told})")
     for line in better:

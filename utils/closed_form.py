@@ -275,7 +275,7 @@ def layer_scores(
     folds: tuple[dict[str, Tensor], Tensor] | None = None,
     seed: tuple[int, ...] = (0, 0),
 ) -> LayerScores:
-    """Every score of one layer; one that cannot be had is not there: H-scores of a regression, all where m never varies.
+    """Every score of one layer. What cannot be had is not there: H-scores of a regression, all where m never varies.
 
     Args:
         moments: of the layer.
