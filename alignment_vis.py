@@ -41,8 +41,10 @@ from torch import Tensor
 
 import cache
 from K_sweep import solve_generalized_eigenproblem
+from utils.hidden_states import pool, visit_hidden_states
+from utils.identity import load_config
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json, write_atomically
-from utils.models import load_base_model, load_config, load_tokenizer, pool, tokenize, visit_hidden_states
+from utils.models import load_base_model, load_tokenizer, tokenize
 from utils.moments import LayerMoments, load_layer
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, result_path

@@ -23,10 +23,10 @@ fixed random signs Z, and token_square (l, d), the mean over texts of the sum ov
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+import functools
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,8 @@ from transformers import PreTrainedModel
 
 from utils.batches import token_batches
 from utils.data import LabelledTexts, load_texts
+from utils.hidden_states import pool, visit_hidden_states
+from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.io import (
     FORMAT_VERSION,
     UserError,
@@ -51,18 +53,7 @@ from utils.io import (
     write_atomically,
 )
 from utils.linalg import NUM_PROBES, noise_probes
-from utils.models import (
-    TokenizedTexts,
-    known_fingerprint,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    pool,
-    stored_as,
-    tokenize,
-    visit_hidden_states,
-)
+from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.moments import moments_path, pooled_path
 from utils.results import check_identity, read_identity
 from utils.self_check import self_check
@@ -84,6 +75,7 @@ class Output(Unrecorded):
     """What is written beside the moments."""
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
+    folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
 
 
 @dataclass(frozen=True)
@@ -103,33 +95,34 @@ class Config:
         check_at_least_one(self, "num_folds")
 
 
+PAIRS_PER_FLUSH = 8192  # so many products are added up in their own dtype, as in one large batch
+
+
 # ------------------------------------------------------------------ moments
 @dataclass(frozen=True)
-class PrefixSums:
-    """What the texts of a batch add to the sums over t = 1..T-1; float64. A text of one token adds nothing."""
+class Prefixes:
+    """The pairs (t, t+1) of a batch around a centre c: with x_t = a_t + c and s_t = q_t + t c, q and a alone.
 
-    products: Tensor  # (d, 2d), of s_t [s_t ; x_{t+1}]'
-    prefixes: Tensor  # (d,), of s_t
-    following: Tensor  # (d,), of x_{t+1}
-    errors: Tensor  # (2, d, p), of products @ Z, the two halves apart: what the dtype of the products costs
+    Only these are multiplied in the dtype of the products; what the centre adds is exact, and due once at the end.
+    float32 then rounds relative to the spread of the states and not to their mean. The prefix sums themselves are
+    float64: added up in float32 they cost ten times the precision of the products.
+    """
+
+    pairs: Tensor  # (pairs, 2d), [q_t ; a_{t+1}] in the dtype of the products; zeros for padding
+    exact: Tensor  # (d, 2p), the two halves of the products times the probes Z, by thin float64 products
+    sums: dict[str, Tensor]  # q, tq, a, ta: sums over the pairs of q_t, t q_t, a_{t+1}, t a_{t+1}, (d,) float64
     totals: Tensor  # (b, d), s_T of each text, of one token too
 
 
-def prefix_products(
+def centred_prefixes(
     hidden_states: Tensor, lengths: Tensor, centre: Tensor, probes: Tensor, dtype: torch.dtype
-) -> PrefixSums:
-    """The sums over the pairs of a batch; summed, not averaged.
-
-    With x_t = a_t + centre and s_t = q_t + t centre, only a_t and q_t are multiplied in `dtype`; what `centre` adds is
-    exact. float32 then rounds relative to the spread of the states and not to their mean. The prefix sums themselves
-    are float64: added up in float32 they cost ten times the precision of the products.
-
-    What a product with Z should be is had from thin float64 products: a_{t+1}' Z is the step of q_t' Z.
+) -> Prefixes:
+    """The prefix sums of a batch. What a product with Z should be is had cheaply: a_{t+1}' Z is the step of q_t' Z.
 
     Args:
-        hidden_states: (b, t, d), right-padded, float64.
+        hidden_states: (b, t, d), right-padded, in the dtype of the model.
         lengths: tokens per text, (b,).
-        centre: any vector near the mean state, (d,), float64; the result does not depend on it.
+        centre: any vector near the mean state, (d,), float64; the moments do not depend on it.
         probes: Z, (d, p).
         dtype: of the products.
     """
@@ -137,30 +130,21 @@ def prefix_products(
     position = torch.arange(1, num_tokens, device=lengths.device)
     has_next = position < lengths[:, None]
     t = has_next * position  # (b, T - 1), 0 on padding
-    prefix = hidden_states - centre  # a_t for now
-    pairs = prefix.new_empty(batch, num_tokens - 1, 2 * d, dtype=dtype)  # [q_t ; a_{t+1}]
+    prefix = hidden_states - centre  # a_t for now, float64
+    first = prefix[:, 0].clone()
+    pairs = prefix.new_empty(batch, num_tokens - 1, 2 * d, dtype=dtype)
     pairs[..., d:] = prefix[:, 1:]
     prefix.cumsum_(1)
     pairs[..., :d] = prefix[:, :-1]
     pairs *= has_next[..., None]  # padding off, on both sides
-    pairs = pairs.flatten(0, 1)
-    products = (pairs[:, :d].T @ pairs).double()
     along = prefix @ probes  # q_t' Z
     weights = torch.cat([along[:, :-1], along.diff(dim=1), torch.ones_like(t)[..., None], t[..., None]], dim=-1)
     weights = torch.nn.functional.pad(weights * has_next[..., None], (0, 0, 0, 1))  # the last position has no next
-    sums = prefix.flatten(0, 1).T @ weights.flatten(0, 1)
-    exact, q_sum, tq_sum = sums[:, :-2].chunk(2, dim=1), sums[:, -2], sums[:, -1]
-    errors = torch.stack([part @ probes - of for part, of in zip(products.chunk(2, dim=1), exact, strict=True)])
+    thin = prefix.flatten(0, 1).T @ weights.flatten(0, 1)
     totals = prefix[torch.arange(batch, device=lengths.device), lengths - 1]  # q_T
-    has_pairs = (lengths > 1).double()
-    a_sum = has_pairs @ (totals - hidden_states[:, 0] + centre)
-    ta_sum = (lengths - 1).double() @ totals - q_sum  # summation by parts
-    num_pairs, t_sum, t_squared_sum = has_next.sum(), t.sum(), t.square().sum()
-    products[:, :d] += torch.outer(tq_sum, centre) + torch.outer(centre, tq_sum + t_squared_sum * centre)
-    products[:, d:] += torch.outer(q_sum, centre) + torch.outer(centre, ta_sum + t_sum * centre)
-    return PrefixSums(
-        products, q_sum + t_sum * centre, a_sum + num_pairs * centre, errors, totals + lengths[:, None] * centre
-    )
+    sums = {"q": thin[:, -2], "tq": thin[:, -1], "a": (lengths > 1).double() @ (totals - first)}
+    sums["ta"] = (lengths - 1).double() @ totals - sums["q"]  # summation by parts
+    return Prefixes(pairs.flatten(0, 1), thin[:, :-2], sums, totals + lengths[:, None] * centre)
 
 
 def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: int) -> torch.dtype:
@@ -175,86 +159,129 @@ def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: 
 
 
 class MomentSums:
-    """Running float64 sums over texts; `averages` divides them by the number of texts at the end."""
+    """Running sums over texts; `averages` adds what the centres are due and divides by the number of texts.
+
+    Products of a batch are added up in place, in their own dtype, and every `PAIRS_PER_FLUSH` pairs in float64.
+    """
 
     def __init__(
-        self,
-        num_layers: int,
-        hidden_size: int,
-        num_labels: int,
-        num_folds: int,
-        device: torch.device,
-        product_dtype: torch.dtype,
+        self, sizes: tuple[int, int, int, int], num_fold_layers: int, device: torch.device, product_dtype: torch.dtype
     ):
-        l, f, d, c = num_layers, num_folds, hidden_size, num_labels  # noqa: E741, the symbols of the module docstring
+        """`sizes` are layers l, hidden size d, labels c and folds; the last `num_fold_layers` layers keep folds."""
+        l, d, c, f = sizes  # noqa: E741, the symbols of the module docstring
         shapes = {
-            "fold_pooled_second_moment": (l, f, d, d),
-            "fold_pooled_label_cross_moment": (l, f, d, c),
-            "fold_pooled_mean": (l, f, d),
-            "prefix_second_moment": (l, d, d),
-            "prefix_next_cross_moment": (l, d, d),
-            "prefix_mean": (l, d),
-            "next_mean": (l, d),
-            "prefix_second_error": (l, d, NUM_PROBES),
-            "prefix_next_error": (l, d, NUM_PROBES),
-            "token_square": (l, d),
+            "pooled_second_moment": (l, d, d),
+            "pooled_label_cross_moment": (l, d, c),
+            "pooled_mean": (l, d),
             "pooled_norm_fourth_power": (l,),  # |m|^4, for Ledoit-Wolf shrinkage
             "pooled_norm_squared_pooled": (l, d),  # |m|^2 m, likewise
+            "fold_pooled_second_moment": (num_fold_layers, f, d, d),
+            "fold_pooled_label_cross_moment": (num_fold_layers, f, d, c),
+            "fold_pooled_mean": (num_fold_layers, f, d),
             "fold_label_mean": (f, c),
             "fold_label_second_moment": (f, c, c),
             "fold_num_samples": (f,),
+            "products": (l, d, 2 * d),  # of [q_t ; a_{t+1}]
+            "errors": (l, d, 2 * NUM_PROBES),
+            "exact": (l, d, 2 * NUM_PROBES),  # since the last flush
+            **{name: (l, d) for name in ("q", "tq", "a", "ta", "total_square")},
         }
-        self.centres: dict[int, Tensor] = {}  # of each layer: the mean state of its first batch
-        self.probes, self.product_dtype = noise_probes(d).to(device), product_dtype
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        self.block = torch.zeros((l, d, 2 * d), dtype=product_dtype, device=device)  # products since the last flush
+        self.centres = torch.zeros((l, d), dtype=torch.float64, device=device)  # mean state of the first batch
+        self.probes, self.num_layers = noise_probes(d).to(device), l
+        self.first_fold_layer, self.pairs_in_block = l - num_fold_layers, 0
+        self.num_pairs = self.t_sum = self.t_squared_sum = 0
 
-    def add_labels(self, targets: Tensor, folds: Tensor) -> None:
-        """Adds the labels y (b, c) of a batch; `folds` (b, f) is the one-hot fold of each text; both float64."""
-        self.sums["fold_label_mean"] += folds.T @ targets
-        self.sums["fold_label_second_moment"] += torch.einsum("bf,bc,be->fce", folds, targets, targets)
-        self.sums["fold_num_samples"] += folds.sum(0)
-
-    def add_states(self, layer: int, hidden_states: Tensor, pooled: Tensor, lengths: Tensor, targets: Tensor,
-                   folds: Tensor) -> None:  # fmt: skip
-        """Adds one layer's states of a batch: (b, t, d), and `pooled` (b, d), both float64."""
+    def add_labels(self, batch: "Batch") -> None:
+        """Adds what is the same at every layer: labels, folds and token counts of a batch; after its layers."""
         sums = self.sums
-        for fold, weights in enumerate(folds.T):
-            weighted = (weights[:, None] * pooled).T
-            sums["fold_pooled_second_moment"][layer, fold].addmm_(weighted, pooled)
-            sums["fold_pooled_label_cross_moment"][layer, fold].addmm_(weighted, targets)
-        sums["fold_pooled_mean"][layer] += folds.T @ pooled
+        sums["fold_label_mean"] += batch.folds.T @ batch.targets
+        sums["fold_label_second_moment"] += torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
+        sums["fold_num_samples"] += batch.folds.sum(0)
+        n = batch.lengths - 1  # pairs of each text; t runs over 1..n
+        self.num_pairs += int(n.sum())
+        self.t_sum += int((n * (n + 1) // 2).sum())
+        self.t_squared_sum += int((n * (n + 1) * (2 * n + 1) // 6).sum())
+        self.pairs_in_block += int(n.sum())
+        if self.pairs_in_block >= PAIRS_PER_FLUSH:
+            self.flush()
+
+    def add_tokens(self, layer: int, hidden_states: Tensor, lengths: Tensor) -> Tensor:
+        """Adds one layer's states (b, t, d) of a batch; returns the mean state of each text, (b, d) float64."""
+        if not self.num_pairs and not self.pairs_in_block and not self.centres[layer].any():
+            self.centres[layer] = pool(hidden_states.double(), lengths, "mean").mean(0)
+        added = centred_prefixes(hidden_states, lengths, self.centres[layer], self.probes, self.block.dtype)
+        self.block[layer].addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
+        self.sums["exact"][layer] += added.exact
+        for name, value in added.sums.items():
+            self.sums[name][layer] += value
+        self.sums["total_square"][layer] += added.totals.square().sum(0)
+        return added.totals / lengths[:, None]
+
+    def flush(self) -> None:
+        """Moves the products into float64, and what their dtype has cost into the errors."""
+        for layer in range(self.num_layers):
+            products = self.block[layer].double()
+            halves = [half @ self.probes for half in products.chunk(2, dim=1)]
+            self.sums["products"][layer] += products
+            self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
+        self.block.zero_()
+        self.sums["exact"].zero_()
+        self.pairs_in_block = 0
+
+    def add_pooled(self, layer: int, pooled: Tensor, batch: "Batch") -> None:
+        """Adds one layer's pooled states of a batch, (b, d) float64."""
+        sums, at = self.sums, layer - self.first_fold_layer
         norm_squared = pooled.square().sum(1)
         sums["pooled_norm_fourth_power"][layer] += norm_squared.square().sum()
         sums["pooled_norm_squared_pooled"][layer] += norm_squared @ pooled
-        if layer not in self.centres:
-            self.centres[layer] = pool(hidden_states, lengths, "mean").mean(0)
-        added = prefix_products(hidden_states, lengths, self.centres[layer], self.probes, self.product_dtype)
-        prefix_second, prefix_next = added.products.chunk(2, dim=1)
-        sums["prefix_second_moment"][layer] += prefix_second
-        sums["prefix_next_cross_moment"][layer] += prefix_next
-        sums["prefix_mean"][layer] += added.prefixes
-        sums["next_mean"][layer] += added.following
-        sums["prefix_second_error"][layer] += added.errors[0]
-        sums["prefix_next_error"][layer] += added.errors[1]
-        # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
-        sums["token_square"][layer] += added.totals.square().sum(0) - 2 * prefix_next.diagonal()
+        sums["pooled_mean"][layer] += pooled.sum(0)
+        if at < 0:
+            sums["pooled_second_moment"][layer].addmm_(pooled.T, pooled)
+            sums["pooled_label_cross_moment"][layer].addmm_(pooled.T, batch.targets)
+            return
+        sums["fold_pooled_mean"][at] += batch.folds.T @ pooled
+        for fold, rows in enumerate(batch.rows_of_folds):
+            sums["fold_pooled_second_moment"][at, fold].addmm_(pooled[rows].T, pooled[rows])
+            sums["fold_pooled_label_cross_moment"][at, fold].addmm_(pooled[rows].T, batch.targets[rows])
+
+    def prefix_moments(self) -> dict[str, Tensor]:
+        """C0, C1, their means and errors, summed over texts, with what the centres add."""
+        self.flush()
+        q, tq, a, ta, mu = (*(self.sums[name] for name in ("q", "tq", "a", "ta")), self.centres)
+
+        def outer(left: Tensor, right: Tensor) -> Tensor:
+            return left[:, :, None] * right[:, None, :]
+
+        second, following = self.sums["products"].chunk(2, dim=2)
+        second += outer(tq, mu) + outer(mu, tq + self.t_squared_sum * mu)
+        following += outer(q, mu) + outer(mu, ta + self.t_sum * mu)
+        second_error, next_error = self.sums["errors"].chunk(2, dim=2)
+        return {
+            "prefix_second_moment": (second + second.mT) / 2,  # the products are symmetric only up to rounding
+            "prefix_next_cross_moment": following,
+            "prefix_mean": q + self.t_sum * mu,
+            "next_mean": a + self.num_pairs * mu,
+            "prefix_second_error": second_error,
+            "prefix_next_error": next_error,
+            # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
+            "token_square": self.sums["total_square"] - 2 * following.diagonal(dim1=1, dim2=2),
+        }
 
     def averages(self) -> dict[str, Tensor]:
         """Averages over texts, of each fold and, without the prefix `fold_`, of all folds together."""
-        counts = self.sums["fold_num_samples"]
-        averages = {}
-        for name, total in self.sums.items():
-            if name == "fold_num_samples":
-                averages[name] = counts
-            elif not name.startswith("fold_"):
-                averages[name] = total / counts.sum()
-            else:
-                axis = 0 if name.startswith("fold_label") else 1
-                averages[name.removeprefix("fold_")] = total.sum(axis) / counts.sum()
-                shape = [-1 if dim == axis else 1 for dim in range(total.ndim)]
-                averages[name] = total / counts.clamp(min=1).view(shape)
-        second_moment = averages["prefix_second_moment"]
-        second_moment.copy_((second_moment + second_moment.mT) / 2)  # the products are symmetric only up to rounding
+        sums, counts = self.sums, self.sums["fold_num_samples"]
+        for name in ("pooled_second_moment", "pooled_label_cross_moment"):
+            sums[name][self.first_fold_layer :] = sums[f"fold_{name}"].sum(1)
+        whole = {name: total for name, total in sums.items() if name.startswith("pooled_")} | self.prefix_moments()
+        whole |= {name: sums[f"fold_{name}"].sum(0) for name in ("label_mean", "label_second_moment")}
+        averages = {name: total / counts.sum() for name, total in whole.items()} | {"fold_num_samples": counts}
+        for name in ("label_mean", "label_second_moment", "pooled_second_moment", "pooled_label_cross_moment",
+                     "pooled_mean"):  # fmt: skip
+            total, axis = sums[f"fold_{name}"], 0 if name.startswith("label") else 1
+            shape = [-1 if dim == axis else 1 for dim in range(total.ndim)]
+            averages[f"fold_{name}"] = total / counts.clamp(min=1).view(shape)
         return averages
 
 
@@ -282,6 +309,11 @@ class Batch:
     targets: Tensor  # (b, c) float64
     folds: Tensor  # (b, f) float64, one-hot
 
+    @functools.cached_property
+    def rows_of_folds(self) -> list[Tensor]:
+        """The texts of each fold, as positions within the batch."""
+        return [column.nonzero()[:, 0] for column in self.folds.T]
+
 
 def accumulate_moments(
     model: PreTrainedModel,
@@ -306,17 +338,17 @@ def accumulate_moments(
     """
     device = next(model.parameters()).device
     num_layers, hidden_size = model.config.num_hidden_layers + 1, model.config.hidden_size
-    dtype = choose_product_dtype(config, tokens, hidden_size)
-    sums = MomentSums(num_layers, hidden_size, targets.shape[1], folds.shape[1], device, dtype)
+    sizes = (num_layers, hidden_size, targets.shape[1], folds.shape[1])
+    num_fold_layers = {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
+    sums = MomentSums(sizes, num_fold_layers, device, choose_product_dtype(config, tokens, hidden_size))
     first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
     finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
     def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
-        hidden_states = hidden_states.double()  # exact; float32 sums over tokens would be rounding as large as a rank
-        pooled = pool(hidden_states, batch.lengths, config.pooling)
-        mean = pooled if config.pooling == "mean" else pool(hidden_states, batch.lengths, "mean")
+        mean = sums.add_tokens(layer, hidden_states, batch.lengths)
+        pooled = mean if config.pooling == "mean" else pool(hidden_states, batch.lengths, "last").double()
         finite.append(mean.isfinite().all(1))  # a sum over all tokens shows any of them; read once a batch
-        sums.add_states(layer, hidden_states, pooled, batch.lengths, batch.targets, batch.folds)
+        sums.add_pooled(layer, pooled, batch)
         if pooled_file is not None and layer >= first_saved:
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
@@ -325,8 +357,8 @@ def accumulate_moments(
             input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
             batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
             finite.clear()
-            visit_hidden_states(model, input_ids, partial(add_layer, batch))
-            sums.add_labels(batch.targets, batch.folds)
+            visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
+            sums.add_labels(batch)
             if not (all_finite := torch.stack(finite)).all():
                 layer, text = (~all_finite).nonzero()[0].tolist()
                 raise UserError(
@@ -406,7 +438,12 @@ def is_complete(config: Config, identity: dict) -> bool:
     path = config_path(config)
     if not path.is_file():
         return False
-    check_identity(read_identity(path), identity, path)
+    with open_tensors(path) as (file, metadata):
+        check_identity(metadata, identity, path)
+        num_layers = file.get_slice("pooled_mean").get_shape()[0]
+        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
+    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[config.output.folds]:
+        return False
     if config.output.save_pooled == "none":
         return True
     if not pooled_path(path).is_file():

@@ -25,9 +25,12 @@ from transformers import AutoModelForCausalLM
 
 from utils.data import load_splits
 from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.hidden_states import decoder_of
 from utils.hub import hub_errors
+from utils.identity import load_config
 from utils.io import replace_folder, run_script
-from utils.models import decoder_of, load_causal_lm, load_config, load_tokenizer, repository
+from utils.model_table import repository
+from utils.models import load_causal_lm, load_tokenizer
 from utils.settings import Unrecorded, with_values
 
 

@@ -34,15 +34,25 @@ from torch import Tensor
 import cache
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts, load_splits
+from utils.identity import load_config, model_fingerprint, stored_as
 from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
 from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.models import load_config, model_fingerprint, stored_as
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
 from utils.results import find_result, result_path
-from utils.settings import Data, Model, Run, Unrecorded, check_positive, command_line, flatten, result_settings
+from utils.settings import (
+    Data,
+    Model,
+    Run,
+    Unrecorded,
+    check_positive,
+    command_line,
+    flatten,
+    result_settings,
+    with_values,
+)
 
 ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 
@@ -153,7 +163,8 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
                 probabilities = torch.as_tensor(model.predict_proba(as_array(features[split]))).cpu().numpy()
                 entry[split] = classification_scores(part.labels, probabilities) | entry[split]
     if config.ridge:
-        entry["ridge"] = ridge_path(*load_folds(paths["train"], layer, device), config.alphas)
+        folds = load_folds(paths["train"], layer, device)
+        entry["ridge"] = ridge_path(*folds, config.alphas) if folds else None
     return entry
 
 
@@ -164,6 +175,8 @@ def find_features(config: Config, split: Literal["train", "test"], data: Labelle
         split, config.pooling, config.num_folds, config.product_dtype,
         model=config.model, data=config.data, output=cache.Output("all"), run=config.run,
     )  # fmt: skip
+    if config.ridge and not pooled_path(cache.config_path(wanted)).is_file():  # the pass is needed anyway
+        wanted = with_values(wanted, folds="all")
     return cache.ensure(wanted, data)
 
 
@@ -229,11 +242,14 @@ def print_table(result: dict, split: str) -> None:
     rows = {f"layer {layer['layer']}": dict(layer[split]) for layer in result["layers"]}
     for layer, row in zip(result["layers"], rows.values(), strict=True):
         if result["config"]["ridge"]:
-            row |= {"cv_ridge_r2": layer["ridge"]["best_r2"], "best_alpha": layer["ridge"]["best_alpha"]}
+            best = layer["ridge"] or {}
+            row |= {"cv_ridge_r2": best.get("best_r2"), "best_alpha": best.get("best_alpha")}
     names = list(rows["layer 0"])
     rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=names).astype(float)
     print(f"\nscores on {split}, fitted on train\n{table.to_string(float_format='{:.5g}'.format, na_rep='-')}")
+    if unfolded := [str(layer["layer"]) for layer in result["layers"] if layer.get("ridge", {}) is None]:
+        print(f"ridge: no folds are stored of layer {', '.join(unfolded)}: python cache.py --folds all --overwrite")
     unfinished = [str(layer["layer"]) for layer in result["layers"] if not layer.get("solver", NO_SOLVER)["converged"]]
     if unfinished:
         print(f"warning: {result['config']['solver']} has not converged at layer {', '.join(unfinished)}: --max_iter")

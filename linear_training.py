@@ -29,8 +29,8 @@ from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
 from utils.data import LabelledTexts, load_splits, stratified_rows
+from utils.identity import load_config, stored_as
 from utils.io import UserError, open_tensors, run_script, set_seed
-from utils.models import load_config, stored_as
 from utils.moments import pooled_path
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path

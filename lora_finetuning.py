@@ -33,16 +33,11 @@ from utils.adapters import save_base_model
 from utils.before_after import compare, print_comparison
 from utils.data import LabelledTexts, load_splits
 from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.hidden_states import decoder_layers, decoder_of
+from utils.identity import load_config, model_fingerprint
 from utils.io import UserError, load_json, replace_folder, run_script, save_json
-from utils.models import (
-    FAMILIES,
-    MODELS,
-    decoder_layers,
-    decoder_of,
-    load_causal_lm,
-    load_config,
-    model_fingerprint,
-)
+from utils.model_table import FAMILIES, MODELS
+from utils.models import load_causal_lm
 from utils.results import read_identity, result_path
 from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
 
@@ -99,8 +94,8 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         )
     if missing := [target for target in targets if target not in projections]:
         raise UserError(
-            f"{config.model.model_name} has no {', '.join(missing)} in its decoder, where hidden states come from; "
-            f"--target_modules can name {present}."
+            f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name "
+            f"{present}, the projections of its decoder."
         )
     if not 0 <= config.start_layer < num_layers:
         raise UserError(
@@ -136,7 +131,7 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
         with replace_folder(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
-            save_base_model(temporary, peft_model, config.model, config.run)
+            save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
 
     return Trainable(decoder_of(causal_lm), save, config.model.dtype)
 

@@ -20,8 +20,9 @@ from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
 from utils.batches import token_batches
+from utils.hidden_states import run_base_model
 from utils.io import environment, pick_device, run_script, save_json
-from utils.models import TokenizedTexts, run_base_model
+from utils.models import TokenizedTexts
 from utils.settings import Dtype, Run, all_settings
 
 

@@ -54,7 +54,7 @@ def make_moments(hidden_size: int, num_classes: int, device: torch.device) -> La
         "label_second_moment": targets.T @ targets / n,
     }
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return LayerMoments(**on_device, num_samples=n, num_pairs=len(prefix))
+    return LayerMoments(**on_device, num_samples=n, num_pairs=len(prefix))  # type: ignore[arg-type]
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 
 import linear_training
 from utils.data import LabelledTexts, load_splits
+from utils.hidden_states import pool, run_base_model
+from utils.identity import load_config
 from utils.io import environment, pick_device, run_script, save_json
-from utils.models import TokenizedTexts, load_base_model, load_config, load_tokenizer, pool, run_base_model, tokenize
+from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.objectives import BatchOrder, Head, Objective
 from utils.settings import all_settings, with_values
 from utils.training import make_identity, make_place, train

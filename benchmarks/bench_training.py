@@ -26,8 +26,9 @@ import torch
 import lora_finetuning
 from utils.data import load_splits, load_texts
 from utils.finetuning import build_run
+from utils.identity import load_config
 from utils.io import environment, pick_device, run_script, save_json, set_seed
-from utils.models import TokenizedTexts, load_config, load_tokenizer, tokenize
+from utils.models import TokenizedTexts, load_tokenizer, tokenize
 from utils.objectives import BatchOrder
 from utils.settings import all_settings, with_values
 from utils.training import Progress, TrainingRun, make_identity, make_place, train_step

@@ -84,7 +84,7 @@ def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws:
     inside = whitener.T @ second_moment @ u  # orthonormal coordinates of U within the whitened space
     tied = whitener @ torch.linalg.qr(inside, mode="complete").Q[:, u.shape[1] :]
     order = [1] if config.eigenvectors == "smallest" else []  # dimensions to flip
-    v = K_sweep.subspace_directions(moments, config, layer=0).flip(order)  # the layer is that of a random V
+    v = K_sweep.subspace_directions(moments, config, layer=0)  # the layer is that of a random V
     k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (whitener, v))
     random = np.random.default_rng(seed)
     for _ in range(num_draws):

@@ -27,7 +27,7 @@ import pandas as pd
 
 from fig_plot.tables import DATA_DIR
 from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
-from utils.models import MODELS
+from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
 
 TABLES = ("scores", "layers", "probes", "training", "datasets", "models", "alignment", "separability")

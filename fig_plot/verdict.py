@@ -55,7 +55,7 @@ from fig_plot.tables import (
     trained_models,
 )
 from utils.io import UserError, run_script
-from utils.models import MODELS
+from utils.model_table import MODELS
 
 GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy")

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.conftest import ROOT
+from utils.hidden_states import decoder_of, visit_hidden_states
 from utils.io import UserError
-from utils.models import TokenizedTexts, decoder_of, visit_hidden_states
+from utils.models import TokenizedTexts
 from utils.self_check import self_check
 
 SMALL = {  # under every name that configurations have for it

@@ -85,7 +85,7 @@ def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_p
 def test_every_further_sum_equals_the_definition(model_dirs):
     texts = make_texts(30, seed=5)
     model, tokens, targets, folds = setup(model_dirs["qwen2"], texts)
-    config = configure(cache, product_dtype="float64", tokens_per_batch=64)
+    config = configure(cache, folds="all", product_dtype="float64", tokens_per_batch=64)
     averages = cache.accumulate_moments(model, tokens, targets, folds, config).averages()
     pooled, prefixes, following = [], [], []
     for ids in token_lists(tokens):
@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_the_texts(model_dirs):
         inputs = targets.nbytes + folds.nbytes
         peaks.append(max(alive) - inputs)
     assert len(alive) > 10
-    assert peaks[1] < 1.02 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
+    assert peaks[1] < 1.1 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
 
 
 # ------------------------------------------------------------------ command line

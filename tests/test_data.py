@@ -339,7 +339,7 @@ def test_medical_keeps_a_question_on_one_side(calls: list[dict[str, Any]], capsy
 def test_leak_of_the_intents_is_found(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     load("Bhuvaneshwari/intent_classification")
     out, err = capsys.readouterr()
-    assert "120 train and 120 test texts, 12 classes, own test, 100.0% of the test texts also stand in train" in out
+    assert "120 train and 120 test texts, 12 classes, own test, 100.0% of the test texts are also in train" in out
     assert "warning: 100.0% of the test texts" in err
     load("emotion")
     out, err = capsys.readouterr()
@@ -720,7 +720,7 @@ def test_error_of_the_hub(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=message):
-        load("dair-ai/emotion", dataset_revision="v9")
+        load("dair-ai/emotions", dataset_revision="v9")
 
 
 def test_other_errors_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -731,8 +731,9 @@ def test_other_errors_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(OSError, match="No space left"):
         load("emotion")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match="ZeroDivisionError") as raised:
         load("emotion")
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)  # what --debug shows
 
 
 def test_offline_hub_without_a_stub(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, run_command
 from utils.datasets_table import SPECS
 from utils.io import parse
-from utils.models import MODELS
+from utils.model_table import MODELS
 from utils.settings import flatten
 
 README = (ROOT / "README.md").read_text()
@@ -59,7 +59,9 @@ def test_commands_of_the_readme_parse(command):
         assert not arguments
 
 
-@pytest.mark.parametrize("module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.study"])
+@pytest.mark.parametrize(
+    "module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.smollm2", "demo.study"]
+)
 def test_help_explains_every_field(module, capsys):
     """Every setting has a flag, and the comment beside it is what the help says of it."""
     config_class = importlib.import_module(module).Config

@@ -14,8 +14,10 @@ from tests.conftest import make_texts, make_tokenizer, run_in_process
 from tests.gguf_files import write_gguf
 from tests.test_gguf import random_model
 from utils.gguf import load_model, load_tokenizer
+from utils.identity import load_config, model_fingerprint
 from utils.io import UserError
-from utils.models import load_base_model, load_config, model_fingerprint, model_source
+from utils.model_table import model_source
+from utils.models import load_base_model
 from utils.settings import Model, Run
 
 CPU = torch.device("cpu")

@@ -82,7 +82,7 @@ def test_nested_basis_spans_what_qr_spans_at_every_k(num_vectors):
     np.testing.assert_allclose(np.abs(coordinates[:num_vectors]), np.abs(q.T @ points), atol=1e-12)
     np.testing.assert_allclose(np.square(coordinates).sum(0), np.square(points).sum(0))  # Q is square and orthogonal
     np.testing.assert_allclose(np.abs(basis.change_of(tensor(matrix))[:, :num_vectors]), np.abs(matrix @ q), atol=1e-12)
-    ks = [1, num_vectors, 40]
+    ks = [1, num_vectors, 12]
     inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks[:2]]
     found = captured(tensor(coordinates), ks).numpy()
     np.testing.assert_allclose(found, [*inside, np.square(points).sum(0)], atol=1e-12)

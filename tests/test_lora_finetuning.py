@@ -19,8 +19,10 @@ import lora_finetuning
 from tests.conftest import configure, kill_at, run_in_process
 from tests.test_training import ARCHITECTURES, make_run, model_folder, take_steps
 from utils import data as data_module
+from utils.hidden_states import run_base_model
 from utils.io import UserError
-from utils.models import FAMILIES, load_base_model, run_base_model
+from utils.model_table import FAMILIES
+from utils.models import load_base_model
 from utils.settings import with_values
 
 
@@ -71,7 +73,7 @@ def test_only_adapter_and_head_have_gradients_and_change(settings, model_dirs, a
 def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, model_dirs, architecture):
     """Trained in place, loaded by plain PEFT, and merged by cache.py's loader: three times the same hidden states."""
     folder = model_folder(architecture, model_dirs)
-    changes = {"model_name": str(folder), "learning_rate": 1e-2, "num_steps": 40}
+    changes = {"model_name": str(folder), "learning_rate": 1e-2, "num_steps": 60}
     config = configure(lora_finetuning, **settings | changes)
     run, made_of = make_run(lora_finetuning, config)
     losses = take_steps(run, 40)

@@ -10,25 +10,24 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    LlamaConfig,
+    MambaConfig,
+    Qwen2Config,
+    XLNetConfig,
+)
 
 from tests.conftest import make_texts, make_tokenizer, retrain, run_in_process
+from utils.hidden_states import decoder_layers, visit_hidden_states
 from utils.hub import hub_errors
+from utils.identity import load_config, model_fingerprint
 from utils.io import UserError
-from utils.models import (
-    FAMILIES,
-    MODELS,
-    TokenizedTexts,
-    decoder_layers,
-    load_base_model,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    repository,
-    tokenize,
-    visit_hidden_states,
-)
+from utils.model_table import FAMILIES, MODELS, repository
+from utils.models import TokenizedTexts, load_base_model, load_causal_lm, load_tokenizer, tokenize
 from utils.openelm import OpenELMConfig
 from utils.settings import Model, Run
 
@@ -199,12 +198,29 @@ def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp
 
 
 # ------------------------------------------------------------------ tokens
-def test_tokenizer_pads_on_the_right_with_a_token_of_its_own(folders):
-    for name in ("Qwen/Qwen2-0.5B", "meta-llama/Meta-Llama-3-8B", "apple/OpenELM-270M"):
-        settings = Model(str(folders[name]))
-        # saved with padding on the left, without a pad
-        tokenizer = load_tokenizer(settings, RUN, load_config(settings, RUN))
-        assert tokenizer.padding_side == "right" and tokenizer.pad_token_id is not None
+def test_a_long_text_loses_its_end_whatever_the_tokenizer_has_saved(folders, tmp_path):
+    folder = tmp_path / "left"
+    shutil.copytree(folders["Qwen/Qwen2-0.5B"], folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    left = {"truncation_side": "left", "padding_side": "left", "pad_token": None, "eos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | left))
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Left", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    config = load_config(Model(str(folder)), RUN)
+    texts = make_texts(6, seed=2, longest=60)
+    tokens = tokenize(texts, load_tokenizer(Model(str(folder)), RUN, config), config, max_length=10)
+    for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
+        assert ids.tolist() == make_tokenizer()(text)["input_ids"][:10]
+
+
+def test_a_length_that_the_model_cannot_read_is_refused_and_no_limit_is_none(folders):
+    config = load_config(Model(str(folders["Qwen/Qwen2-0.5B"])), RUN)
+    with pytest.raises(UserError, match="--max_length 65 is more than the model can read: 64 tokens"):
+        tokenize(["a"], make_tokenizer(), config, max_length=65)
+    for unlimited in (MambaConfig(vocab_size=300), XLNetConfig(vocab_size=300), BloomConfig(vocab_size=300)):
+        tokens = tokenize(["the river " * 1000], make_tokenizer(), unlimited)
+        assert tokens.max_length is None and tokens.lengths[0] >= 2000
 
 
 def test_tokens_are_those_of_the_tokenizer_truncated(folders):
@@ -271,7 +287,7 @@ def test_offline_hub_model_says_so():
 
 
 def test_model_of_the_ladder_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.models.ROOT", tmp_path)
+    monkeypatch.setattr("utils.model_table.ROOT", tmp_path)
     with pytest.raises(UserError, match=r"python -m demo\.pretrain --size large"):
         load_config(Model("large"), RUN)
 

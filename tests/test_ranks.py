@@ -16,9 +16,10 @@ from transformers import AutoModel
 import cache
 import K_sweep
 from tests.conftest import make_texts, write_rows
+from utils.hidden_states import visit_hidden_states
 from utils.io import open_tensors, save_tensors
 from utils.linalg import NestedBasis
-from utils.models import TokenizedTexts, visit_hidden_states
+from utils.models import TokenizedTexts
 from utils.moments import LayerMoments, load_layer
 from utils.scores import SCORES
 from utils.settings import Data, Model, Run, result_settings

@@ -50,7 +50,7 @@ EXPECTED = {
     ),
     "emotion": Expected(
         {"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
-        "i didnt feel humiliated",
+        "i didnt feel humiliated",  # codespell:ignore didnt
         "sadness",
         whole=True,
     ),
@@ -84,7 +84,7 @@ EXPECTED = {
     "sst2": Expected({"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative", whole=True),
     "toxigen": Expected({}, "the pueblo are a federally recognized tribe", 4 / 3, whole=True, split="all", row=16),
     "trec": Expected(
-        {"ABBR": 86, "ENTY": 1250, "DESC": 1162, "HUM": 1223, "LOC": 835, "NUM": 896},
+        {"ABBR": 86, "ENTY": 1250, "DESC": 1162, "HUM": 1223, "LOC": 835, "NUM": 896},  # codespell:ignore enty
         "How did serfdom develop in and then leave Russia ?",
         "DESC",
         whole=True,

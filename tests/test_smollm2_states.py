@@ -14,7 +14,9 @@ import K_sweep
 from tests.conftest import ROOT, configure
 from tests.test_real_data import DATASETS
 from utils.gguf import SMOLLM2, models_dir
-from utils.models import load_base_model, load_causal_lm, load_config, load_tokenizer, tokenize, visit_hidden_states
+from utils.hidden_states import visit_hidden_states
+from utils.identity import load_config
+from utils.models import load_base_model, load_causal_lm, load_tokenizer, tokenize
 from utils.settings import Model, Run
 
 MODEL, RUN, CPU = Model("smollm2"), Run(device="cpu"), torch.device("cpu")

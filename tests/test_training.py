@@ -17,8 +17,9 @@ import lora_finetuning
 from tests.conftest import configure
 from utils.data import LabelledTexts, load_splits
 from utils.finetuning import build_run, predict
+from utils.identity import load_config
 from utils.io import UserError, set_seed
-from utils.models import load_config, load_tokenizer, tokenize
+from utils.models import load_tokenizer, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.openelm import OpenELMConfig
 from utils.results import result_path

@@ -17,8 +17,10 @@ from transformers.optimization import Adafactor
 
 from utils.batches import token_batches
 from utils.data import LabelledTexts
+from utils.hidden_states import pool
+from utils.identity import load_config, stored_as
 from utils.io import UserError, set_seed
-from utils.models import TokenizedTexts, load_config, load_tokenizer, pool, stored_as, tokenize
+from utils.models import TokenizedTexts, load_tokenizer, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
 from utils.self_check import check_gradients, self_check

@@ -161,16 +161,16 @@ def hub_errors(repository: Repository) -> Iterator[None]:
                 raise cause from None
         if damage := damaged_file(repository.folder):
             raise UserError(f"{repository.kind} {repository.name} cannot be read: {damage}.") from error
-        message = shorten(str(error))
+        said = " ".join(str(error).split())
         facts = {name: getattr(repository, name) for name in ("name", "url", "revision", "revision_flag", "instead")}
         is_local = repository.folder is not None and repository.folder.is_dir()
         facts |= {"files": f"{repository.folder}/config.json" if is_local else "its files"}
         facts |= {
-            "message": message,
+            "message": shorten(said),
             "error": type(error).__name__,
             "nearest": nearest(repository.name, repository.known),
         }
         for kinds, pattern, fault, remedy in ERRORS:
-            if re.search(pattern, message, re.IGNORECASE) and any(isinstance(cause, kinds) for cause in chain):
+            if re.search(pattern, said, re.IGNORECASE) and any(isinstance(cause, kinds) for cause in chain):
                 fault, remedy = fault.format(**facts), remedy.format(**facts)
                 raise UserError(f"{repository.kind} {repository.name} {fault}. {remedy}") from error

@@ -1,18 +1,15 @@
-"""Load a causal LM, tokenise in bulk, visit its hidden states one layer at a time, and pool them."""
+"""Load a causal LM and its tokenizer, and tokenise in bulk."""
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -24,119 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 import utils.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
 from utils import gguf
-from utils.hub import Repository, hub_errors, nearest
-from utils.io import ROOT, UserError
+from utils.hidden_states import decoder_of
+from utils.hub import hub_errors
+from utils.identity import model_fingerprint, read_config
+from utils.io import UserError
+from utils.model_table import FAMILIES, MODELS, model_source, repository
 from utils.settings import Model, Run
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFamily:
-    """What one architecture needs beyond the AutoModel defaults."""
-
-    lora_target_modules: tuple[str, ...]  # the attention input projections
-    tokenizer_name: str | None = None  # None: the tokenizer of the model's own repository
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """One row of the table of models the repository knows by name."""
-
-    path: str  # hub id, or folder relative to the repository root
-    parameters: str
-    access: str  # what a user has to accept before the download, and where
-
-
-FAMILIES = {  # keyed by `config.model_type`
-    "qwen2": ModelFamily(("q_proj", "k_proj", "v_proj")),
-    "llama": ModelFamily(("q_proj", "k_proj", "v_proj")),
-    "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
-}
-OPEN = "open"
-LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
-MODELS = {
-    "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
-    "micro": ModelSpec("demo/runs/micro", "0.4M", "python -m demo.pretrain --size micro"),
-    "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
-    "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
-    "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
-    "smollm2": ModelSpec(f"demo/runs/{gguf.SMOLLM2}", "135M", "python -m demo.smollm2"),
-    "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
-    "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
-    "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
-    "apple/OpenELM-270M": ModelSpec("apple/OpenELM-270M", "270M", LLAMA_2),
-    "apple/OpenELM-450M": ModelSpec("apple/OpenELM-450M", "450M", LLAMA_2),
-    "apple/OpenELM-1_1B": ModelSpec("apple/OpenELM-1_1B", "1.1B", LLAMA_2),
-    "apple/OpenELM-3B": ModelSpec("apple/OpenELM-3B", "3B", LLAMA_2),
-    "meta-llama/Meta-Llama-3-8B": ModelSpec(
-        "meta-llama/Meta-Llama-3-8B", "8B", "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
-    ),
-}
-
-
 # ------------------------------------------------------------------ loading
-def model_source(model_name: str) -> str:
-    """The hub id, local folder or GGUF file that `model_name` stands for.
-
-    Raises:
-        UserError: a model of the demo that is not there yet, or a folder without a model.
-    """
-    if model_name == "smollm2":
-        if not (path := gguf.models_dir() / gguf.SMOLLM2).is_file():
-            raise UserError(f"No model at {path}. Run: python -m demo.smollm2")
-        return str(path)
-    if gguf.is_gguf(model_name):
-        return model_name
-    spec = MODELS.get(model_name)
-    if spec and spec.path.startswith("demo/"):
-        if not (ROOT / spec.path / "config.json").is_file():
-            raise UserError(f"No model at {spec.path}. Run: python -m demo.pretrain --size {model_name}")
-        return str(ROOT / spec.path)
-    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
-        raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
-    if (model_name.startswith((".", "/", "~")) or model_name.count("/") > 1) and not Path(model_name).is_dir():
-        raise UserError(f"There is no folder {model_name}.{nearest(model_name, MODELS)} See --model_name.")
-    return spec.path if spec else model_name
-
-
-def repository(name: str, revision: str | None = None) -> Repository:
-    """A model or tokenizer, for the sentence about what goes wrong with it."""
-    source = MODELS[name].path if name in MODELS else name
-    folder = ROOT / source if source.startswith("demo/") else Path(source)
-    known = (*MODELS, "gpt2", "distilgpt2")
-    return Repository(name, "Model", known, "a local folder, or --model_name tiny", revision, folder=folder)
-
-
-def read_config(model: Model, run: Run) -> PreTrainedConfig:
-    """The configuration as the model has it, of all its parts.
-
-    Raises:
-        UserError: there is no such model, or it is an encoder-decoder.
-    """
-    if gguf.is_gguf(source := model_source(model.model_name)):
-        return gguf.load_config(Path(source))
-    with hub_errors(repository(model.model_name, model.revision)):
-        config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=run.trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS is of a causal LM, a decoder that "
-            "reads the text alone. Choose another --model_name; docs/architectures.md lists what can be used."
-        )
-    return config
-
-
-def load_config(model: Model, run: Run) -> PreTrainedConfig:
-    """The configuration of the model, of a multi-modal one that of its text decoder.
-
-    Raises:
-        UserError: of `read_config`, or the text decoder cannot be told.
-    """
-    config = read_config(model, run)
-    with hub_errors(repository(model.model_name, model.revision)):
-        text_config = config.get_text_config(decoder=True)
-    text_config._commit_hash = getattr(config, "_commit_hash", None)
-    return text_config
-
-
 def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenizer:
     """The tokenizer; a long text loses its end, whatever the tokenizer's own settings say.
 
@@ -206,24 +99,6 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
     return loaded
 
 
-def decoder_of(causal_lm: Any) -> Any:
-    """The decoder inside a causal LM: what gives the hidden states that its head reads.
-
-    Raises:
-        UserError: it is not apart from the head.
-    """
-    base = causal_lm.base_model
-    if base is causal_lm:
-        parts = [module for module in causal_lm.children() if isinstance(module, PreTrainedModel)]
-        if len(parts) != 1:
-            raise UserError(f"{type(causal_lm).__name__} has no decoder apart from its head; it cannot be used.")
-        base = parts[0]
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    if num_layers := getattr(decoder.config, "decoder_layers", None):  # BART: `num_hidden_layers` is the encoder's
-        decoder.config.num_hidden_layers = num_layers
-    return decoder
-
-
 def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
     """The causal LM in evaluation mode, with a LoRA adapter merged if one is named.
 
@@ -232,9 +107,15 @@ def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedMo
     """
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
-        from utils.adapters import merge_adapter  # only where one is asked for: the import of PEFT takes a second
+        # only where one is asked for: the import of PEFT takes a second
+        from utils.adapters import BaseModel, merge_adapter
 
-        causal_lm = merge_adapter(causal_lm, model, run)
+        def fingerprint(name: str) -> str:
+            return model_fingerprint(dataclasses.replace(model, model_name=name, adapter_dir=None), run)
+
+        spec, source = MODELS.get(model.model_name), model_source(model.model_name)
+        names = (model.model_name, *([spec.path] if spec else []), source)
+        causal_lm = merge_adapter(BaseModel(causal_lm, decoder_of(causal_lm), names, fingerprint), model.adapter_dir)
     return causal_lm.to(device).eval()
 
 
@@ -242,79 +123,6 @@ def load_base_model(model: Model, run: Run, device: torch.device) -> PreTrainedM
     """The decoder without its lm_head, in evaluation mode: what hidden states are read from."""
     decoder = decoder_of(load_causal_lm(model, run, torch.device("cpu")))
     return decoder.to(device).eval()
-
-
-# ------------------------------------------------------------------ identity
-# what of a folder decides the states: weights, architecture, tokens, code
-DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
-# what it may hold besides, which decides nothing
-OTHER_FILES = (
-    "pretraining.json",
-    "generation_config.json",
-    "training_args.bin",
-    "metrics.json",
-    "README.txt",
-    "base_model.json",
-)
-
-
-@functools.lru_cache(maxsize=256)
-def file_digest(path: Path, size: int, modified: int) -> bytes:
-    """SHA-256 of a file; its size and time of change are arguments so that a changed file is read again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def local_fingerprint(place: Path) -> str:
-    """First 16 hex digits of the SHA-256 over the names and contents of the files that decide a model's states.
-
-    Args:
-        place: folder, or a GGUF file, whose own name decides nothing.
-    """
-    digest = hashlib.sha256()
-    if place.is_file():
-        stat = place.stat()
-        return file_digest(place, stat.st_size, stat.st_mtime_ns).hex()[:16]
-    for path in sorted({path for pattern in DECIDING_FILES for path in place.glob(pattern)}):
-        if path.name not in OTHER_FILES:
-            stat = path.stat()
-            digest.update(path.name.encode() + b"\0" + file_digest(path, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(model: Model, run: Run) -> str:
-    """What tells two models of the same name apart: of a local one a SHA-256, of the hub's its commit; of each part.
-
-    The parts are the model, a tokenizer or an adapter from elsewhere, joined by `+`.
-    """
-    source = model_source(model.model_name)
-    parts = [local_fingerprint(Path(source))] if Path(source).exists() else []
-    if not parts:
-        config = load_config(model, run)
-        parts.append(getattr(config, "_commit_hash", None) or model.revision or "unknown")
-    parts += [
-        local_fingerprint(Path(place))
-        for place in (model.tokenizer_name, model.adapter_dir)
-        if place is not None and Path(place).exists()
-    ]
-    return "+".join(parts)
-
-
-def known_fingerprint(model: Model, run: Run) -> str | None:
-    """As `model_fingerprint`, None where the model is not on this machine: moments can be solved without it."""
-    if model.adapter_dir is not None and not model.adapter_dir.is_dir():
-        return None
-    try:
-        return model_fingerprint(model, run)
-    except UserError:
-        return None
-
-
-def stored_as(model: Model) -> dict[str, str]:
-    """`quantisation`, for what is kept about a result of a model in a GGUF file; nothing for any other."""
-    if not gguf.is_gguf(source := model_source(model.model_name)):
-        return {}
-    return {"quantisation": f"{gguf.quantisation(Path(source))}, de-quantised once a run to {model.dtype}"}
 
 
 # ------------------------------------------------------------------ tokens
@@ -396,74 +204,3 @@ def tokenize(
             "they do not belong together. Name the right one with --tokenizer_name."
         )
     return TokenizedTexts(token_ids, offsets, max_length)
-
-
-# ------------------------------------------------------------------ hidden states
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a base model: of the lists of that length the one that holds most of the weights.
-
-    `self_check` finds out whether they are what they seem.
-
-    Raises:
-        UserError: no list of `num_hidden_layers` modules is found.
-    """
-    num_layers = model.config.num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
-    if not lists:
-        raise UserError(
-            f"{type(model).__name__} has no list of {num_layers} decoder layers to read hidden states from."
-        )
-    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
-
-
-@torch.inference_mode()
-def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
-    """Runs the model on right-padded `input_ids` (b, t) and calls `visit(layer, hidden_states)` as each layer appears.
-
-    Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
-    the final norm; no more than one of them, (b, t, d), is held. For most models these are the entries of
-    `output_hidden_states=True`; that list is shifted by one for Mamba and RWKV. `self_check` tries the model.
-    """
-    layers = decoder_layers(model)
-
-    def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        visit(0, args[0] if args else kwargs["hidden_states"])
-
-    def inner(layer: int) -> Callable:
-        return lambda module, args, output: visit(layer, output if isinstance(output, Tensor) else output[0])
-
-    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True)]
-    handles += [layers[k - 1].register_forward_hook(inner(k)) for k in range(1, len(layers))]
-    try:
-        visit(len(layers), run_base_model(model, input_ids))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.inference_mode()
-def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The last hidden states, (b, t, d), of right-padded `input_ids`.
-
-    No mask tensor: behind right padding the causal mask alone hides the padding from every valid token, and without a
-    mask tensor the fast attention kernels apply. The states of the padding itself are meaningless.
-    """
-    return model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-
-def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
-    """The pooled state m of each text: mean over its tokens, or its last token.
-
-    Args:
-        hidden_states: (b, t, d), right-padded.
-        lengths: tokens per text, (b,).
-        pooling: "mean" or "last".
-
-    Returns:
-        (b, d), in the dtype of `hidden_states`.
-    """
-    if pooling == "last":
-        return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-    positions = torch.arange(hidden_states.shape[1], device=lengths.device)
-    inside = (positions < lengths[:, None]).to(hidden_states.dtype)
-    return torch.bmm(inside[:, None], hidden_states)[:, 0] / lengths[:, None].to(hidden_states.dtype)

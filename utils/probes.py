@@ -142,12 +142,17 @@ def num_processes(asked: int | None, memory_gb: float | None, num_layers: int, r
 
 
 # ------------------------------------------------------------------ ridge
-def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The moments of each fold of one layer and the texts per fold, as `ridge_path` takes them."""
+def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The moments of each fold of one layer and the texts per fold, as `ridge_path` takes them; None if not kept."""
     with open_tensors(path) as (file, _):
         names = [name for name in file.keys() if name.startswith(("fold_label", "fold_pooled"))]  # noqa: SIM118
         parts = {name: file.get_slice(name) for name in names}
-        moments = {name: part[:] if name.startswith("fold_label") else part[layer] for name, part in parts.items()}
+        first = file.get_slice("pooled_mean").get_shape()[0] - parts["fold_pooled_mean"].get_shape()[0]
+        if layer < first:
+            return None
+        moments = {
+            name: part[:] if name.startswith("fold_label") else part[layer - first] for name, part in parts.items()
+        }
         return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
 
 

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.hidden_states import decoder_layers, visit_hidden_states
 from utils.io import UserError
-from utils.models import TokenizedTexts, context_length, decoder_layers, visit_hidden_states
+from utils.models import TokenizedTexts, context_length
 
 LENGTHS = (20, 13, 8, 5)  # of the sequences
 # Largest relative difference between states that should be equal. Batches of one shape give equal states bit for bit,
@@ -138,11 +139,11 @@ def same_up_to_scale(found: Tensor | None, expected: Tensor | None, tolerance: f
 
 
 # ------------------------------------------------------------------ the properties
-def check_widths(states: list[Tensor], shape: tuple[int, int], model: Any) -> None:
+def check_widths(states: list[Tensor], shape: torch.Size, model: Any) -> None:
     """Raises where a layer's states are not (b, t, d), or where layers are missing."""
     width = model.config.hidden_size
     for layer, found in enumerate(states):
-        if found.ndim != 3 or tuple(found.shape[:2]) != shape:
+        if found.ndim != 3 or found.shape[:2] != shape:
             raise NotACausalLM(
                 f"layer {layer} gives states of shape {tuple(found.shape)} for {shape[0]} texts of {shape[1]} tokens, "
                 f"not {(*shape, width)}"
@@ -209,7 +210,7 @@ def check_model(model: Any, tokens: TokenizedTexts) -> None:
     input_ids, changed = input_ids.to(parameter.device), changed.to(parameter.device)
     with recording(model) as trace:
         states = states_of(model, input_ids)
-    check_widths(states, tuple(input_ids.shape), model)
+    check_widths(states, input_ids.shape, model)
     check_chain(states, trace, in_shape)
     check_places(states[0], lengths, in_shape)
     other_states = states_of(model, changed)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts
+from utils.identity import model_fingerprint
 from utils.io import UserError, environment, pick_device, save_json, write_atomically
-from utils.models import model_fingerprint
 from utils.objectives import BatchOrder, Objective
 from utils.results import check_identity, find_result, load_state, read_identity, save_state
 from utils.settings import Session, all_settings, result_settings

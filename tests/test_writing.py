@@ -1,0 +1,113 @@
+"""Results that cannot be written are said so before the work; stopped programs leave one line and no files."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, run_in_process
+from utils.io import UserError, check_writable, replace_folder, write_atomically
+
+SCRIPTS = ("cache.py", "linear_training.py", "lora_finetuning.py", "from_scratch.py", "linear_sklearn.py")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Makes it a mistake to run a model."""
+
+    def fail(*_):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("utils.models.load_weights", fail)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("place", ["a file", "a long name", "below a file"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    script, place, model_dirs, rows_path, tmp_path, monkeypatch, no_model
+):
+    (tmp_path / "file").write_text("")
+    results = {"a file": "file", "a long name": "x" * 300, "below a file": "file/below"}[place]
+    arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--max_samples", 30]
+    message = run_in_process(monkeypatch, script, *arguments, "--results_dir", tmp_path / results)
+    assert message.startswith("error: cannot write") and "--results_dir" in message and len(message) < 500
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_without_permission_or_read_only_is_named(code, tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match=f"cannot write .*{os.strerror(code)}.*--results_dir"):
+        check_writable(tmp_path / "result.json")
+
+
+def test_trying_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b" / "result.json")
+    assert not list(tmp_path.iterdir())
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    dead, living = dead_process(), os.getppid()
+    for process in (dead, living):
+        (tmp_path / f"result.bin.{process}.tmp").write_bytes(b"half")
+        (tmp_path / f"adapter.{process}.tmp").mkdir()
+        (tmp_path / f"other.bin.{process}.tmp").write_bytes(b"half")
+    with write_atomically(tmp_path / "result.bin") as path:
+        path.write_bytes(b"whole")
+    with replace_folder(tmp_path / "adapter") as folder:
+        (folder / "weights").write_bytes(b"whole")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "result.bin", "adapter", f"result.bin.{living}.tmp", f"adapter.{living}.tmp", f"other.bin.{living}.tmp",
+        f"other.bin.{dead}.tmp",
+    }  # fmt: skip
+
+
+WAITING = """
+import os, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from utils.io import run_script, write_atomically
+
+@dataclass(frozen=True)
+class Config:
+    path: Path = Path("x")
+
+def main(config):
+    with write_atomically(config.path) as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), getattr(signal, sys.argv[0]))
+        time.sleep(30)
+
+name = sys.argv.pop(1)
+sys.argv[0] = name
+run_script(main, Config, None)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stopped_program_leaves_no_temporary_file(name, code, tmp_path):
+    command = [sys.executable, "-c", WAITING, name, "--path", str(tmp_path / "result.bin")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == code and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    command = [sys.executable, "-c", f"import sys, utils; sys.path.insert(0, {str(tmp_path)!r}); import torch"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (130, -signal.SIGINT) and result.stderr == "interrupted\n"
