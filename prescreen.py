@@ -32,7 +32,7 @@ from utils.calibration import Gain, expected_gain, read_lines
 from utils.closed_form import layer_scores
 from utils.data import LabelledTexts, load_splits
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json
-from utils.models import MODELS, model_source
+from utils.model_table import MODELS, model_source
 from utils.moments import LayerMoments, load_layer
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, num_parameters, peak_memory, print_page, save_table
@@ -151,6 +151,7 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
     wanted = cache.Config(
         pooling=config.pooling, num_folds=config.num_folds, model=model, data=config.data, run=config.run
     )
+    wanted = with_values(wanted, folds="all")
     here = with_values(wanted, overwrite=False)
     if cache.config_path(here).is_file():
         try:

@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM
 
 import linear_sklearn
 from utils.data import load_splits
+from utils.identity import read_config
 from utils.io import ROOT, UserError, environment, load_json, run_script, save_json
-from utils.models import load_causal_lm, load_config, load_tokenizer, model_source
+from utils.model_table import model_source
+from utils.models import load_causal_lm, load_tokenizer
 from utils.results import result_path
 from utils.settings import Data, Model, Run, all_settings, with_values
 
@@ -92,7 +94,7 @@ def plain_folder(name: str, folder: Path) -> str:
     target = folder / name
     if not (target / "config.json").is_file():
         model, run = Model(name), Run(device="cpu")
-        config = load_config(model, run)
+        config = read_config(model, run)
         copy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         copy.load_state_dict(load_causal_lm(model, run, torch.device("cpu")).state_dict())
         load_tokenizer(model, run, config).save_pretrained(target)

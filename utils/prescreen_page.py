@@ -13,8 +13,8 @@ from scipy.stats import rankdata
 from transformers import AutoModel
 
 from utils import closed_form, scores
+from utils.identity import read_config
 from utils.io import UserError, pick_device, write_atomically
-from utils.models import load_config
 from utils.settings import Model, Run
 
 # scores that should order models, each at the last layer
@@ -26,7 +26,7 @@ LABELS = closed_form.LABELS | scores.LABELS
 def num_parameters(model: Model, run: Run) -> int:
     """Parameters without the lm_head, from the configuration alone."""
     with torch.device("meta"):
-        made = AutoModel.from_config(load_config(model, run), trust_remote_code=run.trust_remote_code)
+        made = AutoModel.from_config(read_config(model, run), trust_remote_code=run.trust_remote_code)
     return sum(parameter.numel() for parameter in made.parameters())
 
 
@@ -36,7 +36,8 @@ def check_memory(model: Model, run: Run, num_labels: int, num_folds: int) -> int
     Raises:
         UserError: they do not.
     """
-    config, device, parameters = load_config(model, run), pick_device(run.device), num_parameters(model, run)
+    config, device = read_config(model, run).get_text_config(), pick_device(run.device)
+    parameters = num_parameters(model, run)
     d, num_layers = config.hidden_size, config.num_hidden_layers + 1
     weights = parameters * torch.finfo(getattr(torch, model.dtype)).bits // 8
     needed = weights + 8 * num_layers * (num_folds + 2) * d * (d + num_labels)
