@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from utils.batches import token_batches
-from utils.data import LabelledTexts, load_texts
+from utils.data import LabelledTexts, load_splits, load_texts
 from utils.hidden_states import pool, visit_hidden_states
 from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.io import (
@@ -353,7 +353,7 @@ def accumulate_moments(
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
     with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
-        for rows in token_batches(tokens.lengths, config.run.tokens_per_batch):
+        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device)):
             input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
             batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
             finite.clear()
@@ -415,8 +415,9 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
             flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
             raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
         print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+        data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
-            main(with_values(config, split=split))
+            ensure(with_values(config, split=split), data[split])
     default = flatten(Config())
     free = {name for name, value in flatten(config).items() if value == default[name]}
     if config.model.model_name.endswith("+lora"):  # the moments know the model and its adapter

@@ -131,7 +131,7 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
         with replace_folder(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
-            save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
+            save_base_model(temporary, peft_model, config.model, config.run)
 
     return Trainable(decoder_of(causal_lm), save, config.model.dtype)
 

@@ -23,7 +23,7 @@ import lora_finetuning
 from tests.conftest import make_tokenizer, run_in_process
 from utils.adapters import save_base_model
 from utils.hub import nearest
-from utils.identity import load_config, model_fingerprint
+from utils.identity import load_config
 from utils.io import UserError
 from utils.models import load_base_model, load_causal_lm, load_tokenizer
 from utils.settings import Model, Run
@@ -238,7 +238,7 @@ def save_our_adapter(place, folder, **settings):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
     peft_model.save_pretrained(str(place), save_embedding_layers=False)
-    save_base_model(place, peft_model, str(folder), model_fingerprint(config.model, RUN))
+    save_base_model(place, peft_model, config.model, RUN)
     return peft_model
 
 

@@ -178,7 +178,8 @@ def build_run(
     optimizer, scheduler = build_optimizer(model, training)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        outputs = predict(model, tokens["test"], objective.num_labels, config.run.tokens_per_batch, place.accelerator)
+        most = config.run.batch_tokens(device)
+        outputs = predict(model, tokens["test"], objective.num_labels, most, place.accelerator)
         return {f"test_{name}": value for name, value in objective.scores(outputs, test_targets).items()}
 
     rows_per_step = texts_per_step(training, place.accelerator)

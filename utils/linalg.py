@@ -84,7 +84,8 @@ def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise | None =
     """W with W' C W = I on the range of the symmetric, positive semi-definite C; its columns count the rank kept.
 
     C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
-    massive coordinate; then eigenvalues above `tolerance` times the largest, and above the noise, are kept. Where a
+    massive coordinate; then eigenvalues above `tolerance` times the largest, and above the noise, are kept. Where C is
+    singular, the columns are in the range of the scaled matrix, so that solutions there depend on the axes. Where a
     Cholesky factor proves that all are, it is the whitener: every W gives the same scores, and it costs less.
 
     Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.

@@ -23,9 +23,9 @@ import utils.openelm  # noqa: F401, registers the `openelm` architecture with th
 from utils import gguf
 from utils.hidden_states import decoder_of
 from utils.hub import hub_errors
-from utils.identity import model_fingerprint, read_config
+from utils.identity import read_config
 from utils.io import UserError
-from utils.model_table import FAMILIES, MODELS, model_source, repository
+from utils.model_table import FAMILIES, model_source, repository
 from utils.settings import Model, Run
 
 
@@ -107,15 +107,9 @@ def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedMo
     """
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
-        # only where one is asked for: the import of PEFT takes a second
-        from utils.adapters import BaseModel, merge_adapter
+        from utils.adapters import merge_adapter  # only where one is asked for: the import of PEFT takes a second
 
-        def fingerprint(name: str) -> str:
-            return model_fingerprint(dataclasses.replace(model, model_name=name, adapter_dir=None), run)
-
-        spec, source = MODELS.get(model.model_name), model_source(model.model_name)
-        names = (model.model_name, *([spec.path] if spec else []), source)
-        causal_lm = merge_adapter(BaseModel(causal_lm, decoder_of(causal_lm), names, fingerprint), model.adapter_dir)
+        causal_lm = merge_adapter(causal_lm, model, run)
     return causal_lm.to(device).eval()
 
 
