@@ -32,11 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cache
+from utils.closed_form import layer_scores
 from utils.io import environment, open_tensors, pick_device, run_script, save_json
 from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
 from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.pictures import plot_sweep, save_figure
+from utils.probes import load_folds
 from utils.results import find_result, result_path
 from utils.scores import option_suffix, print_table, summarize, to_json
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
@@ -433,7 +435,11 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         for layer in tqdm(range(num_layers), unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
             held_out = load_layer(other, other_metadata, layer, device) if other_metadata else None
-            layers.append(sweep_layer(moments, held_out, config, layer))
+            entry = sweep_layer(moments, held_out, config, layer)
+            if not option_suffix({**result_settings(config), "split": "train"}):  # a control of V would repeat them
+                folds = load_folds(path, layer, device) if layer == num_layers - 1 else None
+                entry["closed_form"] = layer_scores(moments, held_out, folds, (config.data.seed, layer)).scores
+            layers.append(entry)
     return {
         **identity,
         "environment": environment(),

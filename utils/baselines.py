@@ -44,6 +44,23 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     return baselines
 
 
+def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """R2 of ridge regression (alpha = 1) on TF-IDF on each fold that has texts, fitted on the others: (folds,).
+
+    Args:
+        train: n texts.
+        targets: one-hot labels or targets, (n, c).
+        folds: number of the fold of each text, (n,).
+    """
+    words, r2 = tfidf_features(train.texts, train.texts[:1])[0], []
+    for fold in np.unique(folds):
+        outside, inside = folds != fold, folds == fold
+        fitted = Ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
+        baseline = np.square(targets[inside] - targets[outside].mean(0)).sum()
+        r2.append(1 - np.square(targets[inside] - fitted).sum() / baseline)
+    return np.array(r2)
+
+
 def score(model: Any, features: Any, data: LabelledTexts) -> dict[str, Any]:
     """Scores of a fitted model; a class it has not seen gets probability 0."""
     if data.is_regression:

@@ -16,6 +16,7 @@ PER_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
     *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
 )
+NORMS = ("pooled_norm_fourth_power", "pooled_norm_squared_pooled")  # for Ledoit-Wolf shrinkage
 OF_ROUNDING = ("prefix_second_error", "prefix_next_error")
 SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
 
@@ -57,6 +58,9 @@ class LayerMoments:
     label_second_moment: Tensor
     num_samples: int
     num_pairs: int
+    class_counts: Tensor | None = None  # texts of each class, (c,); None: regression
+    pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
+    pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
     rounding: Rounding | None = None  # None: of float64 alone
 
     @property
@@ -127,7 +131,10 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
     """The moments of one layer from an open file of cache.py; no other layer is read."""
     tensors = {name: file.get_slice(name)[layer].to(device) for name in PER_LAYER}
+    tensors |= {name: file.get_slice(name)[layer].to(device) for name in NORMS}
     tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
+    if metadata["class_counts"] is not None:
+        tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
     counts = {name: metadata[name] for name in ("num_samples", "num_pairs")}
     return LayerMoments(**tensors, **counts, rounding=load_rounding(file, metadata, layer, device))
 

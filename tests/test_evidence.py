@@ -1,0 +1,86 @@
+"""What prescreen.py rests on: calibration lines and the table of evidence, on studies whose answer is known."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+from fig_plot import calibration, evidence
+from utils import closed_form
+from utils.io import UserError
+
+
+def made_up_cells(noise: float) -> pd.DataFrame:
+    """Six models on ten tasks; the gain is 5 - 8 x plus noise."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"model": f"model{model}", "dataset": f"task{task}", "x": random.random(), "constant": 1.0}
+        for model in range(6)
+        for task in range(10)
+    ]
+    cells = pd.DataFrame(rows)
+    return cells.assign(gain=5 - 8 * cells["x"] + noise * random.standard_normal(len(cells)))
+
+
+def test_line_is_scikit_learns_and_is_trusted_where_it_predicts():
+    cells = made_up_cells(0.5)
+    line = calibration.fit("made-up", "x", cells, calibration.Config(num_draws=200))
+    assert line is not None and line.is_better
+    direct = LinearRegression().fit(cells[["x"]], cells["gain"])
+    assert (line.intercept, line.slope) == pytest.approx((direct.intercept_, direct.coef_[0]))
+    for error, group in ((line.error, "dataset"), (line.error_new_model, "model")):
+        out = LeaveOneGroupOut()
+        predicted = cross_val_predict(LinearRegression(), cells[["x"]], cells["gain"], groups=cells[group], cv=out)
+        assert error == pytest.approx(np.abs(cells["gain"] - predicted).mean())
+    assert (line.cells, line.tasks, line.models) == (60, 10, 6)
+
+
+def test_line_through_noise_or_one_model_is_not_trusted():
+    config = calibration.Config(num_draws=200)
+    noise = calibration.fit("made-up", "x", made_up_cells(200.0), config)
+    assert noise is not None and not noise.is_better
+    cells = made_up_cells(0.5)
+    alone = calibration.fit("made-up", "x", cells[cells["model"] == "model0"], config)
+    assert alone is not None and alone.lead_low > 0 and not alone.is_better
+    assert calibration.fit("made-up", "constant", cells, config) is None
+
+
+def test_evidence_of_a_score_that_orders_and_of_one_that_does_not():
+    random = np.random.default_rng(1)
+    cells = made_up_cells(0.0).rename(columns={"x": "retained"})
+    cells = cells.assign(probe_skill=cells["retained"], lora_gain=cells["gain"] / 100, ntps=random.random(len(cells)))
+    table = pd.DataFrame(evidence.evidence_rows(cells, ["retained", "ntps"], evidence.Config(num_draws=40)))
+    found = table.set_index(["direction", "measure", "score", "statistic"])["value"]
+    assert found["across tasks", "probe_skill", "retained", "spearman"] == pytest.approx(1)
+    assert found["across models", "lora_gain", "retained", "spearman"] == pytest.approx(-1)
+    assert found["gain > 2", "lora_gain", "retained", "auc"] == pytest.approx(0)
+    assert abs(found["across tasks", "probe_skill", "ntps", "spearman"]) < 0.4
+    assert (table["low"] <= table["value"] + 1e-9).all() and (
+        table["without_a_task_low"] <= table["value"] + 1e-9
+    ).all()
+
+
+def test_scores_of_the_last_layer_are_read_and_meaningless_ones_left_out(tmp_path):
+    entry = {"value": 0.5, "null_mean": 0.1, "null_std": 0.1, "z": 4.0, "meaningless": False}
+    layers = [{"layer": 0, "closed_form": {"cka": entry | {"value": 0.1}}}]
+    layers.append({"layer": 1, "closed_form": {"cka": entry, "h_score": entry | {"meaningless": True}}})
+    path = tmp_path / "ntps" / "Qwen__Qwen2-0.5B" / "docstrings__kind.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"config": {"seed": 3}, "layers": layers}))
+    [row] = evidence.closed_form_rows(tmp_path)
+    assert row == {"model": "Qwen/Qwen2-0.5B", "dataset": "docstrings/kind", "seed": 3, "layer": 1, "cka": 0.5}
+
+
+def test_no_scores_anywhere_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"No result of K_sweep\.py with closed-form scores"):
+        evidence.main(evidence.Config(results_dir=tmp_path, data_dir=tmp_path))
+
+
+def test_committed_tables_hold_every_score():
+    table = pd.read_csv(evidence.DATA_DIR / "prescreen_evidence.csv")
+    held_out = {"probe_r2_held_out"}  # the committed scores were read from train alone
+    assert set(table["score"]) >= {*closed_form.SEEING, *evidence.BASELINES} - held_out
+    assert set(table["measure"]) == set(evidence.MEASURES)
