@@ -15,6 +15,8 @@ stands for its best layer; for each fold that layer is chosen on the other folds
 Intervals are 90 %, from the spread over folds; two models are told apart by the difference fold by fold.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import math
 import time
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ from fig_plot.tables import DATA_DIR, SCORES
 from utils import calibration, closed_form
 from utils.calibration import Line
 from utils.io import run_script
-from utils.models import MODELS
+from utils.model_table import MODELS
 
 PREDICTORS = (*closed_form.SEEING, *SCORES, "log10_parameters", "headroom")
 FILE = calibration.PATH.name
