@@ -31,7 +31,7 @@ lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
-	.venv/bin/codespell --skip '*.json,*.jsonl,*.ipynb,*.csv,*.pdf,./.venv,./.git,./results,./demo/cache,./demo/runs'
+	.venv/bin/codespell
 
 # full: about 100 minutes on two cores, goes on where it was interrupted; quick: two models, one seed
 STUDY ?= full
