@@ -411,11 +411,11 @@ def test_one_label_direction_is_too_few(model_dirs, tmp_path):
 def test_moments_of_the_embedded_model_are_made(monkeypatch, tmp_path):
     asked = []
 
-    def stop(config):
+    def stop(config, data):
         asked.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "main", stop)
+    monkeypatch.setattr(cache, "ensure", stop)
     names = {"dataset_name": "docstrings/kind", "split": "test", "results_dir": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         alignment_vis.main(configure(alignment_vis, **names))

@@ -166,7 +166,9 @@ def test_golden_values_from_moments_of_the_pass(iris_model):
     """TransformerRanker's own test feeds iris in float32; here it goes through a model, layer 0, and cache.py."""
     folder, rows = iris_model
     config = configure(
-        cache, model_name=str(folder / "model"), dataset_name=str(rows), split="all", results_dir=folder / "results"
+        cache,
+        **{"model_name": str(folder / "model"), "dataset_name": str(rows), "split": "all", "folds": "all"},
+        results_dir=folder / "results",
     )
     cache.main(config)
     path = cache.config_path(config)

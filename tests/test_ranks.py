@@ -139,7 +139,12 @@ def layer_moments(model, texts, targets, config: cache.Config, path) -> list[Lay
     tokens = TokenizedTexts(np.concatenate(texts).astype(np.int32), offsets, 512)
     averages = cache.accumulate_moments(model, tokens, targets, torch.ones(len(texts), 1).double(), config).averages()
     counts = {"num_samples": len(texts), "num_tokens": offsets[-1].item(), "num_pairs": offsets[-1].item() - len(texts)}
-    metadata = {"format_version": cache.FORMAT_VERSION, "config": result_settings(config), **counts}
+    metadata = {
+        "format_version": cache.FORMAT_VERSION,
+        "config": result_settings(config),
+        "class_counts": None,
+        **counts,
+    }
     save_tensors(path, averages, metadata | {"rounding": cache.rounding_statistics(tokens)})
     with open_tensors(path) as (file, metadata):
         layers = range(len(averages["pooled_mean"]))
