@@ -22,6 +22,8 @@ from utils.pictures import plot_alignment
 from utils.separability import separating_line
 from utils.settings import flatten, with_values
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ("colour=red,green,house", "size=small,large,engine", "rest=the,of")
 GROUPED = ["red", "green", "house", "small", "large", "engine", "the", "of"]
 COMPONENTS = ["component_1", "component_2"]

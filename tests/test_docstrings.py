@@ -14,6 +14,8 @@ from demo.docstrings import TASKS, Row, Task, is_test_side, load_rows, load_task
 from tests.conftest import run_in_process
 from utils.io import ROOT, UserError
 
+pytestmark = pytest.mark.slow
+
 CLASSIFICATION = [name for name, task in TASKS.items() if not task.regression]
 FAKE_MODULE = '''"""What the module is for.
 

@@ -14,6 +14,8 @@ from tests.conftest import configure, run_in_process
 from tests.test_training import ARCHITECTURES, make_run, model_folder, take_steps
 from utils.settings import with_values
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(model_dirs, rows_path, tmp_path) -> dict:

@@ -20,6 +20,8 @@ from utils.model_table import model_source
 from utils.models import load_base_model
 from utils.settings import Model, Run
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -10,6 +10,8 @@ import pytest
 from fig_plot.import_published import NUM_DATASETS, NUM_MODELS, WORDS
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "fig_plot/import_published.py"
 
 

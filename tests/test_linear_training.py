@@ -18,6 +18,8 @@ from utils.data import load_texts
 from utils.io import UserError
 from utils.settings import Run, with_values
 
+pytestmark = pytest.mark.slow
+
 
 def settings(model_dirs, rows, results_dir, **changes):
     base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows), "results_dir": results_dir}

@@ -89,7 +89,7 @@ DAMAGES = {
     "config": (lambda f: cut(f / "config.json"), r"llama/config\.json is damaged or cut short"),
     "vocabulary": (
         lambda f: change_config(f, vocab_size=307),
-        r"embed_tokens\.weight is \(300, 32\) in its files and \(307, 32\) by its config",
+        r"lm_head\.weight is \(300, 32\) in its files and \(307, 32\) by its config",
     ),
     "bitsandbytes": (
         lambda f: change_config(f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),

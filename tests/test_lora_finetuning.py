@@ -25,6 +25,8 @@ from utils.model_table import FAMILIES
 from utils.models import load_base_model
 from utils.settings import with_values
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(model_dirs, rows_path, tmp_path) -> dict:

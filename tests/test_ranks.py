@@ -24,6 +24,8 @@ from utils.moments import LayerMoments, load_layer
 from utils.scores import SCORES
 from utils.settings import Data, Model, Run, result_settings
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "llama": transformers.LlamaConfig,
     "olmo": transformers.OlmoConfig,

@@ -15,6 +15,8 @@ from tests.conftest import run_command
 from utils.gguf import SMOLLM2
 from utils.io import UserError
 
+pytestmark = pytest.mark.slow
+
 MODEL = b"GGUF" + bytes(range(256)) * 9000
 
 

@@ -12,6 +12,8 @@ from demo.docstrings import TASKS
 from demo.study import Cell
 from utils.io import UserError, parse, run_script
 
+pytestmark = pytest.mark.slow
+
 # the scripts are imported where they are used: the workers import this module, and should start quickly
 FULL, QUICK = (study.plan(study.Config(scale=scale)) for scale in ("full", "quick"))
 

@@ -87,7 +87,7 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for name, stored, wanted in info["mismatched_keys"]:
+    for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set: any order without it
         raise UserError(
             f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
             "of them is of another model: download it again."
