@@ -190,6 +190,7 @@ def made_up(num: int, width: int, seed: int) -> np.ndarray:
     return random.standard_normal((num, width)) @ mix + 0.5
 
 
+@pytest.mark.slow
 def test_nulls_are_those_of_real_permutations():
     """Mean within four standard errors of 300 permutations, deviation within a fifth, for every score."""
     num_draws, random = 300, np.random.default_rng(0)
@@ -213,6 +214,7 @@ def test_nulls_are_those_of_real_permutations():
         assert abs(told[name]["null_std"] / std - 1) < (0.4 if name == "logme" else 0.2), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over_folds", [True, False])
 def test_null_of_ridge_at_one_alpha(over_folds, monkeypatch):
     monkeypatch.setattr(utils.ridge, "ALPHAS", (10.0,))

@@ -751,6 +751,7 @@ def test_split_absent_on_the_hub(key: str, missing: str, monkeypatch: pytest.Mon
         load(key)
 
 
+@pytest.mark.slow
 def test_table_is_printed_without_network() -> None:
     environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "utils.data"]

@@ -12,6 +12,8 @@ from fig_plot import calibration, evidence
 from utils import closed_form
 from utils.io import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def made_up_cells(noise: float) -> pd.DataFrame:
     """Six models on ten tasks; the gain is 5 - 8 x plus noise."""

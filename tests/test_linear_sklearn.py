@@ -30,6 +30,8 @@ from utils.metrics import classification_scores, regression_scores, squared_erro
 from utils.probes import fit_logistic, num_processes, preconditioned_start, ridge_path
 from utils.settings import with_values
 
+pytestmark = pytest.mark.slow
+
 
 def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
     """Standardised float32 features with strong correlations, and labels that they predict in part."""

@@ -129,6 +129,7 @@ def test_hidden_states_know_neither_padding_nor_company(folders, name):
             torch.testing.assert_close(batch_state[row, :length], single_state[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_goes_from_rows_to_score(folders, rows_path, name, tmp_path, monkeypatch, capsys):
     common = ["--model_name", folders[name], "--dataset_name", rows_path, "--results_dir", tmp_path]

@@ -24,6 +24,8 @@ from utils.io import UserError, open_tensors
 from utils.moments import pooled_path
 from utils.results import read_identity
 
+pytestmark = pytest.mark.slow
+
 LINE = Line(
     source="made-up", predictor="ridge_r2", intercept=8.0, slope=-10.0, lowest=0.1, highest=0.9, error=1.0,
     error_of_mean=2.0, error_new_model=1.1, error_of_mean_new_model=1.9, lead_low_new_model=0.2,

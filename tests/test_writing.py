@@ -98,6 +98,7 @@ run_script(main, Config, None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_stopped_program_leaves_no_temporary_file(name, code, tmp_path):
     command = [sys.executable, "-c", WAITING, name, "--path", str(tmp_path / "result.bin")]
