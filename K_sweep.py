@@ -38,8 +38,8 @@ from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
 from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.pictures import plot_sweep, save_figure
-from utils.probes import load_folds
 from utils.results import find_result, result_path
+from utils.ridge import load_folds
 from utils.scores import option_suffix, print_table, summarize, to_json
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
 

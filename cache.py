@@ -191,7 +191,7 @@ class MomentSums:
         self.centres = torch.zeros((l, d), dtype=torch.float64, device=device)  # mean state of the first batch
         self.probes, self.num_layers = noise_probes(d).to(device), l
         self.first_fold_layer, self.pairs_in_block = l - num_fold_layers, 0
-        self.num_pairs = self.t_sum = self.t_squared_sum = 0
+        self.num_batches = self.num_pairs = self.t_sum = self.t_squared_sum = 0
 
     def add_labels(self, batch: "Batch") -> None:
         """Adds what is the same at every layer: labels, folds and token counts of a batch; after its layers."""
@@ -200,6 +200,7 @@ class MomentSums:
         sums["fold_label_second_moment"] += torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
         sums["fold_num_samples"] += batch.folds.sum(0)
         n = batch.lengths - 1  # pairs of each text; t runs over 1..n
+        self.num_batches += 1
         self.num_pairs += int(n.sum())
         self.t_sum += int((n * (n + 1) // 2).sum())
         self.t_squared_sum += int((n * (n + 1) * (2 * n + 1) // 6).sum())
@@ -209,7 +210,7 @@ class MomentSums:
 
     def add_tokens(self, layer: int, hidden_states: Tensor, lengths: Tensor) -> Tensor:
         """Adds one layer's states (b, t, d) of a batch; returns the mean state of each text, (b, d) float64."""
-        if not self.num_pairs and not self.pairs_in_block and not self.centres[layer].any():
+        if not self.num_batches:
             self.centres[layer] = pool(hidden_states.double(), lengths, "mean").mean(0)
         added = centred_prefixes(hidden_states, lengths, self.centres[layer], self.probes, self.block.dtype)
         self.block[layer].addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
@@ -247,19 +248,17 @@ class MomentSums:
             sums["fold_pooled_label_cross_moment"][at, fold].addmm_(pooled[rows].T, batch.targets[rows])
 
     def prefix_moments(self) -> dict[str, Tensor]:
-        """C0, C1, their means and errors, summed over texts, with what the centres add."""
+        """C0, C1, their means and errors, summed over texts, with what the centres add; once, at the end."""
         self.flush()
         q, tq, a, ta, mu = (*(self.sums[name] for name in ("q", "tq", "a", "ta")), self.centres)
-
-        def outer(left: Tensor, right: Tensor) -> Tensor:
-            return left[:, :, None] * right[:, None, :]
-
         second, following = self.sums["products"].chunk(2, dim=2)
-        second += outer(tq, mu) + outer(mu, tq + self.t_squared_sum * mu)
-        following += outer(q, mu) + outer(mu, ta + self.t_sum * mu)
+        for layer in range(self.num_layers):  # in place: nothing else of this size is needed
+            second[layer].addr_(tq[layer], mu[layer]).addr_(mu[layer], tq[layer] + self.t_squared_sum * mu[layer])
+            second[layer].copy_((second[layer] + second[layer].T) / 2)  # symmetric only up to rounding
+            following[layer].addr_(q[layer], mu[layer]).addr_(mu[layer], ta[layer] + self.t_sum * mu[layer])
         second_error, next_error = self.sums["errors"].chunk(2, dim=2)
         return {
-            "prefix_second_moment": (second + second.mT) / 2,  # the products are symmetric only up to rounding
+            "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
             "prefix_mean": q + self.t_sum * mu,
             "next_mean": a + self.num_pairs * mu,
@@ -270,7 +269,7 @@ class MomentSums:
         }
 
     def averages(self) -> dict[str, Tensor]:
-        """Averages over texts, of each fold and, without the prefix `fold_`, of all folds together."""
+        """Averages over texts, of each fold and, without `fold_`, of all folds together; once, at the end."""
         sums, counts = self.sums, self.sums["fold_num_samples"]
         for name in ("pooled_second_moment", "pooled_label_cross_moment"):
             sums[name][self.first_fold_layer :] = sums[f"fold_{name}"].sum(1)

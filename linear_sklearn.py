@@ -40,8 +40,9 @@ from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
-from utils.probes import as_array, fit_logistic, load_folds, num_processes, ridge_path
+from utils.probes import as_array, fit_logistic, num_processes
 from utils.results import find_result, result_path
+from utils.ridge import load_folds, ridge_path
 from utils.settings import (
     Data,
     Model,

@@ -39,7 +39,7 @@ from utils.moments import LayerMoments, load_layer
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, num_parameters, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
-from utils.probes import load_folds
+from utils.ridge import load_folds
 from utils.scores import SCORES, summarize
 from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
 

@@ -27,7 +27,8 @@ from utils.baselines import text_baselines
 from utils.data import LabelledTexts, load_texts
 from utils.io import UserError
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.probes import fit_logistic, num_processes, preconditioned_start, ridge_path
+from utils.probes import fit_logistic, num_processes, preconditioned_start
+from utils.ridge import ridge_path
 from utils.settings import with_values
 
 pytestmark = pytest.mark.slow

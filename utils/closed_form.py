@@ -280,7 +280,7 @@ def layer_scores(
     Args:
         moments: of the layer.
         held_out: the same of the other split.
-        folds: of `utils.probes.load_folds`; None: ridge is fitted on all texts and judged by the other split.
+        folds: of `utils.ridge.load_folds`; None: ridge is fitted on all texts and judged by the other split.
         seed: of the draws of LogME.
     """
     sigma, found = moments.pooled_covariance, dict[str, Value]()

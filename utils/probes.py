@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -14,8 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from utils.io import UserError, open_tensors
-from utils.linalg import equilibrated_eigh, without_constants
+from utils.io import UserError
 
 SMALL_JOB = 5e8  # layers * n * d * c below which starting processes takes longer than the fits
 
@@ -139,60 +137,3 @@ def num_processes(asked: int | None, memory_gb: float | None, num_layers: int, r
     if asked is None and num_layers * num_train * width * num_classes < SMALL_JOB:
         return 1
     return min(asked or joblib.cpu_count(), num_layers, int(limit * 2**30 / needed))
-
-
-# ------------------------------------------------------------------ ridge
-def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
-    """The moments of each fold of one layer and the texts per fold, as `ridge_path` takes them; None if not kept."""
-    with open_tensors(path) as (file, _):
-        names = [name for name in file.keys() if name.startswith(("fold_label", "fold_pooled"))]  # noqa: SIM118
-        parts = {name: file.get_slice(name) for name in names}
-        first = file.get_slice("pooled_mean").get_shape()[0] - parts["fold_pooled_mean"].get_shape()[0]
-        if layer < first:
-            return None
-        moments = {
-            name: part[:] if name.startswith("fold_label") else part[layer - first] for name, part in parts.items()
-        }
-        return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
-
-
-def ridge_path(moments: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ...]) -> dict:
-    """Cross-validated R2 of StandardScaler + Ridge(alpha) for each alpha, exactly, from the moments of the folds.
-
-    The moments of a training part are those of all texts less those of its fold; one eigendecomposition of its
-    correlation matrix serves every alpha. R2 = 1 - sum over folds |y - prediction|^2 / |y - training mean|^2.
-
-    Args:
-        moments: `fold_*` of cache.py of one layer, averages over the texts of a fold, (f, ...), float64.
-        counts: texts per fold, (f,).
-        alphas: on the scale of sums, as scikit-learn's.
-    """
-    order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
-    folds = [moments[f"fold_{name}"] for name in order]
-    totals = [torch.tensordot(counts, folded, 1) for folded in folds]
-    errors, baseline = torch.zeros(len(alphas), dtype=torch.float64, device=counts.device), 0.0
-    for fold in counts.nonzero()[:, 0]:
-        num, rest = counts[fold], counts.sum() - counts[fold]
-        if rest == 0:
-            raise UserError("All texts fall into one fold (are they all equal?): --ridge cannot cross-validate.")
-        held_out = [folded[fold] for folded in folds]
-        train = [(total - num * part) / rest for total, part in zip(totals, held_out, strict=True)]
-        (second, cross, mean, label_mean), (second_out, cross_out, mean_out, label_mean_out) = train, held_out
-        covariance = without_constants(second - torch.outer(mean, mean), mean, 1e-10)
-        eigenvalues, basis = equilibrated_eigh(covariance)
-        # everything about the mean of the training part, of features and labels alike
-        shift, label_shift = mean_out - mean, label_mean_out - label_mean
-        second_out = second_out - torch.outer(mean_out, mean_out) + torch.outer(shift, shift)
-        cross_out = cross_out - torch.outer(mean_out, label_mean_out) + torch.outer(shift, label_shift)
-        label_moment = moments["fold_label_second_moment"][fold].trace() - label_mean_out.square().sum()
-        label_moment = num * (label_moment + label_shift.square().sum())
-        baseline += label_moment.item()
-        explained = basis.T @ (cross - torch.outer(mean, label_mean))
-        second_out, cross_out = basis.T @ second_out @ basis, basis.T @ cross_out
-        for index, alpha in enumerate(alphas):
-            weights = explained / (eigenvalues.clamp(min=0) + alpha / rest)[:, None]
-            fitted = (weights * (second_out @ weights - 2 * cross_out)).sum()
-            errors[index] += label_moment + num * fitted
-    r2 = [1 - error / baseline for error in errors.tolist()]
-    best = max(range(len(alphas)), key=r2.__getitem__)
-    return {"alphas": list(alphas), "r2": r2, "best_alpha": alphas[best], "best_r2": r2[best]}

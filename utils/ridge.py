@@ -1,11 +1,13 @@
 """Ridge regression fitted on the moments of some texts and judged by those of others; its R2 under permuted labels."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils.io import UserError, open_tensors
 from utils.linalg import equilibrated_eigh, without_constants
 from utils.moments import LayerMoments
 
@@ -48,8 +50,22 @@ def part_of(moments: LayerMoments) -> Part:
     return Part(m.pooled_second_moment, m.pooled_label_cross_moment, m.pooled_mean, m.label_mean, square, n)
 
 
+def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The moments of each fold of one layer and the texts per fold, None if not kept."""
+    with open_tensors(path) as (file, _):
+        names = [name for name in file.keys() if name.startswith(("fold_label", "fold_pooled"))]  # noqa: SIM118
+        parts = {name: file.get_slice(name) for name in names}
+        first = file.get_slice("pooled_mean").get_shape()[0] - parts["fold_pooled_mean"].get_shape()[0]
+        if layer < first:
+            return None
+        moments = {
+            name: part[:] if name.startswith("fold_label") else part[layer - first] for name, part in parts.items()
+        }
+        return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
+
+
 def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Part]]:
-    """The texts outside a fold and those inside it, for each fold that has any, from `utils.probes.load_folds`."""
+    """The texts outside a fold and those inside it, for each fold that has any, from `load_folds`."""
     order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
     averages: list[Any] = [folds[f"fold_{name}"] for name in order]
     averages.append(folds["fold_label_second_moment"].diagonal(dim1=1, dim2=2).sum(1))
@@ -60,6 +76,55 @@ def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Par
         outside: Any = [(all_of - num * part) / (total - num) for all_of, part in zip(totals, inside, strict=True)]
         pairs.append((Part._make([*outside, (total - num).item()]), Part._make([*inside, num.item()])))
     return pairs
+
+
+def eigenbasis(train: Part, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (d,) of the correlation matrix, ascending, its basis A (d, d) for features as they are, and A' S.
+
+    One eigendecomposition serves every alpha: the weights are A diag(1 / (eigenvalues + alpha / n)) A' S. Without
+    `scaled` the features are not standardised first.
+    """
+    covariance = without_constants(train.second - torch.outer(train.mean, train.mean), train.mean, 1e-10)
+    eigenvalues, basis = equilibrated_eigh(covariance) if scaled else torch.linalg.eigh(covariance)
+    return eigenvalues.clamp(min=0), basis, basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
+
+
+def about_means_of(train: Part, test: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of `test` about the means of `train`: of features (d, d), with labels (d, c), and of |labels|^2."""
+    shift, label_shift = test.mean - train.mean, test.label_mean - train.label_mean
+    second = test.second - torch.outer(test.mean, test.mean) + torch.outer(shift, shift)
+    cross = test.cross - torch.outer(test.mean, test.label_mean) + torch.outer(shift, label_shift)
+    return second, cross, test.label_square - test.label_mean.square().sum() + label_shift.square().sum()
+
+
+def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ...]) -> dict:
+    """Cross-validated R2 of StandardScaler + Ridge(alpha) for each alpha, exactly, from the moments of the folds.
+
+    R2 = 1 - sum over folds |y - prediction|^2 / |y - training mean|^2.
+
+    Args:
+        folds: `fold_*` of cache.py of one layer, averages over the texts of a fold, (f, ...), float64.
+        counts: texts per fold, (f,).
+        alphas: on the scale of sums, as scikit-learn's.
+
+    Raises:
+        UserError: all texts are in one fold.
+    """
+    if len(counts.nonzero()) < 2:
+        raise UserError("All texts fall into one fold (are they all equal?): --ridge cannot cross-validate.")
+    errors, baseline = [0.0] * len(alphas), 0.0
+    for train, test in fold_parts(folds, counts):
+        eigenvalues, basis, cross = eigenbasis(train)
+        second_out, cross_out, label_square = about_means_of(train, test)
+        baseline += test.num * label_square.item()
+        second_out, cross_out = basis.T @ second_out @ basis, basis.T @ cross_out
+        for index, alpha in enumerate(alphas):
+            weights = cross / (eigenvalues + alpha / train.num)[:, None]
+            fitted = (weights * (second_out @ weights - 2 * cross_out)).sum()
+            errors[index] += test.num * (label_square + fitted).item()
+    r2 = [1 - error / baseline for error in errors]
+    best = max(range(len(alphas)), key=r2.__getitem__)
+    return {"alphas": list(alphas), "r2": r2, "best_alpha": alphas[best], "best_r2": r2[best]}
 
 
 def judge_ridge(train: Part, test: Part, alphas: tuple[float, ...] | None = None, scaled: bool = True) -> Judged:
@@ -73,11 +138,8 @@ def judge_ridge(train: Part, test: Part, alphas: tuple[float, ...] | None = None
         alphas: on the scale of sums, as scikit-learn's `Ridge`; None: ALPHAS.
         scaled: standardise the features first, as `StandardScaler` does.
     """
-    n, mean = train.num, train.mean
-    covariance = without_constants(train.second - torch.outer(mean, mean), mean, 1e-10)
-    eigenvalues, basis = equilibrated_eigh(covariance) if scaled else torch.linalg.eigh(covariance)
-    eigenvalues = eigenvalues.clamp(min=0)
-    cross = basis.T @ (train.cross - torch.outer(mean, train.label_mean))
+    n = train.num
+    eigenvalues, basis, cross = eigenbasis(train, scaled)
     label_variance = train.label_square - train.label_mean.square().sum()
     along = cross.square().sum(1)
 
@@ -87,10 +149,7 @@ def judge_ridge(train: Part, test: Part, alphas: tuple[float, ...] | None = None
         return (loss / (1 - (1 + (eigenvalues / ridge).sum()) / n).clamp(min=1e-9).square()).item()
 
     ridge = eigenvalues + min(alphas or ALPHAS, key=validation_error) / n
-    shift, label_shift = test.mean - mean, test.label_mean - train.label_mean
-    second = test.second - torch.outer(test.mean, mean) - torch.outer(mean, test.mean) + torch.outer(mean, mean)
-    cross_out = test.cross - torch.outer(mean, test.label_mean) - torch.outer(shift, train.label_mean)
-    label_out = test.label_square - test.label_mean.square().sum() + label_shift.square().sum()
+    second, cross_out, label_out = about_means_of(train, test)
     weights = basis @ (cross / ridge[:, None])
     fitted = (weights * (second @ weights - 2 * cross_out)).sum()
     spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
