@@ -247,7 +247,7 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     """The texts and labels of `train` and `test`, or of `all`: every labelled row, undivided.
 
     Classes are those of train in every split. `seed` draws the split of data that has none, and the rows of
-    `max_samples`; the splits of the known datasets are fixed.
+    `max_samples` and `max_test_samples`; the splits of the known datasets are fixed.
 
     Args:
         settings: the dataset.
@@ -275,15 +275,16 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     else:
         parts, label_names = encode(source, parts, next(iter(source.splits.values())).class_names.get(label))
     report(source, parts, label_names, split_rule(settings, source.spec, divided))
-    return {part: sample(settings, source, rows, label_names) for part, rows in parts.items()}
+    return {part: sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
 
 
-def sample(settings: Data, source: Source, rows: Rows, label_names: list[str]) -> LabelledTexts:
-    """The rows of one split, at most `max_samples` of them, with their fingerprint."""
+def sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:
+    """The rows of one split, at most as many as the settings allow, with their fingerprint."""
     texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
-    if settings.max_samples is not None and settings.max_samples < len(texts):
+    most = (settings.max_test_samples if part == "test" else None) or settings.max_samples
+    if most is not None and most < len(texts):
         classes = labels if label_names else np.zeros(len(texts))
-        chosen = stratified_rows(classes, settings.max_samples, settings.seed)
+        chosen = stratified_rows(classes, most, settings.seed)
         texts, labels = [texts[row] for row in chosen], labels[chosen]
     return LabelledTexts(texts, labels, label_names, fingerprint(source, texts, labels))
 
