@@ -25,7 +25,7 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 import functools
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -321,6 +321,7 @@ def accumulate_moments(
     folds: Tensor,
     config: Config,
     pooled_file: np.memmap | None = None,
+    advance: Callable[[float], object] | None = None,
 ) -> MomentSums:
     """One pass over the texts, every layer at once; only one layer's states are alive at a time.
 
@@ -331,6 +332,7 @@ def accumulate_moments(
         folds: (n, f) float64, one-hot.
         config: pooling, tokens_per_batch and product_dtype are read.
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
+        advance: told the share of the tokens in each batch, instead of a progress bar.
 
     Raises:
         UserError: a non-finite state, naming layer and text.
@@ -351,7 +353,8 @@ def accumulate_moments(
         if pooled_file is not None and layer >= first_saved:
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
-    with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
+    total = int(tokens.lengths.sum())
+    with tqdm(total=total, unit="token", unit_scale=True, desc="cache", disable=advance is not None) as progress:
         for rows in token_batches(tokens.lengths, config.run.batch_tokens(device)):
             input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
             batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
@@ -364,7 +367,9 @@ def accumulate_moments(
                     f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
                     "Half precision overflows on some models: try --dtype float32 or bfloat16."
                 )
-            progress.update(int(tokens.lengths[rows].sum()))
+            progress.update(done := int(tokens.lengths[rows].sum()))
+            if advance is not None:
+                advance(done / total)
     return sums
 
 
@@ -454,7 +459,13 @@ def is_complete(config: Config, identity: dict) -> bool:
         return same and (is_all or config.output.save_pooled == "last")
 
 
-def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
+def ensure(
+    config: Config,
+    data: LabelledTexts,
+    free: Collection[str] = (),
+    renew: bool = False,
+    advance: Callable[[float], object] | None = None,
+) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
 
     Args:
@@ -462,6 +473,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         data: the texts of its split.
         free: settings that are as the stored moments have them, if there are any.
         renew: make them also where they are there.
+        advance: of `accumulate_moments`.
 
     Raises:
         UserError: moments of another identity are there; or what the pass itself refuses.
@@ -483,12 +495,14 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
     if complete:
         print(f"reused, already complete with these settings:\n{path}")
     else:
-        make(config, data, identity)
+        make(config, data, identity, advance)
         print(path)
     return path
 
 
-def make(config: Config, data: LabelledTexts, identity: dict) -> None:
+def make(
+    config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None
+) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device = config_path(config), pick_device(config.run.device)
     check_writable(path)
@@ -512,14 +526,14 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
     }
     if config.output.save_pooled == "none":
-        sums = accumulate_moments(model, tokens, targets, folds, config)
+        sums = accumulate_moments(model, tokens, targets, folds, config, advance=advance)
     else:
         num_saved = model.config.num_hidden_layers + 1 if config.output.save_pooled == "all" else 1
         shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
         with write_atomically(pooled_path(path)) as temporary:
             files = create_tensor_file(temporary, shapes, metadata)
             files["labels"][:] = data.labels
-            sums = accumulate_moments(model, tokens, targets, folds, config, files["pooled"])
+            sums = accumulate_moments(model, tokens, targets, folds, config, files["pooled"], advance)
             files["pooled"].flush()
             files["labels"].flush()
     save_tensors(path, sums.averages(), metadata)
