@@ -500,9 +500,7 @@ def ensure(
     return path
 
 
-def make(
-    config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None
-) -> None:
+def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device = config_path(config), pick_device(config.run.device)
     check_writable(path)

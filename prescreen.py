@@ -180,11 +180,16 @@ def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, 
     entry = K_sweep.sweep_layer(moments, None, sweep, layer)
     if entry["ntps"] is None:
         return {}
-    score, draws = summarize([entry], sweep.fractions), []
+    score, draws, solved = summarize([entry], sweep.fractions), [], K_sweep.solve_perception(moments, center=False)
+    directions = K_sweep.informative_directions(solved.covariance_whitener.T @ moments.pooled_label_covariance)
     for seed in range(config.num_random):
-        random = with_values(sweep, subspace="random", seed=seed, num_null_draws=2)
-        found = K_sweep.sweep_layer(moments, None, random, layer)
-        draws.append([found[name].mean().item() for name in SCORES])
+        v = K_sweep.random_directions(entry["rank_v"], moments.pooled_second_moment, (seed, layer))
+        spanned = K_sweep.Spanned.of(v, moments, solved, sweep.fractions)
+        found = (
+            *K_sweep.euclidean_scores(solved, spanned, sweep),
+            *K_sweep.whitened_scores(*directions, spanned),
+        )
+        draws.append([values.mean().item() for values in found])
     scores = {}
     for name, values in zip(SCORES, np.transpose(draws), strict=True):
         spread = values.std(ddof=1) if len(values) > 1 else 0.0
@@ -194,9 +199,7 @@ def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, 
     return scores
 
 
-def screen_model(
-    name: str, config: Config, train: LabelledTexts, advance: Callable[[float], object]
-) -> dict[str, Any]:
+def screen_model(name: str, config: Config, train: LabelledTexts, advance: Callable[[float], object]) -> dict[str, Any]:
     """Every score of every layer of a model, and its R2 on each fold.
 
     Args:
