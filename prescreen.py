@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import cache
 import K_sweep
@@ -312,8 +313,10 @@ def main(config: Config) -> None:
     device = pick_device(config.run.device)
     rows = load_splits(config.data, config.run)
     without = baselines(rows, config.num_folds)
+    disable_progress_bar()  # of transformers, for each model's weights: there is one bar over all
     with torch.inference_mode():
         screened, failed, interrupted = screen_all(names, config, rows["train"])
+    enable_progress_bar()
     if not screened:
         if interrupted:
             raise KeyboardInterrupt
