@@ -38,6 +38,8 @@ from utils.io import UserError, load_json, run_script
 
 MEASURES = ("probe_skill", "lora_gain")
 BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_accuracy", "mean_of_others")
+# of a task, the same for every model but for its seeds; or in step with the measure by its making
+NOT_ACROSS_MODELS = ("bag_of_words_accuracy", "majority_accuracy", "mean_of_others")
 CLOSED_FORM = (*closed_form.SEEING, "layer_lead")
 CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "weighted_tau": weighted_tau}
 WORTHWHILE = 0.02  # of accuracy
@@ -145,6 +147,9 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
             score = mean_of_others(target) if name == "mean_of_others" else matrix(cells, name)
             keys = {"measure": measure, "score": name}
             for direction, of in (("across tasks", across_tasks), ("across models", across_models)):
+                says_nothing = name in NOT_ACROSS_MODELS or (name, measure) == ("headroom", "probe_skill")
+                if direction == "across models" and says_nothing:
+                    continue
                 for kind, correlation in CORRELATIONS.items():
                     draws = config.num_draws // (1 if kind == "spearman" else 4)  # weighted tau is slow
                     row = judged(partial(of, kind=correlation), score, target, draws, config.seed)
@@ -161,7 +166,7 @@ def print_summary(table: pd.DataFrame) -> None:
     """For each question the three scores farthest from telling nothing, either way, and the best baseline."""
     shown = table[table["statistic"] != "weighted_tau"]
     for keys, rows in shown.groupby(["cells", "direction", "measure", "statistic"], sort=False):
-        above = f" ({rows['cells_above'].iloc[0]:.0f} cells)" if keys[-1] == "auc" else ""
+        above = f" ({rows['cells_above'].max():.0f} cells gain that much)" if keys[-1] == "auc" else ""
         print(f"\n{', '.join(map(str, keys))}{above}:")
         strength = (rows["value"] - (0.5 if keys[-1] == "auc" else 0)).abs()
         rows = rows.loc[strength.sort_values(ascending=False, kind="stable").index]
