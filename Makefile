@@ -42,14 +42,14 @@ ifdef DATASETS_DIR
 export NTPS_DATASETS_DIR := $(abspath $(DATASETS_DIR))
 endif
 STUDY_FLAGS ?=
-STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) --keep-going \
-    --rerun-incomplete --rerun-triggers mtime params --quiet rules $(STUDY_FLAGS)
+STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) \
+    --keep-going --rerun-incomplete --rerun-triggers mtime params --quiet rules $(STUDY_FLAGS)
 
 study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2 or paper
 	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
 
 figures: $(READY)  ## every committed figure from the committed CSV files
-	$(PYTHON) -m fig_plot.verdict
+	$(PYTHON) -m fig_plot.findings
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Verdict.ipynb
 

@@ -96,6 +96,7 @@ class Config:
 
 
 PAIRS_PER_FLUSH = 8192  # so many products are added up in their own dtype, as in one large batch
+NUM_STRIPES = 3  # of rows of the products; what of C0 lies left of a stripe's diagonal block is not computed
 
 
 # ------------------------------------------------------------------ moments
@@ -190,6 +191,8 @@ class MomentSums:
         self.block = torch.zeros((l, d, 2 * d), dtype=product_dtype, device=device)  # products since the last flush
         self.centres = torch.zeros((l, d), dtype=torch.float64, device=device)  # mean state of the first batch
         self.probes, self.num_layers = noise_probes(d).to(device), l
+        step = -(-d // NUM_STRIPES)
+        self.stripes = [slice(start, min(start + step, d)) for start in range(0, d, step)]
         self.first_fold_layer, self.pairs_in_block = l - num_fold_layers, 0
         self.num_batches = self.num_pairs = self.t_sum = self.t_squared_sum = 0
 
@@ -213,7 +216,8 @@ class MomentSums:
         if not self.num_batches:
             self.centres[layer] = pool(hidden_states.double(), lengths, "mean").mean(0)
         added = centred_prefixes(hidden_states, lengths, self.centres[layer], self.probes, self.block.dtype)
-        self.block[layer].addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
+        for stripe in self.stripes:  # C0 is symmetric
+            self.block[layer, stripe, stripe.start :].addmm_(added.pairs[:, stripe].T, added.pairs[:, stripe.start :])
         self.sums["exact"][layer] += added.exact
         for name, value in added.sums.items():
             self.sums[name][layer] += value
@@ -224,6 +228,8 @@ class MomentSums:
         """Moves the products into float64, and what their dtype has cost into the errors."""
         for layer in range(self.num_layers):
             products = self.block[layer].double()
+            second = products[:, : len(products)]
+            second.copy_(second.triu() + second.triu(1).T)
             halves = [half @ self.probes for half in products.chunk(2, dim=1)]
             self.sums["products"][layer] += products
             self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
