@@ -4,7 +4,7 @@
     python -m demo.random_twin --model_name Qwen/Qwen2-0.5B --seed 1 --output_dir demo/runs/qwen-random
 
 Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/: model.safetensors
-in bfloat16, config.json and the tokenizer, all at once. The weights are drawn as transformers initialises a model before
+in bfloat16, config.json and the tokenizer, all at once. The weights are drawn as transformers draws them before
 training; the same seed gives the same weights. What a score has on the twin it does not owe to pretraining.
 """
 
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     if (folder / "config.json").is_file() and not config.overwrite:
         print(f"already there, --overwrite makes it again\n{folder}")
         return
-    check_writable(folder)
+    check_writable(folder / "config.json")
     twin, tokenizer = make_twin(config.model_name, config.seed)
     with replace_folder(folder) as temporary:
         twin.save_pretrained(temporary)

@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from fig_plot.tables import DATA_DIR
-from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
+from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
 from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
 
@@ -184,9 +184,11 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
             result = load_json(path)
             rows = READERS[kind](path, result)
             model_name, _ = result["config"]["model_name"], result["environment"]["git_commit"]
+        except ForeignError as error:
+            skipped.append(f"foreign: {error}")
         except UserError as error:
             skipped.append(f"damaged: {error}")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
             results.append(result)

@@ -28,7 +28,18 @@ def grid(study: str) -> Grid:
 
 
 def snakemake(configfile: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [SNAKEMAKE.with_name("python"), "-m", "snakemake", "-s", "runs/Snakefile", "--configfile", configfile, "--cores", "2", *arguments]
+    command = [
+        SNAKEMAKE.with_name("python"),
+        "-m",
+        "snakemake",
+        "-s",
+        "runs/Snakefile",
+        "--configfile",
+        configfile,
+        "--cores",
+        "2",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
@@ -154,7 +165,7 @@ def test_a_failed_cell_is_tried_twice_and_stops_no_other(study):
 @needs_snakemake
 @pytest.mark.slow
 def test_moments_are_gone_when_all_that_reads_them_is_done(study):
-    folder, config, _ = study
+    folder, *_ = study
     assert not list(folder.rglob("*.safetensors.*")) and not list((folder / "study").rglob("moments/*/rows/*"))
     table = json.loads(next(folder.rglob("before_after.json")).read_text())
     scores = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("ntps/*/rows.json")}
