@@ -63,10 +63,11 @@ bench: $(READY)  ## every performance claim of the README, measured here
 clean:  ## remove the environments, results and caches
 	rm -rf .venv .venv-snakemake .snakemake results demo/cache
 
+# bytecode is written when a module is first imported; of most it never is
 $(READY): requirements.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(BASE_PYTHON) -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $(READY)
 
 $(SNAKEMAKE): runs/requirements.txt
