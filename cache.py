@@ -24,8 +24,11 @@ fixed random signs Z, and token_square (l, d), the mean over texts of the sum ov
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 import functools
+import itertools
+import signal
+import sys
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,25 +39,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from utils.batches import token_batches
+from utils.batches import Step, share_of, token_steps
 from utils.data import LabelledTexts, load_splits, load_texts
+from utils.distributed import processes
 from utils.hidden_states import pool, visit_hidden_states
 from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.io import (
     FORMAT_VERSION,
     UserError,
     check_writable,
-    create_tensor_file,
     environment,
-    open_tensors,
     pick_device,
     run_script,
     save_tensors,
-    write_atomically,
 )
 from utils.linalg import NUM_PROBES, noise_probes
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.moments import moments_path, pooled_path
+from utils.moments import is_complete, moments_path, pooled_path, rounding_statistics
 from utils.results import check_identity, read_identity
 from utils.self_check import self_check
 from utils.settings import (
@@ -68,6 +69,7 @@ from utils.settings import (
     result_settings,
     with_values,
 )
+from utils.unfinished import PooledFile, Unfinished, remove_states, states_beside, termination_noted
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Output(Unrecorded):
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
     folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
+    minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Config:
         check_at_least_one(self, "num_folds")
 
 
-PAIRS_PER_FLUSH = 8192  # so many products are added up in their own dtype, as in one large batch
+PAIRS_PER_BLOCK = 8192  # so many products are added up in their own dtype, as in one large batch
 
 
 # ------------------------------------------------------------------ moments
@@ -158,78 +161,115 @@ def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: 
     return getattr(torch, dtype)
 
 
-class MomentSums:
-    """Running sums over texts; `averages` adds what the centres are due and divides by the number of texts.
+@dataclass(frozen=True)
+class Sizes:
+    """Of the sums."""
 
-    Products of a batch are added up in place, in their own dtype, and every `PAIRS_PER_FLUSH` pairs in float64.
+    num_layers: int
+    hidden_size: int
+    num_labels: int
+    num_folds: int
+    num_fold_layers: int  # the last layers, which keep their folds
+
+    @property
+    def of_layer(self) -> dict[str, tuple[int, ...]]:
+        """What each layer has, by the symbols of the module docstring."""
+        d, c = self.hidden_size, self.num_labels
+        return {
+            "pooled_second_moment": (d, d),
+            "pooled_label_cross_moment": (d, c),
+            "pooled_mean": (d,),
+            "pooled_norm_fourth_power": (),  # |m|^4, for Ledoit-Wolf shrinkage
+            "pooled_norm_squared_pooled": (d,),  # |m|^2 m, likewise
+            "products": (d, 2 * d),  # of [q_t ; a_{t+1}]
+            "errors": (d, 2 * NUM_PROBES),
+            "exact": (d, 2 * NUM_PROBES),  # of the products of the current block
+            **{name: (d,) for name in ("q", "tq", "a", "ta", "total_square")},
+        }
+
+    @property
+    def of_fold_layer(self) -> dict[str, tuple[int, ...]]:
+        """What each of the last layers has besides."""
+        d, c, f = self.hidden_size, self.num_labels, self.num_folds
+        return {
+            "fold_pooled_second_moment": (f, d, d),
+            "fold_pooled_label_cross_moment": (f, d, c),
+            "fold_pooled_mean": (f, d),
+        }
+
+    @property
+    def of_labels(self) -> dict[str, tuple[int, ...]]:
+        """What all layers share."""
+        c, f = self.num_labels, self.num_folds
+        return {"fold_label_mean": (f, c), "fold_label_second_moment": (f, c, c), "fold_num_samples": (f,)}
+
+
+class MomentSums:
+    """Running sums over texts, layer by layer; `averages` adds what the centres are due and divides by their number.
+
+    Products of a batch are added up in place, in their own dtype, and in float64 at the end of a block of batches.
     """
 
-    def __init__(
-        self, sizes: tuple[int, int, int, int], num_fold_layers: int, device: torch.device, product_dtype: torch.dtype
-    ):
-        """`sizes` are layers l, hidden size d, labels c and folds; the last `num_fold_layers` layers keep folds."""
-        l, d, c, f = sizes  # noqa: E741, the symbols of the module docstring
-        shapes = {
-            "pooled_second_moment": (l, d, d),
-            "pooled_label_cross_moment": (l, d, c),
-            "pooled_mean": (l, d),
-            "pooled_norm_fourth_power": (l,),  # |m|^4, for Ledoit-Wolf shrinkage
-            "pooled_norm_squared_pooled": (l, d),  # |m|^2 m, likewise
-            "fold_pooled_second_moment": (num_fold_layers, f, d, d),
-            "fold_pooled_label_cross_moment": (num_fold_layers, f, d, c),
-            "fold_pooled_mean": (num_fold_layers, f, d),
-            "fold_label_mean": (f, c),
-            "fold_label_second_moment": (f, c, c),
-            "fold_num_samples": (f,),
-            "products": (l, d, 2 * d),  # of [q_t ; a_{t+1}]
-            "errors": (l, d, 2 * NUM_PROBES),
-            "exact": (l, d, 2 * NUM_PROBES),  # since the last flush
-            **{name: (l, d) for name in ("q", "tq", "a", "ta", "total_square")},
+    def __init__(self, sizes: Sizes, lengths: np.ndarray, devices: list[torch.device], product_dtype: torch.dtype):
+        """Zeros; `lengths` are the tokens of all texts (n,), whatever process adds them, `devices` those of layers."""
+        d, self.first_fold_layer = sizes.hidden_size, sizes.num_layers - sizes.num_fold_layers
+        self.sums: dict[str, list[Tensor]] = {
+            name: [torch.zeros(shape, dtype=torch.float64, device=device) for device in devices]
+            for name, shape in sizes.of_layer.items()
         }
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-        self.block = torch.zeros((l, d, 2 * d), dtype=product_dtype, device=device)  # products since the last flush
-        self.centres = torch.zeros((l, d), dtype=torch.float64, device=device)  # mean state of the first batch
-        self.probes, self.num_layers = noise_probes(d).to(device), l
-        self.first_fold_layer, self.pairs_in_block = l - num_fold_layers, 0
-        self.num_batches = self.num_pairs = self.t_sum = self.t_squared_sum = 0
+        for name, shape in sizes.of_fold_layer.items():
+            of = devices[self.first_fold_layer :]
+            self.sums[name] = [torch.zeros(shape, dtype=torch.float64, device=device) for device in of]
+        self.labels = {
+            name: torch.zeros(shape, dtype=torch.float64, device=devices[0]) for name, shape in sizes.of_labels.items()
+        }
+        self.block = [torch.zeros((d, 2 * d), dtype=product_dtype, device=device) for device in devices]
+        self.centres = [torch.zeros(d, dtype=torch.float64, device=device) for device in devices]
+        self.probes = {device: noise_probes(d).to(device) for device in set(devices)}
+        self.is_centred = False  # on the mean states of the first batch
+        n = lengths.astype(np.int64) - 1  # pairs of each text; t runs over 1..n
+        self.num_pairs, self.t_sum = int(n.sum()), int((n * (n + 1) // 2).sum())
+        self.t_squared_sum = int((n * (n + 1) * (2 * n + 1) // 6).sum())
+
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
+        """Everything that changes during a pass, by name."""
+        return {**self.sums, **self.labels, "centres": self.centres, "block": self.block}
+
+    def clear(self) -> None:
+        """Back to the start of a pass, but for the centres."""
+        for tensor in (*itertools.chain.from_iterable(self.sums.values()), *self.labels.values(), *self.block):
+            tensor.zero_()
 
     def add_labels(self, batch: "Batch") -> None:
-        """Adds what is the same at every layer: labels, folds and token counts of a batch; after its layers."""
-        sums = self.sums
-        sums["fold_label_mean"] += batch.folds.T @ batch.targets
-        sums["fold_label_second_moment"] += torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
-        sums["fold_num_samples"] += batch.folds.sum(0)
-        n = batch.lengths - 1  # pairs of each text; t runs over 1..n
-        self.num_batches += 1
-        self.num_pairs += int(n.sum())
-        self.t_sum += int((n * (n + 1) // 2).sum())
-        self.t_squared_sum += int((n * (n + 1) * (2 * n + 1) // 6).sum())
-        self.pairs_in_block += int(n.sum())
-        if self.pairs_in_block >= PAIRS_PER_FLUSH:
-            self.flush()
+        """Adds what is the same at every layer: labels and folds of a batch; after its layers."""
+        self.labels["fold_label_mean"] += batch.folds.T @ batch.targets
+        second_moment = torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
+        self.labels["fold_label_second_moment"] += second_moment
+        self.labels["fold_num_samples"] += batch.folds.sum(0)
+        self.is_centred = True
 
     def add_tokens(self, layer: int, hidden_states: Tensor, lengths: Tensor) -> Tensor:
         """Adds one layer's states (b, t, d) of a batch; returns the mean state of each text, (b, d) float64."""
-        if not self.num_batches:
-            self.centres[layer] = pool(hidden_states.double(), lengths, "mean").mean(0)
-        added = centred_prefixes(hidden_states, lengths, self.centres[layer], self.probes, self.block.dtype)
-        self.block[layer].addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
+        if not self.is_centred:
+            self.centres[layer].copy_(pool(hidden_states.double(), lengths, "mean").mean(0))
+        probes, block = self.probes[hidden_states.device], self.block[layer]
+        added = centred_prefixes(hidden_states, lengths, self.centres[layer], probes, block.dtype)
+        block.addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
         self.sums["exact"][layer] += added.exact
         for name, value in added.sums.items():
             self.sums[name][layer] += value
         self.sums["total_square"][layer] += added.totals.square().sum(0)
         return added.totals / lengths[:, None]
 
-    def flush(self) -> None:
+    def end_block(self) -> None:
         """Moves the products into float64, and what their dtype has cost into the errors."""
-        for layer in range(self.num_layers):
-            products = self.block[layer].double()
-            halves = [half @ self.probes for half in products.chunk(2, dim=1)]
+        for layer, block in enumerate(self.block):
+            products = block.double()
+            halves = [half @ self.probes[block.device] for half in products.chunk(2, dim=1)]
             self.sums["products"][layer] += products
             self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
-        self.block.zero_()
-        self.sums["exact"].zero_()
-        self.pairs_in_block = 0
+            self.sums["exact"][layer].zero_()
+            block.zero_()
 
     def add_pooled(self, layer: int, pooled: Tensor, batch: "Batch") -> None:
         """Adds one layer's pooled states of a batch, (b, d) float64."""
@@ -244,19 +284,19 @@ class MomentSums:
             return
         sums["fold_pooled_mean"][at] += batch.folds.T @ pooled
         for fold, rows in enumerate(batch.rows_of_folds):
-            sums["fold_pooled_second_moment"][at, fold].addmm_(pooled[rows].T, pooled[rows])
-            sums["fold_pooled_label_cross_moment"][at, fold].addmm_(pooled[rows].T, batch.targets[rows])
+            sums["fold_pooled_second_moment"][at][fold].addmm_(pooled[rows].T, pooled[rows])
+            sums["fold_pooled_label_cross_moment"][at][fold].addmm_(pooled[rows].T, batch.targets[rows])
 
-    def prefix_moments(self) -> dict[str, Tensor]:
-        """C0, C1, their means and errors, summed over texts, with what the centres add; once, at the end."""
-        self.flush()
-        q, tq, a, ta, mu = (*(self.sums[name] for name in ("q", "tq", "a", "ta")), self.centres)
-        second, following = self.sums["products"].chunk(2, dim=2)
-        for layer in range(self.num_layers):  # in place: nothing else of this size is needed
-            second[layer].addr_(tq[layer], mu[layer]).addr_(mu[layer], tq[layer] + self.t_squared_sum * mu[layer])
-            second[layer].copy_((second[layer] + second[layer].T) / 2)  # symmetric only up to rounding
-            following[layer].addr_(q[layer], mu[layer]).addr_(mu[layer], ta[layer] + self.t_sum * mu[layer])
-        second_error, next_error = self.sums["errors"].chunk(2, dim=2)
+    def prefix_moments(self, layer: int) -> dict[str, Tensor]:
+        """C0, C1, their means and errors, summed over texts, with what the centre adds; once, at the end."""
+        q, tq, a, ta = (self.sums[name][layer] for name in ("q", "tq", "a", "ta"))
+        mu = self.centres[layer]
+        second, following = self.sums["products"][layer].chunk(2, dim=1)
+        # in place: nothing else of this size is needed
+        second.addr_(tq, mu).addr_(mu, tq + self.t_squared_sum * mu)
+        second.copy_((second + second.T) / 2)  # symmetric only up to rounding
+        following.addr_(q, mu).addr_(mu, ta + self.t_sum * mu)
+        second_error, next_error = self.sums["errors"][layer].chunk(2, dim=1)
         return {
             "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
@@ -265,22 +305,36 @@ class MomentSums:
             "prefix_second_error": second_error,
             "prefix_next_error": next_error,
             # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
-            "token_square": self.sums["total_square"] - 2 * following.diagonal(dim1=1, dim2=2),
+            "token_square": self.sums["total_square"][layer] - 2 * following.diagonal(),
         }
 
-    def averages(self) -> dict[str, Tensor]:
-        """Averages over texts, of each fold and, without `fold_`, of all folds together; once, at the end."""
-        sums, counts = self.sums, self.sums["fold_num_samples"]
+    def averages(self) -> dict[str, Tensor | list[Tensor]]:
+        """Averages over texts, of each fold and, without `fold_`, of all folds together; once, at the end.
+
+        What there is of each layer is a list over layers.
+        """
+        averages: dict[str, Tensor | list[Tensor]] = {}
+        counts = self.labels["fold_num_samples"]
+        num_samples = counts.sum().item()
         for name in ("pooled_second_moment", "pooled_label_cross_moment"):
-            sums[name][self.first_fold_layer :] = sums[f"fold_{name}"].sum(1)
-        whole = {name: total for name, total in sums.items() if name.startswith("pooled_")} | self.prefix_moments()
-        whole |= {name: sums[f"fold_{name}"].sum(0) for name in ("label_mean", "label_second_moment")}
-        averages = {name: total / counts.sum() for name, total in whole.items()} | {"fold_num_samples": counts}
-        for name in ("label_mean", "label_second_moment", "pooled_second_moment", "pooled_label_cross_moment",
-                     "pooled_mean"):  # fmt: skip
-            total, axis = sums[f"fold_{name}"], 0 if name.startswith("label") else 1
-            shape = [-1 if dim == axis else 1 for dim in range(total.ndim)]
-            averages[f"fold_{name}"] = total / counts.clamp(min=1).view(shape)
+            for at, of_folds in enumerate(self.sums[f"fold_{name}"]):
+                self.sums[name][self.first_fold_layer + at] = of_folds.sum(0)
+        for name in [name for name in self.sums if name.startswith("pooled_")]:
+            averages[name] = [total.div_(num_samples) for total in self.sums[name]]
+        of_layers = [self.prefix_moments(layer) for layer in range(len(self.centres))]
+        for name in of_layers[0]:
+            averages[name] = [moments[name].div_(num_samples) for moments in of_layers]
+        for name in ("label_mean", "label_second_moment"):
+            averages[name] = self.labels[f"fold_{name}"].sum(0) / num_samples
+
+        def per_fold(total: Tensor) -> Tensor:
+            return total / counts.to(total.device).clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+
+        averages["fold_num_samples"] = counts
+        averages |= {name: per_fold(total) for name, total in self.labels.items() if name != "fold_num_samples"}
+        for name in ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"):
+            of_folds = [per_fold(total) for total in self.sums[f"fold_{name}"]]
+            averages[f"fold_{name}"] = of_folds or counts.new_zeros(0, len(counts), *self.sums[name][0].shape)
         return averages
 
 
@@ -321,8 +375,11 @@ def accumulate_moments(
     folds: Tensor,
     config: Config,
     pooled_file: np.memmap | None = None,
+    unfinished: Callable[[MomentSums, list[Step]], Unfinished] | None = None,
 ) -> MomentSums:
     """One pass over the texts, every layer at once; only one layer's states are alive at a time.
+
+    Many processes take a share each; the sums of all are those of the first process at the end.
 
     Args:
         model: base model without lm_head.
@@ -331,15 +388,17 @@ def accumulate_moments(
         folds: (n, f) float64, one-hot.
         config: pooling, tokens_per_batch and product_dtype are read.
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
+        unfinished: gives the state on disk of a pass of these sums and steps; None: none is kept.
 
     Raises:
         UserError: a non-finite state, naming layer and text.
     """
-    device = next(model.parameters()).device
+    device, team = next(model.parameters()).device, processes()
     num_layers, hidden_size = model.config.num_hidden_layers + 1, model.config.hidden_size
-    sizes = (num_layers, hidden_size, targets.shape[1], folds.shape[1])
     num_fold_layers = {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
-    sums = MomentSums(sizes, num_fold_layers, device, choose_product_dtype(config, tokens, hidden_size))
+    sizes = Sizes(num_layers, hidden_size, targets.shape[1], folds.shape[1], num_fold_layers)
+    product_dtype = choose_product_dtype(config, tokens, hidden_size)
+    sums = MomentSums(sizes, tokens.lengths, [device] * num_layers, product_dtype)
     first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
     finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
@@ -351,33 +410,65 @@ def accumulate_moments(
         if pooled_file is not None and layer >= first_saved:
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
-    with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
-        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device)):
-            input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
-            batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
-            finite.clear()
-            visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
-            sums.add_labels(batch)
-            if not (all_finite := torch.stack(finite)).all():
-                layer, text = (~all_finite).nonzero()[0].tolist()
-                raise UserError(
-                    f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
-                    "Half precision overflows on some models: try --dtype float32 or bfloat16."
-                )
-            progress.update(int(tokens.lengths[rows].sum()))
+    def add_batch(rows: np.ndarray) -> None:
+        input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
+        finite.clear()
+        batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
+        visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
+        sums.add_labels(batch)
+        if not (all_finite := torch.stack(finite)).all():
+            layer, text = (~all_finite).nonzero()[0].tolist()
+            raise UserError(
+                f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
+                "Half precision overflows on some models: try --dtype float32 or bfloat16."
+            )
+
+    blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK)
+    run_steps(share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished)
+    team.sum_at_first([*itertools.chain.from_iterable(sums.sums.values()), *sums.labels.values()])
     return sums
 
 
-def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
-    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
-    lengths = tokens.lengths.astype(float)
-    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
-    return {
-        "mean_inverse_length": float((1 / lengths).mean()),
-        "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
-        "num_distinct_texts": len(distinct),
-        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
-    }
+def run_steps(
+    steps: list[Step],
+    lengths: np.ndarray,
+    sums: MomentSums,
+    add_batch: Callable[[np.ndarray], None],
+    unfinished: Callable[[MomentSums, list[Step]], Unfinished] | None,
+) -> None:
+    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then."""
+    state, team = unfinished(sums, steps) if unfinished else None, processes()
+    done = state.load(sums.tensors()) if state else 0
+    gives_centres = team.rank == 0 and not done
+    if not gives_centres:
+        done = share_centres(sums, done)
+    with (
+        tqdm(total=sum(int(lengths[step.rows].sum()) for step in steps), unit="token", unit_scale=True, desc="cache",
+             initial=sum(int(lengths[step.rows].sum()) for step in steps[:done])) as progress,
+        termination_noted() as termination,
+    ):  # fmt: skip
+        for number, step in enumerate(steps[done:], done + 1):
+            add_batch(step.rows)
+            if step.ends_block:
+                sums.end_block()
+            if gives_centres and number == 1:
+                share_centres(sums, number)
+            progress.update(int(lengths[step.rows].sum()))
+            if state and (termination.asked or (state.is_due() and number < len(steps))):
+                state.save(sums.tensors(), number)
+            if termination.asked:
+                sys.exit(128 + signal.SIGTERM)
+
+
+def share_centres(sums: MomentSums, num_steps: int) -> int:
+    """Gives all processes the centres of the first; returns the steps in these sums, 0 where they had other centres."""
+    own = [centre.clone() for centre in sums.centres]
+    processes().from_first(sums.centres)
+    sums.is_centred = True
+    if all(map(torch.equal, own, sums.centres)):
+        return num_steps
+    sums.clear()
+    return 0
 
 
 # ------------------------------------------------------------------ find or make
@@ -429,31 +520,6 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     return path, config
 
 
-def is_complete(config: Config, identity: dict) -> bool:
-    """Whether the moments, and the pooled states if any are asked for, are there with this identity.
-
-    Raises:
-        UserError: moments of another identity are there.
-    """
-    path = config_path(config)
-    if not path.is_file():
-        return False
-    with open_tensors(path) as (file, metadata):
-        check_identity(metadata, identity, path)
-        num_layers = file.get_slice("pooled_mean").get_shape()[0]
-        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
-    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[config.output.folds]:
-        return False
-    if config.output.save_pooled == "none":
-        return True
-    if not pooled_path(path).is_file():
-        return False
-    with open_tensors(pooled_path(path)) as (file, metadata):
-        is_all = file.get_slice("pooled").get_shape()[0] > 1
-        same = all(metadata.get(name) == value for name, value in identity.items())
-        return same and (is_all or config.output.save_pooled == "last")
-
-
 def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
 
@@ -467,20 +533,23 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         UserError: moments of another identity are there; or what the pass itself refuses.
     """
     config = as_stored(config, free)
+    path = config_path(config)
     identity = {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
         "fingerprint": data.fingerprint,
         "label_names": data.label_names,
     }
-    try:
-        complete = not renew and is_complete(config, identity)
-    except UserError:
-        if not config.run.overwrite:
-            raise
-        complete = False
-    path = config_path(config)
-    if complete:
+
+    def is_there() -> bool:
+        try:
+            return not renew and is_complete(path, identity, config.output.folds, config.output.save_pooled)
+        except UserError:
+            if not config.run.overwrite:
+                raise
+            return False
+
+    if processes().object_of_first(is_there):
         print(f"reused, already complete with these settings:\n{path}")
     else:
         make(config, data, identity)
@@ -490,7 +559,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
 
 def make(config: Config, data: LabelledTexts, identity: dict) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
-    path, device = config_path(config), pick_device(config.run.device)
+    path, device, team = config_path(config), pick_device(config.run.device), processes()
     check_writable(path)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
@@ -511,18 +580,39 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
         "rounding": rounding_statistics(tokens),
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
     }
-    if config.output.save_pooled == "none":
-        sums = accumulate_moments(model, tokens, targets, folds, config)
-    else:
+    pooled_file = None
+    if config.output.save_pooled != "none":
         num_saved = model.config.num_hidden_layers + 1 if config.output.save_pooled == "all" else 1
         shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
-        with write_atomically(pooled_path(path)) as temporary:
-            files = create_tensor_file(temporary, shapes, metadata)
-            files["labels"][:] = data.labels
-            sums = accumulate_moments(model, tokens, targets, folds, config, files["pooled"])
-            files["pooled"].flush()
-            files["labels"].flush()
-    save_tensors(path, sums.averages(), metadata)
+        pooled_file = PooledFile(pooled_path(path), shapes, metadata, team)
+        pooled_file.tensors["labels"][:] = data.labels
+
+    def unfinished(sums: MomentSums, steps: list[Step]) -> Unfinished:
+        way = {
+            "num_steps": len(steps),
+            "tokens_per_batch": config.run.batch_tokens(device),
+            "device": device.type,
+            "folds": config.output.folds,
+            "save_pooled": config.output.save_pooled,
+            "product_dtype": str(sums.block[0].dtype),
+            "environment": metadata["environment"],
+        }
+        usable = pooled_file is None or pooled_file.is_old
+        return Unfinished(path, identity, way, team, config.output.minutes_per_state, config.run.overwrite, usable)
+
+    pooled = pooled_file and pooled_file.tensors["pooled"]
+    try:
+        sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished)
+    except BaseException:
+        if pooled_file and not states_beside(path):
+            pooled_file.discard()
+        raise
+    if pooled_file:
+        pooled_file.finish()
+    if team.rank == 0:
+        save_tensors(path, sums.averages(), metadata)
+        remove_states(path)
+    team.wait()
 
 
 def main(config: Config) -> None:
@@ -532,4 +622,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, share_work=True)

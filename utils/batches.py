@@ -1,4 +1,10 @@
-"""Which texts go through the model together: batches of like length, so that little of them is padding."""
+"""Which texts go through the model together: batches of like length, so that little of them is padding.
+
+Batches are dealt out to processes by blocks, the units in which products are added up in their own dtype: every sum
+over a block is then the same number, in whatever process it is taken.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,6 +40,54 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray
         size = max(1, tokens_per_batch // int(values[i]))
         batches += [order[start : min(start + size, ends[j])] for start in range(ends[i], ends[j], size)]
     return batches
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    ends_block: bool
+
+
+def token_steps(lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int) -> list[list[Step]]:
+    """The batches of `token_batches`, in blocks of at least so many pairs of neighbouring tokens; the last has fewer.
+
+    Args:
+        lengths: tokens of each text, (n,).
+        tokens_per_batch: as in `token_batches`.
+        pairs_per_block: fewest pairs (t, t+1) of a block.
+    """
+    blocks: list[list[Step]] = []
+    block: list[Step] = []
+    batches, num_pairs = token_batches(lengths, tokens_per_batch), 0
+    for number, rows in enumerate(batches, 1):
+        num_pairs += int((lengths[rows] - 1).sum())
+        ends = num_pairs >= pairs_per_block or number == len(batches)
+        block.append(Step(rows, ends))
+        if ends:
+            blocks.append(block)
+            block, num_pairs = [], 0
+    return blocks
+
+
+def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_processes: int) -> list[Step]:
+    """The steps of one of the processes: each block, longest texts first, goes to the process with the least to do.
+
+    The first block is that of process 0. Every text is in exactly one share; with few blocks a share can be empty.
+
+    Args:
+        blocks: of `token_steps`.
+        lengths: tokens of each text, (n,).
+        rank: number of the process.
+        num_processes: how many there are.
+    """
+    load, own = np.zeros(num_processes, dtype=np.int64), []
+    for block in blocks:
+        least = int(load.argmin())
+        load[least] += sum(int(lengths[step.rows].max()) * len(step.rows) + BATCH_COST for step in block)
+        own += block if least == rank else []
+    return own
 
 
 def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from utils.io import open_tensors
 from utils.linalg import Noise, rounding
-from utils.results import result_path
+from utils.models import TokenizedTexts
+from utils.results import check_identity, result_path
 from utils.settings import Data, Model, Run
 
 PER_LAYER = (
@@ -164,3 +167,45 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
             variance = rows.label_covariance.trace().item() / len(intercept)
             scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > 0 else None
     return scores
+
+
+def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
+    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
+    lengths = tokens.lengths.astype(float)
+    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
+    return {
+        "mean_inverse_length": float((1 / lengths).mean()),
+        "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
+        "num_distinct_texts": len(distinct),
+        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
+    }
+
+
+def is_complete(path: Path, identity: dict[str, Any], folds: str, save_pooled: str) -> bool:
+    """Whether the moments, and the folds and pooled states that are asked for, are there with this identity.
+
+    Args:
+        path: of the moments.
+        identity: of what is asked for.
+        folds: layers whose folds are asked for, "none", "last" or "all".
+        save_pooled: layers whose pooled states are asked for, likewise.
+
+    Raises:
+        UserError: moments of another identity are there.
+    """
+    if not path.is_file():
+        return False
+    with open_tensors(path) as (file, metadata):
+        check_identity(metadata, identity, path)
+        num_layers = file.get_slice("pooled_mean").get_shape()[0]
+        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
+    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[folds]:
+        return False
+    if save_pooled == "none":
+        return True
+    if not pooled_path(path).is_file():
+        return False
+    with open_tensors(pooled_path(path)) as (file, metadata):
+        is_all = file.get_slice("pooled").get_shape()[0] > 1
+        same = all(metadata.get(name) == value for name, value in identity.items())
+        return same and (is_all or save_pooled == "last")
