@@ -45,10 +45,10 @@ study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x 
 	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
 	$(PYTHON) -m fig_plot.collect --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
 	$(PYTHON) -m benchmarks.reproducibility --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
-	$(PYTHON) -m fig_plot.verdict --data_dir $(STUDY_DATA)
+	$(PYTHON) -m fig_plot.findings --data_dir $(STUDY_DATA)
 
 figures: $(READY)  ## every committed figure from the committed CSV files
-	$(PYTHON) -m fig_plot.verdict
+	$(PYTHON) -m fig_plot.findings
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Verdict.ipynb
 

@@ -99,6 +99,7 @@ class Config:
 
 
 PAIRS_PER_BLOCK = 8192  # so many products are added up in their own dtype, as in one large batch
+NUM_STRIPES = 3  # of rows of the products; what of C0 lies left of a stripe's diagonal block is not computed
 
 
 # ------------------------------------------------------------------ moments
@@ -225,6 +226,8 @@ class MomentSums:
         }
         self.block = [torch.zeros((d, 2 * d), dtype=product_dtype, device=device) for device in devices]
         self.centres = [torch.zeros(d, dtype=torch.float64, device=device) for device in devices]
+        step = -(-d // NUM_STRIPES)
+        self.stripes = [slice(start, min(start + step, d)) for start in range(0, d, step)]
         self.probes = {device: noise_probes(d).to(device) for device in set(devices)}
         self.is_centred = False  # on the mean states of the first batch
         n = lengths.astype(np.int64) - 1  # pairs of each text; t runs over 1..n
@@ -254,7 +257,8 @@ class MomentSums:
             self.centres[layer].copy_(pool(hidden_states.double(), lengths, "mean").mean(0))
         probes, block = self.probes[hidden_states.device], self.block[layer]
         added = centred_prefixes(hidden_states, lengths, self.centres[layer], probes, block.dtype)
-        block.addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
+        for stripe in self.stripes:  # C0 is symmetric
+            block[stripe, stripe.start :].addmm_(added.pairs[:, stripe].T, added.pairs[:, stripe.start :])
         self.sums["exact"][layer] += added.exact
         for name, value in added.sums.items():
             self.sums[name][layer] += value
@@ -265,6 +269,8 @@ class MomentSums:
         """Moves the products into float64, and what their dtype has cost into the errors."""
         for layer, block in enumerate(self.block):
             products = block.double()
+            second = products[:, : len(products)]
+            second.copy_(second.triu() + second.triu(1).T)
             halves = [half @ self.probes[block.device] for half in products.chunk(2, dim=1)]
             self.sums["products"][layer] += products
             self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]

@@ -504,6 +504,8 @@ def test_max_samples_is_stratified_shuffled_and_deterministic(
     assert again.texts == found.texts and again.fingerprint == found.fingerprint
     assert load(path, split, max_samples=20, seed=1).texts != found.texts
     assert load(path, split, max_samples=1000).fingerprint == load(path, split).fingerprint
+    fewer = {name: len(load(path, name, max_samples=20, max_test_samples=6).texts) for name in ("train", "test")}
+    assert fewer == {"train": 20, "test": 6}
 
 
 def test_sample_of_rows_leaves_out_no_class_that_fits() -> None:

@@ -34,7 +34,7 @@ def test_every_file_the_readme_names_exists():
     named = set(re.findall(r"\b((?:[\w-]+/)*[\w-]+\.(?:py|txt|toml|ipynb|mplstyle))\b", README))
     modules = re.findall(r" -m (\w+\.\w+)", README + (ROOT / "Makefile").read_text())
     named |= {module.replace(".", "/") + ".py" for module in modules}
-    assert {"cache.py", "K_sweep.py", "fig_plot/verdict.py"} <= named
+    assert {"cache.py", "K_sweep.py", "fig_plot/findings.py"} <= named
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 

@@ -15,6 +15,7 @@ labels count as missing is in `labels.py`, which cells as text in `texts.py`.
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from utils.rows import (
     stratified_rows,
     targets,
 )
-from utils.settings import Data, Run
+from utils.settings import Data, Model, Run
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
 from utils.texts import render_column
 
@@ -247,7 +248,7 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     """The texts and labels of `train` and `test`, or of `all`: every labelled row, undivided.
 
     Classes are those of train in every split. `seed` draws the split of data that has none, and the rows of
-    `max_samples`; the splits of the known datasets are fixed.
+    `max_samples` and `max_test_samples`; the splits of the known datasets are fixed.
 
     Args:
         settings: the dataset.
@@ -275,15 +276,16 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     else:
         parts, label_names = encode(source, parts, next(iter(source.splits.values())).class_names.get(label))
     report(source, parts, label_names, split_rule(settings, source.spec, divided))
-    return {part: sample(settings, source, rows, label_names) for part, rows in parts.items()}
+    return {part: sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
 
 
-def sample(settings: Data, source: Source, rows: Rows, label_names: list[str]) -> LabelledTexts:
-    """The rows of one split, at most `max_samples` of them, with their fingerprint."""
+def sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:
+    """The rows of one split, at most as many as the settings allow, with their fingerprint."""
     texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
-    if settings.max_samples is not None and settings.max_samples < len(texts):
+    most = (settings.max_test_samples if part == "test" else None) or settings.max_samples
+    if most is not None and most < len(texts):
         classes = labels if label_names else np.zeros(len(texts))
-        chosen = stratified_rows(classes, settings.max_samples, settings.seed)
+        chosen = stratified_rows(classes, most, settings.seed)
         texts, labels = [texts[row] for row in chosen], labels[chosen]
     return LabelledTexts(texts, labels, label_names, fingerprint(source, texts, labels))
 
@@ -298,6 +300,17 @@ class Config:
     """What to print."""
 
     check: Path | None = None  # folder of copies, as --datasets_dir takes it: compare them with the table
+    model_name: str = "tiny"  # its tokenizer counts the tokens of their texts
+
+
+def token_counter(model_name: str) -> Callable[[Sequence[str]], list[int]]:
+    """The function that gives the number of tokens of each text, uncut."""
+    from utils.identity import load_config  # transformers takes seconds to load, which a table need not wait for
+    from utils.models import load_tokenizer
+
+    model, run = Model(model_name), Run()
+    tokenizer = load_tokenizer(model, run, load_config(model, run))
+    return lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 def main(config: Config) -> None:
@@ -309,8 +322,8 @@ def main(config: Config) -> None:
     if config.check is None:
         print(table())
         return
-    text, as_the_table_says = check_copies(config.check)
-    print(text)
+    text, as_the_table_says = check_copies(config.check, token_counter(config.model_name))
+    print(f"{text}\ntokens are those of {config.model_name}")
     if not as_the_table_says:
         raise UserError(f"A copy in {config.check} is not as the table says; see above.")
 

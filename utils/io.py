@@ -121,7 +121,7 @@ def check_writable(path: Path) -> None:
 def path_name(name: str) -> str:
     """The folder name of a model or dataset: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a local path -> its stem."""
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or path.suffix == ".gguf":  # also when the file is gone
         return path.stem
     if path.is_dir():
         return path.resolve().name

@@ -81,10 +81,11 @@ class Data:
     task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
     ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
     max_samples: int | None = None  # stratified sample of each split; None: all rows
+    max_test_samples: int | None = None  # the same of the test split; None: as max_samples
     seed: int = 0  # of sampling, of splits made here, and of all that the script draws
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_samples")
+        check_at_least_one(self, "max_samples", "max_test_samples")
 
     @property
     def path_name(self) -> str:

@@ -1,10 +1,10 @@
-"""fig_plot/tables.py and fig_plot/verdict.py on made-up studies whose answer is known."""
+"""fig_plot/tables.py and fig_plot/findings.py on made-up studies whose answer is known."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from fig_plot import import_published, tables, verdict
+from fig_plot import findings, import_published, tables
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def study(tmp_path_factory):
     """The tables of a made-up study in which NTPS ranks tasks perfectly, by the command a user types."""
     folder = tmp_path_factory.mktemp("study")
     write_study(folder)
-    done = run_command("-m", "fig_plot.verdict", "--data_dir", folder, "--num_draws", "200")
+    done = run_command("-m", "fig_plot.findings", "--data_dir", folder, "--num_draws", "200")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return {
@@ -140,15 +140,15 @@ def test_mean_of_others_leaves_the_model_itself_out():
 
 @pytest.mark.parametrize("flags, module", [((), "collect"), (("--published",), "import_published")])
 def test_missing_tables_name_the_command(flags, module, tmp_path, monkeypatch):
-    message = run_in_process(monkeypatch, "fig_plot/verdict.py", "--data_dir", tmp_path, *flags)
+    message = run_in_process(monkeypatch, "fig_plot/findings.py", "--data_dir", tmp_path, *flags)
     assert f"python -m fig_plot.{module}" in message
 
 
 @needs_published
 def test_published_values_are_judged_too(tmp_path):
     import_published.main(import_published.Config(path=PUBLISHED, output_dir=tmp_path))
-    config = verdict.Config(published=True, data_dir=tmp_path, num_draws=100)
-    table = verdict.published_tables(tmp_path, config)["correlations"]
+    config = findings.Config(published=True, data_dir=tmp_path, num_draws=100)
+    table = findings.published_tables(tmp_path, config)["correlations"]
     whole = table[table["without"] == ""]
     # the means of the 24 coefficients printed in the paper's figures, signs as in the data
     for measure, printed in (("probe_accuracy", 0.67), ("probe_mse", -0.58), ("lora_gain", -0.70)):

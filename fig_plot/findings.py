@@ -1,7 +1,52 @@
-"""Does NTPS predict? Correlations with their intervals, baselines, controls, and what choosing on the outcome is worth.
+"""Does NTPS predict? Six questions to a real LLM, fixed before its results existed, and what the study says to them.
 
-    python -m fig_plot.verdict                # the mini study, from fig_plot/data/
-    python -m fig_plot.verdict --published    # the paper's numbers, from fig_plot/published/ (import_published.py)
+    python -m fig_plot.findings                # the committed studies, from fig_plot/data/
+    python -m fig_plot.findings --published    # the paper's numbers, from fig_plot/published/ (import_published.py)
+
+QUESTIONS, FIXED BEFORE LOOKING. They are asked of SmolLM2-135M (`smollm2`) on ten of the paper's twelve datasets and
+four more; the ladder of docstring LMs is asked the same by the same code. Terms:
+
+    score         mean over the fractions 5 %, ..., 95 % at the last layer, V and U solved on the training rows
+    accuracy      of the logistic probe of the last layer (linear_sklearn.py), on test rows
+    headroom      1 - accuracy
+    best layer    the one with the highest cross-validated ridge R2 on the training rows; test rows choose nothing
+    LoRA gain     test accuracy after LoRA - accuracy; where another probe is meant, it is named
+    noise         the same procedure with the tasks permuted, 1,000 times
+    interval      95 %, bootstrap over tasks, 1,000 draws; seeds of a task are averaged first
+    baselines     headroom, number of classes, bag of words, best layer's probe, same score of a random V
+
+Each correlation is Spearman's across the tasks of a model, averaged over models where there are several. The paper
+claims + for accuracy, - for MSE, - for LoRA gain; every choice and every test is made in that direction.
+
+1. Like for like: does the paper's procedure give its three correlations on another model? Score: `ntps`, V of the
+   largest eigenvalues, at every layer and fraction; measures: accuracy and MSE on the TRAINING rows of the same
+   layer's probe, and LoRA gain over the paper's probe and over a converged one. Statistic: the best correlation over
+   layer and K in the claimed direction. It is reproduced if it lies within the range of the eight published ones or
+   beyond; it is more than choosing if p < .05 against noise. Then one step at a time: last layer; last layer and mean
+   over K; the same on test rows. If the number of classes, held fixed (partial Spearman), takes the MSE's correlation
+   to where its interval has 0, that is said with it.
+2. By the fixed rule on test rows, which scores order tasks by accuracy, by accuracy above the majority class, by MSE
+   / variance, by LoRA gain over a converged probe? `ntps` is the claim, all other scores are asked beside it. A score
+   orders tasks if its interval lies on the claimed side of 0 (no side was claimed for other scores: then on either
+   side). It is of use if the interval of its lead over the best baseline, in the size of the correlation, is above 0.
+3. Does next-token prediction's V keep more of the labels than random subspaces of the same dimension? Score:
+   `retained` minus its mean over 20 random V; z: the same in standard deviations of the draws. Yes if the interval of
+   the mean over tasks is above 0, no if it is below; the number of tasks with z above 2 and below -2 is given, V by
+   PCA beside it.
+4. Does LoRA raise NTPS, its variants, and `retained` over a random V, and does the rise follow the gain? Statistic:
+   score after minus before, mean over tasks; Spearman of that change with LoRA gain. Raised, or following, if the
+   interval is above 0. Unanswered, not "no", if it has 0 inside.
+5. What predicts the LoRA gain of a task left out? Candidates, one at a time: headroom; held-out R2 of the best layer
+   minus that of the last; ridge R2; LogME; H-score; z of `retained`; `retained` minus that of random V; `ntps`;
+   number of classes. Statistic: mean absolute error, in points, of a least-squares line through the other tasks (an
+   intercept per model), beside that of the other tasks' mean gain. A candidate predicts if the interval of its lead
+   over the mean gain is above 0. And the AUC for "gain > 2 points", with interval, beside headroom's here and
+   headroom's .79 in the published numbers.
+6. Is a score reproducible against its spread over tasks? Standard deviation between seeds (other rows, other initial
+   weights) over the standard deviation over tasks, and the largest difference over batches and precision of products
+   over the same. Reproducible if the share is below one tenth.
+
+The number of tasks is given with every answer; a question whose data are missing stays unanswered.
 
 Reads the CSV files of collect.py. Writes verdict_*.csv beside them:
 
