@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import sys
 import time
 
 import numpy as np
@@ -97,7 +96,8 @@ def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, w
 
 
 def test_sigterm_keeps_a_state_and_ends_with_143(model_dirs, rows_path, tmp_path, capsys):
-    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, minutes_per_state=60.0) for name in ("whole", "ended"))
+    places, seldom = (tmp_path / "whole", tmp_path / "ended"), {"minutes_per_state": 60.0}
+    whole, ended = (settings(model_dirs, rows_path, place, **seldom) for place in places)
 
     def run(rank: int) -> None:
         add_labels, seen = cache.MomentSums.add_labels, []
@@ -156,13 +156,13 @@ def test_a_damaged_state_is_refused_with_what_fixes_it(interrupted, damage):
 
 def test_a_state_of_other_settings_is_refused_and_named(interrupted):
     config, state = interrupted
-    with pytest.raises(UserError, match=rf"{state.name} was made with other settings \(pooling: 'mean' there, 'last' now"):
+    with pytest.raises(UserError, match=rf"{state.name} was made with other settings \(pooling: 'mean' there, 'last'"):
         cache.main(with_values(config, pooling="last"))
     assert state.is_file()
 
 
 def test_a_state_of_another_way_to_the_same_numbers_is_left(interrupted, model_dirs, rows_path, tmp_path, capsys):
-    config, state = interrupted
+    config, _ = interrupted
     cache.main(with_values(config, tokens_per_batch=64))
     assert "another num_steps, tokens_per_batch: this run starts from the beginning" in capsys.readouterr().out
     cache.main(settings(model_dirs, rows_path, tmp_path / "whole", tokens_per_batch=64))

@@ -1,8 +1,7 @@
-"""cache.py and the training scripts in many processes: the numbers of one, every text once, one sentence for a mistake."""
+"""cache.py in many processes: the numbers of one, every text once, and one sentence for a mistake."""
 
+import itertools
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,8 +11,7 @@ from safetensors.torch import load_file
 
 import cache
 import K_sweep
-import linear_sklearn
-from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
+from tests.conftest import configure, make_texts, write_rows
 from tests.processes import exit_codes, start
 from utils.batches import share_of, token_steps
 from utils.io import UserError
@@ -23,7 +21,8 @@ from utils.scores import SCORES
 
 def settings(model_dirs, rows, folder, **more):
     names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows), "results_dir": folder}
-    return configure(cache, **names, tokens_per_batch=96, product_dtype="float64", save_pooled="all", folds="all", **more)
+    options = {"tokens_per_batch": 96, "product_dtype": "float64", "save_pooled": "all", "folds": "all"}
+    return configure(cache, **names, **options, **more)
 
 
 def moments(folder) -> dict[str, torch.Tensor]:
@@ -68,10 +67,11 @@ def test_many_processes_give_the_numbers_of_one(alone, model_dirs, rows_path, tm
         # the errors of the products are rounding themselves: measured by what they are errors of
         scale = largest if name.endswith("_error") else value.abs().amax()
         assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
-    pooled, alone_pooled = (load_file(next(folder.rglob("*.pooled.safetensors"))) for folder in (tmp_path, alone.run.results_dir))
-    assert all(torch.equal(pooled[name], value) for name, value in alone_pooled.items())
+    folders = (alone.run.results_dir, tmp_path)
+    expected, found = (load_file(next(folder.rglob("*.pooled.safetensors"))) for folder in folders)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     ran = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    assert sorted(sum(ran, [])) == list(range(168)) and all(ran)
+    assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
     scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (alone, config)]
     for one, other in zip(*(result["layers"] for result in scores), strict=True):
         for name in SCORES:
@@ -121,8 +121,8 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_pa
 
         if rank == 1:
             cache.visit_hidden_states = fail
-        arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--results_dir", tmp_path / "results"]
-        sys.argv = ["cache.py", *map(str, arguments), "--tokens_per_batch", "96"]
+        arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--tokens_per_batch", 96]
+        sys.argv = ["cache.py", *map(str, arguments), "--results_dir", str(tmp_path / "results")]
         cache.PAIRS_PER_BLOCK = 300
         cache.run_script(cache.main, cache.Config, None, share_work=True)
 
@@ -149,4 +149,5 @@ def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
 
     codes = exit_codes(start(run, 2, tmp_path / "said"))
     assert sorted(codes) == [0, 1]
-    assert "K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py" in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"
