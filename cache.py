@@ -25,9 +25,7 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 import functools
 import itertools
-import signal
-import sys
-import zlib
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,40 +34,41 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from utils.batches import Step, share_of, token_steps
+from utils.batches import Batch, assign_folds, one_hot_targets, share_of, token_batches, token_steps
 from utils.data import LabelledTexts, load_splits, load_texts
 from utils.distributed import processes
-from utils.hidden_states import pool, visit_hidden_states
-from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
-from utils.io import (
-    FORMAT_VERSION,
-    UserError,
-    check_writable,
-    environment,
-    pick_device,
-    run_script,
-    save_tensors,
-)
+from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
+from utils.host_sums import HostSums
+from utils.identity import load_config, model_fingerprint, stored_as
+from utils.io import FORMAT_VERSION, UserError, check_writable, environment, pick_device, run_script, save_tensors
 from utils.linalg import NUM_PROBES, noise_probes
+from utils.memory import Need, batch_bytes, check_fits, keep_on_host, matrix_bytes, num_parameters
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.moments import is_complete, moments_path, pooled_path, rounding_statistics
-from utils.results import check_identity, read_identity
+from utils.moments import (
+    check_embedded,
+    describe,
+    is_complete,
+    moments_path,
+    numbers_of_layers,
+    pooled_path,
+    settings_as_stored,
+    settings_found,
+)
 from utils.self_check import self_check
 from utils.settings import (
     Data,
     Model,
+    Placement,
     Run,
     Unrecorded,
+    all_settings,
     check_at_least_one,
-    command_line,
-    flatten,
     result_settings,
     with_values,
 )
-from utils.unfinished import PooledFile, Unfinished, remove_states, states_beside, termination_noted
+from utils.unfinished import PooledFile, Unfinished, check_states, remove_states, run_steps, states_beside
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,12 @@ class Output(Unrecorded):
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
     folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
+    layers: tuple[int, ...] | None = None  # layers whose moments are kept, 0 the embeddings, -1 the last; None: all
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.save_pooled != "none":
+            raise ValueError("--layers is for moments: --save_pooled keeps the last layer, or all of them")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
+    placement: Placement = Placement()
     run: Run = Run()
 
     def __post_init__(self) -> None:
@@ -99,6 +104,8 @@ class Config:
 
 
 PAIRS_PER_BLOCK = 8192  # so many products are added up in their own dtype, as in one large batch
+CHANGING_STATES = ("layers", "folds", "save_pooled", "accumulate_on", "device_map")  # besides what identifies a result
+LARGE = ("products", "pooled_second_moment", "fold_pooled_second_moment")  # sums that can be in the host's memory
 NUM_STRIPES = 3  # of rows of the products; what of C0 lies left of a stripe's diagonal block is not computed
 
 
@@ -151,13 +158,13 @@ def centred_prefixes(
     return Prefixes(pairs.flatten(0, 1), thin[:, :-2], sums, totals + lengths[:, None] * centre)
 
 
-def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: int) -> torch.dtype:
+def choose_product_dtype(config: "Config", num_tokens: int, hidden_size: int) -> torch.dtype:
     """The dtype of the products: with `auto` float64 for few tokens.
 
     Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
     would cost a fifth of a long pass, where float32 errors are smaller and are measured.
     """
-    few = int(tokens.lengths.sum()) <= max(2**14, 32 * hidden_size)
+    few = num_tokens <= max(2**14, 32 * hidden_size)
     dtype = ("float64" if few else "float32") if config.product_dtype == "auto" else config.product_dtype
     return getattr(torch, dtype)
 
@@ -199,10 +206,21 @@ class Sizes:
         }
 
     @property
+    def num_numbers(self) -> int:
+        """Numbers in the sums of all layers."""
+        whole, folds = (sum(map(math.prod, of.values())) for of in (self.of_layer, self.of_fold_layer))
+        return self.num_layers * whole + self.num_fold_layers * folds
+
+    @property
     def of_labels(self) -> dict[str, tuple[int, ...]]:
         """What all layers share."""
         c, f = self.num_labels, self.num_folds
         return {"fold_label_mean": (f, c), "fold_label_second_moment": (f, c, c), "fold_num_samples": (f,)}
+
+
+def num_fold_layers(config: Config, num_layers: int) -> int:
+    """How many of the layers keep their folds."""
+    return {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
 
 
 class MomentSums:
@@ -211,20 +229,35 @@ class MomentSums:
     Products of a batch are added up in place, in their own dtype, and in float64 at the end of a block of batches.
     """
 
-    def __init__(self, sizes: Sizes, lengths: np.ndarray, devices: list[torch.device], product_dtype: torch.dtype):
-        """Zeros; `lengths` are the tokens of all texts (n,), whatever process adds them, `devices` those of layers."""
+    def __init__(
+        self,
+        sizes: Sizes,
+        lengths: np.ndarray,
+        devices: list[torch.device],
+        product_dtype: torch.dtype,
+        on_host: bool = False,
+    ):
+        """Zeros.
+
+        Args:
+            sizes: of the sums.
+            lengths: tokens of all texts, (n,), whatever process adds them.
+            devices: of the states of each layer.
+            product_dtype: of the products.
+            on_host: large sums are in the host's memory, and products of a batch are added to them at once.
+        """
         d, self.first_fold_layer = sizes.hidden_size, sizes.num_layers - sizes.num_fold_layers
-        self.sums: dict[str, list[Tensor]] = {
-            name: [torch.zeros(shape, dtype=torch.float64, device=device) for device in devices]
-            for name, shape in sizes.of_layer.items()
-        }
-        for name, shape in sizes.of_fold_layer.items():
-            of = devices[self.first_fold_layer :]
-            self.sums[name] = [torch.zeros(shape, dtype=torch.float64, device=device) for device in of]
+        self.host = HostSums() if on_host else None
+        self.sums: dict[str, list[Tensor]] = {}
+        for name, shape in (sizes.of_layer | sizes.of_fold_layer).items():
+            of = devices[self.first_fold_layer :] if name in sizes.of_fold_layer else devices
+            places = ["cpu"] * len(of) if on_host and name in LARGE else of
+            self.sums[name] = [torch.zeros(shape, dtype=torch.float64, device=place) for place in places]
         self.labels = {
             name: torch.zeros(shape, dtype=torch.float64, device=devices[0]) for name, shape in sizes.of_labels.items()
         }
-        self.block = [torch.zeros((d, 2 * d), dtype=product_dtype, device=device) for device in devices]
+        self.product_dtype = product_dtype
+        self.block = [torch.zeros((d, 2 * d), dtype=product_dtype, device=device) for device in devices if not on_host]
         self.centres = [torch.zeros(d, dtype=torch.float64, device=device) for device in devices]
         step = -(-d // NUM_STRIPES)
         self.stripes = [slice(start, min(start + step, d)) for start in range(0, d, step)]
@@ -255,27 +288,48 @@ class MomentSums:
         """Adds one layer's states (b, t, d) of a batch; returns the mean state of each text, (b, d) float64."""
         if not self.is_centred:
             self.centres[layer].copy_(pool(hidden_states.double(), lengths, "mean").mean(0))
-        probes, block = self.probes[hidden_states.device], self.block[layer]
-        added = centred_prefixes(hidden_states, lengths, self.centres[layer], probes, block.dtype)
+        probes, d = self.probes[hidden_states.device], hidden_states.shape[2]
+        added = centred_prefixes(hidden_states, lengths, self.centres[layer], probes, self.product_dtype)
+        block = self.block[layer] if self.block else added.pairs.new_zeros(d, 2 * d)
         for stripe in self.stripes:  # C0 is symmetric
             block[stripe, stripe.start :].addmm_(added.pairs[:, stripe].T, added.pairs[:, stripe.start :])
         self.sums["exact"][layer] += added.exact
+        if not self.block:
+            self.add_products(layer, block)
         for name, value in added.sums.items():
             self.sums[name][layer] += value
         self.sums["total_square"][layer] += added.totals.square().sum(0)
         return added.totals / lengths[:, None]
 
-    def end_block(self) -> None:
-        """Moves the products into float64, and what their dtype has cost into the errors."""
-        for layer, block in enumerate(self.block):
-            products = block.double()
-            second = products[:, : len(products)]
-            second.copy_(second.triu() + second.triu(1).T)
-            halves = [half @ self.probes[block.device] for half in products.chunk(2, dim=1)]
+    def add_products(self, layer: int, products: Tensor) -> None:
+        """Moves products into float64, and what their dtype has cost into the errors."""
+        second = products[:, : len(products)]
+        second.copy_(second.triu() + second.triu(1).T)
+        halves = [half @ self.probes[products.device] for half in products.double().chunk(2, dim=1)]
+        self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
+        self.sums["exact"][layer].zero_()
+        if self.host:
+            self.host.add(self.sums["products"][layer], products)
+        else:
             self.sums["products"][layer] += products
-            self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
-            self.sums["exact"][layer].zero_()
-            block.zero_()
+
+    def add_square(self, name: str, layer: int, rows: Tensor, *fold: int) -> None:
+        """Adds X'X of rows X (b, d) to a large sum."""
+        if self.host:
+            self.host.add(self.sums[name][layer][fold], rows.T @ rows)
+        else:
+            self.sums[name][layer][fold].addmm_(rows.T, rows)
+
+    def end_block(self) -> None:
+        """Adds what has come together in the dtype of the products."""
+        for layer, products in enumerate(self.block):
+            self.add_products(layer, products)
+            products.zero_()
+
+    def settle(self) -> None:
+        """Returns when the sums hold all that was added."""
+        if self.host:
+            self.host.wait()
 
     def add_pooled(self, layer: int, pooled: Tensor, batch: "Batch") -> None:
         """Adds one layer's pooled states of a batch, (b, d) float64."""
@@ -285,12 +339,12 @@ class MomentSums:
         sums["pooled_norm_squared_pooled"][layer] += norm_squared @ pooled
         sums["pooled_mean"][layer] += pooled.sum(0)
         if at < 0:
-            sums["pooled_second_moment"][layer].addmm_(pooled.T, pooled)
+            self.add_square("pooled_second_moment", layer, pooled)
             sums["pooled_label_cross_moment"][layer].addmm_(pooled.T, batch.targets)
             return
         sums["fold_pooled_mean"][at] += batch.folds.T @ pooled
         for fold, rows in enumerate(batch.rows_of_folds):
-            sums["fold_pooled_second_moment"][at][fold].addmm_(pooled[rows].T, pooled[rows])
+            self.add_square("fold_pooled_second_moment", at, pooled[rows], fold)
             sums["fold_pooled_label_cross_moment"][at][fold].addmm_(pooled[rows].T, batch.targets[rows])
 
     def prefix_moments(self, layer: int) -> dict[str, Tensor]:
@@ -339,41 +393,12 @@ class MomentSums:
         averages["fold_num_samples"] = counts
         averages |= {name: per_fold(total) for name, total in self.labels.items() if name != "fold_num_samples"}
         for name in ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"):
-            of_folds = [per_fold(total) for total in self.sums[f"fold_{name}"]]
-            averages[f"fold_{name}"] = of_folds or counts.new_zeros(0, len(counts), *self.sums[name][0].shape)
+            of_layers_folds = [per_fold(total) for total in self.sums[f"fold_{name}"]]
+            averages[f"fold_{name}"] = of_layers_folds or counts.new_zeros(0, len(counts), *self.sums[name][0].shape)
         return averages
 
 
 # ------------------------------------------------------------------ the pass
-def one_hot_targets(data: LabelledTexts) -> Tensor:
-    """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
-    labels = torch.from_numpy(np.asarray(data.labels))
-    if data.is_regression:
-        return labels.double().reshape(len(labels), -1)
-    return torch.nn.functional.one_hot(labels.long(), data.num_labels).double()
-
-
-def assign_folds(texts: list[str], num_folds: int) -> Tensor:
-    """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
-    folds = torch.tensor([zlib.crc32(text.encode()) % num_folds for text in texts])
-    return torch.nn.functional.one_hot(folds, num_folds).double()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a layer's states are added up with: b texts of one forward pass, on the device."""
-
-    rows: np.ndarray  # (b,) numbers of the texts
-    lengths: Tensor  # (b,) tokens per text
-    targets: Tensor  # (b, c) float64
-    folds: Tensor  # (b, f) float64, one-hot
-
-    @functools.cached_property
-    def rows_of_folds(self) -> list[Tensor]:
-        """The texts of each fold, as positions within the batch."""
-        return [column.nonzero()[:, 0] for column in self.folds.T]
-
-
 def accumulate_moments(
     model: PreTrainedModel,
     tokens: TokenizedTexts,
@@ -381,7 +406,7 @@ def accumulate_moments(
     folds: Tensor,
     config: Config,
     pooled_file: np.memmap | None = None,
-    unfinished: Callable[[MomentSums, list[Step]], Unfinished] | None = None,
+    unfinished: Callable[[int], Unfinished] | None = None,
 ) -> MomentSums:
     """One pass over the texts, every layer at once; only one layer's states are alive at a time.
 
@@ -392,27 +417,31 @@ def accumulate_moments(
         tokens: n texts.
         targets: (n, c) float64.
         folds: (n, f) float64, one-hot.
-        config: pooling, tokens_per_batch and product_dtype are read.
+        config: pooling, product_dtype, tokens_per_batch, layers, folds and accumulate_on ("cpu" or not) are read.
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
-        unfinished: gives the state on disk of a pass of these sums and steps; None: none is kept.
+        unfinished: gives the state on disk of a pass of so many steps; None: none is kept.
 
     Raises:
         UserError: a non-finite state, naming layer and text.
     """
-    device, team = next(model.parameters()).device, processes()
-    num_layers, hidden_size = model.config.num_hidden_layers + 1, model.config.hidden_size
-    num_fold_layers = {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
-    sizes = Sizes(num_layers, hidden_size, targets.shape[1], folds.shape[1], num_fold_layers)
-    product_dtype = choose_product_dtype(config, tokens, hidden_size)
-    sums = MomentSums(sizes, tokens.lengths, [device] * num_layers, product_dtype)
-    first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
+    device, devices, team = input_device(model), layer_devices(model), processes()
+    kept = numbers_of_layers(config.output.layers, len(devices))
+    of_folds = num_fold_layers(config, len(kept))
+    sizes = Sizes(len(kept), model.config.hidden_size, targets.shape[1], folds.shape[1], of_folds)
+    product_dtype = choose_product_dtype(config, int(tokens.lengths.sum()), sizes.hidden_size)
+    on_host = config.placement.accumulate_on == "cpu"
+    sums = MomentSums(sizes, tokens.lengths, [devices[layer] for layer in kept], product_dtype, on_host)
+    first_saved = len(devices) - len(pooled_file) if pooled_file is not None else len(devices)
     finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
     def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
-        mean = sums.add_tokens(layer, hidden_states, batch.lengths)
+        if layer not in kept:
+            return
+        at, batch = kept.index(layer), batch.on(hidden_states.device)
+        mean = sums.add_tokens(at, hidden_states, batch.lengths)
         pooled = mean if config.pooling == "mean" else pool(hidden_states, batch.lengths, "last").double()
-        finite.append(mean.isfinite().all(1))  # a sum over all tokens shows any of them; read once a batch
-        sums.add_pooled(layer, pooled, batch)
+        finite.append(mean.isfinite().all(1).to(device))  # a sum over all tokens shows any of them; read once a batch
+        sums.add_pooled(at, pooled, batch)
         if pooled_file is not None and layer >= first_saved:
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
@@ -421,11 +450,11 @@ def accumulate_moments(
         finite.clear()
         batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
         visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
-        sums.add_labels(batch)
+        sums.add_labels(batch.on(devices[kept[0]]))
         if not (all_finite := torch.stack(finite)).all():
-            layer, text = (~all_finite).nonzero()[0].tolist()
+            at, text = (~all_finite).nonzero()[0].tolist()
             raise UserError(
-                f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
+                f"Non-finite hidden states at layer {kept[at]}, row {rows[text]} of the split ({config.model.dtype}). "
                 "Half precision overflows on some models: try --dtype float32 or bfloat16."
             )
 
@@ -433,48 +462,6 @@ def accumulate_moments(
     run_steps(share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished)
     team.sum_at_first([*itertools.chain.from_iterable(sums.sums.values()), *sums.labels.values()])
     return sums
-
-
-def run_steps(
-    steps: list[Step],
-    lengths: np.ndarray,
-    sums: MomentSums,
-    add_batch: Callable[[np.ndarray], None],
-    unfinished: Callable[[MomentSums, list[Step]], Unfinished] | None,
-) -> None:
-    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then."""
-    state, team = unfinished(sums, steps) if unfinished else None, processes()
-    done = state.load(sums.tensors()) if state else 0
-    gives_centres = team.rank == 0 and not done
-    if not gives_centres:
-        done = share_centres(sums, done)
-    with (
-        tqdm(total=sum(int(lengths[step.rows].sum()) for step in steps), unit="token", unit_scale=True, desc="cache",
-             initial=sum(int(lengths[step.rows].sum()) for step in steps[:done])) as progress,
-        termination_noted() as termination,
-    ):  # fmt: skip
-        for number, step in enumerate(steps[done:], done + 1):
-            add_batch(step.rows)
-            if step.ends_block:
-                sums.end_block()
-            if gives_centres and number == 1:
-                share_centres(sums, number)
-            progress.update(int(lengths[step.rows].sum()))
-            if state and (termination.asked or (state.is_due() and number < len(steps))):
-                state.save(sums.tensors(), number)
-            if termination.asked:
-                sys.exit(128 + signal.SIGTERM)
-
-
-def share_centres(sums: MomentSums, num_steps: int) -> int:
-    """Gives all processes the centres of the first; returns the steps in these sums, 0 where they had other centres."""
-    own = [centre.clone() for centre in sums.centres]
-    processes().from_first(sums.centres)
-    sums.is_centred = True
-    if all(map(torch.equal, own, sums.centres)):
-        return num_steps
-    sums.clear()
-    return 0
 
 
 # ------------------------------------------------------------------ find or make
@@ -485,13 +472,7 @@ def config_path(config: Config) -> Path:
 
 def as_stored(config: Config, free: Collection[str]) -> Config:
     """The config with the settings in `free` as the moments at its place have them, if there are any."""
-    path = config_path(config)
-    if not path.is_file():
-        return config
-    stored = {name: value for name, value in read_identity(path)["config"].items() if name in free}
-    if stored.get("adapter_dir"):
-        stored["adapter_dir"] = Path(stored["adapter_dir"])
-    return with_values(config, **stored)
+    return settings_as_stored(config, config_path(config), free)
 
 
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
@@ -504,26 +485,11 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     """
     path = config_path(config)
     if not path.is_file():
-        if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
-            name, adapted, _ = config.model.model_name.partition("+lora")
-            adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
-            asked = with_values(config, model_name=name, adapter_dir=adapter) if adapted else config
-            flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
-            raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
-        print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+        check_embedded(config, path)
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
-    default = flatten(Config())
-    free = {name for name, value in flatten(config).items() if value == default[name]}
-    if config.model.model_name.endswith("+lora"):  # the moments know the model and its adapter
-        free.add("model_name")
-    stored = read_identity(path)
-    check_identity(stored, {"config": result_settings(config)}, path, free | {"seed"})
-    config = as_stored(config, free - {"seed"})
-    if fingerprint := known_fingerprint(config.model, config.run):
-        check_identity(stored, {"config": {}, "model_fingerprint": fingerprint}, path)
-    return path, config
+    return path, settings_found(config, path)
 
 
 def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
@@ -539,7 +505,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         UserError: moments of another identity are there; or what the pass itself refuses.
     """
     config = as_stored(config, free)
-    path = config_path(config)
+    path, output = config_path(config), config.output
     identity = {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
@@ -549,7 +515,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
 
     def is_there() -> bool:
         try:
-            return not renew and is_complete(path, identity, config.output.folds, config.output.save_pooled)
+            return not renew and is_complete(path, identity, output.folds, output.save_pooled, output.layers)
         except UserError:
             if not config.run.overwrite:
                 raise
@@ -557,57 +523,80 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
 
     if processes().object_of_first(is_there):
         print(f"reused, already complete with these settings:\n{path}")
+        remove_states(path)  # of a run that was killed when it had written the result
     else:
         make(config, data, identity)
         print(path)
     return path
 
 
+def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts, num_labels: int) -> Config:
+    """The config with the place of the sums decided; prints what the pass needs.
+
+    Raises:
+        UserError: that does not fit, or there is no such layer.
+    """
+    device, item = pick_device(config.run.device), getattr(torch, config.model.dtype).itemsize
+    num_layers = len(numbers_of_layers(config.output.layers, model_config.num_hidden_layers + 1))
+    of_folds = num_fold_layers(config, num_layers)
+    sizes = Sizes(num_layers, model_config.hidden_size, num_labels, config.num_folds, of_folds)
+    product_item = choose_product_dtype(config, int(tokens.lengths.sum()), sizes.hidden_size).itemsize
+    num_tokens = max(
+        int(tokens.lengths[rows].max()) * len(rows)
+        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device))
+    )
+    num_saved = {"none": 0, "last": 1, "all": model_config.num_hidden_layers + 1}[config.output.save_pooled]
+    need = Need(
+        weights=item * num_parameters(config.model, config.run),
+        sums=8 * sizes.num_numbers,
+        block=product_item * num_layers * 2 * sizes.hidden_size**2,
+        batch=batch_bytes(model_config, num_tokens, item, product_item) + matrix_bytes(model_config),
+        pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
+        num_tokens=num_tokens,
+    )
+    on_host = keep_on_host(need, device, config.placement.accumulate_on)
+    check_fits(need, device, config_path(config), on_host, config.placement.device_map != "none")
+    return with_values(config, accumulate_on="cpu" if on_host else "device")
+
+
 def make(config: Config, data: LabelledTexts, identity: dict) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device, team = config_path(config), pick_device(config.run.device), processes()
     check_writable(path)
+    team.object_of_first(lambda: check_states(path, identity, config.run.overwrite))
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
-    model = load_base_model(config.model, config.run, device)
-    self_check(model, tokens, config.model.model_name)
     targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
+    config = place(config, model_config, tokens, targets.shape[1])
+    model = load_base_model(config.model, config.run, device, config.placement.device_map)
+    self_check(model, tokens, config.model.model_name)
     metadata = {
         "format_version": FORMAT_VERSION,
         **identity,
         **stored_as(config.model),
         "environment": environment(),
-        "num_samples": len(data.texts),
-        "num_tokens": int(tokens.lengths.sum()),
-        "num_pairs": int((tokens.lengths - 1).sum()),
-        "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
-        "max_length": tokens.max_length,
-        "rounding": rounding_statistics(tokens),
-        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
+        **describe(data, tokens),
     }
+    num_layers = model.config.num_hidden_layers + 1
+    if config.output.layers is not None:
+        metadata |= {"layers": numbers_of_layers(config.output.layers, num_layers), "num_layers": num_layers}
     pooled_file = None
     if config.output.save_pooled != "none":
-        num_saved = model.config.num_hidden_layers + 1 if config.output.save_pooled == "all" else 1
+        num_saved = num_layers if config.output.save_pooled == "all" else 1
         shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
         pooled_file = PooledFile(pooled_path(path), shapes, metadata, team)
         pooled_file.tensors["labels"][:] = data.labels
 
-    def unfinished(sums: MomentSums, steps: list[Step]) -> Unfinished:
-        way = {
-            "num_steps": len(steps),
-            "tokens_per_batch": config.run.batch_tokens(device),
-            "device": device.type,
-            "folds": config.output.folds,
-            "save_pooled": config.output.save_pooled,
-            "product_dtype": str(sums.block[0].dtype),
-            "environment": metadata["environment"],
-        }
+    def unfinished(num_steps: int) -> Unfinished:
+        way = {"num_steps": num_steps, "tokens_per_batch": config.run.batch_tokens(device), "device": device.type}
+        way |= {name: value for name, value in all_settings(config).items() if name in CHANGING_STATES}
+        way |= {"environment": metadata["environment"]}
         usable = pooled_file is None or pooled_file.is_old
-        return Unfinished(path, identity, way, team, config.output.minutes_per_state, config.run.overwrite, usable)
+        return Unfinished(path, identity, way, team, config.output.minutes_per_state, usable)
 
-    pooled = pooled_file and pooled_file.tensors["pooled"]
     try:
+        pooled = pooled_file.tensors["pooled"] if pooled_file else None
         sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished)
     except BaseException:
         if pooled_file and not states_beside(path):

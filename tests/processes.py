@@ -1,5 +1,6 @@
 """Processes that tests start without a new interpreter: forks, alone or as the ranks of one run."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from utils.distributed import processes
+from utils.distributed import one_voice, processes
 
 FORK = multiprocessing.get_context("fork")
 
@@ -20,8 +21,13 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start(run: Callable[[int], object], size: int = 1, output: Path | None = None) -> list[BaseProcess]:
-    """Starts `run(rank)` in `size` processes that torchrun could have started; their stderr goes behind `output`."""
+def start(
+    run: Callable[[int], object], size: int = 1, output: Path | None = None, whole: bool = False
+) -> list[BaseProcess]:
+    """Starts `run(rank)` in `size` processes that torchrun could have started; their stderr goes behind `output`.
+
+    `whole`: `run` is a whole script, and not only its `main`.
+    """
     port = free_port()
 
     def be(rank: int) -> None:
@@ -31,7 +37,8 @@ def start(run: Callable[[int], object], size: int = 1, output: Path | None = Non
         processes.cache_clear()
         if output is not None:
             sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives
-        run(rank)
+        with contextlib.nullcontext() if whole else one_voice(True, "script"):
+            run(rank)
 
     started = [FORK.Process(target=be, args=(rank,)) for rank in range(size)]
     for process in started:

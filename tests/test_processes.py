@@ -17,6 +17,7 @@ from utils.batches import share_of, token_steps
 from utils.io import UserError
 from utils.models import TokenizedTexts
 from utils.scores import SCORES
+from utils.settings import with_values
 
 
 def settings(model_dirs, rows, folder, **more):
@@ -28,6 +29,11 @@ def settings(model_dirs, rows, folder, **more):
 def moments(folder) -> dict[str, torch.Tensor]:
     [path] = folder.rglob("train.safetensors")
     return load_file(path)
+
+
+def sweep(config) -> dict:
+    settings = {"model": config.model, "data": config.data, "run": config.run}
+    return K_sweep.run(with_values(K_sweep.Config(**settings), num_null_draws=2, picture=False))
 
 
 def run_cache(config, size: int, counts=None) -> list[int | None]:
@@ -46,6 +52,14 @@ def run_cache(config, size: int, counts=None) -> list[int | None]:
             (counts / f"{rank}.json").write_text(json.dumps(rows))
 
     return exit_codes(start(run, size))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Blocks so small that each process gets some of the few texts of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "PAIRS_PER_BLOCK", 300)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,7 @@ def test_many_processes_give_the_numbers_of_one(alone, model_dirs, rows_path, tm
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     ran = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
-    scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (alone, config)]
+    scores = [sweep(c) for c in (alone, config)]
     for one, other in zip(*(result["layers"] for result in scores), strict=True):
         for name in SCORES:
             np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9)
@@ -102,9 +116,8 @@ def test_shares_hold_every_text_once_and_are_of_like_size(size):
     assert all(share[-1].ends_block for share in shares if share)
 
 
-def test_float32_products_are_those_of_one_process(model_dirs, rows_path, tmp_path, monkeypatch):
+def test_float32_products_are_those_of_one_process(model_dirs, rows_path, tmp_path):
     """Whole blocks are dealt out, so that each sum in float32 is the same number wherever it is taken."""
-    monkeypatch.setattr(cache, "PAIRS_PER_BLOCK", 300)
     names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "tokens_per_batch": 96}
     one, two = (configure(cache, **names, product_dtype="float32", results_dir=tmp_path / n) for n in ("one", "two"))
     cache.main(one)
@@ -123,10 +136,9 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_pa
             cache.visit_hidden_states = fail
         arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--tokens_per_batch", 96]
         sys.argv = ["cache.py", *map(str, arguments), "--results_dir", str(tmp_path / "results")]
-        cache.PAIRS_PER_BLOCK = 300
         cache.run_script(cache.main, cache.Config, None, share_work=True)
 
-    codes = exit_codes(start(run, 2, tmp_path / "said"))
+    codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
     said = (tmp_path / "said").read_text()
     assert codes == [1, 1] and said.count("error") == 1 and "the states of this process are gone" in said, said
     assert "Traceback" not in said and not list(tmp_path.rglob("*.safetensors"))
@@ -137,7 +149,7 @@ def test_a_mistake_of_all_is_said_once(model_dirs, tmp_path):
         sys.argv = ["cache.py", "--model_name", str(model_dirs["llama"]), "--dataset_name", "no_such_rows.jsonl"]
         cache.run_script(cache.main, cache.Config, None, share_work=True)
 
-    codes = exit_codes(start(run, 3, tmp_path / "said"))
+    codes = exit_codes(start(run, 3, tmp_path / "said", whole=True))
     said = (tmp_path / "said").read_text()
     assert codes == [1, 1, 1] and said.count("no_such_rows.jsonl") == 1 and said.count("error:") == 1, said
 
@@ -147,7 +159,7 @@ def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
         sys.argv = ["K_sweep.py"]
         K_sweep.run_script(K_sweep.main, K_sweep.Config, None)
 
-    codes = exit_codes(start(run, 2, tmp_path / "said"))
+    codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
     assert sorted(codes) == [0, 1]
     said = (tmp_path / "said").read_text()
     assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"

@@ -4,9 +4,15 @@ Batches are dealt out to processes by blocks, the units in which products are ad
 over a block is then the same number, in whatever process it is taken.
 """
 
-from dataclasses import dataclass
+import functools
+import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data import LabelledTexts
 
 BATCH_COST = 64  # what a batch costs by itself, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
@@ -117,3 +123,43 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
         groups.append((i, int(cut[i])))
         i = int(cut[i])
     return groups
+
+
+# ------------------------------------------------------------------ what belongs to the texts
+def one_hot_targets(data: LabelledTexts) -> Tensor:
+    """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
+    labels = torch.from_numpy(np.asarray(data.labels))
+    if data.is_regression:
+        return labels.double().reshape(len(labels), -1)
+    return torch.nn.functional.one_hot(labels.long(), data.num_labels).double()
+
+
+def assign_folds(texts: list[str], num_folds: int) -> Tensor:
+    """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
+    folds = torch.tensor([zlib.crc32(text.encode()) % num_folds for text in texts])
+    return torch.nn.functional.one_hot(folds, num_folds).double()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer's states are added up with: b texts of one forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    lengths: Tensor  # (b,) tokens per text
+    targets: Tensor  # (b, c) float64
+    folds: Tensor  # (b, f) float64, one-hot
+    elsewhere: dict[torch.device, "Batch"] = field(default_factory=dict)  # where layers are on other devices
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        if device == self.lengths.device:
+            return self
+        if device not in self.elsewhere:
+            lengths, targets, folds = (tensor.to(device) for tensor in (self.lengths, self.targets, self.folds))
+            self.elsewhere[device] = Batch(self.rows, lengths, targets, folds)
+        return self.elsewhere[device]
+
+    @functools.cached_property
+    def rows_of_folds(self) -> list[Tensor]:
+        """The texts of each fold, as positions within the batch."""
+        return [column.nonzero()[:, 0] for column in self.folds.T]

@@ -54,10 +54,22 @@ class Processes:
         if self.store is None:
             return
         self.num_meetings += 1
-        keys = [f"meeting {self.num_meetings}, {rank}" for rank in range(self.size)]
+        self.say_and_look(f"meeting {self.num_meetings}, ", look=True)
+
+    def leave(self) -> None:
+        """Called last; the first process, which may keep what the others look at, goes when they have gone."""
+        if self.store is not None:
+            self.wait()
+            self.say_and_look("left ", look=self.rank == 0)
+            dist.destroy_process_group()
+
+    def say_and_look(self, name: str, look: bool) -> None:
+        """Says that this process has come to a point; with `look` returns when all have."""
+        assert self.store
+        keys = [f"{name}{rank}" for rank in range(self.size)]
         try:
             self.store.set(keys[self.rank], "here")
-            while not self.store.check(keys):
+            while look and not self.store.check(keys):
                 if self.store.check([FAILED]):
                     raise SystemExit(1)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -135,8 +147,7 @@ def one_voice(share_work: bool, name: str) -> Iterator[None]:
             if of_run.is_first_to_fail():
                 raise
             sys.exit(1)
-        of_run.wait()
-        dist.destroy_process_group()
+        of_run.leave()
 
 
 @contextlib.contextmanager

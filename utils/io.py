@@ -242,7 +242,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | list[Tensor]], metad
         reserve(file, len(header) + sum(part.nbytes for of in parts.values() for part in of))
         file.write(header)
         for part in itertools.chain.from_iterable(parts.values()):
-            file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

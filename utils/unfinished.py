@@ -6,19 +6,22 @@ and adds the same numbers in the same order as if nothing had happened.
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.distributed import Processes
+from utils.batches import Step
+from utils.distributed import Processes, processes
 from utils.io import (
     FORMAT_VERSION,
     NO_PLACE,
@@ -29,7 +32,7 @@ from utils.io import (
     save_tensors,
     tensor_header,
 )
-from utils.results import check_identity
+from utils.results import check_identity, read_identity
 
 Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis
 SHARE_OF_TIME = 1 / 20  # most that the writing of states may take, where one takes long
@@ -46,6 +49,21 @@ def remove_states(path: Path) -> None:
         state.unlink(missing_ok=True)
 
 
+def check_states(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Looks at the states of unfinished runs before the work; with --overwrite those that cannot be used go.
+
+    Raises:
+        UserError: one is damaged, or of a run of another identity.
+    """
+    for state in states_beside(path):
+        try:
+            check_identity(read_identity(state), identity, state)
+        except UserError:
+            if not overwrite:
+                raise
+            state.unlink()
+
+
 @dataclass
 class Unfinished:
     """The state of one process of a pass."""
@@ -55,7 +73,6 @@ class Unfinished:
     way: dict[str, Any]  # how it is made: changes no number that counts, but a state is of one way only
     team: Processes
     minutes_per_state: float
-    overwrite: bool
     usable: bool = True  # whether what belongs to a state that is there is there too
     saved: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # that writing the last state took
@@ -67,32 +84,22 @@ class Unfinished:
         return self.result.with_name(name)
 
     def load(self, tensors: Tensors) -> int:
-        """Fills the tensors with those of the state; returns the steps it holds, 0 where there is none to go on from.
-
-        Raises:
-            UserError: the state is damaged, or of a run of another identity, and not to be overwritten.
-        """
+        """Fills the tensors with those of the state; returns the steps it holds, 0 without one to go on from."""
         remove_abandoned(self.path)
-        if not self.path.is_file() or not self.usable:
+        if not self.path.is_file():
             if self.team.rank == 0 and (others := states_beside(self.result)):
                 print(f"{others[0]} is of another number of processes: this run starts from the beginning")
             return 0
-        try:
-            with open_tensors(self.path) as (file, metadata):
-                check_identity(metadata, self.identity, self.path)
-                way = metadata.get("way")
-                if way == self.way:
-                    for name in file.keys():  # noqa: SIM118, not a dict
-                        fill(tensors[name], file.get_slice(name))
-                    print(f"going on from {self.path}: {metadata['num_steps']} of {self.way['num_steps']} batches")
-                    return metadata["num_steps"]
-        except UserError:
-            if not self.overwrite:
-                raise
-            return 0
-        differing = ", ".join(name for name, value in self.way.items() if (way or {}).get(name) != value)
-        print(f"{self.path} was made with another {differing}: this run starts from the beginning")
-        return 0
+        with open_tensors(self.path) as (file, metadata):
+            differing = [name for name, value in self.way.items() if metadata["way"].get(name) != value]
+            if differing or not self.usable:
+                why = f"was made with another {', '.join(differing)}" if differing else "has lost its pooled states"
+                print(f"{self.path} {why}: this run starts from the beginning")
+                return 0
+            for name in file.keys():  # noqa: SIM118, not a dict
+                fill(tensors[name], file.get_slice(name))
+        print(f"going on from {self.path}: {metadata['num_steps']} of {self.way['num_steps']} batches")
+        return metadata["num_steps"]
 
     def save(self, tensors: Tensors, num_steps: int) -> None:
         """Writes the state after so many steps; where it cannot be written the pass goes on without."""
@@ -142,6 +149,70 @@ def termination_noted() -> Iterator[Termination]:
         signal.signal(signal.SIGTERM, before)
 
 
+# ------------------------------------------------------------------ the pass
+class RunningSums(Protocol):
+    """What a pass adds to."""
+
+    centres: list[Tensor]  # of each layer, the same in every process
+    is_centred: bool
+
+    def tensors(self) -> Tensors:
+        """All that changes."""
+
+    def clear(self) -> None:
+        """Back to zero, but for the centres."""
+
+    def end_block(self) -> None:
+        """Called after the last batch of a block."""
+
+    def settle(self) -> None:
+        """Returns when all that was added is in the tensors."""
+
+
+def run_steps(
+    steps: list[Step],
+    lengths: np.ndarray,
+    sums: RunningSums,
+    add_batch: Callable[[np.ndarray], None],
+    unfinished: Callable[[int], Unfinished] | None,
+) -> None:
+    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then."""
+    state, team = unfinished(len(steps)) if unfinished else None, processes()
+    done = state.load(sums.tensors()) if state else 0
+    gives_centres = team.rank == 0 and not done
+    if not gives_centres:
+        done = share_centres(sums, done)
+    with (
+        tqdm(total=sum(int(lengths[step.rows].sum()) for step in steps), unit="token", unit_scale=True, desc="cache",
+             initial=sum(int(lengths[step.rows].sum()) for step in steps[:done])) as progress,
+        termination_noted() as termination,
+    ):  # fmt: skip
+        for number, step in enumerate(steps[done:], done + 1):
+            add_batch(step.rows)
+            if step.ends_block:
+                sums.end_block()
+            if gives_centres and number == 1:
+                share_centres(sums, number)
+            progress.update(int(lengths[step.rows].sum()))
+            if state and (termination.asked or (state.is_due() and number < len(steps))):
+                sums.settle()
+                state.save(sums.tensors(), number)
+            if termination.asked:
+                sys.exit(128 + signal.SIGTERM)
+    sums.settle()
+
+
+def share_centres(sums: RunningSums, num_steps: int) -> int:
+    """Gives all processes the centres of the first; returns the steps in these sums, 0 where they had other centres."""
+    own = [centre.clone() for centre in sums.centres]
+    processes().from_first(sums.centres)
+    sums.is_centred = True
+    if all(map(torch.equal, own, sums.centres)):
+        return num_steps
+    sums.clear()
+    return 0
+
+
 # ------------------------------------------------------------------ pooled states
 class PooledFile:
     """The file of pooled states while it is filled, row by row, by all processes of a machine."""
@@ -161,9 +232,13 @@ class PooledFile:
         if team.rank == 0:
             remove_abandoned(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.tensors: dict[str, np.memmap] = create_tensor_file(
-            self.unfinished, self.header, shapes, renew=team.rank == 0 and not self.is_old, wait=team.wait
-        )
+        try:
+            self.tensors: dict[str, np.memmap] = create_tensor_file(
+                self.unfinished, self.header, shapes, renew=team.rank == 0 and not self.is_old, wait=team.wait
+            )
+        except OSError:
+            self.discard()
+            raise
 
     def is_own(self) -> bool:
         """Whether the unfinished file is of this run."""
