@@ -37,7 +37,7 @@ import cache
 import K_sweep
 from utils.io import open_tensors, run_script, write_atomically
 from utils.linalg import NestedBasis, captured
-from utils.moments import LayerMoments, load_layer
+from utils.moments import LayerMoments, last_layer, load_layer
 from utils.scores import SCORES
 from utils.settings import with_values
 
@@ -123,8 +123,7 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 def last_layer(moments: cache.Config) -> LayerMoments:
     """The moments that cache.py wrote, of the last layer."""
     with open_tensors(cache.config_path(moments)) as (file, metadata):
-        num_layers, _ = file.get_slice("pooled_mean").get_shape()
-        return load_layer(file, metadata, num_layers - 1, torch.device("cpu"))
+        return load_layer(file, metadata, last_layer(file, metadata), torch.device("cpu"))
 
 
 def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]:

@@ -48,7 +48,7 @@ GRAPH = {module_name(path): imported_modules(ast.parse(path.read_text())) for pa
 
 def test_the_graph_sees_the_imports():
     """What the tests below rest on."""
-    assert {"utils.models", "utils.results", "utils.settings"} <= GRAPH["cache"] and "cache" in GRAPH["K_sweep"]
+    assert {"utils.models", "utils.moments", "utils.settings"} <= GRAPH["cache"] and "cache" in GRAPH["K_sweep"]
     assert "demo.docstrings" in GRAPH["utils.sources"]  # imported inside a function
 
 
