@@ -35,7 +35,15 @@ import cache
 from utils.closed_form import layer_scores
 from utils.io import environment, open_tensors, pick_device, run_script, save_json
 from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
-from utils.moments import LayerMoments, load_layer, moments_path, probe_scores
+from utils.moments import (
+    LayerMoments,
+    last_layer,
+    load_layer,
+    moments_path,
+    place_of,
+    probe_scores,
+    stored_layers,
+)
 from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.pictures import plot_sweep, save_figure
 from utils.results import find_result, result_path
@@ -457,14 +465,16 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         }
         if stored := find_result(output_path(config), identity, config.run):
             return stored
-        num_layers, hidden_size = file.get_slice("pooled_mean").get_shape()
+        hidden_size, numbers = file.get_slice("pooled_mean").get_shape()[1], stored_layers(file, metadata)
+        place_of(file, metadata, last_layer(file, metadata))  # the score is that of the last layer
         layers = []
-        for layer in tqdm(range(num_layers), unit="layer", desc="K_sweep"):
+        for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
-            held_out = load_layer(other, other_metadata, layer, device) if other_metadata else None
+            is_held_out = other_metadata and layer in stored_layers(other, other_metadata)
+            held_out = load_layer(other, other_metadata, layer, device) if is_held_out else None
             entry = sweep_layer(moments, held_out, config, layer)
             if not option_suffix({**result_settings(config), "split": "train"}):  # a control of V would repeat them
-                folds = load_folds(path, layer, device) if layer == num_layers - 1 else None
+                folds = load_folds(path, layer, device) if layer == numbers[-1] else None
                 entry["closed_form"] = layer_scores(moments, held_out, folds, (config.data.seed, layer)).scores
             layers.append(entry)
     return {

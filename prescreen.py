@@ -38,7 +38,7 @@ from utils.closed_form import layer_scores
 from utils.data import LabelledTexts, load_splits
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json
 from utils.model_table import MODELS, model_source
-from utils.moments import LayerMoments, load_layer
+from utils.moments import LayerMoments, check_has_every_layer, load_layer
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, num_parameters, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
@@ -219,6 +219,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts, advance: Calla
     device = pick_device(config.run.device)
     layers, judged = [], []
     with open_tensors(path) as (file, metadata):
+        check_has_every_layer(file, metadata, "prescreen.py")
         num_layers, width = file.get_slice("pooled_mean").get_shape()
         for layer in range(num_layers):
             moments = load_layer(file, metadata, layer, device)

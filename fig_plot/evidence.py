@@ -1,7 +1,7 @@
 """Which score to trust: each score of the prescreen against what the probe and LoRA reached.
 
     python -m fig_plot.evidence                                    # from the committed tables
-    python -m fig_plot.evidence --results_dir results/study/full   # after reading new results of K_sweep.py
+    python -m fig_plot.evidence --results_dir results/study/docstrings   # after reading new results of K_sweep.py
 
 Reads the CSV files of collect.py in fig_plot/data/ and closed_form.csv; with --results_dir, first adds the scores at
 the last layer of every result of K_sweep.py there to closed_form.csv, in place of rows of the same model, dataset and
@@ -86,7 +86,7 @@ def closed_form_cells(data_dir: Path) -> pd.DataFrame:
     cells = trained_models(load_cells(data_dir))
     path = data_dir / FILE
     if not path.is_file():
-        raise UserError(f"No {path}. Run: python -m fig_plot.evidence --results_dir results/study/full")
+        raise UserError(f"No {path}. Run: python -m fig_plot.evidence --results_dir results/study/docstrings")
     scores = pd.read_csv(path).drop(columns=["seed", "layer"]).groupby(KEYS, as_index=False).mean()
     return cells.merge(scores, on=KEYS, how="left")
 
