@@ -28,7 +28,7 @@ def dense():
     u = scipy.linalg.eigh(cross @ cross.T, second)[1][:, -3:]
     whole = LinearRegression().fit(features, targets)
     explained = np.square(whole.predict(features) - targets.mean(0)).sum()
-    random, draws = np.random.default_rng(5), {"ntps_label": [], "retained": []}
+    random, draws = np.random.default_rng(5), dict[str, list]({"ntps_label": [], "retained": []})
     for _ in range(NUM_DRAWS):
         v = random.normal(size=(12, 12))
         inside, euclidean = [], []
@@ -80,4 +80,5 @@ def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tm
     assert run()["score"] == result["score"]  # the same for a seed
     assert "random_z" not in run("--subspace", "pca")["score"]["retained"]
     assert "random_z" not in run("--num_random_draws", "0")["score"]["retained"]
-    assert "at least 2" in str(run_in_process(monkeypatch, "K_sweep.py", *flags, "--num_random_draws", "1"))
+    with pytest.raises(ValueError, match="at least 2"):
+        K_sweep.Config(num_random_draws=1)
