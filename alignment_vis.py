@@ -45,7 +45,7 @@ from utils.hidden_states import pool, visit_hidden_states
 from utils.identity import load_config
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json, write_atomically
 from utils.models import load_base_model, load_tokenizer, tokenize
-from utils.moments import LayerMoments, load_layer
+from utils.moments import LayerMoments, last_layer, load_layer
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, result_path
 from utils.self_check import self_check
@@ -276,7 +276,7 @@ def main(config: Config) -> None:
     moments_at, found = cache.find_moments(wanted, splits=(config.split,))
     config = dataclasses.replace(config, model=found.model, data=found.data)
     with open_tensors(moments_at) as (file, metadata):
-        config = complete_settings(config, file.get_slice("pooled_mean").get_shape()[0])
+        config = complete_settings(config, last_layer(file, metadata) + 1)
         path = output_path(config)
         # not the environment: the same rows and settings give the same moments on any machine
         provenance = {name: value for name, value in metadata.items() if name != "environment"}

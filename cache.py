@@ -24,8 +24,9 @@ fixed random signs Z, and token_square (l, d), the mean over texts of the sum ov
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 import functools
-import zlib
-from collections.abc import Collection
+import itertools
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,41 +34,41 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from utils.batches import token_batches
+from utils.batches import Batch, assign_folds, one_hot_targets, share_of, token_batches, token_steps
 from utils.data import LabelledTexts, load_splits, load_texts
-from utils.hidden_states import pool, visit_hidden_states
-from utils.identity import known_fingerprint, load_config, model_fingerprint, stored_as
-from utils.io import (
-    FORMAT_VERSION,
-    UserError,
-    check_writable,
-    create_tensor_file,
-    environment,
-    open_tensors,
-    pick_device,
-    run_script,
-    save_tensors,
-    write_atomically,
-)
+from utils.distributed import processes
+from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
+from utils.host_sums import HostSums
+from utils.identity import load_config, model_fingerprint, stored_as
+from utils.io import FORMAT_VERSION, UserError, check_writable, environment, pick_device, run_script, save_tensors
 from utils.linalg import NUM_PROBES, noise_probes
+from utils.memory import Need, batch_bytes, check_fits, keep_on_host, matrix_bytes, num_parameters
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.moments import moments_path, pooled_path
-from utils.results import check_identity, read_identity
+from utils.moments import (
+    check_embedded,
+    describe,
+    is_complete,
+    moments_path,
+    numbers_of_layers,
+    pooled_path,
+    settings_as_stored,
+    settings_found,
+)
 from utils.self_check import self_check
 from utils.settings import (
     Data,
     Model,
+    Placement,
     Run,
     Unrecorded,
+    all_settings,
     check_at_least_one,
-    command_line,
-    flatten,
     result_settings,
     with_values,
 )
+from utils.unfinished import PooledFile, Unfinished, check_states, remove_states, run_steps, states_beside
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Output(Unrecorded):
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
     folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
+    layers: tuple[int, ...] | None = None  # layers whose moments are kept, 0 the embeddings, -1 the last; None: all
+    minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.save_pooled != "none":
+            raise ValueError("--layers is for moments: --save_pooled keeps the last layer, or all of them")
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,17 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
+    placement: Placement = Placement()
     run: Run = Run()
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "num_folds")
 
 
-PAIRS_PER_FLUSH = 8192  # so many products are added up in their own dtype, as in one large batch
+PAIRS_PER_BLOCK = 8192  # so many products are added up in their own dtype, as in one large batch
+CHANGING_STATES = ("layers", "folds", "save_pooled", "accumulate_on", "device_map")  # besides what identifies a result
+LARGE = ("products", "pooled_second_moment", "fold_pooled_second_moment")  # sums that can be in the host's memory
+NUM_STRIPES = 3  # of rows of the products; what of C0 lies left of a stripe's diagonal block is not computed
 
 
 # ------------------------------------------------------------------ moments
@@ -147,89 +158,178 @@ def centred_prefixes(
     return Prefixes(pairs.flatten(0, 1), thin[:, :-2], sums, totals + lengths[:, None] * centre)
 
 
-def choose_product_dtype(config: "Config", tokens: TokenizedTexts, hidden_size: int) -> torch.dtype:
+def choose_product_dtype(config: "Config", num_tokens: int, hidden_size: int) -> torch.dtype:
     """The dtype of the products: with `auto` float64 for few tokens.
 
     Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
     would cost a fifth of a long pass, where float32 errors are smaller and are measured.
     """
-    few = int(tokens.lengths.sum()) <= max(2**14, 32 * hidden_size)
+    few = num_tokens <= max(2**14, 32 * hidden_size)
     dtype = ("float64" if few else "float32") if config.product_dtype == "auto" else config.product_dtype
     return getattr(torch, dtype)
 
 
-class MomentSums:
-    """Running sums over texts; `averages` adds what the centres are due and divides by the number of texts.
+@dataclass(frozen=True)
+class Sizes:
+    """Of the sums."""
 
-    Products of a batch are added up in place, in their own dtype, and every `PAIRS_PER_FLUSH` pairs in float64.
+    num_layers: int
+    hidden_size: int
+    num_labels: int
+    num_folds: int
+    num_fold_layers: int  # the last layers, which keep their folds
+
+    @property
+    def of_layer(self) -> dict[str, tuple[int, ...]]:
+        """What each layer has, by the symbols of the module docstring."""
+        d, c = self.hidden_size, self.num_labels
+        return {
+            "pooled_second_moment": (d, d),
+            "pooled_label_cross_moment": (d, c),
+            "pooled_mean": (d,),
+            "pooled_norm_fourth_power": (),  # |m|^4, for Ledoit-Wolf shrinkage
+            "pooled_norm_squared_pooled": (d,),  # |m|^2 m, likewise
+            "products": (d, 2 * d),  # of [q_t ; a_{t+1}]
+            "errors": (d, 2 * NUM_PROBES),
+            "exact": (d, 2 * NUM_PROBES),  # of the products of the current block
+            **{name: (d,) for name in ("q", "tq", "a", "ta", "total_square")},
+        }
+
+    @property
+    def of_fold_layer(self) -> dict[str, tuple[int, ...]]:
+        """What each of the last layers has besides."""
+        d, c, f = self.hidden_size, self.num_labels, self.num_folds
+        return {
+            "fold_pooled_second_moment": (f, d, d),
+            "fold_pooled_label_cross_moment": (f, d, c),
+            "fold_pooled_mean": (f, d),
+        }
+
+    @property
+    def num_numbers(self) -> int:
+        """Numbers in the sums of all layers."""
+        whole, folds = (sum(map(math.prod, of.values())) for of in (self.of_layer, self.of_fold_layer))
+        return self.num_layers * whole + self.num_fold_layers * folds
+
+    @property
+    def of_labels(self) -> dict[str, tuple[int, ...]]:
+        """What all layers share."""
+        c, f = self.num_labels, self.num_folds
+        return {"fold_label_mean": (f, c), "fold_label_second_moment": (f, c, c), "fold_num_samples": (f,)}
+
+
+def num_fold_layers(config: Config, num_layers: int) -> int:
+    """How many of the layers keep their folds."""
+    return {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
+
+
+class MomentSums:
+    """Running sums over texts, layer by layer; `averages` adds what the centres are due and divides by their number.
+
+    Products of a batch are added up in place, in their own dtype, and in float64 at the end of a block of batches.
     """
 
     def __init__(
-        self, sizes: tuple[int, int, int, int], num_fold_layers: int, device: torch.device, product_dtype: torch.dtype
+        self,
+        sizes: Sizes,
+        lengths: np.ndarray,
+        devices: list[torch.device],
+        product_dtype: torch.dtype,
+        on_host: bool = False,
     ):
-        """`sizes` are layers l, hidden size d, labels c and folds; the last `num_fold_layers` layers keep folds."""
-        l, d, c, f = sizes  # noqa: E741, the symbols of the module docstring
-        shapes = {
-            "pooled_second_moment": (l, d, d),
-            "pooled_label_cross_moment": (l, d, c),
-            "pooled_mean": (l, d),
-            "pooled_norm_fourth_power": (l,),  # |m|^4, for Ledoit-Wolf shrinkage
-            "pooled_norm_squared_pooled": (l, d),  # |m|^2 m, likewise
-            "fold_pooled_second_moment": (num_fold_layers, f, d, d),
-            "fold_pooled_label_cross_moment": (num_fold_layers, f, d, c),
-            "fold_pooled_mean": (num_fold_layers, f, d),
-            "fold_label_mean": (f, c),
-            "fold_label_second_moment": (f, c, c),
-            "fold_num_samples": (f,),
-            "products": (l, d, 2 * d),  # of [q_t ; a_{t+1}]
-            "errors": (l, d, 2 * NUM_PROBES),
-            "exact": (l, d, 2 * NUM_PROBES),  # since the last flush
-            **{name: (l, d) for name in ("q", "tq", "a", "ta", "total_square")},
+        """Zeros.
+
+        Args:
+            sizes: of the sums.
+            lengths: tokens of all texts, (n,), whatever process adds them.
+            devices: of the states of each layer.
+            product_dtype: of the products.
+            on_host: large sums are in the host's memory, and products of a batch are added to them at once.
+        """
+        d, self.first_fold_layer = sizes.hidden_size, sizes.num_layers - sizes.num_fold_layers
+        self.host = HostSums() if on_host else None
+        self.sums: dict[str, list[Tensor]] = {}
+        for name, shape in (sizes.of_layer | sizes.of_fold_layer).items():
+            of = devices[self.first_fold_layer :] if name in sizes.of_fold_layer else devices
+            places = ["cpu"] * len(of) if on_host and name in LARGE else of
+            self.sums[name] = [torch.zeros(shape, dtype=torch.float64, device=place) for place in places]
+        self.labels = {
+            name: torch.zeros(shape, dtype=torch.float64, device=devices[0]) for name, shape in sizes.of_labels.items()
         }
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-        self.block = torch.zeros((l, d, 2 * d), dtype=product_dtype, device=device)  # products since the last flush
-        self.centres = torch.zeros((l, d), dtype=torch.float64, device=device)  # mean state of the first batch
-        self.probes, self.num_layers = noise_probes(d).to(device), l
-        self.first_fold_layer, self.pairs_in_block = l - num_fold_layers, 0
-        self.num_batches = self.num_pairs = self.t_sum = self.t_squared_sum = 0
+        self.product_dtype = product_dtype
+        self.block = [torch.zeros((d, 2 * d), dtype=product_dtype, device=device) for device in devices if not on_host]
+        self.centres = [torch.zeros(d, dtype=torch.float64, device=device) for device in devices]
+        step = -(-d // NUM_STRIPES)
+        self.stripes = [slice(start, min(start + step, d)) for start in range(0, d, step)]
+        self.probes = {device: noise_probes(d).to(device) for device in set(devices)}
+        self.is_centred = False  # on the mean states of the first batch
+        n = lengths.astype(np.int64) - 1  # pairs of each text; t runs over 1..n
+        self.num_pairs, self.t_sum = int(n.sum()), int((n * (n + 1) // 2).sum())
+        self.t_squared_sum = int((n * (n + 1) * (2 * n + 1) // 6).sum())
+
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
+        """Everything that changes during a pass, by name."""
+        return {**self.sums, **self.labels, "centres": self.centres, "block": self.block}
+
+    def clear(self) -> None:
+        """Back to the start of a pass, but for the centres."""
+        for tensor in (*itertools.chain.from_iterable(self.sums.values()), *self.labels.values(), *self.block):
+            tensor.zero_()
 
     def add_labels(self, batch: "Batch") -> None:
-        """Adds what is the same at every layer: labels, folds and token counts of a batch; after its layers."""
-        sums = self.sums
-        sums["fold_label_mean"] += batch.folds.T @ batch.targets
-        sums["fold_label_second_moment"] += torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
-        sums["fold_num_samples"] += batch.folds.sum(0)
-        n = batch.lengths - 1  # pairs of each text; t runs over 1..n
-        self.num_batches += 1
-        self.num_pairs += int(n.sum())
-        self.t_sum += int((n * (n + 1) // 2).sum())
-        self.t_squared_sum += int((n * (n + 1) * (2 * n + 1) // 6).sum())
-        self.pairs_in_block += int(n.sum())
-        if self.pairs_in_block >= PAIRS_PER_FLUSH:
-            self.flush()
+        """Adds what is the same at every layer: labels and folds of a batch; after its layers."""
+        self.labels["fold_label_mean"] += batch.folds.T @ batch.targets
+        second_moment = torch.einsum("bf,bc,be->fce", batch.folds, batch.targets, batch.targets)
+        self.labels["fold_label_second_moment"] += second_moment
+        self.labels["fold_num_samples"] += batch.folds.sum(0)
+        self.is_centred = True
 
     def add_tokens(self, layer: int, hidden_states: Tensor, lengths: Tensor) -> Tensor:
         """Adds one layer's states (b, t, d) of a batch; returns the mean state of each text, (b, d) float64."""
-        if not self.num_batches:
-            self.centres[layer] = pool(hidden_states.double(), lengths, "mean").mean(0)
-        added = centred_prefixes(hidden_states, lengths, self.centres[layer], self.probes, self.block.dtype)
-        self.block[layer].addmm_(added.pairs[:, : hidden_states.shape[2]].T, added.pairs)
+        if not self.is_centred:
+            self.centres[layer].copy_(pool(hidden_states.double(), lengths, "mean").mean(0))
+        probes, d = self.probes[hidden_states.device], hidden_states.shape[2]
+        added = centred_prefixes(hidden_states, lengths, self.centres[layer], probes, self.product_dtype)
+        block = self.block[layer] if self.block else added.pairs.new_zeros(d, 2 * d)
+        for stripe in self.stripes:  # C0 is symmetric
+            block[stripe, stripe.start :].addmm_(added.pairs[:, stripe].T, added.pairs[:, stripe.start :])
         self.sums["exact"][layer] += added.exact
+        if not self.block:
+            self.add_products(layer, block)
         for name, value in added.sums.items():
             self.sums[name][layer] += value
         self.sums["total_square"][layer] += added.totals.square().sum(0)
         return added.totals / lengths[:, None]
 
-    def flush(self) -> None:
-        """Moves the products into float64, and what their dtype has cost into the errors."""
-        for layer in range(self.num_layers):
-            products = self.block[layer].double()
-            halves = [half @ self.probes for half in products.chunk(2, dim=1)]
+    def add_products(self, layer: int, products: Tensor) -> None:
+        """Moves products into float64, and what their dtype has cost into the errors."""
+        second = products[:, : len(products)]
+        second.copy_(second.triu() + second.triu(1).T)
+        halves = [half @ self.probes[products.device] for half in products.double().chunk(2, dim=1)]
+        self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
+        self.sums["exact"][layer].zero_()
+        if self.host:
+            self.host.add(self.sums["products"][layer], products)
+        else:
             self.sums["products"][layer] += products
-            self.sums["errors"][layer] += torch.cat(halves, dim=1) - self.sums["exact"][layer]
-        self.block.zero_()
-        self.sums["exact"].zero_()
-        self.pairs_in_block = 0
+
+    def add_square(self, name: str, layer: int, rows: Tensor, *fold: int) -> None:
+        """Adds X'X of rows X (b, d) to a large sum."""
+        if self.host:
+            self.host.add(self.sums[name][layer][fold], rows.T @ rows)
+        else:
+            self.sums[name][layer][fold].addmm_(rows.T, rows)
+
+    def end_block(self) -> None:
+        """Adds what has come together in the dtype of the products."""
+        for layer, products in enumerate(self.block):
+            self.add_products(layer, products)
+            products.zero_()
+
+    def settle(self) -> None:
+        """Returns when the sums hold all that was added."""
+        if self.host:
+            self.host.wait()
 
     def add_pooled(self, layer: int, pooled: Tensor, batch: "Batch") -> None:
         """Adds one layer's pooled states of a batch, (b, d) float64."""
@@ -239,24 +339,24 @@ class MomentSums:
         sums["pooled_norm_squared_pooled"][layer] += norm_squared @ pooled
         sums["pooled_mean"][layer] += pooled.sum(0)
         if at < 0:
-            sums["pooled_second_moment"][layer].addmm_(pooled.T, pooled)
+            self.add_square("pooled_second_moment", layer, pooled)
             sums["pooled_label_cross_moment"][layer].addmm_(pooled.T, batch.targets)
             return
         sums["fold_pooled_mean"][at] += batch.folds.T @ pooled
         for fold, rows in enumerate(batch.rows_of_folds):
-            sums["fold_pooled_second_moment"][at, fold].addmm_(pooled[rows].T, pooled[rows])
-            sums["fold_pooled_label_cross_moment"][at, fold].addmm_(pooled[rows].T, batch.targets[rows])
+            self.add_square("fold_pooled_second_moment", at, pooled[rows], fold)
+            sums["fold_pooled_label_cross_moment"][at][fold].addmm_(pooled[rows].T, batch.targets[rows])
 
-    def prefix_moments(self) -> dict[str, Tensor]:
-        """C0, C1, their means and errors, summed over texts, with what the centres add; once, at the end."""
-        self.flush()
-        q, tq, a, ta, mu = (*(self.sums[name] for name in ("q", "tq", "a", "ta")), self.centres)
-        second, following = self.sums["products"].chunk(2, dim=2)
-        for layer in range(self.num_layers):  # in place: nothing else of this size is needed
-            second[layer].addr_(tq[layer], mu[layer]).addr_(mu[layer], tq[layer] + self.t_squared_sum * mu[layer])
-            second[layer].copy_((second[layer] + second[layer].T) / 2)  # symmetric only up to rounding
-            following[layer].addr_(q[layer], mu[layer]).addr_(mu[layer], ta[layer] + self.t_sum * mu[layer])
-        second_error, next_error = self.sums["errors"].chunk(2, dim=2)
+    def prefix_moments(self, layer: int) -> dict[str, Tensor]:
+        """C0, C1, their means and errors, summed over texts, with what the centre adds; once, at the end."""
+        q, tq, a, ta = (self.sums[name][layer] for name in ("q", "tq", "a", "ta"))
+        mu = self.centres[layer]
+        second, following = self.sums["products"][layer].chunk(2, dim=1)
+        # in place: nothing else of this size is needed
+        second.addr_(tq, mu).addr_(mu, tq + self.t_squared_sum * mu)
+        second.copy_((second + second.T) / 2)  # symmetric only up to rounding
+        following.addr_(q, mu).addr_(mu, ta + self.t_sum * mu)
+        second_error, next_error = self.sums["errors"][layer].chunk(2, dim=1)
         return {
             "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
@@ -265,55 +365,40 @@ class MomentSums:
             "prefix_second_error": second_error,
             "prefix_next_error": next_error,
             # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
-            "token_square": self.sums["total_square"] - 2 * following.diagonal(dim1=1, dim2=2),
+            "token_square": self.sums["total_square"][layer] - 2 * following.diagonal(),
         }
 
-    def averages(self) -> dict[str, Tensor]:
-        """Averages over texts, of each fold and, without `fold_`, of all folds together; once, at the end."""
-        sums, counts = self.sums, self.sums["fold_num_samples"]
+    def averages(self) -> dict[str, Tensor | list[Tensor]]:
+        """Averages over texts, of each fold and, without `fold_`, of all folds together; once, at the end.
+
+        What there is of each layer is a list over layers.
+        """
+        averages: dict[str, Tensor | list[Tensor]] = {}
+        counts = self.labels["fold_num_samples"]
+        num_samples = counts.sum().item()
         for name in ("pooled_second_moment", "pooled_label_cross_moment"):
-            sums[name][self.first_fold_layer :] = sums[f"fold_{name}"].sum(1)
-        whole = {name: total for name, total in sums.items() if name.startswith("pooled_")} | self.prefix_moments()
-        whole |= {name: sums[f"fold_{name}"].sum(0) for name in ("label_mean", "label_second_moment")}
-        averages = {name: total / counts.sum() for name, total in whole.items()} | {"fold_num_samples": counts}
-        for name in ("label_mean", "label_second_moment", "pooled_second_moment", "pooled_label_cross_moment",
-                     "pooled_mean"):  # fmt: skip
-            total, axis = sums[f"fold_{name}"], 0 if name.startswith("label") else 1
-            shape = [-1 if dim == axis else 1 for dim in range(total.ndim)]
-            averages[f"fold_{name}"] = total / counts.clamp(min=1).view(shape)
+            for at, of_folds in enumerate(self.sums[f"fold_{name}"]):
+                self.sums[name][self.first_fold_layer + at] = of_folds.sum(0)
+        for name in [name for name in self.sums if name.startswith("pooled_")]:
+            averages[name] = [total.div_(num_samples) for total in self.sums[name]]
+        of_layers = [self.prefix_moments(layer) for layer in range(len(self.centres))]
+        for name in of_layers[0]:
+            averages[name] = [moments[name].div_(num_samples) for moments in of_layers]
+        for name in ("label_mean", "label_second_moment"):
+            averages[name] = self.labels[f"fold_{name}"].sum(0) / num_samples
+
+        def per_fold(total: Tensor) -> Tensor:
+            return total / counts.to(total.device).clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+
+        averages["fold_num_samples"] = counts
+        averages |= {name: per_fold(total) for name, total in self.labels.items() if name != "fold_num_samples"}
+        for name in ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"):
+            of_layers_folds = [per_fold(total) for total in self.sums[f"fold_{name}"]]
+            averages[f"fold_{name}"] = of_layers_folds or counts.new_zeros(0, len(counts), *self.sums[name][0].shape)
         return averages
 
 
 # ------------------------------------------------------------------ the pass
-def one_hot_targets(data: LabelledTexts) -> Tensor:
-    """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
-    labels = torch.from_numpy(np.asarray(data.labels))
-    if data.is_regression:
-        return labels.double().reshape(len(labels), -1)
-    return torch.nn.functional.one_hot(labels.long(), data.num_labels).double()
-
-
-def assign_folds(texts: list[str], num_folds: int) -> Tensor:
-    """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
-    folds = torch.tensor([zlib.crc32(text.encode()) % num_folds for text in texts])
-    return torch.nn.functional.one_hot(folds, num_folds).double()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a layer's states are added up with: b texts of one forward pass, on the device."""
-
-    rows: np.ndarray  # (b,) numbers of the texts
-    lengths: Tensor  # (b,) tokens per text
-    targets: Tensor  # (b, c) float64
-    folds: Tensor  # (b, f) float64, one-hot
-
-    @functools.cached_property
-    def rows_of_folds(self) -> list[Tensor]:
-        """The texts of each fold, as positions within the batch."""
-        return [column.nonzero()[:, 0] for column in self.folds.T]
-
-
 def accumulate_moments(
     model: PreTrainedModel,
     tokens: TokenizedTexts,
@@ -321,63 +406,66 @@ def accumulate_moments(
     folds: Tensor,
     config: Config,
     pooled_file: np.memmap | None = None,
+    unfinished: Callable[[int], Unfinished] | None = None,
+    advance: Callable[[float], object] | None = None,
 ) -> MomentSums:
     """One pass over the texts, every layer at once; only one layer's states are alive at a time.
+
+    Many processes take a share each; the sums of all are those of the first process at the end.
 
     Args:
         model: base model without lm_head.
         tokens: n texts.
         targets: (n, c) float64.
         folds: (n, f) float64, one-hot.
-        config: pooling, tokens_per_batch and product_dtype are read.
+        config: pooling, product_dtype, tokens_per_batch, layers, folds and accumulate_on ("cpu" or not) are read.
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
+        unfinished: gives the state on disk of a pass of so many steps; None: none is kept.
+        advance: told the share of the tokens in each batch, instead of a progress bar.
 
     Raises:
         UserError: a non-finite state, naming layer and text.
     """
-    device = next(model.parameters()).device
-    num_layers, hidden_size = model.config.num_hidden_layers + 1, model.config.hidden_size
-    sizes = (num_layers, hidden_size, targets.shape[1], folds.shape[1])
-    num_fold_layers = {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
-    sums = MomentSums(sizes, num_fold_layers, device, choose_product_dtype(config, tokens, hidden_size))
-    first_saved = num_layers - len(pooled_file) if pooled_file is not None else num_layers
+    device, devices, team = input_device(model), layer_devices(model), processes()
+    kept = numbers_of_layers(config.output.layers, len(devices))
+    of_folds = num_fold_layers(config, len(kept))
+    sizes = Sizes(len(kept), model.config.hidden_size, targets.shape[1], folds.shape[1], of_folds)
+    product_dtype = choose_product_dtype(config, int(tokens.lengths.sum()), sizes.hidden_size)
+    on_host = config.placement.accumulate_on == "cpu"
+    sums = MomentSums(sizes, tokens.lengths, [devices[layer] for layer in kept], product_dtype, on_host)
+    first_saved = len(devices) - len(pooled_file) if pooled_file is not None else len(devices)
     finite: list[Tensor] = []  # of the current batch, (b,) a layer
 
     def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
-        mean = sums.add_tokens(layer, hidden_states, batch.lengths)
+        if layer not in kept:
+            return
+        at, batch = kept.index(layer), batch.on(hidden_states.device)
+        mean = sums.add_tokens(at, hidden_states, batch.lengths)
         pooled = mean if config.pooling == "mean" else pool(hidden_states, batch.lengths, "last").double()
-        finite.append(mean.isfinite().all(1))  # a sum over all tokens shows any of them; read once a batch
-        sums.add_pooled(layer, pooled, batch)
+        finite.append(mean.isfinite().all(1).to(device))  # a sum over all tokens shows any of them; read once a batch
+        sums.add_pooled(at, pooled, batch)
         if pooled_file is not None and layer >= first_saved:
             pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
 
-    with tqdm(total=int(tokens.lengths.sum()), unit="token", unit_scale=True, desc="cache") as progress:
-        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device)):
-            input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
-            batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
-            finite.clear()
-            visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
-            sums.add_labels(batch)
-            if not (all_finite := torch.stack(finite)).all():
-                layer, text = (~all_finite).nonzero()[0].tolist()
-                raise UserError(
-                    f"Non-finite hidden states at layer {layer}, row {rows[text]} of the split ({config.model.dtype}). "
-                    "Half precision overflows on some models: try --dtype float32 or bfloat16."
-                )
-            progress.update(int(tokens.lengths[rows].sum()))
+    def add_batch(rows: np.ndarray) -> None:
+        input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
+        finite.clear()
+        batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
+        visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
+        sums.add_labels(batch.on(devices[kept[0]]))
+        if not (all_finite := torch.stack(finite)).all():
+            at, text = (~all_finite).nonzero()[0].tolist()
+            raise UserError(
+                f"Non-finite hidden states at layer {kept[at]}, row {rows[text]} of the split ({config.model.dtype}). "
+                "Half precision overflows on some models: try --dtype float32 or bfloat16."
+            )
+
+    blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK)
+    run_steps(
+        share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished, advance
+    )
+    team.sum_at_first([*itertools.chain.from_iterable(sums.sums.values()), *sums.labels.values()])
     return sums
-
-
-def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
-    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
-    lengths = tokens.lengths.astype(float)
-    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
-    return {
-        "mean_inverse_length": float((1 / lengths).mean()),
-        "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
-        "num_distinct_texts": len(distinct),
-        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
-    }
 
 
 # ------------------------------------------------------------------ find or make
@@ -388,13 +476,7 @@ def config_path(config: Config) -> Path:
 
 def as_stored(config: Config, free: Collection[str]) -> Config:
     """The config with the settings in `free` as the moments at its place have them, if there are any."""
-    path = config_path(config)
-    if not path.is_file():
-        return config
-    stored = {name: value for name, value in read_identity(path)["config"].items() if name in free}
-    if stored.get("adapter_dir"):
-        stored["adapter_dir"] = Path(stored["adapter_dir"])
-    return with_values(config, **stored)
+    return settings_as_stored(config, config_path(config), free)
 
 
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
@@ -407,54 +489,20 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     """
     path = config_path(config)
     if not path.is_file():
-        if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
-            name, adapted, _ = config.model.model_name.partition("+lora")
-            adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
-            asked = with_values(config, model_name=name, adapter_dir=adapter) if adapted else config
-            flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
-            raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
-        print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+        check_embedded(config, path)
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
-    default = flatten(Config())
-    free = {name for name, value in flatten(config).items() if value == default[name]}
-    if config.model.model_name.endswith("+lora"):  # the moments know the model and its adapter
-        free.add("model_name")
-    stored = read_identity(path)
-    check_identity(stored, {"config": result_settings(config)}, path, free | {"seed"})
-    config = as_stored(config, free - {"seed"})
-    if fingerprint := known_fingerprint(config.model, config.run):
-        check_identity(stored, {"config": {}, "model_fingerprint": fingerprint}, path)
-    return path, config
+    return path, settings_found(config, path)
 
 
-def is_complete(config: Config, identity: dict) -> bool:
-    """Whether the moments, and the pooled states if any are asked for, are there with this identity.
-
-    Raises:
-        UserError: moments of another identity are there.
-    """
-    path = config_path(config)
-    if not path.is_file():
-        return False
-    with open_tensors(path) as (file, metadata):
-        check_identity(metadata, identity, path)
-        num_layers = file.get_slice("pooled_mean").get_shape()[0]
-        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
-    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[config.output.folds]:
-        return False
-    if config.output.save_pooled == "none":
-        return True
-    if not pooled_path(path).is_file():
-        return False
-    with open_tensors(pooled_path(path)) as (file, metadata):
-        is_all = file.get_slice("pooled").get_shape()[0] > 1
-        same = all(metadata.get(name) == value for name, value in identity.items())
-        return same and (is_all or config.output.save_pooled == "last")
-
-
-def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
+def ensure(
+    config: Config,
+    data: LabelledTexts,
+    free: Collection[str] = (),
+    renew: bool = False,
+    advance: Callable[[float], object] | None = None,
+) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
 
     Args:
@@ -462,67 +510,115 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         data: the texts of its split.
         free: settings that are as the stored moments have them, if there are any.
         renew: make them also where they are there.
+        advance: of `accumulate_moments`.
 
     Raises:
         UserError: moments of another identity are there; or what the pass itself refuses.
     """
     config = as_stored(config, free)
+    path, output = config_path(config), config.output
     identity = {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
         "fingerprint": data.fingerprint,
         "label_names": data.label_names,
     }
-    try:
-        complete = not renew and is_complete(config, identity)
-    except UserError:
-        if not config.run.overwrite:
-            raise
-        complete = False
-    path = config_path(config)
-    if complete:
+
+    def is_there() -> bool:
+        try:
+            return not renew and is_complete(path, identity, output.folds, output.save_pooled, output.layers)
+        except UserError:
+            if not config.run.overwrite:
+                raise
+            return False
+
+    if processes().object_of_first(is_there):
         print(f"reused, already complete with these settings:\n{path}")
+        remove_states(path)  # of a run that was killed when it had written the result
     else:
-        make(config, data, identity)
+        make(config, data, identity, advance)
         print(path)
     return path
 
 
-def make(config: Config, data: LabelledTexts, identity: dict) -> None:
+def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts, num_labels: int) -> Config:
+    """The config with the place of the sums decided; prints what the pass needs.
+
+    Raises:
+        UserError: that does not fit, or there is no such layer.
+    """
+    device, item = pick_device(config.run.device), getattr(torch, config.model.dtype).itemsize
+    num_layers = len(numbers_of_layers(config.output.layers, model_config.num_hidden_layers + 1))
+    of_folds = num_fold_layers(config, num_layers)
+    sizes = Sizes(num_layers, model_config.hidden_size, num_labels, config.num_folds, of_folds)
+    product_item = choose_product_dtype(config, int(tokens.lengths.sum()), sizes.hidden_size).itemsize
+    num_tokens = max(
+        int(tokens.lengths[rows].max()) * len(rows)
+        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device))
+    )
+    num_saved = {"none": 0, "last": 1, "all": model_config.num_hidden_layers + 1}[config.output.save_pooled]
+    need = Need(
+        weights=item * num_parameters(config.model, config.run),
+        sums=8 * sizes.num_numbers,
+        block=product_item * num_layers * 2 * sizes.hidden_size**2,
+        batch=batch_bytes(model_config, num_tokens, item, product_item) + matrix_bytes(model_config),
+        pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
+        num_tokens=num_tokens,
+    )
+    on_host = keep_on_host(need, device, config.placement.accumulate_on)
+    check_fits(need, device, config_path(config), on_host, config.placement.device_map != "none")
+    return with_values(config, accumulate_on="cpu" if on_host else "device")
+
+
+def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
-    path, device = config_path(config), pick_device(config.run.device)
+    path, device, team = config_path(config), pick_device(config.run.device), processes()
     check_writable(path)
+    team.object_of_first(lambda: check_states(path, identity, config.run.overwrite))
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
-    model = load_base_model(config.model, config.run, device)
-    self_check(model, tokens, config.model.model_name)
     targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
+    config = place(config, model_config, tokens, targets.shape[1])
+    model = load_base_model(config.model, config.run, device, config.placement.device_map)
+    self_check(model, tokens, config.model.model_name)
     metadata = {
         "format_version": FORMAT_VERSION,
         **identity,
         **stored_as(config.model),
         "environment": environment(),
-        "num_samples": len(data.texts),
-        "num_tokens": int(tokens.lengths.sum()),
-        "num_pairs": int((tokens.lengths - 1).sum()),
-        "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
-        "max_length": tokens.max_length,
-        "rounding": rounding_statistics(tokens),
-        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
+        **describe(data, tokens),
     }
-    if config.output.save_pooled == "none":
-        sums = accumulate_moments(model, tokens, targets, folds, config)
-    else:
-        num_saved = model.config.num_hidden_layers + 1 if config.output.save_pooled == "all" else 1
+    num_layers = model.config.num_hidden_layers + 1
+    if config.output.layers is not None:
+        metadata |= {"layers": numbers_of_layers(config.output.layers, num_layers), "num_layers": num_layers}
+    pooled_file = None
+    if config.output.save_pooled != "none":
+        num_saved = num_layers if config.output.save_pooled == "all" else 1
         shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
-        with write_atomically(pooled_path(path)) as temporary:
-            files = create_tensor_file(temporary, shapes, metadata)
-            files["labels"][:] = data.labels
-            sums = accumulate_moments(model, tokens, targets, folds, config, files["pooled"])
-            files["pooled"].flush()
-            files["labels"].flush()
-    save_tensors(path, sums.averages(), metadata)
+        pooled_file = PooledFile(pooled_path(path), shapes, metadata, team)
+        pooled_file.tensors["labels"][:] = data.labels
+
+    def unfinished(num_steps: int) -> Unfinished:
+        way = {"num_steps": num_steps, "tokens_per_batch": config.run.batch_tokens(device), "device": device.type}
+        way |= {name: value for name, value in all_settings(config).items() if name in CHANGING_STATES}
+        way |= {"environment": metadata["environment"]}
+        usable = pooled_file is None or pooled_file.is_old
+        return Unfinished(path, identity, way, team, config.output.minutes_per_state, usable)
+
+    try:
+        pooled = pooled_file.tensors["pooled"] if pooled_file else None
+        sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished, advance)
+    except BaseException:
+        if pooled_file and not states_beside(path):
+            pooled_file.discard()
+        raise
+    if pooled_file:
+        pooled_file.finish()
+    if team.rank == 0:
+        save_tensors(path, sums.averages(), metadata)
+        remove_states(path)
+    team.wait()
 
 
 def main(config: Config) -> None:
@@ -532,4 +628,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, share_work=True)

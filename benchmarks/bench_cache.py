@@ -1,17 +1,25 @@
 """What the moments cost: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
 
     python -m benchmarks.bench_cache
-    python -m benchmarks.bench_cache --device cuda --dtype bfloat16 --hidden_sizes 896 --num_texts 4096
+    python -m benchmarks.bench_cache --device cuda --dtypes bfloat16 --hidden_sizes 896 --num_texts 4096
+    python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --dtypes float32 bfloat16 \
+        --other_batches 512 2048 8192
 
-Random Qwen2 models (Qwen2-0.5B's proportions) on ragged texts of 35 tokens on average. The three run one after the
-other in every round, so that a slow moment of the machine meets all of them; ratios are of the fastest rounds.
-Writes results/benchmarks/bench_cache.json.
+Without --model_name: random Qwen2 models (Qwen2-0.5B's proportions) on ragged texts of 35 tokens on average. With it:
+that model on a stratified sample of the dataset's training texts, and the share of padding for several sample sizes.
+All ways run one after the other in every round, so that a slow moment of the machine meets each of them; ratios are
+of the fastest rounds. `other_batches` are other values of --tokens_per_batch for cache.py's pass.
+Writes results/benchmarks/bench_cache.json, or bench_cache.<model>.json.
 """
 
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,29 +28,90 @@ from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
 from utils.batches import token_batches
+from utils.data import load_texts
 from utils.hidden_states import run_base_model
-from utils.io import environment, pick_device, run_script, save_json
-from utils.models import TokenizedTexts
-from utils.settings import Dtype, Run, all_settings
+from utils.identity import load_config
+from utils.io import environment, path_name, pick_device, run_script, save_json
+from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.settings import Data, Dtype, Model, Run, all_settings
 
 
 @dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    hidden_sizes: tuple[int, ...] = (128, 512, 896)  # d
-    num_layers: int = 12  # decoder layers
-    num_texts: int = 468  # two batches of 8192 tokens
-    mean_length: int = 35  # tokens per text, uniform between half and one and a half of it
-    num_classes: int = 6  # c
+    model_name: str | None = None  # as --model_name of cache.py; None: random models
+    dataset_name: str = "docstrings/library"  # what a named model reads
+    num_texts: int = 468  # texts
+    dtypes: tuple[Dtype, ...] = ("float32",)  # of the model
     num_rounds: int = 3  # rounds; the fastest counts
-    tokens_per_batch: int = 8192  # padded tokens in one forward pass
-    dtype: Dtype = "float32"  # of the model
+    num_dense_rounds: int = 3  # of them with the dense formula, which takes long
+    product_dtype: Literal["auto", "float32", "float64"] = "float32"  # as in cache.py; float32 is that of a long pass
+    tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
+    other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
+    padding_sizes: tuple[int, ...] = (200, 500, 2000, 8000)  # texts; of a named model the share of padding
+    hidden_sizes: tuple[int, ...] = (128, 512, 896)  # d of random models
+    num_layers: int = 12  # decoder layers of random models
+    mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
+    num_classes: int = 6  # c of random texts
     device: str = "cpu"  # cpu or cuda
     results_dir: Path = Path("results")  # where the result goes
 
 
-def make_model(hidden_size: int, config: Config, device: torch.device) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it reads."""
+
+    name: str
+    model: PreTrainedModel
+    tokens: TokenizedTexts
+    targets: Tensor  # (n, c) float64
+    folds: Tensor  # (n, 5) float64, one-hot
+
+
+def random_subjects(config: Config, device: torch.device) -> Iterator[Subject]:
+    """Random models of every hidden size and dtype, on random texts."""
+    tokens = make_tokens(config)
+    numbers = torch.arange(config.num_texts)
+    targets = torch.nn.functional.one_hot(numbers % config.num_classes, config.num_classes).double()
+    folds = torch.nn.functional.one_hot(numbers % 5, 5).double()
+    for hidden_size in config.hidden_sizes:
+        for dtype in config.dtypes:
+            model = make_model(hidden_size, config.num_layers, dtype, device)
+            yield Subject(f"d = {hidden_size}, {dtype}", model, tokens, targets, folds)
+
+
+def read_texts(config: Config, num_texts: int) -> tuple[TokenizedTexts, Tensor, Tensor]:
+    """Tokens, targets and folds of a sample of the dataset, as cache.py has them."""
+    assert config.model_name
+    model, run = Model(config.model_name), Run()
+    data = load_texts(Data(config.dataset_name, max_samples=num_texts), run, "train")
+    model_config = load_config(model, run)
+    tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config, None)
+    return tokens, cache.one_hot_targets(data), cache.assign_folds(data.texts, 5)
+
+
+def real_subjects(config: Config, device: torch.device) -> Iterator[Subject]:
+    """The named model in every dtype, on the dataset."""
+    assert config.model_name
+    texts = read_texts(config, config.num_texts)
+    for dtype in config.dtypes:
+        model = load_base_model(Model(config.model_name, dtype=dtype), Run(), device)
+        yield Subject(f"{config.model_name}, {dtype}", model, *texts)
+
+
+def padding_rows(config: Config, tokens_per_batch: int) -> list[dict]:
+    """Padded tokens over tokens for several sample sizes."""
+    rows = []
+    for num_texts in config.padding_sizes:
+        lengths = read_texts(config, num_texts)[0].lengths
+        batches = token_batches(lengths, tokens_per_batch)
+        padded = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+        rows.append({"num_texts": len(lengths), "num_batches": len(batches), "padding": padded / lengths.sum()})
+    return rows
+
+
+def make_model(hidden_size: int, num_layers: int, dtype: str, device: torch.device) -> PreTrainedModel:
     """A random base model with the proportions of Qwen2-0.5B (feed-forward 5.4 d, heads of 64, few keys)."""
     num_heads = max(1, hidden_size // 64)
     num_key_value_heads = max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= max(1, num_heads // 7))
@@ -50,15 +119,13 @@ def make_model(hidden_size: int, config: Config, device: torch.device) -> PreTra
         vocab_size=8192,
         hidden_size=hidden_size,
         intermediate_size=int(5.43 * hidden_size) // 64 * 64,
-        num_hidden_layers=config.num_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
         max_position_embeddings=1024,
     )
     torch.manual_seed(0)
-    model = AutoModel.from_config(qwen2, dtype=getattr(torch, config.dtype))
-    model.to(device)
-    return model.eval()
+    return AutoModel.from_config(qwen2, dtype=getattr(torch, dtype)).to(device).eval()
 
 
 def make_tokens(config: Config) -> TokenizedTexts:
@@ -70,9 +137,9 @@ def make_tokens(config: Config) -> TokenizedTexts:
     return TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, 1024)
 
 
-def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, config: Config) -> None:
+def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> None:
     """The forward passes alone, on the batches that cache.py forms."""
-    for indices in token_batches(tokens.lengths, config.tokens_per_batch):
+    for indices in token_batches(tokens.lengths, tokens_per_batch):
         run_base_model(model, tokens.pad(indices)[0].to(model.device))
 
 
@@ -112,45 +179,60 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(hidden_size: int, config: Config, device: torch.device) -> dict:
+def measure(subject: Subject, config: Config, tokens_per_batch: int) -> dict:
     """Seconds of each way in each round, and the ratios of the fastest."""
-    model, tokens = make_model(hidden_size, config, device), make_tokens(config)
-    labels = torch.arange(config.num_texts) % config.num_classes
-    targets = torch.nn.functional.one_hot(labels, config.num_classes).double()
-    folds = torch.nn.functional.one_hot(torch.arange(config.num_texts) % 5, 5).double()
-    cache_config = cache.Config(run=Run(tokens_per_batch=config.tokens_per_batch))
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+
+    def run_cache(tokens_per_batch: int) -> None:
+        cache_config = cache.Config(product_dtype=config.product_dtype, run=Run(tokens_per_batch=tokens_per_batch))
+        cache.accumulate_moments(model, tokens, targets, subject.folds, cache_config)
+
     ways: dict[str, Callable[[], object]] = {
-        "cache": lambda: cache.accumulate_moments(model, tokens, targets, folds, cache_config),
-        "forward": lambda: plain_forward(model, tokens, config),
-        "dense": lambda: dense_formula(model, tokens, targets),
+        "cache": partial(run_cache, tokens_per_batch),
+        "forward": partial(plain_forward, model, tokens, tokens_per_batch),
+        "dense": partial(dense_formula, model, tokens, targets),
+        **{f"cache at {other}": partial(run_cache, other) for other in config.other_batches},
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    plain_forward(model, tokens, config)  # warm-up
-    for _ in range(config.num_rounds):
+    plain_forward(model, tokens, tokens_per_batch)  # warm-up
+    for round_number in range(config.num_rounds):
         for name, way in ways.items():
-            times[name].append(seconds(way, device))
+            if name != "dense" or round_number < config.num_dense_rounds:
+                times[name].append(seconds(way, model.device))
     fastest = {name: min(rounds) for name, rounds in times.items()}
+    best_pass = min(value for name, value in fastest.items() if name.startswith("cache"))
     return {
-        "hidden_size": hidden_size,
+        "subject": subject.name,
+        "hidden_size": model.config.hidden_size,
         "num_tokens": int(tokens.lengths.sum()),
         "seconds": times,
         "cache_over_forward": fastest["cache"] / fastest["forward"],
         "dense_over_cache": fastest["dense"] / fastest["cache"],
+        "speed_over_best_batch": best_pass / fastest["cache"],
         "tokens_per_second": tokens.lengths.sum() / fastest["cache"],
     }
 
 
 def main(config: Config) -> None:
-    """Measures every hidden size and prints the table."""
+    """Measures every model and prints the table."""
     device = pick_device(config.device)
-    print(f"{'d':>5} {'cache s':>9} {'forward s':>9} {'dense s':>9} {'cache/forward':>14} {'dense/cache':>12}")
-    rows = []
-    for hidden_size in config.hidden_sizes:
-        rows.append(row := measure(hidden_size, config, device))
-        times = "".join(f"{min(row['seconds'][name]):10.3f}" for name in ("cache", "forward", "dense"))
-        print(f"{hidden_size:5d}{times} {row['cache_over_forward']:14.2f} {row['dense_over_cache']:12.1f}")
-    path = config.results_dir / "benchmarks" / "bench_cache.json"
-    result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
+    tokens_per_batch = config.tokens_per_batch or Run().batch_tokens(device)
+    subjects = (real_subjects if config.model_name else random_subjects)(config, device)
+    columns = ("cache s", "forward s", "dense s", "cache/forward", "dense/cache", "tokens/s", "of best batch")
+    rows, lines = [], [f"{'':<24}" + "".join(f"{column:>15}" for column in columns)]
+    for subject in subjects:
+        rows.append(row := measure(subject, config, tokens_per_batch))
+        numbers = [min(row["seconds"][name]) for name in ("cache", "forward", "dense")]
+        numbers += [row["cache_over_forward"], row["dense_over_cache"], row["tokens_per_second"]]
+        lines.append(f"{subject.name:<24}" + "".join(f"{x:15.2f}" for x in (*numbers, row["speed_over_best_batch"])))
+    print("\n".join(lines))
+    padding = padding_rows(config, tokens_per_batch) if config.model_name else []
+    for row in padding:
+        print(f"{row['num_texts']:6d} texts in {row['num_batches']} batches: padded / tokens {row['padding']:.3f}")
+    name = f"bench_cache.{path_name(config.model_name)}.json" if config.model_name else "bench_cache.json"
+    path = config.results_dir / "benchmarks" / name
+    result = {"threads": torch.get_num_threads(), "device": str(device), "tokens_per_batch": tokens_per_batch}
+    result |= {"rows": rows, "padding": padding}
     save_json(path, {"config": all_settings(config), "environment": environment(), **result})
     print(path)
 

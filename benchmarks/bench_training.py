@@ -1,15 +1,19 @@
 """Steps per second and memory of our training loop against a plain one, same model, optimiser and batch size.
 
     python -m benchmarks.bench_training
+    python -m benchmarks.bench_training --model_name smollm2 --dataset_name rotten_tomatoes --plain_padding batch \
+        --num_steps 5 --num_evaluated 60
+    python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --plain_padding batch
     python -m benchmarks.bench_training --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
 
-The plain loop pads every batch to the longest text of the dataset, takes rows in random order, gives an attention
-mask, and evaluates one text at a time. Ours groups texts of like length, pads to the longest of the batch and evaluates
-batches of a token budget. Both run the decoder alone, without logits, and take the same number of texts a step. The
-two take turns in every round; ratios are of the fastest rounds. Texts are cut at `max_length`: on whole docstrings, of
-up to 1,024 tokens, the plain loop would lose by far more. Memory: on a GPU the peak of allocated memory, on a CPU the
-activations that the largest step keeps for its backward pass.
-Writes results/benchmarks/bench_training.json.
+The plain loop (PEFT's model for LoRA) takes rows in random order, gives an attention mask, evaluates one text at a time
+and pads every batch, to the longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of
+like length, pads to the longest of the batch and evaluates batches of a token budget. Both run the decoder alone,
+without logits, and take the same number of texts a step. The two take turns in every round; ratios are of the fastest
+rounds. Texts are cut at `max_length`: on whole docstrings, up to 1,024 tokens long, the plain loop would lose by more.
+Memory: on a GPU the peak of allocated memory, on a CPU the activations that the largest step keeps for its backward
+pass.
+Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
 import tempfile
@@ -18,19 +22,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+import from_scratch
 import lora_finetuning
 from utils.data import load_splits, load_texts
 from utils.finetuning import build_run
 from utils.identity import load_config
-from utils.io import environment, pick_device, run_script, save_json, set_seed
+from utils.io import environment, path_name, pick_device, run_script, save_json, set_seed
 from utils.models import TokenizedTexts, load_tokenizer, tokenize
 from utils.objectives import BatchOrder
-from utils.settings import all_settings, with_values
+from utils.settings import Dtype, all_settings, with_values
 from utils.training import Progress, TrainingRun, make_identity, make_place, train_step
 
 
@@ -38,10 +43,13 @@ from utils.training import Progress, TrainingRun, make_identity, make_place, tra
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str = "tiny"  # hub id, local folder, or "tiny"
+    model_name: str = "tiny"  # as in lora_finetuning.py
     dataset_name: str = "docstrings/library"  # as in lora_finetuning.py
+    kind: Literal["lora", "full_finetuning"] = "lora"  # what is trained
+    plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to the longest text of it
     batch_size: int = 16  # texts per step
     max_length: int = 128  # tokens per text
+    dtype: Dtype = "float32"  # of the model; bfloat16 is slow on a CPU without instructions for it
     num_steps: int = 20  # steps of a round
     num_evaluated: int = 300  # test texts of an evaluation
     num_rounds: int = 3  # rounds; the fastest counts
@@ -50,37 +58,40 @@ class Config:
 
 
 def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
-    """A LoRA run with the paper's hyperparameters and the batch size asked for, and the tokens of train and test."""
+    """A run with the paper's hyperparameters and the batch size asked for, and the tokens of train and test."""
+    script: Any = lora_finetuning if config.kind == "lora" else from_scratch
+    options: dict[str, Any] = {} if config.kind == "lora" else {"init": "pretrained"}
     with tempfile.TemporaryDirectory() as folder:
         asked = {
             name: getattr(config, name) for name in ("model_name", "dataset_name", "batch_size", "max_length", "device")
         }
-        lora = with_values(lora_finetuning.Config(), **asked, results_dir=Path(folder))
-        data = load_splits(lora.data, lora.run)
-        data["test"] = load_texts(replace(lora.data, max_samples=config.num_evaluated), lora.run, "test")
-        model_config = load_config(lora.model, lora.run)
-        tokenizer = load_tokenizer(lora.model, lora.run, model_config)
+        settings = with_values(script.Config(), **asked, **options, results_dir=Path(folder), dtype=config.dtype)
+        data = load_splits(settings.data, settings.run)
+        data["test"] = load_texts(replace(settings.data, max_samples=config.num_evaluated), settings.run, "test")
+        model_config = load_config(settings.model, settings.run)
+        tokenizer = load_tokenizer(settings.model, settings.run, model_config)
         tokens = {
             split: tokenize(part.texts, tokenizer, model_config, config.max_length) for split, part in data.items()
         }
-        place = make_place(lora, Path(folder))
-        set_seed(lora.data.seed)
-        trainable = lora_finetuning.build(lora, place.device)
-        run = build_run(lora, trainable, data, tokens, make_identity(lora, data), place)
+        place = make_place(settings, Path(folder))
+        set_seed(settings.data.seed)
+        trainable = script.build(settings, place.device)
+        run = build_run(settings, trainable, data, tokens, make_identity(settings, data), place)
     return run, tokens
 
 
-def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:
-    """The plain loop: padding to the longest text, random order, an evaluation text by text."""
+def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:
+    """The plain loop: padding to the longest text, a mask, random order, an evaluation text by text."""
     longest = int(max(part.lengths.max() for part in tokens.values()))
     device = run.targets.device
     decoder = run.model.decoder.forward
 
     def inputs(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         input_ids, lengths = tokens["train"].pad(rows)
-        padded = torch.nn.functional.pad(input_ids, (0, longest - input_ids.shape[1]))
-        run.model.mask = (torch.arange(longest) < lengths[:, None]).long().to(device)
-        return padded.to(device), lengths.to(device)
+        if padding == "dataset":
+            input_ids = torch.nn.functional.pad(input_ids, (0, longest - input_ids.shape[1]))
+        run.model.mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(device)
+        return input_ids.to(device), lengths.to(device)
 
     def masked(**arguments: Any) -> Any:
         return decoder(**arguments, attention_mask=run.model.mask)
@@ -150,7 +161,7 @@ def main(config: Config) -> None:
     for name in ("ours", "plain"):
         runs[name], tokens = make_run(config)
         if name == "plain":
-            runs[name] = make_plain(runs[name], tokens)
+            runs[name] = make_plain(runs[name], tokens, config.plain_padding)
     progress = {name: Progress(run.batch_size) for name, run in runs.items()}
     times: dict[str, dict[str, list[float]]] = {name: {"steps": [], "evaluation": []} for name in runs}
     for round_number in range(config.num_rounds + 1):
@@ -175,7 +186,7 @@ def main(config: Config) -> None:
             f"{row['peak_bytes'] / 1e6:>10.0f}"
         )
     print(f"{'ratio':<8}" + "".join(f"{ratios[key]:>{w}.2f}" for key, w in zip(ratios, (12, 20, 10), strict=True)))
-    path = config.results_dir / "benchmarks" / "bench_training.json"
+    path = config.results_dir / "benchmarks" / f"bench_training.{path_name(config.model_name)}.{config.kind}.json"
     save_json(path, {"config": all_settings(config), "environment": environment(), **table, "ratio": ratios})
     print(path)
 

@@ -37,7 +37,7 @@ import cache
 import K_sweep
 from utils.io import open_tensors, run_script, write_atomically
 from utils.linalg import NestedBasis, captured
-from utils.moments import LayerMoments, load_layer
+from utils.moments import LayerMoments, last_layer, load_layer
 from utils.scores import SCORES
 from utils.settings import with_values
 
@@ -120,11 +120,10 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 
 
 # ------------------------------------------------------------------ run
-def last_layer(moments: cache.Config) -> LayerMoments:
+def load_last_layer(moments: cache.Config) -> LayerMoments:
     """The moments that cache.py wrote, of the last layer."""
     with open_tensors(cache.config_path(moments)) as (file, metadata):
-        num_layers, _ = file.get_slice("pooled_mean").get_shape()
-        return load_layer(file, metadata, num_layers - 1, torch.device("cpu"))
+        return load_layer(file, metadata, last_layer(file, metadata), torch.device("cpu"))
 
 
 def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]:
@@ -139,7 +138,7 @@ def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]
         sampled = {"max_samples": config.max_samples, "device": config.device}
         made = with_values(cache.Config(), **shared, **options, **sampled)
         cache.main(made)
-        moments = last_layer(made)
+        moments = load_last_layer(made)
         for score, order in ORDERS.items():
             sweep = with_values(K_sweep.Config(eigenvectors=order, num_null_draws=2), **shared, picture=False)
             of_run = K_sweep.run(sweep)["score"]

@@ -124,6 +124,11 @@ def rows_path(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
 
+def stacked(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors as a file has them: those of layers, which come as a list, along a first axis."""
+    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in tensors.items()}
+
+
 def configure(module: ModuleType, **values: Any) -> Any:
     """The config of a script with settings by name, in whatever group they are."""
     return with_values(module.Config(), **values)

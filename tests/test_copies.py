@@ -6,8 +6,10 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel
+from tokenizers import Tokenizer
 
 import utils.data
+from tests.conftest import ROOT, run_in_process
 from tests.test_data import load
 from utils.dataset_check import check_copies
 from utils.datasets_table import DATASETS
@@ -127,3 +129,12 @@ def test_check_finds_another_class_order(copies: Path) -> None:
 def test_class_names_of_the_table_are_as_many_as_its_classes() -> None:
     for spec in DATASETS.values():
         assert not spec.class_names or len(spec.class_names) == spec.num_classes
+
+
+def test_check_from_the_shell_counts_tokens(copies: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    emotion_copy(copies, None)
+    assert run_in_process(monkeypatch, "utils/data.py", "--check", str(copies)) == 0
+    tokenizer = Tokenizer.from_file(str(ROOT / "demo" / "tiny-lm" / "tokenizer.json"))
+    texts = [f"train {n}" for n in range(18)] + [f"test {n}" for n in range(12)]
+    mean = sum(len(tokenizer.encode(text).ids) for text in texts) / len(texts)
+    assert f"{mean:.1f} tokens per text" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from utils.hidden_states import visit_hidden_states
 from utils.io import open_tensors, save_tensors
 from utils.linalg import NestedBasis
 from utils.models import TokenizedTexts
-from utils.moments import LayerMoments, load_layer
+from utils.moments import LayerMoments, load_layer, rounding_statistics
 from utils.scores import SCORES
 from utils.settings import Data, Model, Run, result_settings
 
@@ -147,7 +147,7 @@ def layer_moments(model, texts, targets, config: cache.Config, path) -> list[Lay
         "class_counts": None,
         **counts,
     }
-    save_tensors(path, averages, metadata | {"rounding": cache.rounding_statistics(tokens)})
+    save_tensors(path, averages, metadata | {"rounding": rounding_statistics(tokens)})
     with open_tensors(path) as (file, metadata):
         layers = range(len(averages["pooled_mean"]))
         return [load_layer(file, metadata, layer, torch.device("cpu")) for layer in layers]

@@ -17,3 +17,5 @@ sys.excepthook = quiet_interrupt
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a busy machine spinning costs tenfold
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
+if os.environ.get("RANK", "0") != "0":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of many processes the first shows how far all are

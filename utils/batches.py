@@ -1,6 +1,18 @@
-"""Which texts go through the model together: batches of like length, so that little of them is padding."""
+"""Which texts go through the model together: batches of like length, so that little of them is padding.
+
+Batches are dealt out to processes by blocks, the units in which products are added up in their own dtype: every sum
+over a block is then the same number, in whatever process it is taken.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data import LabelledTexts
 
 BATCH_COST = 64  # what a batch costs by itself, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
@@ -36,6 +48,54 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray
     return batches
 
 
+@dataclass(frozen=True)
+class Step:
+    """One forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    ends_block: bool
+
+
+def token_steps(lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int) -> list[list[Step]]:
+    """The batches of `token_batches`, in blocks of at least so many pairs of neighbouring tokens; the last has fewer.
+
+    Args:
+        lengths: tokens of each text, (n,).
+        tokens_per_batch: as in `token_batches`.
+        pairs_per_block: fewest pairs (t, t+1) of a block.
+    """
+    blocks: list[list[Step]] = []
+    block: list[Step] = []
+    batches, num_pairs = token_batches(lengths, tokens_per_batch), 0
+    for number, rows in enumerate(batches, 1):
+        num_pairs += int((lengths[rows] - 1).sum())
+        ends = num_pairs >= pairs_per_block or number == len(batches)
+        block.append(Step(rows, ends))
+        if ends:
+            blocks.append(block)
+            block, num_pairs = [], 0
+    return blocks
+
+
+def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_processes: int) -> list[Step]:
+    """The steps of one of the processes: each block, longest texts first, goes to the process with the least to do.
+
+    The first block is that of process 0. Every text is in exactly one share; with few blocks a share can be empty.
+
+    Args:
+        blocks: of `token_steps`.
+        lengths: tokens of each text, (n,).
+        rank: number of the process.
+        num_processes: how many there are.
+    """
+    load, own = np.zeros(num_processes, dtype=np.int64), []
+    for block in blocks:
+        least = int(load.argmin())
+        load[least] += sum(int(lengths[step.rows].max()) * len(step.rows) + BATCH_COST for step in block)
+        own += block if least == rank else []
+    return own
+
+
 def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
     """The cut of the different lengths `values` (descending) with the fewest padded tokens plus `cost` a batch.
 
@@ -63,3 +123,43 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
         groups.append((i, int(cut[i])))
         i = int(cut[i])
     return groups
+
+
+# ------------------------------------------------------------------ what belongs to the texts
+def one_hot_targets(data: LabelledTexts) -> Tensor:
+    """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
+    labels = torch.from_numpy(np.asarray(data.labels))
+    if data.is_regression:
+        return labels.double().reshape(len(labels), -1)
+    return torch.nn.functional.one_hot(labels.long(), data.num_labels).double()
+
+
+def assign_folds(texts: list[str], num_folds: int) -> Tensor:
+    """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
+    folds = torch.tensor([zlib.crc32(text.encode()) % num_folds for text in texts])
+    return torch.nn.functional.one_hot(folds, num_folds).double()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer's states are added up with: b texts of one forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    lengths: Tensor  # (b,) tokens per text
+    targets: Tensor  # (b, c) float64
+    folds: Tensor  # (b, f) float64, one-hot
+    elsewhere: dict[torch.device, "Batch"] = field(default_factory=dict)  # where layers are on other devices
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        if device == self.lengths.device:
+            return self
+        if device not in self.elsewhere:
+            lengths, targets, folds = (tensor.to(device) for tensor in (self.lengths, self.targets, self.folds))
+            self.elsewhere[device] = Batch(self.rows, lengths, targets, folds)
+        return self.elsewhere[device]
+
+    @functools.cached_property
+    def rows_of_folds(self) -> list[Tensor]:
+        """The texts of each fold, as positions within the batch."""
+        return [column.nonzero()[:, 0] for column in self.folds.T]

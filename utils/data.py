@@ -15,6 +15,7 @@ labels count as missing is in `labels.py`, which cells as text in `texts.py`.
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from utils.rows import (
     stratified_rows,
     targets,
 )
-from utils.settings import Data, Run
+from utils.settings import Data, Model, Run
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
 from utils.texts import render_column
 
@@ -235,6 +236,8 @@ def fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
     """First 16 hex digits of the SHA-256 over the texts, each ended by a zero byte, and the labels."""
     digest = hashlib.sha256()
     for number, text in enumerate(texts, 1):
+        if source.own and "\0" in text:  # a zero byte ends a text: others might have the same fingerprint
+            raise UserError(f"Text {number} of {source.name} holds a zero character. Remove it: the text is damaged.")
         try:
             digest.update(text.encode() + b"\0")
         except UnicodeEncodeError as error:
@@ -299,6 +302,17 @@ class Config:
     """What to print."""
 
     check: Path | None = None  # folder of copies, as --datasets_dir takes it: compare them with the table
+    model_name: str = "tiny"  # its tokenizer counts the tokens of their texts
+
+
+def token_counter(model_name: str) -> Callable[[Sequence[str]], list[int]]:
+    """The function that gives the number of tokens of each text, uncut."""
+    from utils.identity import load_config  # transformers takes seconds to load, which a table need not wait for
+    from utils.models import load_tokenizer
+
+    model, run = Model(model_name), Run()
+    tokenizer = load_tokenizer(model, run, load_config(model, run))
+    return lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 def main(config: Config) -> None:
@@ -310,8 +324,8 @@ def main(config: Config) -> None:
     if config.check is None:
         print(table())
         return
-    text, as_the_table_says = check_copies(config.check)
-    print(text)
+    text, as_the_table_says = check_copies(config.check, token_counter(config.model_name))
+    print(f"{text}\ntokens are those of {config.model_name}")
     if not as_the_table_says:
         raise UserError(f"A copy in {config.check} is not as the table says; see above.")
 

@@ -70,6 +70,23 @@ def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callab
             handle.remove()
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where tokens go in: the device of the first weights that are on one; those on disk have none."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device that the states of each layer are on, layer 0 first; one token is run where they can differ."""
+    device = input_device(model)
+    if all(parameter.device == device for parameter in model.parameters()):
+        return [device] * (len(decoder_layers(model)) + 1)
+    found: dict[int, torch.device] = {}
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    visit_hidden_states(model, token, lambda layer, states: found.__setitem__(layer, states.device))
+    return [found[layer] for layer in sorted(found)]
+
+
 @torch.inference_mode()
 def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The last hidden states, (b, t, d), of right-padded `input_ids`.

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import glob
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from utils.distributed import local_rank, num_started, one_voice, one_voice_in_parsing, rank
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 2
@@ -35,6 +37,11 @@ PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-l
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}
+ITEM_SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -47,13 +54,24 @@ def parse(config_class: type, arguments: Sequence[str] | None = None, descriptio
     return tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def run_script(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
-    """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback."""
-    config = parse(config_class, description=description)
+def run_script(
+    main: Callable[[Any], None], config_class: type, description: str | None, share_work: bool = False
+) -> None:
+    """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback.
+
+    Args:
+        main: the script.
+        config_class: its settings.
+        description: of `--help`.
+        share_work: whether processes that torchrun has started share its work; several are refused if not.
+    """
+    with one_voice_in_parsing():
+        config = parse(config_class, description=description)
     debug = getattr(getattr(config, "run", None), "debug", False)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     try:
-        main(config)
+        with one_voice(share_work, Path(sys.argv[0]).name):
+            main(config)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -82,7 +100,11 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    if rank() > 0:  # the first process tries for all
+        return
     temporary = temporary_path(path)
+    if path.suffix and path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
     try:
         made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +123,7 @@ def check_writable(path: Path) -> None:
 def path_name(name: str) -> str:
     """The folder name of a model or dataset: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a local path -> its stem."""
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or path.suffix == ".gguf":  # also when the file is gone
         return path.stem
     if path.is_dir():
         return path.resolve().name
@@ -157,6 +179,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if folder.is_symlink():  # the link is replaced; what it leads to is somebody else's
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
@@ -170,28 +194,93 @@ def save_json(path: Path, content: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+class Stored(dict):
+    """What a file of results holds. Whoever reads an entry that is not there meets a `Foreign`."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. Delete it and run its script again.")
+
+
+class ForeignError(UserError, KeyError):
+    """A file that is not what its name says."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotation marks around the sentence
+
+
+def parse_stored(path: Path, text: str) -> Any:
+    """JSON whose objects, at any depth, say which file lacks an entry. Raises ValueError where it is no JSON."""
+
+    def stored(content: dict) -> Stored:
+        found = Stored(content)
+        found.path = path
+        return found
+
+    try:
+        return json.loads(text, object_hook=stored)
+    except RecursionError:
+        raise ValueError("thousands of nested brackets") from None
+
+
 def load_json(path: Path) -> dict:
     """The content of one result file.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file cannot be read or is not a JSON object; or, later, an entry that is read is not there.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse_stored(path, path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not a JSON result ({error}). Delete it and run its script again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
+    if not isinstance(content, dict):
+        raise ForeignError(f"{path} is no result: it holds no object. Delete it and run its script again.")
+    return content
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Writes tensors and one JSON string of metadata as safetensors, atomically."""
-    with write_atomically(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contiguous, temporary, metadata={"json": json.dumps(metadata, allow_nan=False)})
-        except SafetensorError as error:
-            if "os error 28" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+def tensor_header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict) -> bytes:
+    """What a safetensors file starts with.
+
+    Args:
+        entries: type and shape of each tensor, as the format names them, in the order in which the data follow.
+        metadata: kept as one JSON string.
+    """
+    header: dict[str, Any] = {"__metadata__": {"json": json.dumps(metadata, allow_nan=False)}}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + ITEM_SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def reserve(file: Any, num_bytes: int) -> None:
+    """Gives an open file its size; a full disk shows here, and not in the middle of the work."""
+    try:
+        file.truncate(num_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | list[Tensor]], metadata: dict) -> None:
+    """Writes tensors and one JSON string of metadata as safetensors, atomically.
+
+    A list of tensors becomes one, stacked along a first axis; they may be on any device, and are never all copied.
+    """
+    parts = {name: value if isinstance(value, list) else [value] for name, value in tensors.items()}
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1][0].element_size()))  # so that each is aligned
+    shapes = {name: (*[len(of)] * isinstance(tensors[name], list), *of[0].shape) for name, of in parts.items()}
+    header = tensor_header({name: (DTYPES[of[0].dtype], shapes[name]) for name, of in parts.items()}, metadata)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        reserve(file, len(header) + sum(part.nbytes for of in parts.values() for part in of))
+        file.write(header)
+        for part in itertools.chain.from_iterable(parts.values()):
+            file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager
@@ -203,12 +292,14 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("json", "null"))
+            metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
             if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path} was not written by this version. Delete it, or recompute it with --overwrite.")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}). Recompute it with --overwrite.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file of results. Remove it.") from None
 
 
 # ------------------------------------------------------------------ provenance
@@ -233,15 +324,17 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named; `auto` takes the GPU if there is one.
+    """The device named; `auto` takes the GPU if there is one, of many processes each its own.
 
     Raises:
         UserError: the device does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type == "cuda" and num_started() > 1:
+            chosen = torch.device("cuda", local_rank())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -250,23 +343,25 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def create_tensor_file(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict) -> dict[str, np.memmap]:
-    """A safetensors file of float32 zeros on disk, mapped for writing: for tensors that should not sit in memory."""
-    header: dict[str, Any] = {"__metadata__": {"json": json.dumps(metadata, allow_nan=False)}}
-    offsets, end = {}, 0
+def create_tensor_file(
+    path: Path, header: bytes, shapes: dict[str, tuple[int, ...]], renew: bool, wait: Callable[[], None]
+) -> dict[str, np.memmap]:
+    """A safetensors file of float32 on disk, mapped for writing: for tensors that should not sit in memory.
+
+    Args:
+        path: of the file.
+        header: of `tensor_header`.
+        shapes: of the tensors, in the order of the header.
+        renew: make it anew, of zeros.
+        wait: called when it is there, so that other processes can map it too.
+    """
+    if renew:
+        with open(path, "wb") as file:
+            reserve(file, len(header) + 4 * sum(map(math.prod, shapes.values())))
+            file.write(header)
+    wait()
+    tensors, offset = {}, len(header)
     for name, shape in shapes.items():
-        offsets[name], end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offsets[name], end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.flush()
-        file.truncate(8 + len(encoded) + end)
-        if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not by a signal in the middle of the pass
-            os.posix_fallocate(file.fileno(), 0, 8 + len(encoded) + end)
-    start = 8 + len(encoded)
-    return {
-        name: np.memmap(path, np.float32, "r+", offset=start + offsets[name], shape=shape)
-        for name, shape in shapes.items()
-    }
+        tensors[name] = np.memmap(path, np.float32, "r+", offset=offset, shape=shape)
+        offset += tensors[name].nbytes
+    return tensors

@@ -55,14 +55,16 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
         )
 
 
-def load_weights(model: Model, run: Run) -> PreTrainedModel:
-    """The causal LM on the CPU; of a multi-modal model all of it.
+def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
+    """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
 
     Raises:
         UserError: `hub_errors`, an architecture without causal LM, a weight of another shape, or one of the decoder
             that the checkpoint lacks; the library would fill it with random numbers.
     """
     if gguf.is_gguf(source := model_source(model.model_name)):
+        if device_map:
+            raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it away.")
         return gguf.load_model(Path(source), getattr(torch, model.dtype))
     config = read_config(model, run)
     is_causal = type(config) in AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
@@ -82,6 +84,8 @@ def load_weights(model: Model, run: Run) -> PreTrainedModel:
                 revision=model.revision,
                 dtype=getattr(torch, model.dtype),
                 trust_remote_code=run.trust_remote_code,
+                device_map=device_map,
+                offload_folder=run.results_dir / "offloaded" if device_map else None,  # made where it is needed
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # said below, by name
             )
@@ -113,10 +117,20 @@ def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedMo
     return causal_lm.to(device).eval()
 
 
-def load_base_model(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
-    """The decoder without its lm_head, in evaluation mode: what hidden states are read from."""
-    decoder = decoder_of(load_causal_lm(model, run, torch.device("cpu")))
-    return decoder.to(device).eval()
+def load_base_model(model: Model, run: Run, device: torch.device, device_map: str = "none") -> PreTrainedModel:
+    """The decoder without its lm_head, in evaluation mode: what hidden states are read from.
+
+    Args:
+        model: which.
+        run: how hubs are asked.
+        device: where it goes.
+        device_map: "auto" puts its layers where there is room, on all devices, in main memory and on disk.
+    """
+    if device_map == "none":
+        return decoder_of(load_causal_lm(model, run, torch.device("cpu"))).to(device).eval()
+    if model.adapter_dir is not None:
+        raise UserError("--device_map auto takes no --adapter_dir: an adapter is merged on one device.")
+    return decoder_of(load_weights(model, run, device_map)).eval()
 
 
 # ------------------------------------------------------------------ tokens

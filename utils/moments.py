@@ -1,16 +1,22 @@
 """The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from utils.data import LabelledTexts
+from utils.identity import known_fingerprint
+from utils.io import UserError, open_tensors
 from utils.linalg import Noise, rounding
-from utils.results import result_path
-from utils.settings import Data, Model, Run
+from utils.models import TokenizedTexts
+from utils.results import check_identity, read_identity, result_path
+from utils.settings import AnyConfig, Data, Model, Run, command_line, flatten, result_settings, with_values
 
 PER_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
@@ -117,21 +123,26 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
     Four times that is taken, which also covers mantissas that are less evenly spread.
     """
     statistics, config = metadata["rounding"], metadata["config"]
+    at = place_of(file, metadata, layer)
     relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
     tokens_per_text = metadata["num_tokens"] / metadata["num_samples"]
-    per_token = 4 * relative * file.get_slice("token_square")[layer].to(device).clamp(min=0) / tokens_per_text
+    per_token = 4 * relative * file.get_slice("token_square")[at].to(device).clamp(min=0) / tokens_per_text
     return Rounding(
         pooled=per_token * (1 if config["pooling"] == "last" else statistics["mean_inverse_length"]),
         prefix=per_token * statistics["mean_prefix_tokens"],
-        **{name: file.get_slice(name)[layer].to(device) for name in OF_ROUNDING},
+        **{name: file.get_slice(name)[at].to(device) for name in OF_ROUNDING},
         **{name: statistics[name] for name in ("num_distinct_texts", "num_distinct_pairs")},
     )
 
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
-    """The moments of one layer from an open file of cache.py; no other layer is read."""
-    tensors = {name: file.get_slice(name)[layer].to(device) for name in PER_LAYER}
-    tensors |= {name: file.get_slice(name)[layer].to(device) for name in NORMS}
+    """The moments of one layer from an open file of cache.py; no other layer is read.
+
+    Raises:
+        UserError: the layer is not kept.
+    """
+    at = place_of(file, metadata, layer)
+    tensors = {name: file.get_slice(name)[at].to(device) for name in (*PER_LAYER, *NORMS)}
     tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
     if metadata["class_counts"] is not None:
         tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
@@ -164,3 +175,155 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
             variance = rows.label_covariance.trace().item() / len(intercept)
             scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > 0 else None
     return scores
+
+
+def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
+    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
+    lengths = tokens.lengths.astype(float)
+    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
+    return {
+        "mean_inverse_length": float((1 / lengths).mean()),
+        "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
+        "num_distinct_texts": len(distinct),
+        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
+    }
+
+
+def describe(data: LabelledTexts, tokens: TokenizedTexts) -> dict[str, Any]:
+    """What is kept beside the moments about the texts they were taken over."""
+    return {
+        "num_samples": len(data.texts),
+        "num_tokens": int(tokens.lengths.sum()),
+        "num_pairs": int((tokens.lengths - 1).sum()),
+        "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
+        "max_length": tokens.max_length,
+        "rounding": rounding_statistics(tokens),
+        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
+    }
+
+
+def is_complete(
+    path: Path, identity: dict[str, Any], folds: str, save_pooled: str, layers: tuple[int, ...] | None = None
+) -> bool:
+    """Whether the moments, and the folds and pooled states that are asked for, are there with this identity.
+
+    Args:
+        path: of the moments.
+        identity: of what is asked for.
+        folds: layers whose folds are asked for, "none", "last" or "all".
+        save_pooled: layers whose pooled states are asked for, likewise.
+        layers: those whose moments are asked for; None: all.
+
+    Raises:
+        UserError: moments of another identity are there.
+    """
+    if not path.is_file():
+        return False
+    with open_tensors(path) as (file, metadata):
+        check_identity(metadata, identity, path)
+        num_layers = last_layer(file, metadata) + 1
+        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
+        asked, there = numbers_of_layers(layers, num_layers), stored_layers(file, metadata)
+    if not set(asked) <= set(there) or (folds == "last" and there[-1] != asked[-1]):
+        return False
+    num_layers = len(there)
+    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[folds]:
+        return False
+    if save_pooled == "none":
+        return True
+    if not pooled_path(path).is_file():
+        return False
+    with open_tensors(pooled_path(path)) as (file, metadata):
+        is_all = file.get_slice("pooled").get_shape()[0] > 1
+        same = all(metadata.get(name) == value for name, value in identity.items())
+        return same and (is_all or save_pooled == "last")
+
+
+# ------------------------------------------------------------------ find
+def settings_as_stored(config: AnyConfig, path: Path, free: Collection[str]) -> AnyConfig:
+    """The config with the settings in `free` as the moments at `path` have them, if there are any."""
+    if not path.is_file():
+        return config
+    stored = {name: value for name, value in read_identity(path)["config"].items() if name in free}
+    if stored.get("adapter_dir"):
+        stored["adapter_dir"] = Path(stored["adapter_dir"])
+    return with_values(config, **stored)
+
+
+def check_embedded(config: Any, path: Path) -> None:
+    """Says that moments of the embedded model are made because they are not there.
+
+    Raises:
+        UserError: they are of another model; names the command that makes them.
+    """
+    if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
+        name, adapted, _ = config.model.model_name.partition("+lora")
+        adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
+        asked = with_values(config, model_name=name, adapter_dir=adapter) if adapted else config
+        flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
+        raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
+    print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+
+
+def settings_found(config: AnyConfig, path: Path) -> AnyConfig:
+    """The config of cache.py as the moments at `path` have it, where it leaves something at its default.
+
+    Raises:
+        UserError: they are of other settings, or of another model.
+    """
+    default = flatten(type(config)())
+    free = {name for name, value in flatten(config).items() if value == default[name]}
+    if config.model.model_name.endswith("+lora"):  # type: ignore[attr-defined]  # the moments know model and adapter
+        free.add("model_name")
+    stored = read_identity(path)
+    check_identity(stored, {"config": result_settings(config)}, path, free | {"seed"})
+    config = settings_as_stored(config, path, free - {"seed"})
+    if fingerprint := known_fingerprint(config.model, config.run):  # type: ignore[attr-defined]
+        check_identity(stored, {"config": {}, "model_fingerprint": fingerprint}, path)
+    return config
+
+
+# ------------------------------------------------------------------ layers
+def stored_layers(file: Any, metadata: dict) -> list[int]:
+    """The layers that an open file of moments holds, in their order."""
+    return metadata.get("layers") or list(range(file.get_slice("pooled_mean").get_shape()[0]))
+
+
+def last_layer(file: Any, metadata: dict) -> int:
+    """The number of the model's last layer, whether the file holds it or not."""
+    return metadata.get("num_layers", file.get_slice("pooled_mean").get_shape()[0]) - 1
+
+
+def place_of(file: Any, metadata: dict, layer: int) -> int:
+    """Where a layer is along the first axis.
+
+    Raises:
+        UserError: it is not kept.
+    """
+    layers = stored_layers(file, metadata)
+    if layer not in layers:
+        raise UserError(
+            f"The moments hold layer {', '.join(map(str, layers))}, not {layer}. Run cache.py with --layers "
+            f"{' '.join(map(str, sorted({*layers, layer})))}, or without --layers for all of them."
+        )
+    return layers.index(layer)
+
+
+def check_has_every_layer(file: Any, metadata: dict, who: str) -> None:
+    """Raises UserError where the file does not hold every layer."""
+    if "layers" in metadata:
+        kept = ", ".join(map(str, metadata["layers"]))
+        raise UserError(f"{who} needs every layer, the moments hold {kept}. Run cache.py without --layers.")
+
+
+def numbers_of_layers(layers: tuple[int, ...] | None, num_layers: int) -> list[int]:
+    """Layers as asked for, negative ones counted from the end, in order and each once; all without any.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    if layers is None:
+        return list(range(num_layers))
+    if wrong := [layer for layer in layers if not -num_layers <= layer < num_layers]:
+        raise UserError(f"--layers {wrong[0]}: the model has layers 0 to {num_layers - 1}, or -{num_layers} to -1.")
+    return sorted({layer % num_layers for layer in layers})

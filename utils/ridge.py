@@ -9,7 +9,7 @@ from torch import Tensor
 
 from utils.io import UserError, open_tensors
 from utils.linalg import equilibrated_eigh, without_constants
-from utils.moments import LayerMoments
+from utils.moments import LayerMoments, place_of
 
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
@@ -52,15 +52,14 @@ def part_of(moments: LayerMoments) -> Part:
 
 def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
     """The moments of each fold of one layer and the texts per fold, None if not kept."""
-    with open_tensors(path) as (file, _):
+    with open_tensors(path) as (file, metadata):
         names = [name for name in file.keys() if name.startswith(("fold_label", "fold_pooled"))]  # noqa: SIM118
         parts = {name: file.get_slice(name) for name in names}
         first = file.get_slice("pooled_mean").get_shape()[0] - parts["fold_pooled_mean"].get_shape()[0]
-        if layer < first:
+        at = place_of(file, metadata, layer)
+        if at < first:
             return None
-        moments = {
-            name: part[:] if name.startswith("fold_label") else part[layer - first] for name, part in parts.items()
-        }
+        moments = {name: part[:] if name.startswith("fold_label") else part[at - first] for name, part in parts.items()}
         return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
 
 

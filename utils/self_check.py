@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.hidden_states import decoder_layers, visit_hidden_states
+from utils.hidden_states import decoder_layers, input_device, visit_hidden_states
 from utils.io import UserError
 from utils.models import TokenizedTexts, context_length
 
@@ -131,7 +131,7 @@ def same_up_to_scale(found: Tensor | None, expected: Tensor | None, tolerance: f
     """Whether two tensors are equal but for one positive factor."""
     if found is None or expected is None or found.shape != expected.shape:
         return False
-    found, expected = found.double(), expected.double()
+    found, expected = found.double(), expected.to(found.device).double()  # layers can be on several devices
     scale = (found * expected).sum() / expected.square().sum()
     if not scale.isfinite():  # the pass names layer and text of a state that is not finite
         return True
@@ -207,7 +207,8 @@ def check_model(model: Any, tokens: TokenizedTexts) -> None:
     if dtype != torch.float32 and routes_tokens(model):
         in_shape, flipped = in_another, FLIPPED
     input_ids, changed, lengths = make_sequences(tokens, context_length(model.config))
-    input_ids, changed = input_ids.to(parameter.device), changed.to(parameter.device)
+    device = input_device(model)
+    input_ids, changed = input_ids.to(device), changed.to(device)
     with recording(model) as trace:
         states = states_of(model, input_ids)
     check_widths(states, input_ids.shape, model)

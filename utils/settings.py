@@ -114,6 +114,14 @@ class Run(Unrecorded):
 
 
 @dataclass(frozen=True)
+class Placement(Unrecorded):
+    """Where a model and its sums are kept; these change no number."""
+
+    device_map: Literal["none", "auto"] = "none"  # auto: layers on all GPUs, then in main memory, then on disk
+    accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # where the sums are; auto: on the device if they fit
+
+
+@dataclass(frozen=True)
 class Session(Unrecorded):
     """How a training run is kept and shown; these change no number."""
 

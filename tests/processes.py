@@ -1,0 +1,57 @@
+"""Processes that tests start without a new interpreter: forks, alone or as the ranks of one run."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from utils.distributed import one_voice, processes
+
+FORK = multiprocessing.get_context("fork")
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start(
+    run: Callable[[int], object], size: int = 1, output: Path | None = None, whole: bool = False
+) -> list[BaseProcess]:
+    """Starts `run(rank)` in `size` processes that torchrun could have started; their stderr goes behind `output`.
+
+    `whole`: `run` is a whole script, and not only its `main`.
+    """
+    port = free_port()
+
+    def be(rank: int) -> None:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        if size > 1:
+            os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        processes.cache_clear()
+        if output is not None:
+            sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives
+        with contextlib.nullcontext() if whole else one_voice(True, "script"):
+            run(rank)
+
+    started = [FORK.Process(target=be, args=(rank,)) for rank in range(size)]
+    for process in started:
+        process.start()
+    return started
+
+
+def exit_codes(started: list[BaseProcess], seconds: float = 60) -> list[int | None]:
+    """Waits for the processes; None for one that hangs, which is then killed."""
+    codes = []
+    for process in started:
+        process.join(seconds)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+    return codes

@@ -1,0 +1,146 @@
+"""What a pass needs is said before it, close to what it takes; parts of it can be left away or put elsewhere."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import alignment_vis
+import cache
+import K_sweep
+from tests.conftest import configure, make_texts, make_tokenizer, run_in_process, write_rows
+from tests.processes import exit_codes, start
+from utils.io import UserError
+from utils.settings import with_values
+
+
+def settings(model_dirs, rows_path, folder, **more):
+    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "results_dir": folder}
+    return configure(cache, **names, **{"tokens_per_batch": 128} | more)
+
+
+def moments(folder) -> dict[str, torch.Tensor]:
+    [path] = [path for path in folder.rglob("train.safetensors") if "moments" in path.parts]
+    return load_file(path)
+
+
+# ------------------------------------------------------------------ the estimate
+def status(name: str) -> int:
+    """A line of this process's status, in bytes."""
+    with open("/proc/self/status") as file:
+        [line] = [line for line in file if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+SHAPES = {
+    "weights": {"hidden_size": 256, "intermediate_size": 6000, "num_hidden_layers": 6},
+    "sums": {"hidden_size": 640, "intermediate_size": 256, "num_hidden_layers": 4},
+    "batch": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read as Linux gives it")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peak_memory_is_as_estimated(shape, tmp_path):
+    """The peak of a process from before the model is loaded until the result is written, within a fifth."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=512, **SHAPES[shape])
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = make_texts(400, longest=300) if shape == "batch" else make_texts(60)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": f"class {i % 2}"} for i, t in enumerate(texts)])
+    asked = configure(
+        cache, model_name=str(tmp_path / "model"), dataset_name=str(rows), split="all", product_dtype="float32",
+        results_dir=tmp_path / "results", tokens_per_batch=16384 if shape == "batch" else 256,
+    )  # fmt: skip
+
+    def run(rank: int) -> None:
+        load, seen = cache.load_base_model, {}
+
+        def loading(*arguments):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak starts anew
+            seen["before"] = status("VmRSS")
+            return load(*arguments)
+
+        def estimated(need, *rest):
+            seen["estimate"] = need.memory
+
+        cache.load_base_model, cache.check_fits = loading, estimated
+        cache.main(asked)
+        measured = status("VmHWM") - seen["before"]
+        (tmp_path / "measured").write_text(f"{measured} {seen['estimate']}")
+
+    assert exit_codes(start(run)) == [0]
+    measured, estimate = map(int, (tmp_path / "measured").read_text().split())
+    assert estimate == pytest.approx(measured, rel=0.2)
+
+
+def test_what_cannot_fit_is_refused_before_the_model_is_loaded(model_dirs, rows_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.memory.free_host_memory", lambda: 10_000)
+    monkeypatch.setattr(cache, "load_base_model", lambda *_: pytest.fail("the model is loaded"))
+    with pytest.raises(UserError, match=r"cpu has 0 MB free .* --dtype bfloat16.*--layers.*--device_map auto"):
+        cache.main(settings(model_dirs, rows_path, tmp_path))
+
+
+def test_a_disk_that_is_too_small_is_refused(model_dirs, rows_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.memory.free_disk", lambda path: 10_000)
+    with pytest.raises(UserError, match=r"Free space, set --results_dir"):
+        cache.main(settings(model_dirs, rows_path, tmp_path))
+
+
+# ------------------------------------------------------------------ less, or elsewhere
+def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
+    whole, some = (settings(model_dirs, rows_path, tmp_path / name, folds="all") for name in ("whole", "some"))
+    cache.main(whole)
+    cache.main(with_values(some, layers=(-1, 1)))
+    expected, found = moments(tmp_path / "whole"), moments(tmp_path / "some")
+    for name, value in expected.items():
+        of_layers = name not in ("label_mean", "label_second_moment", "fold_num_samples") and "fold_label" not in name
+        assert torch.equal(found[name], value[[1, 3]] if of_layers else value), name
+    scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (whole, some)]
+    assert scores[0]["layers"][3] == scores[1]["layers"][1] and scores[0]["score"] == scores[1]["score"]
+    cache.main(some)  # all layers are asked for: made again
+    assert all(torch.equal(moments(tmp_path / "some")[name], value) for name, value in expected.items())
+
+
+def test_who_needs_another_layer_says_how_to_have_it(model_dirs, rows_path, tmp_path):
+    config = settings(model_dirs, rows_path, tmp_path, layers=(0, 1))
+    cache.main(config)
+    groups = {"model": config.model, "data": config.data, "run": config.run}
+    with pytest.raises(UserError, match=r"hold layer 0, 1, not 3. Run cache.py with --layers 0 1 3"):
+        K_sweep.run(K_sweep.Config(**groups))
+    with pytest.raises(UserError, match=r"hold layer 0, 1, not 2"):
+        alignment_vis.main(alignment_vis.Config(**groups, layer=2, words=("red", "green")))
+    with pytest.raises(UserError, match=r"--layers 4: the model has layers 0 to 3"):
+        cache.main(with_values(config, layers=(4,)))
+
+
+@pytest.mark.parametrize("options", [{"accumulate_on": "cpu"}, {"device_map": "auto"}])
+def test_another_place_changes_no_number(model_dirs, rows_path, tmp_path, options):
+    plain, other = (settings(model_dirs, rows_path, tmp_path / n, product_dtype="float64") for n in ("plain", "other"))
+    cache.main(plain)
+    cache.main(with_values(other, **options))
+    expected, found = moments(tmp_path / "plain"), moments(tmp_path / "other")
+    for name, value in expected.items():
+        scale = expected["prefix_second_moment"].abs().amax() if name.endswith("_error") else value.abs().amax()
+        assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
+
+
+def test_a_model_that_is_partly_on_disk_gives_the_same_numbers(model_dirs, rows_path, tmp_path, monkeypatch):
+    plain, other = (settings(model_dirs, rows_path, tmp_path / n, product_dtype="float64") for n in ("plain", "other"))
+    cache.main(plain)
+    monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda *_, **__: {"cpu": 90_000})
+    cache.main(with_values(other, device_map="auto"))
+    assert list((tmp_path / "other" / "offloaded").iterdir())
+    expected, found = moments(tmp_path / "plain"), moments(tmp_path / "other")
+    assert all(torch.allclose(found[name], value, rtol=1e-9, atol=1e-12) for name, value in expected.items())
+
+
+def test_layers_and_pooled_states_exclude_each_other(rows_path, monkeypatch, capsys):
+    call = ["--dataset_name", rows_path, "--layers", 1, "--save_pooled", "all"]
+    assert run_in_process(monkeypatch, "cache.py", *call) == 2
+    assert "--save_pooled keeps the last layer, or all of them" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,150 @@
+"""What a pass will need, of memory and of disk, from the configuration of the model alone: said and checked before it.
+
+d hidden size, f feed-forward size; sizes in bytes.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from utils.distributed import num_started
+from utils.identity import read_config
+from utils.io import UserError
+from utils.settings import Model, Run
+
+UNSURE = 1.2  # the estimate may be off by so much; what needs more than this times the free memory is refused
+
+
+def num_parameters(model: Model, run: Run) -> int:
+    """Parameters of the causal LM, each once however many modules share it, from the configuration alone."""
+    config = read_config(model, run)
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping or "auto_map" in vars(config)
+    auto_class: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    with torch.device("meta"):
+        made = auto_class.from_config(config, trust_remote_code=run.trust_remote_code)
+        made.tie_weights()
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def batch_bytes(config: PreTrainedConfig, num_tokens: int, item: int, product_item: int) -> int:
+    """Most that is alive beside weights and sums while a batch is run and one layer's states are added.
+
+    Args:
+        config: of the decoder.
+        num_tokens: padded tokens of the batch.
+        item: bytes of a number of the model.
+        product_item: bytes of a number of the products.
+    """
+    d = config.hidden_size
+    feed_forward = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d
+    forward = item * (3 * d + 3 * feed_forward)  # residual, its norm, the sum; gate, up, their product
+    adding = item * 2 * d + 8 * 2 * d + product_item * 2 * d  # states; prefix sums and a copy; pairs
+    return num_tokens * max(forward, adding)
+
+
+def matrix_bytes(config: PreTrainedConfig) -> int:
+    """What is alive for a moment while one layer's products become float64, with their signs."""
+    return 8 * 3 * config.hidden_size**2
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a pass needs of each kind, in bytes, of one process."""
+
+    weights: int
+    sums: int  # float64
+    block: int  # products in their own dtype
+    batch: int
+    pooled: int  # on disk
+    num_tokens: int  # of a batch
+
+    @property
+    def memory(self) -> int:
+        """All that is in one memory if the model runs on the CPU."""
+        return self.weights + self.sums + self.block + self.batch
+
+    @property
+    def state(self) -> int:
+        """What one state of an unfinished pass has on disk."""
+        return self.sums + self.block
+
+
+def free_host_memory() -> int:
+    """What the system, or the container, still gives."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        cached = 0
+        for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+            cached += int(line.split()[1]) if line.startswith(("inactive_file ", "active_file ")) else 0
+        free = min(free, int(most) - int(used.read_text()) + cached)
+    return free
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+
+
+def free_disk(path: Path) -> int:
+    """Free space where `path` is to be."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(folder).free
+
+
+def gigabytes(num_bytes: float) -> str:
+    """A size for people."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def keep_on_host(need: Need, device: torch.device, accumulate_on: str) -> bool:
+    """Whether the sums are kept in the host's memory: as asked for, and by `auto` where they do not fit the device."""
+    if accumulate_on != "auto" or device.type == "cpu":
+        return accumulate_on == "cpu"
+    return need.memory * UNSURE > free_memory(device)
+
+
+def check_fits(need: Need, device: torch.device, path: Path, on_host: bool, spread: bool) -> None:
+    """Prints what a pass needs and what is free.
+
+    Args:
+        need: of one process.
+        device: of the model.
+        path: of the moments.
+        on_host: the sums are in the host's memory.
+        spread: the model is put where there is room, on all devices.
+
+    Raises:
+        UserError: it cannot fit.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_started() > 1 else 1
+    on_disk = need.sums + need.pooled
+    print(
+        f"needs about {gigabytes(need.weights)} for weights, {gigabytes(need.sums + need.block)} for sums and "
+        f"{gigabytes(need.batch)} for a batch of {need.num_tokens:,} tokens{f', {here} times' if here > 1 else ''}; "
+        f"on disk {gigabytes(on_disk)}, and {gigabytes(2 * here * need.state)} while it runs"
+    )
+    by_memory = {str(device): need.memory * (here if device.type == "cpu" else 1)}
+    if device.type == "cuda":
+        by_memory = {str(device): need.memory - on_host * (need.sums + need.block), "cpu": here * on_host * need.sums}
+    free = {name: free_memory(torch.device(name)) for name in by_memory}
+    for name, asked in by_memory.items():
+        if asked > UNSURE * free[name] and not spread:
+            raise UserError(
+                f"{name} has {gigabytes(free[name])} free and about {gigabytes(asked)} would be needed. Try --dtype "
+                "bfloat16, fewer --layers, --folds none, a smaller --tokens_per_batch, --accumulate_on cpu, or "
+                "--device_map auto."
+            )
+        if asked > free[name] and not spread:
+            print(f"{name} has {gigabytes(free[name])} free: that may not be enough")
+    if on_disk > (there := free_disk(path)):
+        raise UserError(
+            f"{path.parent} has {gigabytes(there)} free, {gigabytes(on_disk)} would be needed. Free space, set "
+            "--results_dir, or keep fewer --layers."
+        )

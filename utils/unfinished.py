@@ -1,0 +1,280 @@
+"""The pass of cache.py while it is under way: its state on disk, and its pooled states, so that a killed run goes on.
+
+Each process keeps a state of its own, written in one piece: whenever the run is killed, each goes on from its last one,
+and adds the same numbers in the same order as if nothing had happened.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.batches import Step
+from utils.distributed import Processes, processes
+from utils.io import (
+    FORMAT_VERSION,
+    NO_PLACE,
+    UserError,
+    create_tensor_file,
+    open_tensors,
+    remove_abandoned,
+    save_tensors,
+    tensor_header,
+)
+from utils.results import check_identity, read_identity
+
+Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis
+SHARE_OF_TIME = 1 / 20  # most that the writing of states may take, where one takes long
+
+
+def states_beside(path: Path) -> list[Path]:
+    """The states of unfinished runs that are to be the file of tensors `path`."""
+    return sorted(path.parent.glob(f"{path.stem}.state-*-of-*.safetensors"))
+
+
+def remove_states(path: Path) -> None:
+    """Removes the states of runs that were to be `path`, of whatever number of processes."""
+    for state in states_beside(path):
+        state.unlink(missing_ok=True)
+
+
+def check_states(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Looks at the states of unfinished runs before the work; with --overwrite those that cannot be used go.
+
+    Raises:
+        UserError: one is damaged, or of a run of another identity.
+    """
+    for state in states_beside(path):
+        try:
+            check_identity(read_identity(state), identity, state)
+        except UserError:
+            if not overwrite:
+                raise
+            state.unlink()
+
+
+@dataclass
+class Unfinished:
+    """The state of one process of a pass."""
+
+    result: Path  # what the pass is to write
+    identity: dict[str, Any]  # of the result
+    way: dict[str, Any]  # how it is made: changes no number that counts, but a state is of one way only
+    team: Processes
+    minutes_per_state: float
+    usable: bool = True  # whether what belongs to a state that is there is there too
+    saved: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # that writing the last state took
+
+    @property
+    def path(self) -> Path:
+        """Where the state is."""
+        name = f"{self.result.stem}.state-{self.team.rank + 1}-of-{self.team.size}.safetensors"
+        return self.result.with_name(name)
+
+    def load(self, tensors: Tensors) -> int:
+        """Fills the tensors with those of the state; returns the steps it holds, 0 without one to go on from."""
+        remove_abandoned(self.path)
+        if not self.path.is_file():
+            if self.team.rank == 0 and (others := states_beside(self.result)):
+                print(f"{others[0]} is of another number of processes: this run starts from the beginning")
+            return 0
+        with open_tensors(self.path) as (file, metadata):
+            differing = [name for name, value in self.way.items() if metadata["way"].get(name) != value]
+            if differing or not self.usable:
+                why = f"was made with another {', '.join(differing)}" if differing else "has lost its pooled states"
+                print(f"{self.path} {why}: this run starts from the beginning")
+                return 0
+            for name in file.keys():  # noqa: SIM118, not a dict
+                fill(tensors[name], file.get_slice(name))
+        print(f"going on from {self.path}: {metadata['num_steps']} of {self.way['num_steps']} batches")
+        return metadata["num_steps"]
+
+    def save(self, tensors: Tensors, num_steps: int) -> None:
+        """Writes the state after so many steps; where it cannot be written the pass goes on without."""
+        start = time.monotonic()
+        metadata = {"format_version": FORMAT_VERSION, **self.identity, "way": self.way, "num_steps": num_steps}
+        try:
+            save_tensors(self.path, tensors, metadata)
+        except OSError as error:
+            if error.errno not in NO_PLACE:
+                raise
+            tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
+        self.saved = time.monotonic()
+        self.seconds = self.saved - start
+
+    def is_due(self) -> bool:
+        """Whether it is time for the next state."""
+        return time.monotonic() - self.saved >= max(60 * self.minutes_per_state, self.seconds / SHARE_OF_TIME)
+
+
+def fill(tensor: Tensor | list[Tensor], stored: Any) -> None:
+    """Copies a tensor of a file, a stacked one layer by layer."""
+    if isinstance(tensor, Tensor):
+        tensor.copy_(stored[:])
+        return
+    for layer, part in enumerate(tensor):
+        part.copy_(stored[layer])
+
+
+@dataclass
+class Termination:
+    """Whether the system has asked the run to end."""
+
+    asked: bool = False
+
+
+@contextmanager
+def termination_noted() -> Iterator[Termination]:
+    """SIGTERM, by which clusters announce the end, is noted for the body to ask for, and does not end it."""
+    noted = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(noted, "asked", True))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------ the pass
+class RunningSums(Protocol):
+    """What a pass adds to."""
+
+    centres: list[Tensor]  # of each layer, the same in every process
+    is_centred: bool
+
+    def tensors(self) -> Tensors:
+        """All that changes."""
+
+    def clear(self) -> None:
+        """Back to zero, but for the centres."""
+
+    def end_block(self) -> None:
+        """Called after the last batch of a block."""
+
+    def settle(self) -> None:
+        """Returns when all that was added is in the tensors."""
+
+
+def run_steps(
+    steps: list[Step],
+    lengths: np.ndarray,
+    sums: RunningSums,
+    add_batch: Callable[[np.ndarray], None],
+    unfinished: Callable[[int], Unfinished] | None,
+    advance: Callable[[float], object] | None = None,
+) -> None:
+    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then.
+
+    With `advance` there is no bar: it is told the share of the tokens in each batch.
+    """
+    state, team = unfinished(len(steps)) if unfinished else None, processes()
+    done = state.load(sums.tensors()) if state else 0
+    gives_centres = team.rank == 0 and not done
+    if not gives_centres:
+        done = share_centres(sums, done)
+    num_tokens = [int(lengths[step.rows].sum()) for step in steps]
+    if advance and done:
+        advance(sum(num_tokens[:done]) / sum(num_tokens))
+    with (
+        tqdm(total=sum(num_tokens), unit="token", unit_scale=True, desc="cache", initial=sum(num_tokens[:done]),
+             **{"disable": True} if advance else {}) as progress,
+        termination_noted() as termination,
+    ):  # fmt: skip
+        for number, step in enumerate(steps[done:], done + 1):
+            add_batch(step.rows)
+            if step.ends_block:
+                sums.end_block()
+            if gives_centres and number == 1:
+                share_centres(sums, number)
+            progress.update(num_tokens[number - 1])
+            if advance:
+                advance(num_tokens[number - 1] / sum(num_tokens))
+            if state and (termination.asked or (state.is_due() and number < len(steps))):
+                sums.settle()
+                state.save(sums.tensors(), number)
+            if termination.asked:
+                sys.exit(128 + signal.SIGTERM)
+    sums.settle()
+
+
+def share_centres(sums: RunningSums, num_steps: int) -> int:
+    """Gives all processes the centres of the first; returns the steps in these sums, 0 where they had other centres."""
+    own = [centre.clone() for centre in sums.centres]
+    processes().from_first(sums.centres)
+    sums.is_centred = True
+    if all(map(torch.equal, own, sums.centres)):
+        return num_steps
+    sums.clear()
+    return 0
+
+
+# ------------------------------------------------------------------ pooled states
+class PooledFile:
+    """The file of pooled states while it is filled, row by row, by all processes of a machine."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict, team: Processes) -> None:
+        """Opens what an unfinished run has left, or makes the file anew; called by all processes.
+
+        Raises:
+            UserError: the processes are on several machines.
+        """
+        if not team.on_one_machine:
+            raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
+        self.path, self.unfinished = path, path.with_name(f"{path.name}.unfinished.tmp")
+        self.header, self.team = tensor_header({name: ("F32", shape) for name, shape in shapes.items()}, metadata), team
+        self.is_old = self.is_own()
+        team.wait()
+        if team.rank == 0:
+            remove_abandoned(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.tensors: dict[str, np.memmap] = create_tensor_file(
+                self.unfinished, self.header, shapes, renew=team.rank == 0 and not self.is_old, wait=team.wait
+            )
+        except OSError:
+            self.discard()
+            raise
+
+    def is_own(self) -> bool:
+        """Whether the unfinished file is of this run."""
+        try:
+            with open(self.unfinished, "rb") as file:
+                return file.read(len(self.header)) == self.header
+        except OSError:
+            return False
+
+    def flush(self) -> None:
+        """Makes sure of the rows that are in."""
+        for tensor in self.tensors.values():
+            tensor.flush()
+
+    def finish(self) -> None:
+        """Puts the file in its place; called by all processes when every row is in.
+
+        Raises:
+            UserError: another run has begun to write the same file.
+        """
+        self.flush()
+        self.team.wait()
+        if self.team.rank == 0:
+            if not self.is_own():
+                raise UserError(f"Another run is writing {self.path} too. Let one finish, or set --results_dir.")
+            os.replace(self.unfinished, self.path)
+
+    def discard(self) -> None:
+        """Removes the unfinished file."""
+        self.unfinished.unlink(missing_ok=True)
