@@ -46,6 +46,7 @@ from utils.moments import (
 )
 from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.pictures import plot_sweep, save_figure
+from utils.random_subspaces import random_scores
 from utils.results import find_result, result_path
 from utils.ridge import load_folds
 from utils.scores import option_suffix, print_table, summarize, to_json
@@ -72,6 +73,7 @@ class Config:
     center: bool = False  # subtract the means first; the paper does not
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
     num_null_draws: int = 100  # permuted-label draws for the null band and z
+    num_random_draws: int = 20  # random V at the last layer, against which V gets a z; 0: none
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
@@ -82,6 +84,8 @@ class Config:
             raise ValueError("--fractions must be in (0, 1]")
         if self.num_null_draws < 2:
             raise ValueError("--num_null_draws must be at least 2, or the null has no spread")
+        if self.num_random_draws < 0 or self.num_random_draws == 1:
+            raise ValueError("--num_random_draws must be at least 2, or random V have no spread; 0 for none")
 
 
 # ------------------------------------------------------------------ the score, from its definition
@@ -411,7 +415,9 @@ def pooled_sizes(sigma: Tensor, v: Tensor) -> Tensor:
     return v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
 
 
-def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int) -> dict:
+def sweep_layer(
+    moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int, num_random_draws: int = 0
+) -> dict:
     """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors.
 
     A layer has no score (None) where its pooled states do not vary, or not with the labels, or no text has two tokens.
@@ -434,6 +440,14 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
         ),
         **whitened_null(draws, spanned.whitened_basis.spanned(spanned.ks)),
     }
+    random_v = {}
+    if num_random_draws:
+        explained = informative_directions(whitener.T @ moments.pooled_label_covariance)
+        random = np.random.default_rng([config.data.seed, layer, 2])
+        u = solved.whitener @ solved.labels
+        random_v["random"] = random_scores(
+            u, whitener.T @ moments.pooled_covariance, explained, spanned.ks, num_random_draws, random
+        )
     return {
         **ranks,
         "ntps": ntps_all,
@@ -442,6 +456,7 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
         **excess_scores(moments, whitener, spanned),
         **probe,
         "null_draws": null_draws,
+        **random_v,
     }
 
 
@@ -472,7 +487,9 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
             moments = load_layer(file, metadata, layer, device)
             is_held_out = other_metadata and layer in stored_layers(other, other_metadata)
             held_out = load_layer(other, other_metadata, layer, device) if is_held_out else None
-            entry = sweep_layer(moments, held_out, config, layer)
+            # of the last layer only, for the score of the run; a control of V would repeat them
+            is_compared = layer == numbers[-1] and config.subspace == "autoregression"
+            entry = sweep_layer(moments, held_out, config, layer, config.num_random_draws if is_compared else 0)
             if not option_suffix({**result_settings(config), "split": "train"}):  # a control of V would repeat them
                 folds = load_folds(path, layer, device) if layer == numbers[-1] else None
                 entry["closed_form"] = layer_scores(moments, held_out, folds, (config.data.seed, layer)).scores

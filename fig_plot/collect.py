@@ -1,7 +1,8 @@
 """Turn results/** into the tidy CSV files that every figure is drawn from.
 
-    python -m fig_plot.collect                                       # all that is under results/
-    python -m fig_plot.collect --results_dir results/study/docstrings   # as committed
+    python -m fig_plot.collect                                         # all that is under results/
+    python -m fig_plot.collect --results_dir results/study/docstrings   # the docstring study, as committed
+    python -m fig_plot.collect --results_dir results/study/smollm2 --output_dir fig_plot/data/smollm2
 
 Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
 or foreign is named, skipped and counted, and so is a model and dataset that one of the scripts has not seen.
@@ -9,6 +10,7 @@ Writes to fig_plot/data/, a row each:
 
     scores.csv     model, dataset, seed, order and subspace of V: the score of the run, its null, its probe
     layers.csv     the same, layer and fraction: the scores there (V by autoregression, before LoRA)
+    features.csv   model, dataset, seed, layer: scores of the pooled states that need neither U nor V
     probes.csv     model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv   model, dataset, seed, method: scores on test at the last step
     datasets.csv   dataset: rows, classes, majority share, bag of words
@@ -30,7 +32,7 @@ from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_
 from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
 
-TABLES = ("scores", "layers", "probes", "training", "datasets", "models", "alignment", "separability")
+TABLES = ("scores", "layers", "features", "probes", "training", "datasets", "models", "alignment", "separability")
 KEYS = (  # what tells rows of a table apart, and sorts them
     *("model", "dataset", "seed", "method", "split", "eigenvectors", "subspace", "center", "num_components"),
     *("layer", "fraction", "space", "group", "word"),
@@ -82,6 +84,16 @@ def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
         for index, fraction in enumerate(result["fractions"]):
             scores = {name: layer[name] and layer[name][index] for name in (*SCORES, "chance")}
             yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
+
+
+def feature_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
+    """Rows of features.csv: what means something of the closed-form scores, before LoRA, training rows."""
+    config, model = result["config"], shown_name(path.parent.name)
+    keys = {"model": model, "dataset": dataset_of(path, config), "seed": config["seed"]}
+    for layer in result["layers"] if config["split"] == "train" and not model.endswith("+lora") else ():
+        if found := layer.get("closed_form"):
+            values = {name: score["value"] for name, score in found.items() if not score["meaningless"]}
+            yield {**keys, "layer": layer["layer"], **values}
 
 
 def probe_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
@@ -151,7 +163,11 @@ def parse_size(size: str) -> float:
 
 # ------------------------------------------------------------------ all results -> tables
 READERS: dict[str, Callable[[Path, dict], Any]] = {
-    "ntps": lambda path, result: {"scores": [score_row(path, result)], "layers": list(layer_rows(path, result))},
+    "ntps": lambda path, result: {
+        "scores": [score_row(path, result)],
+        "layers": list(layer_rows(path, result)),
+        "features": list(feature_rows(path, result)),
+    },
     "linear_sklearn": lambda path, result: {
         "probes": list(probe_rows(path, result)),
         "datasets": [dataset_row(path, result)],

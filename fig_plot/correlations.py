@@ -1,4 +1,4 @@
-"""Rank correlations over tasks, their intervals, and what choosing a configuration on the outcome is worth.
+"""Rank correlations over tasks, and their intervals.
 
 Pure functions of numpy arrays; nothing is read or written. Ranks count from 1 = smallest, ties share their mean rank.
 A value is missing where it is NaN or infinite, and a pair where either side is. A statistic that is not defined (fewer
@@ -6,16 +6,22 @@ than three pairs, or one side constant) is nan, never 0.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import permutation_test, rankdata, weightedtau
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata, weightedtau
 
 TOLERANCE = 1e-9  # two rank correlations nearer than this are equal: they differ by rounding only
 
 Correlation = Callable[[ArrayLike, ArrayLike], float]
+
+
+class Draws(NamedTuple):
+    """How often a bootstrap or a permutation draws, and from which seed."""
+
+    num_draws: int = 1000
+    seed: int = 0
 
 
 class Interval(NamedTuple):
@@ -24,25 +30,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class SelectionNull(NamedTuple):
-    """The best of many configurations, and the best of as many under permuted targets."""
-
-    best: float  # correlation of the configuration chosen, with its sign
-    configuration: int  # which one
-    null_mean: float  # of the best under permutation
-    null_quantile: float  # 95 % quantile of the same
-    p_value: float
-
-
-class LeaveOneOut(NamedTuple):
-    """Configurations chosen without the task that they are then judged on."""
-
-    chosen: np.ndarray  # (tasks,) index of a configuration, -1 where the task is missing
-    predicted: np.ndarray  # (tasks,) fraction of the other tasks below the one left out, nan where missing
-    correlation: float  # Spearman of predicted and target
-    p_value: float
 
 
 # ------------------------------------------------------------------ correlations of one pair of vectors
@@ -54,7 +41,7 @@ def rank(values: ArrayLike) -> np.ndarray:
     return np.where(present, rankdata(np.where(present, values, np.inf), axis=-1), np.nan)
 
 
-def _standardize(values: np.ndarray) -> np.ndarray:
+def standardize(values: np.ndarray) -> np.ndarray:
     """Mean 0 and length 1 along the last axis; nan rows where that is constant."""
     values = values - values.mean(-1, keepdims=True)
     length = np.linalg.norm(values, axis=-1, keepdims=True)
@@ -131,7 +118,7 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
     ranks = rank(table.T).T
     design = np.column_stack([np.ones(len(ranks)), ranks[:, 2:]])
     residuals = ranks[:, :2] - design @ np.linalg.lstsq(design, ranks[:, :2])[0]
-    a, b = _standardize(residuals.T)
+    a, b = standardize(residuals.T)
     return float(a @ b)
 
 
@@ -149,7 +136,12 @@ def auc(score: ArrayLike, positive: ArrayLike) -> float:
     known = np.isfinite(score)
     if len(set(positive[known])) < 2:
         return float("nan")
-    return float(roc_auc_score(positive[known], score[known]))
+    ranks, positive = (
+        rankdata(score[known]),
+        positive[known],
+    )  # scikit-learn's is too slow to resample
+    num_positive, num_negative = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
 # ------------------------------------------------------------------ intervals
@@ -197,6 +189,24 @@ def mean_correlation(x: ArrayLike, y: ArrayLike, correlation: Correlation = spea
     return float(defined.mean()) if len(defined) else float("nan")
 
 
+def mean_spearman_of_draws(x: np.ndarray, y: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """Mean over models of the Spearman over resampled tasks, (draws,); x and y (models, tasks), tasks (draws, n)."""
+    rows = spearman_rows(x[:, tasks], y[:, tasks])  # (models, draws)
+    count = np.isfinite(rows).sum(0)
+    return np.divide(np.nansum(rows, 0), count, where=count > 0, out=np.full(len(tasks), np.nan))
+
+
+def bootstrap_lead(score: np.ndarray, baseline: np.ndarray, target: np.ndarray, draws: Draws) -> Interval:
+    """|mean Spearman of the score| - |that of the baseline|, and its interval over tasks; all (models, tasks)."""
+    num_tasks = target.shape[1]
+    tasks = np.random.default_rng(draws.seed).integers(num_tasks, size=(draws.num_draws, num_tasks))
+    whole, drawn = (
+        np.abs(mean_spearman_of_draws(score, target, chosen)) - np.abs(mean_spearman_of_draws(baseline, target, chosen))
+        for chosen in (np.arange(num_tasks)[None], tasks)
+    )
+    return _percentiles(float(whole[0]), drawn, 0.95)
+
+
 def bootstrap_mean_correlation(
     x: ArrayLike,
     y: ArrayLike,
@@ -220,143 +230,7 @@ def bootstrap_mean_correlation(
     random, num_tasks = np.random.default_rng(seed), x.shape[1]
     tasks = random.integers(num_tasks, size=(num_draws, num_tasks))
     if correlation is spearman:
-        rows = spearman_rows(x[:, tasks], y[:, tasks])  # (models, draws)
-        count = np.isfinite(rows).sum(0)
-        draws = np.divide(np.nansum(rows, 0), count, where=count > 0, out=np.full(num_draws, np.nan))
+        draws = mean_spearman_of_draws(x, y, tasks)
     else:
         draws = np.array([mean_correlation(x[:, chosen], y[:, chosen], correlation) for chosen in tasks])
     return _percentiles(mean_correlation(x, y, correlation), draws, level)
-
-
-# ------------------------------------------------------------------ choosing a configuration on the outcome
-def _usable(maps: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Maps and targets of the tasks kept, which tasks, and which configurations are complete and not constant."""
-    every_map, every_target = np.asarray(maps, float), np.asarray(targets, float)
-    tasks = np.flatnonzero(np.isfinite(every_target) & np.isfinite(every_map).any(0))
-    kept = every_map[:, tasks]
-    configurations = np.flatnonzero(np.isfinite(kept).all(1) & (kept != kept[:, :1]).any(1))
-    if len(tasks) < 3 or not len(configurations):
-        raise ValueError("a selection needs three tasks and one configuration that is complete and not constant")
-    return kept[configurations], every_target[tasks], tasks, configurations
-
-
-def _permutation_null(
-    statistic: Callable[..., Any], targets: np.ndarray, num_permutations: int, seed: int
-) -> tuple[np.ndarray, float]:
-    """The statistic of permuted targets (draws,), and its one-sided p-value, nan where the statistic is."""
-    test = permutation_test(
-        (targets,),
-        statistic,
-        permutation_type="pairings",
-        alternative="greater",
-        vectorized=True,
-        n_resamples=num_permutations,
-        batch=1000,  # keeps the products of large maps out of memory
-        rng=np.random.default_rng(seed),
-    )
-    return test.null_distribution, float(test.pvalue) if np.isfinite(test.statistic) else float("nan")
-
-
-def selection_null(
-    maps: ArrayLike, targets: ArrayLike, num_permutations: int = 10_000, seed: int = 0, absolute: bool = False
-) -> SelectionNull:
-    """The paper's way: the configuration with the largest Spearman, and what the same choice finds in noise.
-
-    The null permutes the targets over the tasks and takes the maximum over all configurations again, so that it knows
-    how much they resemble each other. p = (1 + draws at least as large) / (1 + draws), or the exact share where the
-    tasks have no more than `num_permutations` orders.
-
-    Args:
-        maps: (configurations, tasks), layers x fractions flattened. Tasks that miss their target or every
-            configuration are left out; so are configurations that then miss a task or are constant.
-        targets: (tasks,).
-        num_permutations: draws of the null.
-        seed: of the draws.
-        absolute: the largest |Spearman| instead, in the null too (null_mean and null_quantile are of |.| then).
-
-    Raises:
-        ValueError: fewer than three tasks, or no configuration is left.
-    """
-    maps, targets, _, configurations = _usable(maps, targets)
-    size = np.abs if absolute else np.positive
-    ranks, target = _standardize(rank(maps)), _standardize(rank(targets))  # dot products are correlations
-    observed = ranks @ target
-    index = int(size(observed).round(9).argmax())  # rounded: among equals the first, on any machine
-
-    def largest(permuted: np.ndarray, axis: int) -> np.ndarray:
-        return size(ranks @ permuted.T).max(0)
-
-    null, p_value = _permutation_null(largest, target, num_permutations, seed)
-    quantile = float(np.quantile(null, 0.95))
-    return SelectionNull(float(observed[index]), int(configurations[index]), float(null.mean()), quantile, p_value)
-
-
-def _choose_without_each(maps: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every row of targets (draws, tasks) and every task: the best configuration elsewhere, and its fraction here.
-
-    Both (draws, tasks); -1 and nan where no correlation of the other tasks is defined.
-    """
-    chosen, predicted = np.full(targets.shape, -1), np.full(targets.shape, np.nan)
-    for t in range(targets.shape[1]):
-        others, here = np.delete(maps, t, 1), maps[:, t : t + 1]
-        found = _standardize(rank(np.delete(targets, t, 1))) @ _standardize(rank(others)).T  # (draws, configurations)
-        defined = np.isfinite(found)
-        best = np.where(defined, found.round(9), -np.inf).argmax(1)  # rounded: among equals the first, on any machine
-        fraction = ((others < here) + (others == here) / 2).mean(1)
-        chosen[:, t] = np.where(defined.any(1), best, -1)
-        predicted[:, t] = np.where(defined.any(1), fraction[best], np.nan)
-    return chosen, predicted
-
-
-def leave_one_out_selection(
-    maps: ArrayLike, targets: ArrayLike, num_permutations: int = 1000, seed: int = 0
-) -> LeaveOneOut:
-    """Chooses, for each task, the configuration with the largest Spearman on the other tasks, and judges it there.
-
-    Configurations have scales of their own, so the value left out is turned into the fraction of the other tasks'
-    values of the same configuration that lie below it (ties half); these fractions are correlated (Spearman) with the
-    targets. With one configuration this is its plain Spearman.
-
-    Under noise its mean is 0: the downward bias of leave-one-out predictions does not arise, as the rank of a value
-    among the others tells nothing of the others' order. Its spread is wider than Spearman's, though, since the choice
-    changes from task to task: at 12 tasks the sd is .30 for one configuration, .46 to .49 for 19 to 100 unrelated ones.
-    So its p-value comes from permuted targets, one-sided, and no table of Spearman's correlation applies.
-
-    Args:
-        maps: (configurations, tasks); missing values as in `selection_null`.
-        targets: (tasks,).
-        num_permutations: draws of the null.
-        seed: of the draws.
-
-    Raises:
-        ValueError: fewer than three tasks, or no configuration is left.
-    """
-    num_tasks = np.size(targets)
-    maps, targets, tasks, configurations = _usable(maps, targets)
-
-    def correlation(permuted: np.ndarray, axis: int) -> np.ndarray:
-        _, fraction = _choose_without_each(maps, np.atleast_2d(permuted))
-        return spearman_rows(fraction, permuted).reshape(permuted.shape[:-1])
-
-    _, p_value = _permutation_null(correlation, targets, num_permutations, seed)
-    (best,), (fraction,) = _choose_without_each(maps, targets[None])
-    chosen, predicted = np.full(num_tasks, -1), np.full(num_tasks, np.nan)
-    chosen[tasks] = np.where(best < 0, -1, configurations[best])
-    predicted[tasks] = fraction
-    return LeaveOneOut(chosen, predicted, spearman(fraction, targets), p_value)
-
-
-def expected_maximum(
-    num_configurations: int, num_tasks: int, num_draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and 95 % quantile of the largest Spearman among independent noise rankings of the tasks.
-
-    What a sweep would report if it measured nothing and its configurations were unrelated; real ones resemble each
-    other, which `selection_null` takes into account.
-    """
-    random = np.random.default_rng(seed)
-    target = _standardize(np.arange(num_tasks, dtype=float))
-    largest = [
-        (random.permuted(np.tile(target, (num_configurations, 1)), axis=1) @ target).max() for _ in range(num_draws)
-    ]
-    return float(np.mean(largest)), float(np.quantile(largest, 0.95))

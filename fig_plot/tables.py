@@ -1,4 +1,4 @@
-"""The CSV files of fig_plot/data/ joined into one row per model and dataset: what every figure and the verdict use."""
+"""The CSV files of fig_plot/data/ joined into one row per model and dataset: what figures and findings use."""
 
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from utils.scores import SCORES as NAMES  # SCORES here has their labels
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
 KEYS = ["model", "dataset"]
-RANDOM_MODEL = "tiny-random"  # the control: random weights
+RANDOM_MODELS = ("tiny-random", "smollm2-random")  # the controls: random weights
+# studies with a folder of their own, and what they are called in figures
+STUDIES = {"": "docstring LMs", "smollm2": "SmolLM2-135M"}
 # name -> what it is; the scores of the run, all at the last layer
 SCORES = {
     "ntps": "NTPS",
@@ -25,12 +27,16 @@ SCORES = {
     "ntps_whitened_z": "z of NTPS, whitened",
     "retained_z": "z of retained",
 }
+# of the pooled states of the last layer; only where K_sweep.py had them
+FEATURE_SCORES = {"ridge_r2": "ridge R2", "logme": "LogME", "h_oas": "H-score"}
 CONTROLS = {
     "ntps_pca": "NTPS, V by PCA",
     "retained_pca": "retained, V by PCA",
     "retained_random": "retained, random V",
     "retained_z_pca": "z of retained, V by PCA",
     "retained_z_random": "z of retained, random V",
+    "retained_random_z": "z of retained against random V",
+    "retained_lead": "retained - that of random V",
 }
 # name -> what NTPS should predict; all on test, in shares of 1
 MEASURES = {
@@ -42,6 +48,9 @@ MEASURES = {
     "full_gain": "full fine-tuning gain",
     "full_accuracy": "full fine-tuning accuracy",
 }
+# the sign that the paper claims for the correlation of NTPS with each of them, and with the probes on training rows
+CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
+CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
 TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
@@ -49,6 +58,16 @@ METHOD_COLUMNS = {
     "full_finetuning": "full_accuracy",
     "from_scratch": "scratch_accuracy",
 }
+
+
+def study_dir(study: str, data_dir: Path = DATA_DIR) -> Path:
+    """Where the tables of a study are."""
+    return data_dir / study if study else data_dir
+
+
+def present_studies(data_dir: Path = DATA_DIR) -> list[str]:
+    """The studies that have tables."""
+    return [study for study in STUDIES if (study_dir(study, data_dir) / "scores.csv").is_file()]
 
 
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
@@ -92,6 +111,28 @@ def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
     return last[[*KEYS, "seed", *present]].rename(columns=present)
 
 
+def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the pooled states of the last layer, and the lead of the best; a row per model, dataset and seed.
+
+    The best layer is the one with the highest LogME, which sees training rows only. Its lead is in R2 of the
+    least-squares probe on held-out rows.
+    """
+    keys, path = [*KEYS, "seed"], data_dir / "features.csv"
+    if not path.is_file():
+        path = data_dir / "closed_form.csv"
+        kept = [*keys, *FEATURE_SCORES]
+        return pd.read_csv(path)[kept] if path.is_file() else pd.DataFrame(columns=kept)
+    table = pd.read_csv(path)
+    last, best = (table.loc[table.groupby(keys)[name].idxmax()].set_index(keys) for name in ("layer", "logme"))
+    columns = last[[name for name in FEATURE_SCORES if name in last]].assign(
+        best_layer=best["layer"], best_layer_lead=best["probe_r2_held_out"] - last["probe_r2_held_out"]
+    )
+    accuracy = probes.set_index([*keys, "layer"])["test_accuracy"].rename("best_layer_accuracy")
+    return columns.reset_index().merge(
+        accuracy, left_on=[*keys, "best_layer"], right_index=True, how="left", validate="one_to_one"
+    )
+
+
 def training_columns(training: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy of each way of training, a row per model, dataset and seed."""
     wide = training.pivot_table(index=[*KEYS, "seed"], columns="method", values="test_accuracy").reset_index()
@@ -114,13 +155,17 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     training = read_table("training", data_dir) if is_trained else pd.DataFrame(columns=TRAINING_KEYS, dtype=object)
     keys = [*KEYS, "seed"]
     cells = score_columns(scores[~scores["model"].str.endswith(ADAPTED)])
-    for columns in (probe_columns(probes), training_columns(training)):
+    for columns in (probe_columns(probes), training_columns(training), feature_columns(data_dir, probes)):
         cells = cells.merge(columns, on=keys, how="outer")
     datasets = datasets.drop(columns="num_classes", errors="ignore")
     cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
-    for name in METHOD_COLUMNS.values():
+    for name in (*METHOD_COLUMNS.values(), *FEATURE_SCORES):
         if name not in cells:
             cells[name] = np.nan
+    for name in NAMES:  # the mean of many draws where there is one
+        if f"{name}_random_mean" in cells:
+            cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
+    cells["retained_lead"] = cells["retained"] - cells["retained_random"]
     cells["probe_skill"] = cells["probe_accuracy"] - cells["majority_accuracy"]
     cells["headroom"] = 1 - cells["probe_accuracy"]
     cells["lora_gain"] = cells["lora_accuracy"] - cells["probe_accuracy"]
@@ -140,8 +185,16 @@ def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """Scores after LoRA, with those before it in columns `<score>_before`, a row per model and dataset."""
-    return pair(score_columns(read_table("scores", data_dir)), [*KEYS, "seed"])
+    """Scores after LoRA, with those before it in columns `<score>_before`, a row per model, dataset and seed.
+
+    `retained_lead`, over random V, is among them where both have it.
+    """
+    scores = score_columns(read_table("scores", data_dir))
+    names: tuple[str, ...] = NAMES
+    if "retained_random_mean" in scores:
+        scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
+        names = (*names, "retained_lead")
+    return pair(scores, [*KEYS, "seed"], names)
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -157,5 +210,5 @@ def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all models but the one with random weights, smallest model first."""
-    return cells[cells["model"] != RANDOM_MODEL].sort_values(["num_parameters", *KEYS], kind="stable")
+    """The rows of all models but those with random weights, smallest model first."""
+    return cells[~cells["model"].isin(RANDOM_MODELS)].sort_values(["num_parameters", *KEYS], kind="stable")

@@ -14,16 +14,14 @@ from fig_plot.correlations import (
     auc,
     bootstrap_interval,
     bootstrap_mean_correlation,
-    expected_maximum,
-    leave_one_out_selection,
     mean_correlation,
     partial_spearman,
     rank,
-    selection_null,
     spearman,
 )
 from fig_plot.import_published import published_rows
 from fig_plot.plotting import plot_rank_grid
+from fig_plot.selection import expected_maximum, leave_one_out_selection, selection_null
 from tests.conftest import PUBLISHED, ROOT, needs_published
 
 SCIPY = {
@@ -145,17 +143,35 @@ def test_selection_equals_a_loop_over_every_permutation():
     """5 tasks have 120 permutations, fewer than the draws asked for, so that the null is complete."""
     random = np.random.default_rng(10)
     maps, targets = random.normal(size=(4, 5)).round(1), random.normal(size=5)
-    for absolute, size in ((False, float), (True, abs)):
+    own = random.normal(size=(4, 5)).round(1)  # a target of its own for each configuration
+    for outcome, direction in ((targets, 1), (targets, -1), (own, 1), (own, -1)):
+        pairs = list(zip(maps, np.broadcast_to(outcome, maps.shape), strict=True))
         every = [
-            max(size(scipy.stats.spearmanr(row, permuted).statistic) for row in maps)
-            for permuted in permutations(targets)
+            max(direction * scipy.stats.spearmanr(row, target[list(order)]).statistic for row, target in pairs)
+            for order in permutations(range(5))
         ]
-        observed = [scipy.stats.spearmanr(row, targets).statistic for row in maps]
-        found = selection_null(maps, targets, absolute=absolute)
-        assert found.configuration == int(np.argmax([size(r) for r in observed]))
+        observed = [scipy.stats.spearmanr(row, target).statistic for row, target in pairs]
+        found = selection_null(maps, outcome, direction=direction)
+        assert found.configuration == int(np.argmax(direction * np.array(observed)))
         assert found.best == pytest.approx(observed[found.configuration], abs=1e-12)
-        assert found.null_mean == pytest.approx(np.mean(every), abs=1e-12)
-        assert found.p_value == pytest.approx(np.mean(np.array(every) >= size(found.best) - 1e-9), abs=1e-12)
+        assert found.null_mean == pytest.approx(direction * np.mean(every), abs=1e-12)
+        assert found.p_value == pytest.approx(np.mean(np.array(every) >= direction * found.best - 1e-9), abs=1e-12)
+
+
+@pytest.mark.parametrize("select", [selection_null, leave_one_out_selection])
+def test_a_negative_claim_finds_a_negative_relation_and_no_positive_one(select):
+    """One configuration falls with the target, one rises: each is found where its sign is the one that is claimed."""
+    random = np.random.default_rng(16)
+    targets = random.normal(size=12)
+    maps = random.normal(size=(20, 12))
+    maps[3], maps[8] = -targets, np.exp(targets)
+    for direction, planted in ((-1, 3), (1, 8)):
+        found = select(maps, targets, 200, direction=direction)
+        value = found.best if select is selection_null else found.correlation
+        assert value == pytest.approx(direction) and found.p_value < 0.01
+        assert np.all((found.configuration if select is selection_null else found.chosen) == planted)
+    falling = np.vstack([maps[:3], -targets])
+    assert select(falling, targets, 200, direction=1).p_value > 0.05
 
 
 @pytest.mark.slow

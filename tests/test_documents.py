@@ -128,10 +128,10 @@ def is_rounded(shown: list[str], values) -> bool:
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_correlations_of_the_readme_are_the_committed_ones(claim):
-    """Ours with their intervals in verdict_correlations.csv, the published means in published_correlations.csv."""
+    """Ours with their intervals in findings_correlations.csv, the published means in published_correlations.csv."""
     direction, measure = CLAIMS[claim]
     _, published, here, better, _ = RESULTS[claim]
-    table = pd.read_csv(DATA / "verdict_correlations.csv").query("correlation == 'spearman'")
+    table = pd.read_csv(DATA / "findings_correlations.csv").query("correlation == 'spearman'")
     table = table[(table.direction == direction) & (table.measure == measure)].set_index("score")[
         ["value", "low", "high"]
     ]
@@ -146,7 +146,7 @@ def test_correlations_of_the_readme_are_the_committed_ones(claim):
 
 def test_lead_over_a_random_subspace_of_the_readme_is_the_committed_one():
     _, _, here, better, _ = RESULTS["V keeps more of the labels than a random V"]
-    table = pd.read_csv(DATA / "verdict_controls.csv").query("model == 'tiny' and score == 'retained'").set_index("v")
+    table = pd.read_csv(DATA / "findings_controls.csv").query("model == 'tiny' and score == 'retained'").set_index("v")
     expected = [
         *table.value[["autoregression", "random"]],
         *table.loc["autoregression", ["lead_over_random", "low", "high"]],

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from fig_plot import findings, import_published, tables
+from fig_plot.correlations import Draws
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -34,6 +35,7 @@ def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
                 *(("largest", "pca", 0.1), ("largest", "random", -0.2)),
             ):
                 row = {**keys, "eigenvectors": order, "subspace": subspace, "layer": 2, "probe_mse": 9.0}
+                row["num_classes"] = 2
                 row |= {name: score + lead for name, score in scores.items()}
                 row |= {f"{name}_{key}": 3.0 for name in NAMES[1:] for key in ("null_mean", "null_std", "z")}
                 rows.append(row)
@@ -68,8 +70,8 @@ def study(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return {
-        path.stem.removeprefix("verdict_"): pd.read_csv(path, keep_default_na=False, na_values=[""])
-        for path in folder.glob("verdict_*.csv")
+        path.stem.removeprefix("findings_"): pd.read_csv(path, keep_default_na=False, na_values=[""])
+        for path in folder.glob("findings_*.csv")
     }
 
 
@@ -147,8 +149,7 @@ def test_missing_tables_name_the_command(flags, module, tmp_path, monkeypatch):
 @needs_published
 def test_published_values_are_judged_too(tmp_path):
     import_published.main(import_published.Config(path=PUBLISHED, output_dir=tmp_path))
-    config = findings.Config(published=True, data_dir=tmp_path, num_draws=100)
-    table = findings.published_tables(tmp_path, config)["correlations"]
+    table = findings.published_tables(tmp_path, Draws(100))["correlations"]
     whole = table[table["without"] == ""]
     # the means of the 24 coefficients printed in the paper's figures, signs as in the data
     for measure, printed in (("probe_accuracy", 0.67), ("probe_mse", -0.58), ("lora_gain", -0.70)):

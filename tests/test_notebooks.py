@@ -32,7 +32,7 @@ def execute(folder, name: str) -> nbformat.NotebookNode:
 
 
 def test_there_is_a_notebook_for_every_figure():
-    assert NOTEBOOKS == ["Fig1", "Fig2", "Fig3", "Fig4", "Verdict"]
+    assert NOTEBOOKS == ["Fig1", "Fig2", "Fig3", "Fig4", "Findings"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

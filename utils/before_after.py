@@ -64,14 +64,15 @@ def print_comparison(result: dict) -> None:
     print(f"The probe was trained with {changed or 'the defaults'} (linear_training.py).")
 
 
-def pair(scores: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def pair(scores: pd.DataFrame, keys: list[str], names: tuple[str, ...] = SCORES) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`: a row per adapted model and dataset.
 
     Args:
         scores: a row per model, dataset and whatever else is in `keys`, the adapted models among them.
         keys: columns that tell the rows apart, `model` among them.
+        names: columns to pair.
     """
-    scores = scores[[*keys, *SCORES]]
+    scores = scores[[*keys, *names]]
     adapted = scores["model"].str.endswith(ADAPTED)
     after = scores[adapted].assign(model=scores["model"].str.removesuffix(ADAPTED))
     return after.merge(scores[~adapted], on=keys, suffixes=("", "_before"))

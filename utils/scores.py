@@ -55,6 +55,9 @@ def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
             mean, spread = draws.mean().item(), draws.std().item()
             z = (value - mean) / spread if spread > 1e-12 else None  # no spread: V spans everything at every K
             score[name] |= {"null_mean": mean, "null_std": spread, "z": z}
+        if found := last.get("random", {}).get(name):
+            z = (value - found["mean"]) / found["std"] if found["std"] > 1e-12 else None
+            score[name] |= {"random_mean": found["mean"], "random_std": found["std"], "random_z": z}
     return score
 
 
@@ -89,11 +92,15 @@ def print_table(result: dict) -> None:
     print(f"\nscore: {result['score']['rule']}")
     for name in SCORES:
         score = result["score"][name]
-        null = ""
         if score["value"] is None:
             print(f"  {name:<14}none")
             continue
-        if name in NULL_SCORES:
-            z = "no spread" if score["z"] is None else f"z = {score['z']:+.1f}"
-            null = f"   permuted labels {score['null_mean']:.4f} +- {score['null_std']:.4f}   {z}"
-        print(f"  {name:<14}{score['value']:.4f}{null}")
+        null = beside("permuted labels", score["null_mean"], score["null_std"], score["z"]) if "z" in score else ""
+        if "random_z" in score:
+            null = f"{null:<46}" + beside("random V", score["random_mean"], score["random_std"], score["random_z"])
+        print(f"  {name:<14}{score['value']:.4f}{null}".rstrip())
+
+
+def beside(what: str, mean: float, spread: float, z: float | None) -> str:
+    """What a score is compared with, for `print_table`."""
+    return f"   {what} {mean:.4f} +- {spread:.4f}   " + ("no spread" if z is None else f"z = {z:+.1f}")

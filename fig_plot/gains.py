@@ -1,0 +1,80 @@
+"""Question 5 of findings.py: what predicts the LoRA gain of a task left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fig_plot.correlations import Draws, auc, bootstrap_interval
+from fig_plot.fixed_rule import is_known, known_gains
+from fig_plot.tables import SCORES
+
+WORTHWHILE_GAIN = 0.02  # in the go / no-go question
+CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "retained_z", "retained_lead", "ntps",
+              "num_classes")  # fmt: skip
+
+
+def candidates(cells: pd.DataFrame) -> list[str]:
+    """Question 5's candidates that were measured, the other scores and the size of the model behind them."""
+    names = dict.fromkeys((*CANDIDATES, *SCORES, "num_parameters"))
+    return [name for name in names if is_known(cells, name)]
+
+
+def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_decision.csv: AUC of "the gain is above two points", pooled over models and tasks.
+
+    Below .5 the score points the other way. Intervals over tasks.
+    """
+    for measure in known_gains(cells):
+        for name in candidates(cells):
+            known = cells.dropna(subset=[measure, name])
+            by_task = [rows[[name, measure]].to_numpy(float) for _, rows in known.groupby("dataset")]
+
+            def pooled(chosen: np.ndarray, by_task: list[np.ndarray] = by_task) -> float:
+                table = np.concatenate([by_task[i] for i in chosen])
+                return auc(table[:, 0], table[:, 1] > WORTHWHILE_GAIN)
+
+            if not by_task or not np.isfinite(pooled(np.arange(len(by_task)))):
+                continue
+            interval = bootstrap_interval(
+                pooled, np.arange(len(by_task)), num_draws=draws.num_draws // 4, seed=draws.seed
+            )
+            yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
+                   "high": interval.high, "cells": len(known), "tasks": len(by_task),
+                   "above": int((known[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
+
+
+def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> np.ndarray:
+    """What least squares on the other tasks predicts less the gain, (rows,): an intercept per model and `columns`."""
+    models = pd.get_dummies(rows["model"]).to_numpy(float)
+    design, target = np.hstack([models, rows[columns].to_numpy(float)]), rows[measure].to_numpy(float)
+    errors = np.empty(len(rows))
+    for dataset in rows["dataset"].unique():
+        out = (rows["dataset"] == dataset).to_numpy()
+        errors[out] = design[out] @ np.linalg.lstsq(design[~out], target[~out])[0] - target[out]
+    return errors
+
+
+def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_calibration.csv: error of a gain predicted for a task left out, in points of accuracy.
+
+    `nothing` is the mean gain of the other tasks. `lead` is what the mean absolute error of `nothing`, on the same
+    cells, is larger by, with an interval over tasks: a predictor is better than nothing if that is above 0.
+    """
+    single = {name: [name] for name in candidates(cells) if name != "num_parameters"}  # each model has an intercept
+    pairs = (("headroom", "ntps"), ("headroom", "retained_z"))
+    both = {" and ".join(pair): list(pair) for pair in pairs if all(name in single for name in pair)}
+    for measure in known_gains(cells):
+        for name, columns in {"nothing": [], **single, **both}.items():
+            rows = cells.dropna(subset=[measure, *columns])
+            if rows["dataset"].nunique() < 4:
+                continue
+            errors, of_mean = (100 * without_each_task(rows, used, measure) for used in (columns, []))
+            lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
+            interval = bootstrap_interval(np.mean, lead, num_draws=draws.num_draws, seed=draws.seed)
+            yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
+                   "error_of_mean_points": np.abs(of_mean).mean(), "lead": interval.value, "low": interval.low,
+                   "high": interval.high, "rmse_points": np.sqrt(np.mean(errors**2)),
+                   "within_95_percent_points": np.quantile(np.abs(errors), 0.95), "cells": len(rows),
+                   "tasks": rows["dataset"].nunique()}  # fmt: skip

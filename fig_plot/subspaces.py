@@ -1,0 +1,81 @@
+"""Questions 3 and 4 of findings.py: V against random V, PCA and shuffled labels; what LoRA does to the scores."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fig_plot.correlations import Draws, bootstrap_interval, spearman
+from fig_plot.fixed_rule import is_known
+from fig_plot.tables import KEYS, NAMES
+
+ALL = "all"  # of the rows over all models
+
+
+def control_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_controls.csv: mean over tasks of each score for each V, and its lead over a random V.
+
+    z against permuted labels and, where K_sweep.py drew several random V, `random_z` against these.
+    """
+    for model, rows in cells.groupby("model"):
+        for score in NAMES:
+            for v in ("", "_smallest", "_pca", "_random"):
+                lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
+                if not len(lead):
+                    continue
+                interval = bootstrap_interval(np.mean, lead, num_draws=draws.num_draws, seed=draws.seed)
+                row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression"}
+                row |= {"value": rows[score + v].mean(), "lead_over_random": interval.value}
+                row |= {"low": interval.low, "high": interval.high, "tasks": len(lead)}
+                yield row | ({} if v else z_columns(rows, score))
+
+
+def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
+    """How far a score is from that of permuted labels and from that of random V, over the tasks of a model."""
+    columns: dict[str, Any] = {}
+    if f"{score}_z" in rows:
+        z = rows[f"{score}_z"].dropna()
+        columns |= {"permuted_labels": rows[f"{score}_null_mean"].mean(), "mean_z": z.mean()}
+        columns |= {"tasks_above_2_z": int((z > 2).sum())}
+    if is_known(rows, f"{score}_random_z"):
+        z = rows[f"{score}_random_z"].dropna()
+        columns |= {"mean_random_z": z.mean(), "tasks_above_2_random_z": int((z > 2).sum())}
+        columns |= {"tasks_below_minus_2_random_z": int((z < -2).sum())}
+    return columns
+
+
+def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
+
+    Args:
+        after: of `tables.load_after_lora`.
+        cells: of `tables.load_cells`, for the gain.
+        draws: of the intervals, over tasks; where there are several models the mean over them is taken first.
+    """
+    after = (
+        after.groupby(KEYS, as_index=False)
+        .mean(numeric_only=True)
+        .merge(cells[[*KEYS, "lora_gain"]], on=KEYS, how="left")
+    )
+    scores = [name for name in (*NAMES, "retained_lead") if is_known(after, name)]
+    for model, rows in (*after.groupby("model"), (ALL, after)):
+        if model == ALL and after["model"].nunique() == 1:
+            continue
+        for name in scores:
+            known = rows.assign(change=rows[name] - rows[f"{name}_before"]).dropna(subset="change")
+            change, gain = (known.pivot(index="dataset", columns="model", values=v) for v in ("change", "lora_gain"))
+            options = {"num_draws": draws.num_draws, "seed": draws.seed}
+            mean = bootstrap_interval(np.nanmean, change.to_numpy(float), **options)
+            follows = bootstrap_interval(_mean_spearman, change.to_numpy(float), gain.to_numpy(float), **options)
+            yield {"model": model, "score": name, "before": known[f"{name}_before"].mean(), "after": known[name].mean(),
+                   "change": mean.value, "low": mean.low, "high": mean.high, "raised": int((known["change"] > 0).sum()),
+                   "cells": len(known), "tasks": known["dataset"].nunique(), "spearman_with_gain": follows.value,
+                   "spearman_low": follows.low, "spearman_high": follows.high}  # fmt: skip
+
+
+def _mean_spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean over models of the Spearman over tasks; both are (tasks, models)."""
+    values = [spearman(*pair) for pair in zip(x.T, y.T, strict=True)]
+    defined = [value for value in values if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")
