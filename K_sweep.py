@@ -231,9 +231,14 @@ def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Te
         pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
         v = torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
     else:
-        random = np.random.default_rng([config.data.seed, layer, 1])  # another stream than the draws'
-        v = torch.from_numpy(random.standard_normal((len(prefix_moment), rank))).to(prefix_moment)
+        v = random_directions(rank, prefix_moment, (config.data.seed, layer))
     return v if config.eigenvectors == "largest" else v.flip(1)
+
+
+def random_directions(rank: int, like: Tensor, seed: tuple[int, int]) -> Tensor:
+    """Columns of a rotation-invariant law, (d, rank), on the device of `like`, (d, d)."""
+    random = np.random.default_rng([*seed, 1])  # another stream than the draws'
+    return torch.from_numpy(random.standard_normal((len(like), rank))).to(like)
 
 
 def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
@@ -323,9 +328,40 @@ LAYER_SCORES = (
 )
 
 
-def excess_scores(
-    moments: LayerMoments, whitener: Tensor, whitened_basis: NestedBasis, basis: NestedBasis, ks: list[int]
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Spanned:
+    """What the first columns of a V span, as every score needs it."""
+
+    ks: list[int]  # columns of V for each fraction
+    basis: NestedBasis  # of V
+    whitened_basis: NestedBasis  # of W' Sigma V, W the whitener of Sigma
+    dims: list[int]  # columns of Q that the first ks span, Q the nested basis of V
+    perception: Tensor  # Q' W_M, (d, rank M)
+
+    @classmethod
+    def of(cls, v: Tensor, moments: LayerMoments, solved: "Perception", fractions: tuple[float, ...]) -> "Spanned":
+        """Of the columns of V, (d, rank C0), first one first."""
+        ks, sigma = num_directions(fractions, v.shape[1]), moments.pooled_covariance
+        v = v[:, : max(ks)]
+        basis = NestedBasis.of(v)
+        whitened_basis = NestedBasis.of(solved.covariance_whitener.T @ (sigma @ v), pooled_sizes(sigma, v))
+        return cls(ks, basis, whitened_basis, basis.spanned(ks), basis.coordinates(solved.whitener))
+
+
+def euclidean_scores(solved: Perception, spanned: Spanned, config: Config) -> tuple[Tensor, Tensor]:
+    """`ntps` and `ntps_label`, (fractions,)."""
+    k_us, largest = num_directions(config.fractions, solved.whitener.shape[1]), config.eigenvectors == "largest"
+    labels = spanned.perception @ solved.labels
+    return ntps(labels, spanned.perception, k_us, spanned.dims, largest, solved.eigenvalues)
+
+
+def whitened_scores(p: Tensor, s: Tensor, spanned: Spanned) -> tuple[Tensor, Tensor]:
+    """`ntps_whitened` and `retained`, (fractions,): shares of P, and of P diag(s), where W' S = P diag(s) Q'."""
+    inside = captured(spanned.whitened_basis.coordinates(p), spanned.whitened_basis.spanned(spanned.ks))
+    return inside.mean(1), inside @ s.square() / s.square().sum()
+
+
+def excess_scores(moments: LayerMoments, whitener: Tensor, spanned: Spanned) -> dict[str, Tensor]:
     """What a linear probe with intercept loses inside V_K: the exact excess loss, its shares and its bounds.
 
     With W' S = P diag(s) Q' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
@@ -334,21 +370,17 @@ def excess_scores(
     Args:
         moments: of the layer.
         whitener: W of Sigma, (d, rank).
-        whitened_basis: nested basis of W' Sigma V.
-        basis: nested basis of V, for the Euclidean form of the bounds.
-        ks: columns of V for each fraction.
+        spanned: what V spans.
     """
     p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
-    inside = captured(whitened_basis.coordinates(p), whitened_basis.spanned(ks))
-    explained = s.square().sum()
-    retained, ntps_whitened = inside @ s.square() / explained, inside.mean(1)
-    directions = basis.coordinates(whitener @ p)
-    missing = directions.square().sum() - captured(directions, basis.spanned(ks)).sum(1)
+    ntps_whitened, retained = whitened_scores(p, s, spanned)
+    directions = spanned.basis.coordinates(whitener @ p)
+    missing = directions.square().sum() - captured(directions, spanned.dims).sum(1)
     smallest, largest = extreme_eigenvalues(moments.pooled_covariance, whitener)
     return {
         "ntps_whitened": ntps_whitened,
         "retained": retained,
-        "excess_loss": explained * (1 - retained),
+        "excess_loss": s.square().sum() * (1 - retained),
         "excess_lower": s[-1] ** 2 * len(s) * (1 - ntps_whitened),
         "excess_upper": s[0] ** 2 * len(s) * (1 - ntps_whitened),
         "excess_lower_euclidean": s[-1] ** 2 * smallest * missing,
@@ -384,35 +416,30 @@ def sweep_layer(moments: LayerMoments, held_out: LayerMoments | None, config: Co
 
     A layer has no score (None) where its pooled states do not vary, or not with the labels, or no text has two tokens.
     """
-    sigma = moments.pooled_covariance
     solved, v = solve_perception(moments, config.center), subspace_directions(moments, config, layer)
     whitener, rank, rank_v = solved.covariance_whitener, solved.covariance_whitener.shape[1], v.shape[1]
     ranks = {"layer": layer, "rank_u": solved.whitener.shape[1], "rank_v": rank_v, "rank_label": solved.labels.shape[1]}
     probe = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
     if not rank or not rank_v or not label_directions(moments, whitener).numel():
         return ranks | dict.fromkeys(LAYER_SCORES) | probe | {"null_draws": None}
-    k_us = num_directions(config.fractions, solved.whitener.shape[1])
-    k_vs = num_directions(config.fractions, rank_v)
-    v = v[:, : max(k_vs)]
-    basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v), pooled_sizes(sigma, v))
-    dims = basis.spanned(k_vs)
-    perception = basis.coordinates(solved.whitener)
-    largest = config.eigenvectors == "largest"
-    ntps_all, ntps_label = ntps(perception @ solved.labels, perception, k_us, dims, largest, solved.eigenvalues)
+    spanned = Spanned.of(v, moments, solved, config.fractions)
+    ntps_all, ntps_label = euclidean_scores(solved, spanned, config)
 
     random = np.random.default_rng([config.data.seed, layer])
     draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
     offset = torch.outer(solved.mean, moments.label_mean)
     null_draws = {
-        "ntps_label": euclidean_null(draws, whitened_basis.change_of(solved.change), offset, perception, dims),
-        **whitened_null(draws, whitened_basis.spanned(k_vs)),
+        "ntps_label": euclidean_null(
+            draws, spanned.whitened_basis.change_of(solved.change), offset, spanned.perception, spanned.dims
+        ),
+        **whitened_null(draws, spanned.whitened_basis.spanned(spanned.ks)),
     }
     return {
         **ranks,
         "ntps": ntps_all,
         "ntps_label": ntps_label,
-        "chance": torch.tensor(k_vs) / len(sigma),
-        **excess_scores(moments, whitener, whitened_basis, basis, k_vs),
+        "chance": torch.tensor(spanned.ks) / len(moments.pooled_mean),
+        **excess_scores(moments, whitener, spanned),
         **probe,
         "null_draws": null_draws,
     }

@@ -2,6 +2,7 @@
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+SNAKEMAKE := .venv-snakemake/bin/snakemake
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ demo: $(READY)  ## docstrings -> LM (MODEL=tiny or smollm2) -> moments -> NTPS, 
 	$(PYTHON) cache.py --model_name $(MODEL) --split test $(TEST_$(MODEL))
 	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
-test: lint  ## ruff, mypy, every test
+test: lint $(SNAKEMAKE)  ## ruff, mypy, every test
 	$(PYTHON) -m pytest -n 2
 
 test-fast: lint  ## the same without the slow tests, while you work
@@ -33,19 +34,19 @@ lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m mypy .
 	.venv/bin/codespell
 
-# full: about 100 minutes on two cores, goes on where it was interrupted; quick: two models, one seed
-STUDY ?= full
-STUDY_DATA_full := fig_plot/data
-STUDY_DATA_quick := results/study/quick/data
-STUDY_DATA := $(STUDY_DATA_$(STUDY))
+# docstrings: about 100 minutes on two cores; quick: two models, one seed; smollm2: a real LLM, a day; paper: GPUs.
+# Each goes on where it was interrupted, and has one seed of everything before the next
+STUDY ?= docstrings
+JOBS ?= 2
+ifdef DATASETS_DIR
+export NTPS_DATASETS_DIR := $(abspath $(DATASETS_DIR))
+endif
+STUDY_FLAGS ?=
+STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) \
+    --keep-going --rerun-incomplete --rerun-triggers mtime params --quiet rules $(STUDY_FLAGS)
 
-study: $(READY)  ## the mini study: ladder of docstring LMs x docstring tasks x every script
-	$(PYTHON) -m demo.study --scale $(STUDY)
-	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0
-	$(PYTHON) alignment_vis.py --results_dir results/study/$(STUDY)/seed0 --layer -1
-	$(PYTHON) -m fig_plot.collect --results_dir results/study/$(STUDY) --output_dir $(STUDY_DATA)
-	$(PYTHON) -m benchmarks.reproducibility --scores $(STUDY_DATA)/scores.csv --output $(STUDY_DATA)/reproducibility.csv
-	$(PYTHON) -m fig_plot.findings --data_dir $(STUDY_DATA)
+study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2 or paper
+	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
 
 figures: $(READY)  ## every committed figure from the committed CSV files
 	$(PYTHON) -m fig_plot.findings
@@ -59,11 +60,17 @@ bench: $(READY)  ## every performance claim of the README, measured here
 	$(PYTHON) -m benchmarks.bench_linear_training
 	$(PYTHON) -m benchmarks.bench_training
 
-clean:  ## remove the environment, results and caches
-	rm -rf .venv results demo/cache
+clean:  ## remove the environments, results and caches
+	rm -rf .venv .venv-snakemake .snakemake results demo/cache
 
+# bytecode is written when a module is first imported; of most it never is
 $(READY): requirements.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(BASE_PYTHON) -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $(READY)
+
+$(SNAKEMAKE): runs/requirements.txt
+	$(BASE_PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -r runs/requirements.txt
+	touch $(SNAKEMAKE)

@@ -407,6 +407,7 @@ def accumulate_moments(
     config: Config,
     pooled_file: np.memmap | None = None,
     unfinished: Callable[[int], Unfinished] | None = None,
+    advance: Callable[[float], object] | None = None,
 ) -> MomentSums:
     """One pass over the texts, every layer at once; only one layer's states are alive at a time.
 
@@ -420,6 +421,7 @@ def accumulate_moments(
         config: pooling, product_dtype, tokens_per_batch, layers, folds and accumulate_on ("cpu" or not) are read.
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
         unfinished: gives the state on disk of a pass of so many steps; None: none is kept.
+        advance: told the share of the tokens in each batch, instead of a progress bar.
 
     Raises:
         UserError: a non-finite state, naming layer and text.
@@ -459,7 +461,9 @@ def accumulate_moments(
             )
 
     blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK)
-    run_steps(share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished)
+    run_steps(
+        share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished, advance
+    )
     team.sum_at_first([*itertools.chain.from_iterable(sums.sums.values()), *sums.labels.values()])
     return sums
 
@@ -492,7 +496,13 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     return path, settings_found(config, path)
 
 
-def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), renew: bool = False) -> Path:
+def ensure(
+    config: Config,
+    data: LabelledTexts,
+    free: Collection[str] = (),
+    renew: bool = False,
+    advance: Callable[[float], object] | None = None,
+) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
 
     Args:
@@ -500,6 +510,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         data: the texts of its split.
         free: settings that are as the stored moments have them, if there are any.
         renew: make them also where they are there.
+        advance: of `accumulate_moments`.
 
     Raises:
         UserError: moments of another identity are there; or what the pass itself refuses.
@@ -525,7 +536,7 @@ def ensure(config: Config, data: LabelledTexts, free: Collection[str] = (), rene
         print(f"reused, already complete with these settings:\n{path}")
         remove_states(path)  # of a run that was killed when it had written the result
     else:
-        make(config, data, identity)
+        make(config, data, identity, advance)
         print(path)
     return path
 
@@ -559,7 +570,7 @@ def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts
     return with_values(config, accumulate_on="cpu" if on_host else "device")
 
 
-def make(config: Config, data: LabelledTexts, identity: dict) -> None:
+def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device, team = config_path(config), pick_device(config.run.device), processes()
     check_writable(path)
@@ -597,7 +608,7 @@ def make(config: Config, data: LabelledTexts, identity: dict) -> None:
 
     try:
         pooled = pooled_file.tensors["pooled"] if pooled_file else None
-        sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished)
+        sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished, advance)
     except BaseException:
         if pooled_file and not states_beside(path):
             pooled_file.discard()

@@ -6,7 +6,8 @@
     python linear_training.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --dtype bfloat16
 
 Reads results/moments/<model>/<dataset>/{train,test}.pooled.safetensors; cache.py makes them here if they are missing.
-Writes results/linear_training/<model>/<dataset>/{metrics.json,history.csv,head.safetensors}.
+Writes results/linear_training/<model>/<dataset>/{metrics.json,history.csv,head.safetensors}; with --standardize to
+<dataset>.standardized/, so that the paper's probe and a converged one are beside each other.
 
 The LM runs once. Dropout acts on the pooled state m (d,), which a frozen LM never changes, so that epochs over the
 stored states are the same computation as epochs through the LM: head(dropout(m)) -> (c,), cross-entropy, AdamW.
@@ -176,7 +177,8 @@ def build_run(
 
 def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
     """Trains the probe on `train` and writes its result, unless it is there already; returns the metrics."""
-    place = make_place(config, result_path("linear_training", config.run, config.model, config.data))
+    ending = ".standardized" if config.standardize else ""
+    place = make_place(config, result_path("linear_training", config.run, config.model, config.data, ending))
     identity = make_identity(config, data)
     if (stored := find_finished(config, identity, place)) is not None:
         return stored

@@ -146,12 +146,15 @@ def scores_before_after(config: Config, data: dict[str, LabelledTexts]) -> tuple
     run = replace(config.run, overwrite=False)
     in_float32 = with_values(config.model, dtype="float32")  # unless moments are there in another dtype
     plain = cache.Config(pooling=config.training.pooling, model=in_float32, data=config.data, run=run)
-    plain = cache.as_stored(plain, ("num_folds", "product_dtype", "dtype"))
+    free = ("num_folds", "product_dtype", "dtype")
+    plain = cache.as_stored(plain, free)
     sweep = K_sweep.Config(model=plain.model, data=config.data, run=replace(run, device="cpu"))
     if K_sweep.output_path(sweep).is_file():
-        stored = load_json(K_sweep.output_path(sweep))["config"]
+        result = load_json(K_sweep.output_path(sweep))
+        stored, made = result["config"], result["moments"]["config"]
+        plain = with_values(plain, **{name: made[name] for name in free})
         options = {name: stored[name] for name in ("num_null_draws", "seed")}
-        sweep = with_values(sweep, **options, fractions=tuple(stored["fractions"]))
+        sweep = with_values(replace(sweep, model=plain.model), **options, fractions=tuple(stored["fractions"]))
     adapter_dir = result_path("lora", config.run, config.model, config.data) / "adapter"
     adapted = with_values(plain, adapter_dir=adapter_dir)
     before = sweep_model(plain, sweep, data)
@@ -159,8 +162,22 @@ def scores_before_after(config: Config, data: dict[str, LabelledTexts]) -> tuple
 
 
 def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
-    """The result of K_sweep.py of one model; what is there of an earlier adapter at the same place is replaced."""
+    """The result of K_sweep.py of one model; what is there of an earlier adapter at the same place is replaced.
+
+    The moments of a finished result need not be there any more: in a study they are deleted once they are read.
+    """
     fingerprint = model_fingerprint(moments.model, moments.run)
+    path = K_sweep.output_path(sweep)
+    if path.is_file() and not cache.config_path(moments).is_file():
+        stored = load_json(path)
+        identity = {"config": result_settings(moments), "model_fingerprint": fingerprint}
+        rows = [stored["moments"]["fingerprint"], (stored["held_out"] or {}).get("fingerprint")]
+        if (
+            stored["config"] == result_settings(sweep)
+            and {name: stored["moments"][name] for name in identity} == identity
+            and rows == [data[split].fingerprint for split in ("train", "test")]
+        ):
+            return stored
 
     def renewing(path: Path, run: Run) -> Run:
         stored = read_identity(path) if path.is_file() else None

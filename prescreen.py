@@ -19,13 +19,16 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.stats import t as student
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import cache
 import K_sweep
@@ -47,6 +50,7 @@ EMBEDDED = ("micro", "tiny", "small", "medium", "large", "smollm2")  # compared 
 LEVEL = 0.9  # of the intervals
 NOTHING = 2.0  # z below which a score is called no better than under permuted labels
 WORTHWHILE = 2.0  # points of accuracy
+OF_PASS = 0.9  # of the time of a model, about
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ def sentence(model: dict[str, Any], words_r2: float, gain: Gain) -> str:
 
 
 # ------------------------------------------------------------------ one model
-def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
+def find_or_make_moments(
+    model: Model, config: Config, train: LabelledTexts, advance: Callable[[float], object]
+) -> cache.Config:
     """The settings of the moments of these rows: those in results_dir where they fit, else of its folder prescreen."""
     wanted = cache.Config(
         pooling=config.pooling, num_folds=config.num_folds, model=model, data=config.data, run=config.run
@@ -157,12 +163,12 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
     here = with_values(wanted, overwrite=False)
     if cache.config_path(here).is_file():
         try:
-            cache.ensure(here, train)
+            cache.ensure(here, train, advance=advance)
             return here
         except UserError:  # of other settings or rows; they stay
             pass
     own = with_values(wanted, results_dir=config.run.results_dir / "prescreen")
-    cache.ensure(own, train, renew=config.run.overwrite)
+    cache.ensure(own, train, renew=config.run.overwrite, advance=advance)
     return own
 
 
@@ -175,11 +181,16 @@ def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, 
     entry = K_sweep.sweep_layer(moments, None, sweep, layer)
     if entry["ntps"] is None:
         return {}
-    score, draws = summarize([entry], sweep.fractions), []
+    score, draws, solved = summarize([entry], sweep.fractions), [], K_sweep.solve_perception(moments, center=False)
+    directions = K_sweep.informative_directions(solved.covariance_whitener.T @ moments.pooled_label_covariance)
     for seed in range(config.num_random):
-        random = with_values(sweep, subspace="random", seed=seed, num_null_draws=2)
-        found = K_sweep.sweep_layer(moments, None, random, layer)
-        draws.append([found[name].mean().item() for name in SCORES])
+        v = K_sweep.random_directions(entry["rank_v"], moments.pooled_second_moment, (seed, layer))
+        spanned = K_sweep.Spanned.of(v, moments, solved, sweep.fractions)
+        found = (
+            *K_sweep.euclidean_scores(solved, spanned, sweep),
+            *K_sweep.whitened_scores(*directions, spanned),
+        )
+        draws.append([values.mean().item() for values in found])
     scores = {}
     for name, values in zip(SCORES, np.transpose(draws), strict=True):
         spread = values.std(ddof=1) if len(values) > 1 else 0.0
@@ -189,15 +200,21 @@ def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, 
     return scores
 
 
-def screen_model(name: str, config: Config, train: LabelledTexts, progress: tqdm) -> dict[str, Any]:
+def screen_model(name: str, config: Config, train: LabelledTexts, advance: Callable[[float], object]) -> dict[str, Any]:
     """Every score of every layer of a model, and its R2 on each fold.
+
+    Args:
+        name: of the model.
+        config: of the run.
+        train: the texts.
+        advance: told the share of the work that each step was.
 
     Raises:
         UserError: the model cannot be had or does not fit the memory.
     """
     model, start = Model(name, dtype=config.dtype, max_length=config.max_length), time.perf_counter()
     parameters = check_memory(model, config.run, train.num_labels, config.num_folds)
-    path = cache.config_path(find_or_make_moments(model, config, train))
+    path = cache.config_path(find_or_make_moments(model, config, train, lambda share: advance(OF_PASS * share)))
     of_pass = time.perf_counter() - start
     device = pick_device(config.run.device)
     layers, judged = [], []
@@ -209,7 +226,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts, progress: tqdm
             found = layer_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
             layers.append(found.scores)
             judged.append(found.parts)
-    progress.update(parameters)
+            advance((1 - OF_PASS) / num_layers)
     errors = Errors(
         np.array([[part.error for part in parts] for parts in judged]), np.array([part.baseline for part in judged[-1]])
     )
@@ -259,17 +276,20 @@ def screen_all(
             sizes[name] = num_parameters(Model(name), config.run)
         except Exception as error:  # one odd model must not end the run
             failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    with tqdm(
-        total=sum(sizes.values()), unit=" parameters", unit_scale=True, desc="prescreen", smoothing=0
-    ) as progress:
+    done, bar = 0, "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left{postfix}"
+    # the same texts go through all models, so that the work is about as their sizes
+    with tqdm(total=sum(sizes.values()), desc="prescreen", smoothing=0, bar_format=bar) as progress:
         for name in sorted(sizes, key=lambda name: sizes[name]):
             progress.set_postfix_str(name)
+            done += sizes[name]
+            advance = partial(lambda size, share: progress.update(size * share), sizes[name])
             try:
-                screened.append(screen_model(name, config, train, progress))
+                screened.append(screen_model(name, config, train, advance))
             except KeyboardInterrupt:
                 return screened, failed, True
             except Exception as error:
                 failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            progress.update(done - progress.n)  # moments that were there, or a model that failed
     return screened, failed, False
 
 
@@ -294,8 +314,10 @@ def main(config: Config) -> None:
     device = pick_device(config.run.device)
     rows = load_splits(config.data, config.run)
     without = baselines(rows, config.num_folds)
+    disable_progress_bar()  # of transformers, for each model's weights: there is one bar over all
     with torch.inference_mode():
         screened, failed, interrupted = screen_all(names, config, rows["train"])
+    enable_progress_bar()
     if not screened:
         if interrupted:
             raise KeyboardInterrupt

@@ -121,7 +121,7 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 
 
 # ------------------------------------------------------------------ run
-def last_layer(moments: cache.Config) -> LayerMoments:
+def load_last_layer(moments: cache.Config) -> LayerMoments:
     """The moments that cache.py wrote, of the last layer."""
     with open_tensors(cache.config_path(moments)) as (file, metadata):
         return load_layer(file, metadata, stored.last_layer(file, metadata), torch.device("cpu"))
@@ -139,7 +139,7 @@ def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]
         sampled = {"max_samples": config.max_samples, "device": config.device}
         made = with_values(cache.Config(), **shared, **options, **sampled)
         cache.main(made)
-        moments = last_layer(made)
+        moments = load_last_layer(made)
         for score, order in ORDERS.items():
             sweep = with_values(K_sweep.Config(eigenvectors=order, num_null_draws=2), **shared, picture=False)
             of_run = K_sweep.run(sweep)["score"]

@@ -1,6 +1,7 @@
 """Refit what prescreen.py says of LoRA's gain: a straight line through each score, judged on tasks left out.
 
     python -m fig_plot.calibration
+    python -m fig_plot.calibration --data_dir FOLDER --study smollm2   # adds the lines of another study's tables
 
 Reads the CSV files of collect.py and evidence.py in fig_plot/data/ and, if NTPS_PUBLISHED names the folder of the
 authors' figure files, the paper's 96 pairs. Writes fig_plot/data/prescreen_calibration.csv, whose columns
@@ -38,7 +39,9 @@ FILE = calibration.PATH.name
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    data_dir: Path = DATA_DIR  # read and written
+    data_dir: Path = DATA_DIR  # the tables of a study
+    study: str = "docstring"  # its name in the file
+    output_dir: Path = DATA_DIR  # where the file is; prescreen.py reads it in fig_plot/data/
     num_draws: int = 2000  # bootstrap samples of the tasks
     seed: int = 0  # of the bootstrap
 
@@ -88,7 +91,7 @@ def fit(source: str, predictor: str, cells: pd.DataFrame, config: Config) -> Lin
 
 
 def study_cells(data_dir: Path) -> pd.DataFrame:
-    """Predictors and gain, in points, of the docstring study."""
+    """Predictors and gain, in points, of a study."""
     cells = closed_form_cells(data_dir)
     return cells.assign(gain=100 * cells["lora_gain"], log10_parameters=np.log10(cells["num_parameters"]))
 
@@ -104,7 +107,7 @@ def published_cells(folder: Path) -> pd.DataFrame:
 
 def all_lines(config: Config) -> Iterator[Line]:
     """The lines of every study that is there."""
-    studies = {"docstring": (study_cells(config.data_dir), PREDICTORS)}
+    studies = {config.study: (study_cells(config.data_dir), PREDICTORS)}
     if folder := os.environ.get("NTPS_PUBLISHED"):
         studies["published"] = (published_cells(Path(folder)), ("ntps_published", "headroom", "log10_parameters"))
     for source, (cells, predictors) in studies.items():
@@ -115,7 +118,7 @@ def all_lines(config: Config) -> Iterator[Line]:
 
 def main(config: Config) -> None:
     """Writes the lines and prints which of them beat the mean gain."""
-    path = config.data_dir / FILE
+    path = config.output_dir / FILE
     lines = list(all_lines(config))
     fresh = {line.source for line in lines}
     lines += [line for line in calibration.read_lines(path) if line.source not in fresh]

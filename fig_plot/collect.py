@@ -1,7 +1,7 @@
 """Turn results/** into the tidy CSV files that every figure is drawn from.
 
-    python -m fig_plot.collect                                    # all that is under results/
-    python -m fig_plot.collect --results_dir results/study/full   # the mini study, as committed
+    python -m fig_plot.collect                                       # all that is under results/
+    python -m fig_plot.collect --results_dir results/study/docstrings   # as committed
 
 Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
 or foreign is named, skipped and counted, and so is a model and dataset that one of the scripts has not seen.
@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from fig_plot.tables import DATA_DIR
-from utils.io import ROOT, UserError, load_json, run_script, save_json, write_atomically
+from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
 from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
 
@@ -97,6 +97,8 @@ def training_row(path: Path, result: dict) -> dict[str, Any]:
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
     row |= {"method": folder.parent.parent.name, "learning_rate": config["learning_rate"]}
+    if config.get("standardize"):  # the probe that has converged, beside the paper's
+        row |= {"dataset": row["dataset"].removesuffix(".standardized"), "method": "linear_training_converged"}
     row |= {name: result[name] for name in ("num_train", "num_steps", "texts_per_step", "num_trained_parameters")}
     row |= {name: value for name, value in result["last"].items() if name.startswith("test_")}
     return row | {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
@@ -182,9 +184,11 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
             result = load_json(path)
             rows = READERS[kind](path, result)
             model_name, _ = result["config"]["model_name"], result["environment"]["git_commit"]
+        except ForeignError as error:
+            skipped.append(f"foreign: {error}")
         except UserError as error:
             skipped.append(f"damaged: {error}")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
             results.append(result)

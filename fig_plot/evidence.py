@@ -1,7 +1,7 @@
 """Which score to trust: each score of the prescreen against what the probe and LoRA reached.
 
     python -m fig_plot.evidence                                    # from the committed tables
-    python -m fig_plot.evidence --results_dir results/study/full   # after reading new results of K_sweep.py
+    python -m fig_plot.evidence --results_dir results/study/docstrings   # after reading new results of K_sweep.py
 
 Reads the CSV files of collect.py in fig_plot/data/ and closed_form.csv; with --results_dir, first adds the scores at
 the last layer of every result of K_sweep.py there to closed_form.csv, in place of rows of the same model, dataset and
@@ -12,8 +12,12 @@ Writes prescreen_evidence.csv, a row per question, score and statistic:
     across models   the same over the models on a task, mean over tasks
     gain > 2        AUC of "LoRA gains more than two points of accuracy", over all models and tasks
 
-with a 95 % bootstrap interval over tasks, and the lowest and highest value with one task left out. `cells` is "all" or,
-where closed_form.csv has fewer models than the study, "closed form": the same cells for every score.
+with a 95 % bootstrap interval over tasks, and the lowest and highest value with one task, or one model, left out; for
+an AUC also how many cells gain that much. `cells` is "all" or, where closed_form.csv has fewer models than the study,
+"closed form": the same cells for every score. Signs are as they are: no score is turned round to look better. Among the
+baselines, `mean_of_others` is what the other models reached on the task.
+
+Another study goes the same way: collect its tables into a folder, then name that folder with --data_dir.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +29,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fig_plot.collect import result_files, save_csv, shown_name
+from fig_plot.collect import dataset_of, result_files, save_csv, shown_name
 from fig_plot.correlations import Correlation, auc, bootstrap_interval, mean_correlation, spearman, weighted_tau
-from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, trained_models
+from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, mean_of_others, trained_models
 from utils import closed_form
+from utils.before_after import ADAPTED
 from utils.io import UserError, load_json, run_script
 
 MEASURES = ("probe_skill", "lora_gain")
-BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_accuracy")
+BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_accuracy", "mean_of_others")
+CLOSED_FORM = (*closed_form.SEEING, "layer_lead")
 CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "weighted_tau": weighted_tau}
 WORTHWHILE = 0.02  # of accuracy
 FILE = "closed_form.csv"
@@ -50,15 +56,23 @@ class Config:
 
 # ------------------------------------------------------------------ the scores of finished runs
 def closed_form_rows(results_dir: Path) -> Iterator[dict[str, Any]]:
-    """A row per result of K_sweep.py that holds the closed-form scores: those of the last layer."""
+    """A row per result of K_sweep.py on train with the closed-form scores: those of the last layer; `layer_lead` is
+    the best layer's held-out R2 less the last one's.
+
+    Models after LoRA are left out: what they are asked about is over.
+    """
     for kind, path in result_files(results_dir):
-        last = load_json(path)["layers"][-1] if kind == "ntps" else {}
-        if "closed_form" in last:
-            config = load_json(path)["config"]
-            keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.stem), "seed": config["seed"]}
-            yield {**keys, "layer": last["layer"]} | {
-                name: entry["value"] for name, entry in last["closed_form"].items() if not entry["meaningless"]
-            }
+        result = load_json(path) if kind == "ntps" and not path.parent.name.endswith(ADAPTED) else {"layers": [{}]}
+        layers = [layer.get("closed_form") for layer in result["layers"]]
+        if layers[-1] is None or result["config"]["split"] != "train":
+            continue
+        keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path, result["config"])}
+        keys |= {"seed": result["config"]["seed"], "layer": result["layers"][-1]["layer"]}
+        values = {name: entry["value"] for name, entry in layers[-1].items() if not entry["meaningless"]}
+        if "probe_r2_held_out" in layers[-1]:  # of every layer; ridge over folds is of the last one alone
+            held_out = [layer["probe_r2_held_out"]["value"] for layer in layers if "probe_r2_held_out" in layer]
+            values["layer_lead"] = max(held_out) - held_out[-1]
+        yield keys | values
 
 
 def closed_form_cells(data_dir: Path) -> pd.DataFrame:
@@ -70,7 +84,7 @@ def closed_form_cells(data_dir: Path) -> pd.DataFrame:
     cells = trained_models(load_cells(data_dir))
     path = data_dir / FILE
     if not path.is_file():
-        raise UserError(f"No {path}. Run: python -m fig_plot.evidence --results_dir results/study/full")
+        raise UserError(f"No {path}. Run: python -m fig_plot.evidence --results_dir results/study/docstrings")
     scores = pd.read_csv(path).drop(columns=["seed", "layer"]).groupby(KEYS, as_index=False).mean()
     return cells.merge(scores, on=KEYS, how="left")
 
@@ -103,17 +117,20 @@ def judged(
     if not np.isfinite(statistic(x, y)):
         return {"value": np.nan}
     found = bootstrap_interval(statistic, x, y, num_draws=num_draws, seed=seed)
-    without = [statistic(np.delete(x, task, 0), np.delete(y, task, 0)) for task in range(len(x))]
-    defined = [value for value in without if np.isfinite(value)]
-    ends = {"without_a_task_low": min(defined, default=np.nan), "without_a_task_high": max(defined, default=np.nan)}
+    ends = {}
+    for axis, name in enumerate(("task", "model")):
+        without = [statistic(np.delete(x, i, axis), np.delete(y, i, axis)) for i in range(x.shape[axis])]
+        defined = [value for value in without if np.isfinite(value)]
+        ends |= {f"without_a_{name}_low": min(defined, default=np.nan)}
+        ends |= {f"without_a_{name}_high": max(defined, default=np.nan)}
     return {**found._asdict(), **ends, "models": int(models.sum()), "tasks": int(tasks.sum())}
 
 
 def all_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
     """Rows of prescreen_evidence.csv."""
-    names = [name for name in (*closed_form.SEEING, *SCORES, *BASELINES) if name in cells]
-    everywhere = [name for name in names if name not in closed_form.SEEING]
-    known = cells.dropna(subset=[closed_form.SEEING[0]])
+    names = [name for name in (*CLOSED_FORM, *SCORES, *BASELINES) if name in cells or name == "mean_of_others"]
+    everywhere = [name for name in names if name not in CLOSED_FORM]
+    known = cells.dropna(subset=[CLOSED_FORM[0]])
     for row in evidence_rows(known, names, config):
         yield {"cells": "closed form", **row}
     for row in evidence_rows(cells, everywhere, config):
@@ -125,7 +142,8 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
     for measure in MEASURES:
         target = matrix(cells, measure)
         for name in names:
-            score, keys = matrix(cells, name), {"measure": measure, "score": name}
+            score = mean_of_others(target) if name == "mean_of_others" else matrix(cells, name)
+            keys = {"measure": measure, "score": name}
             for direction, of in (("across tasks", across_tasks), ("across models", across_models)):
                 for kind, correlation in CORRELATIONS.items():
                     draws = config.num_draws // (1 if kind == "spearman" else 4)  # weighted tau is slow
@@ -135,17 +153,20 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
             if measure == "lora_gain":
                 row = judged(above_two_points, score, target, config.num_draws, config.seed)
                 if np.isfinite(row["value"]):
-                    yield {"direction": "gain > 2", **keys, "statistic": "auc", **row}
+                    above = int((target[score.notna()] > WORTHWHILE).to_numpy().sum())
+                    yield {"direction": "gain > 2", **keys, "statistic": "auc", **row, "cells_above": above}
 
 
 def print_summary(table: pd.DataFrame) -> None:
-    """For each question the three scores that do best, and the best baseline."""
+    """For each question the three scores farthest from telling nothing, either way, and the best baseline."""
     shown = table[table["statistic"] != "weighted_tau"]
     for keys, rows in shown.groupby(["cells", "direction", "measure", "statistic"], sort=False):
-        print(f"\n{', '.join(map(str, keys))}:")
-        rows = rows.sort_values("value", ascending=False, kind="stable")
+        above = f" ({rows['cells_above'].iloc[0]:.0f} cells)" if keys[-1] == "auc" else ""
+        print(f"\n{', '.join(map(str, keys))}{above}:")
+        strength = (rows["value"] - (0.5 if keys[-1] == "auc" else 0)).abs()
+        rows = rows.loc[strength.sort_values(ascending=False, kind="stable").index]
         is_baseline = rows["score"].isin(BASELINES)
-        for row in [*rows[~is_baseline].head(3).itertuples(), *rows[is_baseline].head(1).itertuples()]:
+        for row in [*rows[~is_baseline].head(3).itertuples(), *rows[is_baseline].head(2).itertuples()]:
             value = f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
             print(f"  {row.score:<24}{value}  {row.models} models, {row.tasks} tasks")
 

@@ -104,6 +104,18 @@ def test_golden_values(name):
     )
 
 
+def test_kernel_scores_are_those_of_the_gram_matrices():
+    """CKA and alignment by their definition, over pairs of texts."""
+    features, labels = load("wine")
+    one_hot, n = np.eye(3)[labels], len(labels)
+    centring = np.eye(n) - 1 / n
+    scores = layer_scores(of_classes(features, labels)).scores
+    for name, around in (("cka", centring), ("alignment", np.eye(n))):
+        x, y = (around @ array @ array.T @ around for array in (features, one_hot))
+        direct = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+        assert scores[name]["value"] == pytest.approx(direct, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_ridge_over_folds_is_scikit_learns(name):
     """At alpha = 1 without scaling the golden values; scaled, with alpha chosen, a fit on the rows themselves."""

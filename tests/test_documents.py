@@ -60,7 +60,7 @@ def test_commands_of_the_readme_parse(command):
 
 
 @pytest.mark.parametrize(
-    "module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.smollm2", "demo.study"]
+    "module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.smollm2", "demo.random_twin"]
 )
 def test_help_explains_every_field(module, capsys):
     """Every setting has a flag, and the comment beside it is what the help says of it."""

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.linear_model import LinearRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from fig_plot import calibration, evidence
@@ -54,12 +55,19 @@ def test_evidence_of_a_score_that_orders_and_of_one_that_does_not():
     random = np.random.default_rng(1)
     cells = made_up_cells(0.0).rename(columns={"x": "retained"})
     cells = cells.assign(probe_skill=cells["retained"], lora_gain=cells["gain"] / 100, ntps=random.random(len(cells)))
-    table = pd.DataFrame(evidence.evidence_rows(cells, ["retained", "ntps"], evidence.Config(num_draws=40)))
+    names = ["retained", "ntps", "mean_of_others"]
+    table = pd.DataFrame(evidence.evidence_rows(cells, names, evidence.Config(num_draws=40)))
     found = table.set_index(["direction", "measure", "score", "statistic"])["value"]
     assert found["across tasks", "probe_skill", "retained", "spearman"] == pytest.approx(1)
     assert found["across models", "lora_gain", "retained", "spearman"] == pytest.approx(-1)
     assert found["gain > 2", "lora_gain", "retained", "auc"] == pytest.approx(0)
     assert abs(found["across tasks", "probe_skill", "ntps", "spearman"]) < 0.4
+    others = cells.assign(of_task=cells.groupby("dataset")["lora_gain"].transform("sum"))
+    others = others.assign(mean=(others["of_task"] - others["lora_gain"]) / 5, gains=others["lora_gain"] > 0.02)
+    expected = roc_auc_score(others["gains"], others["mean"])
+    assert found["gain > 2", "lora_gain", "mean_of_others", "auc"] == pytest.approx(expected)
+    assert set(table.loc[table["statistic"] == "auc", "cells_above"]) == {others["gains"].sum()}
+    assert (table["without_a_model_low"] <= table["without_a_model_high"]).all()
     assert (table["low"] <= table["value"] + 1e-9).all() and (
         table["without_a_task_low"] <= table["value"] + 1e-9
     ).all()
@@ -67,13 +75,23 @@ def test_evidence_of_a_score_that_orders_and_of_one_that_does_not():
 
 def test_scores_of_the_last_layer_are_read_and_meaningless_ones_left_out(tmp_path):
     entry = {"value": 0.5, "null_mean": 0.1, "null_std": 0.1, "z": 4.0, "meaningless": False}
-    layers = [{"layer": 0, "closed_form": {"cka": entry | {"value": 0.1}}}]
-    layers.append({"layer": 1, "closed_form": {"cka": entry, "h_score": entry | {"meaningless": True}}})
-    path = tmp_path / "ntps" / "Qwen__Qwen2-0.5B" / "docstrings__kind.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"config": {"seed": 3}, "layers": layers}))
+    held_out = [{"probe_r2_held_out": entry | {"value": value}} for value in (0.2, 0.3, 0.25)]
+    layers: list[dict] = [{"layer": i, "closed_form": found} for i, found in enumerate(held_out)]
+    layers[2]["closed_form"] |= {"cka": entry, "h_score": entry | {"meaningless": True}}
+    config = {"seed": 3, "split": "train", "eigenvectors": "largest", "subspace": "autoregression", "center": False}
+    folder = tmp_path / "ntps" / "Qwen__Qwen2-0.5B"
+    files = {"docstrings__kind.json": {}, "docstrings__kind.test.json": {"split": "test"}}
+    files["docstrings__kind.pca.json"] = {"subspace": "pca"}
+    for name, changes in files.items():
+        found = [{"layer": 2}] if "subspace" in changes else layers
+        for place in (folder, folder.with_name("Qwen__Qwen2-0.5B+lora")):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(json.dumps({"config": config | changes, "layers": found}))
     [row] = evidence.closed_form_rows(tmp_path)
-    assert row == {"model": "Qwen/Qwen2-0.5B", "dataset": "docstrings/kind", "seed": 3, "layer": 1, "cka": 0.5}
+    assert row == {
+        **{"model": "Qwen/Qwen2-0.5B", "dataset": "docstrings/kind", "seed": 3, "layer": 2, "cka": 0.5},
+        **{"probe_r2_held_out": 0.25, "layer_lead": pytest.approx(0.05)},
+    }
 
 
 def test_no_scores_anywhere_is_said(tmp_path):

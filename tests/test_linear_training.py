@@ -195,8 +195,13 @@ def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path,
     written = (folder / "metrics.json").stat().st_mtime_ns
     linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=3))
     assert "reused" in capsys.readouterr().out
-    message = str(run_in_process(monkeypatch, *call, "--learning_rate", "0.5", "--standardize"))
-    assert message.startswith("error: ") and "learning_rate: 0.0001 there, 0.5 now; standardize: " in message
+    message = str(run_in_process(monkeypatch, *call, "--learning_rate", "0.5", "--dropout", "0"))
+    assert (
+        message.startswith("error: ")
+        and "dropout: 0.05 there, 0.0 now; learning_rate: 0.0001 there, 0.5 now" in message
+    )
+    assert run_in_process(monkeypatch, *call, "--standardize") == 0  # beside it, and not in its place
+    assert (folder.parent / f"{folder.name}.standardized" / "metrics.json").is_file()
     assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 

@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub.errors import GatedRepoError
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from transformers import AutoConfig
 
 import cache
 import prescreen
 import utils.prescreen_page
 import utils.ridge
-from tests.conftest import ROOT, configure, run_in_process, write_rows
+from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
 from utils import calibration
 from utils.calibration import Line, expected_gain
 from utils.data import load_splits
@@ -235,9 +238,47 @@ def test_regression_has_no_h_score(model_dirs, tmp_path, capsys):
     path = write_rows(tmp_path / "numbers.jsonl", rows)
     prescreen.main(config_for(path, tmp_path, model_dirs["qwen2"]))
     told = capsys.readouterr().out
-    assert "regression targets: H-scores are of classes, and left out" in told
+    assert "regression targets: left out, as they are of classes: H-score" in told
     result = result_at(tmp_path, "numbers")
     assert "h_oas" not in result["models"][0]["last_layer"] and result["models"][0]["r2"] > 0.5
+
+
+def test_more_classes_than_texts_to_judge_by_is_answered_without_a_number(model_dirs, tmp_path):
+    """Two texts of each of 30 classes: a probe has seen each class once or never, and nothing is found."""
+    rows = [{"text": f"{text} {i}", "label": f"class {i % 30}"} for i, text in enumerate(make_texts(60))]
+    path = write_rows(tmp_path / "classes.jsonl", rows)
+    prescreen.main(config_for(path, tmp_path, model_dirs["qwen2"], picture=False))
+    [model] = result_at(tmp_path, "classes")["models"]
+    assert "nothing above permuted labels" in model["sentence"] and model["gain"]["low"] is None
+
+
+def test_a_gated_model_is_named_with_what_to_do(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=403)
+    load = AutoConfig.from_pretrained
+
+    def gated(name, **options):
+        if "gated" in str(name):
+            raise GatedRepoError("403 Client Error", response=response)
+        return load(name, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    with pytest.raises(UserError, match=r"1 of 2 models failed: maker/gated.*hf auth login"):
+        prescreen.main(config_for(rows_path, tmp_path, model_dirs["qwen2"], "maker/gated", picture=False))
+    assert "failed: maker/gated" in capsys.readouterr().out
+    assert len(result_at(tmp_path)["models"]) == 1
+
+
+def test_one_bar_over_all_models_ends_full(model_dirs, rows_path, tmp_path, capsys):
+    """Also where a model's moments were there already, or it fails."""
+    shutil.copytree(model_dirs["llama"], tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
+    names = (model_dirs["qwen2"], tmp_path / "broken")
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 2 models failed"):
+            prescreen.main(config_for(rows_path, tmp_path, *names, picture=False))
+        bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "%|" in line]
+        assert {line.split()[0] for line in bars} <= {"prescreen", "tokenize:"}
+        assert "100%" in bars[-1] and " left, " in bars[-1]
 
 
 def test_default_models_are_those_installed():

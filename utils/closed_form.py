@@ -193,9 +193,10 @@ def logme(moments: LayerMoments, spectrum: tuple[Tensor, Tensor], second: tuple[
     value = log_evidence(n * eigenvalues, projected, squares, n, d).mean().item()
     variances, directions = spectrum
     draws = draw_permuted_factors(len(variances), n, moments.label_covariance, NUM_DRAWS, random).factors
-    rotated = basis.T @ (directions * variances.sqrt())
-    offset = torch.outer(basis.T @ moments.pooled_mean, moments.label_mean)
-    permuted = n * (rotated @ draws.transpose(0, 1).flatten(1) + offset.repeat(1, NUM_DRAWS))
+    # thin products: of all draws at once, never of two d x d matrices
+    drawn = directions @ (variances.sqrt()[:, None] * draws.transpose(0, 1).flatten(1))
+    offset = torch.outer(moments.pooled_mean, moments.label_mean).repeat(1, NUM_DRAWS)
+    permuted = n * basis.T @ (drawn + offset)
     null = log_evidence(n * eigenvalues, permuted, squares.repeat(NUM_DRAWS), n, d).view(NUM_DRAWS, -1).mean(1)
     return Value(value, null.mean().item(), null.std().item())
 

@@ -236,6 +236,8 @@ def fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
     """First 16 hex digits of the SHA-256 over the texts, each ended by a zero byte, and the labels."""
     digest = hashlib.sha256()
     for number, text in enumerate(texts, 1):
+        if source.own and "\0" in text:  # a zero byte ends a text: others might have the same fingerprint
+            raise UserError(f"Text {number} of {source.name} holds a zero character. Remove it: the text is damaged.")
         try:
             digest.update(text.encode() + b"\0")
         except UnicodeEncodeError as error:

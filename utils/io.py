@@ -103,6 +103,8 @@ def check_writable(path: Path) -> None:
     if rank() > 0:  # the first process tries for all
         return
     temporary = temporary_path(path)
+    if path.suffix and path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
     try:
         made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +179,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if folder.is_symlink():  # the link is replaced; what it leads to is somebody else's
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
@@ -190,16 +194,50 @@ def save_json(path: Path, content: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+class Stored(dict):
+    """What a file of results holds. Whoever reads an entry that is not there meets a `Foreign`."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. Delete it and run its script again.")
+
+
+class ForeignError(UserError, KeyError):
+    """A file that is not what its name says."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotation marks around the sentence
+
+
+def parse_stored(path: Path, text: str) -> Any:
+    """JSON whose objects, at any depth, say which file lacks an entry. Raises ValueError where it is no JSON."""
+
+    def stored(content: dict) -> Stored:
+        found = Stored(content)
+        found.path = path
+        return found
+
+    try:
+        return json.loads(text, object_hook=stored)
+    except RecursionError:
+        raise ValueError("thousands of nested brackets") from None
+
+
 def load_json(path: Path) -> dict:
     """The content of one result file.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file cannot be read or is not a JSON object; or, later, an entry that is read is not there.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse_stored(path, path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not a JSON result ({error}). Delete it and run its script again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
+    if not isinstance(content, dict):
+        raise ForeignError(f"{path} is no result: it holds no object. Delete it and run its script again.")
+    return content
 
 
 def tensor_header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict) -> bytes:
@@ -254,12 +292,14 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("json", "null"))
+            metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
             if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path} was not written by this version. Delete it, or recompute it with --overwrite.")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}). Recompute it with --overwrite.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file of results. Remove it.") from None
 
 
 # ------------------------------------------------------------------ provenance

@@ -90,7 +90,8 @@ def warnings(result: dict[str, Any]) -> list[str]:
         if num <= model["hidden_size"]
     ]
     if not result["num_classes"]:
-        told.append("regression targets: H-scores are of classes, and left out")
+        of_classes = [definition.label for definition in closed_form.DEFINITIONS if definition.needs_classes]
+        told.append(f"regression targets: left out, as they are of classes: {', '.join(of_classes)}")
     if len({model["hidden_size"] for model in result["models"]}) > 1:
         told.append("widths differ: H-scores, LogME and NTPS grow or fall with the width; R2 compares across widths")
     return told

@@ -47,6 +47,8 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path,
         UserError: naming each setting that differs, or whether it is the rows, the model or the moments.
     """
     there = stored.get("config", {})
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is no whole result: its settings are no object. Recompute it with --overwrite.")
     differing = [
         f"{name}: {there.get(name)!r} there, {value!r} now"
         for name, value in identity["config"].items()

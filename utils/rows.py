@@ -1,5 +1,6 @@
 """Rows of texts with a label each: classes encoded, samples and splits drawn."""
 
+import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from utils.sources import Source
 
 PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
 TEST_SHARE = 0.3
+MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> t
             f"The {first} labels of {source.name} are all {spelled[classes[0]]!r}; at least two classes are needed. "
             "See --label_column; where -1 is a class, and not a missing label, name it in words."
         )
+    if len(classes) > MAX_CLASSES:
+        raise UserError(
+            f"{source.name} has {len(classes):,} classes in {len(labels[first]):,} {first} rows; up to {MAX_CLASSES:,} "
+            "are possible. Is --label_column the class, and not the number of a row? Numbers: --task regression."
+        )
     encoded = {}
     for part, rows in parts.items():
         kept = [row for row, value in enumerate(labels[part]) if value in index]
@@ -101,10 +108,13 @@ def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
     classes, counts = np.unique(classes, return_inverse=True, return_counts=True)[1:]
     quota = num * counts / counts.sum()
     take = np.maximum(np.floor(quota).astype(int), int(num >= len(counts)))
-    while take.sum() > num:
-        take[np.argmax(take)] -= 1
-    while take.sum() < num:
-        take[np.argmax(quota - take)] += 1
+    largest = [(-count, number) for number, count in enumerate(take)] if take.sum() > num else []
+    heapq.heapify(largest)
+    for _ in range(take.sum() - num):  # of as many as there are classes: a search among all of them takes hours
+        count, number = heapq.heappop(largest)
+        take[number] -= 1
+        heapq.heappush(largest, (count + 1, number))
+    take[np.argsort(take - quota, kind="stable")[: num - take.sum()]] += 1
     order = generator.permutation(len(classes))
     order = order[np.argsort(classes[order], kind="stable")]
     starts = np.cumsum(counts) - counts

@@ -175,16 +175,23 @@ def run_steps(
     sums: RunningSums,
     add_batch: Callable[[np.ndarray], None],
     unfinished: Callable[[int], Unfinished] | None,
+    advance: Callable[[float], object] | None = None,
 ) -> None:
-    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then."""
+    """Adds the batches of this process, from where an unfinished pass has come to; keeps a state of it now and then.
+
+    With `advance` there is no bar: it is told the share of the tokens in each batch.
+    """
     state, team = unfinished(len(steps)) if unfinished else None, processes()
     done = state.load(sums.tensors()) if state else 0
     gives_centres = team.rank == 0 and not done
     if not gives_centres:
         done = share_centres(sums, done)
+    num_tokens = [int(lengths[step.rows].sum()) for step in steps]
+    if advance and done:
+        advance(sum(num_tokens[:done]) / sum(num_tokens))
     with (
-        tqdm(total=sum(int(lengths[step.rows].sum()) for step in steps), unit="token", unit_scale=True, desc="cache",
-             initial=sum(int(lengths[step.rows].sum()) for step in steps[:done])) as progress,
+        tqdm(total=sum(num_tokens), unit="token", unit_scale=True, desc="cache", initial=sum(num_tokens[:done]),
+             **{"disable": True} if advance else {}) as progress,
         termination_noted() as termination,
     ):  # fmt: skip
         for number, step in enumerate(steps[done:], done + 1):
@@ -193,7 +200,9 @@ def run_steps(
                 sums.end_block()
             if gives_centres and number == 1:
                 share_centres(sums, number)
-            progress.update(int(lengths[step.rows].sum()))
+            progress.update(num_tokens[number - 1])
+            if advance:
+                advance(num_tokens[number - 1] / sum(num_tokens))
             if state and (termination.asked or (state.is_due() and number < len(steps))):
                 sums.settle()
                 state.save(sums.tensors(), number)

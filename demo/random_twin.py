@@ -1,0 +1,64 @@
+"""Make the twin of a model: the same architecture and tokenizer with random weights, as a control.
+
+    python -m demo.random_twin --model_name smollm2      # then --model_name demo/runs/smollm2-random in every script
+    python -m demo.random_twin --model_name Qwen/Qwen2-0.5B --seed 1 --output_dir demo/runs/qwen-random
+
+Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/: model.safetensors
+in bfloat16, config.json and the tokenizer, all at once. The weights are drawn as transformers draws them before
+training; the same seed gives the same weights. What a score has on the twin it does not owe to pretraining.
+"""
+
+import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from utils.hub import hub_errors
+from utils.identity import load_config
+from utils.io import check_writable, path_name, replace_folder, run_script, set_seed
+from utils.model_table import repository
+from utils.models import load_tokenizer
+from utils.settings import Model, Run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    model_name: str = "smollm2"  # whose architecture and tokenizer
+    seed: int = 0  # of the weights
+    output_dir: Path | None = None  # by default demo/runs/<model>-random
+    overwrite: bool = False  # make it again where it is there
+
+
+def make_twin(model_name: str, seed: int) -> tuple[Any, Any]:
+    """A causal LM with random weights in bfloat16, and its tokenizer."""
+    model, run = Model(model_name), Run()
+    model_config = load_config(model, run)
+    tokenizer = load_tokenizer(model, run, model_config)
+    set_seed(seed)
+    with hub_errors(repository(model_name)):
+        twin = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    return twin.bfloat16(), tokenizer
+
+
+def main(config: Config) -> None:
+    """Writes the twin unless it is there; prints its folder."""
+    folder = config.output_dir or Path("demo/runs") / f"{path_name(config.model_name)}-random"
+    if (folder / "config.json").is_file() and not config.overwrite:
+        print(f"already there, --overwrite makes it again\n{folder}")
+        return
+    check_writable(folder / "config.json")
+    twin, tokenizer = make_twin(config.model_name, config.seed)
+    with replace_folder(folder) as temporary:
+        twin.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    print(folder)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

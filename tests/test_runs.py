@@ -1,0 +1,185 @@
+"""runs/: each study is what its yaml file says, and Snakemake runs it, whatever fails on the way."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+import linear_training
+from demo.docstrings import TASKS
+from runs.grid import Grid, folder_name, to_flags
+from tests.conftest import ROOT, write_rows
+from utils.datasets_table import DATASETS, SPECS
+from utils.io import parse, path_name
+from utils.model_table import MODELS
+
+SNAKEMAKE = ROOT / ".venv-snakemake" / "bin" / "snakemake"
+STUDIES = sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
+needs_snakemake = pytest.mark.skipif(not SNAKEMAKE.is_file(), reason="make .venv-snakemake/bin/snakemake installs it")
+
+
+def grid(study: str) -> Grid:
+    return Grid(yaml.safe_load((ROOT / "runs" / f"{study}.yaml").read_text()))
+
+
+def snakemake(configfile: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        SNAKEMAKE.with_name("python"),
+        "-m",
+        "snakemake",
+        "-s",
+        "runs/Snakefile",
+        "--configfile",
+        configfile,
+        "--cores",
+        "2",
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+# ------------------------------------------------------------------ the plans
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_name_of_a_study_is_known_and_every_cell_has_its_own_files(study):
+    found = grid(study)
+    for name in found.config["models"]:
+        assert name in MODELS or "by" in found.config["models"][name], name
+    for name in found.config["datasets"]:
+        kind, _, task = name.partition("/")
+        assert name in DATASETS or (kind == "docstrings" and task in TASKS) or name in ("trec", "ag_news"), name
+        assert folder_name(name) == path_name(name)
+    targets = found.targets()
+    assert len(set(targets)) == len(targets) and set(found.targets(first_seed=True)) <= set(targets)
+    assert not [path for path in targets if not path.startswith(f"results/study/{study}/seed")]
+
+
+def test_the_papers_grid_is_eight_models_by_its_twelve_datasets():
+    found = grid("paper")
+    assert list(found.datasets.values()) == [spec.key for spec in SPECS[:12]]
+    assert len(found.models) == 8 and set(found.models.values()) < set(MODELS)
+    cells = {tuple(path.split("/")[-3:-1]) for path in found.targets() if "/seed0/lora/" in path}
+    assert len(cells) == 96
+
+
+def test_what_is_trained_has_the_probes_its_gain_is_measured_from():
+    for study in STUDIES:
+        targets = set(grid(study).targets())
+        for path in targets:
+            if "/lora/" in path:
+                place, cell = path.rsplit("/lora/", 1)
+                model, dataset, _ = cell.split("/")
+                assert f"{place}/linear_training/{model}/{dataset}/metrics.json" in targets
+                assert f"{place}/linear_sklearn/{model}/{dataset}.json" in targets
+
+
+def test_quick_is_a_part_of_the_docstring_study():
+    of = {study: {path.split("/", 3)[3] for path in grid(study).targets()} for study in ("quick", "docstrings")}
+    assert of["quick"] < of["docstrings"]
+
+
+def test_settings_become_the_flags_a_script_takes():
+    flags = {"standardize": True, "learning_rate": 1e-3, "model_name": "tiny", "dataset_name": "a b.jsonl"}
+    config = parse(linear_training.Config, shlex.split(to_flags(flags)))
+    assert config.standardize and config.learning_rate == 1e-3 and config.data.dataset_name == "a b.jsonl"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"only": {"lora": ["imbd"]}}, "'imbd'"),
+        ({"models": {"tiny": {"seeds": {"lorra": 1}}}}, "'lorra'"),
+        ({"dataset": ["emotion"]}, "'dataset'"),
+        ({"datasets": [], "only": {}}, "no datasets"),
+    ],
+)
+def test_a_misspelt_study_ends_in_one_sentence(wrong, message):
+    with pytest.raises(SystemExit, match=message):
+        Grid({**grid("quick").config, **wrong})
+
+
+def test_another_attempt_has_twice_the_memory_and_the_time():
+    found = grid("paper").resources("lora")
+    of_8b = type("wildcards", (), {"model": "meta-llama__Meta-Llama-3-8B"})
+    first, second = ({name: found[name](of_8b, n) for name in ("mem_mb", "runtime")} for n in (1, 2))
+    assert {name: 2 * value for name, value in first.items()} == second
+    assert first["mem_mb"] > 2 * 8e9 / 1e6  # its weights in bfloat16 at least
+
+
+# ------------------------------------------------------------------ Snakemake
+@needs_snakemake
+@pytest.mark.slow
+def test_the_whole_paper_grid_can_be_planned():
+    planned = snakemake(ROOT / "runs" / "paper.yaml", "--dry-run", "--config", "results_dir=nowhere")
+    assert planned.returncode == 0, planned.stderr
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", planned.stdout, flags=re.MULTILINE))
+    assert {name: int(jobs[name]) for name in ("cache", "K_sweep", "lora", "before_after")} == {
+        "cache": 8 * 12 * 2,
+        "K_sweep": 8 * 12 * 4,
+        "lora": 8 * 12,
+        "before_after": 8 * 12,
+    }
+
+
+@pytest.fixture(scope="module")
+def study(model_dirs, rows_path, tmp_path_factory) -> tuple[Path, dict, subprocess.CompletedProcess]:
+    """A study of a random model on two files, one of which makes no task: its folder, its settings, what was said."""
+    folder = tmp_path_factory.mktemp("study")
+    one_class = write_rows(folder / "one_class.jsonl", [{"text": f"text {i}", "label": "a"} for i in range(20)])
+    training = {"batch_size": 4, "num_steps": 2, "steps_per_evaluation": 2, "dtype": "float32"}
+    seeds = {"closed_form": 1, "probe": 1, "lora": 1, "ntps_after": 1}
+    config = {
+        "study": "toy",
+        "results_dir": str(folder),
+        "flags": {"max_samples": 60, "max_length": 32},
+        "scripts": {"linear_training": {"num_epochs": 2}, "lora": training},
+        "controls": {"largest": {}, "random": {"subspace": "random"}},
+        "controls_after": ["largest"],
+        "models": {str(model_dirs["qwen2"]): {"seeds": seeds}},
+        "datasets": [str(one_class), str(rows_path)],
+        "after": [f"python -m fig_plot.collect --results_dir {folder} --output_dir {folder}/data"],
+    }
+    (folder / "toy.json").write_text(json.dumps(config))
+    return folder, config, snakemake(folder / "toy.json", "--keep-going", "--rerun-triggers", "mtime", "params")
+
+
+@needs_snakemake
+@pytest.mark.slow
+def test_a_failed_cell_is_tried_twice_and_stops_no_other(study):
+    folder, config, ran = study
+    assert ran.returncode != 0
+    wanted = [path for path in Grid(config).targets() if "/rows" in path]
+    assert len(wanted) == 6 and not [path for path in wanted if not Path(path).is_file()]
+    assert not [path for path in Grid(config).targets() if "/one_class" in path and Path(path).is_file()]
+    [log] = (folder / "study" / "toy" / "logs").glob("cache-*-one_class-train-seed0.log")
+    assert "error: " in log.read_text() and "Traceback" not in log.read_text()
+    assert "Trying to restart job" in ran.stderr
+    # the tables are made of what is done
+    assert set(pd.read_csv(folder / "data" / "training.csv")["dataset"]) == {"rows"}
+
+
+@needs_snakemake
+@pytest.mark.slow
+def test_moments_are_gone_when_all_that_reads_them_is_done(study):
+    folder, *_ = study
+    assert not list(folder.rglob("*.safetensors.*")) and not list((folder / "study").rglob("moments/*/rows/*"))
+    table = json.loads(next(folder.rglob("before_after.json")).read_text())
+    scores = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("ntps/*/rows.json")}
+    [name] = [name for name in scores if not name.endswith("+lora")]
+    assert table["probe_settings"]["num_epochs"] == 2
+    expected = [scores[key]["score"]["retained"]["value"] for key in (name, f"{name}+lora")]
+    assert [table["ntps"]["retained"][key]["value"] for key in ("before", "after")] == expected
+
+
+@needs_snakemake
+@pytest.mark.slow
+def test_a_finished_study_runs_nothing_again(study):
+    folder, config, _ = study
+    config = {**config, "datasets": config["datasets"][1:]}
+    (folder / "again.json").write_text(json.dumps(config))
+    planned = snakemake(folder / "again.json", "--dry-run", "--rerun-triggers", "mtime", "params")
+    assert dict(re.findall(r"^(\w+) +(\d+)$", planned.stdout, flags=re.MULTILINE)) == {"collect": "1", "total": "1"}
