@@ -1,4 +1,4 @@
-"""Prints the estimate and the measured peak of a pass in a process of its own: python -m tests.peak_memory ARGUMENTS."""
+"""Prints the estimated and the measured peak memory of a pass: python -m tests.peak_memory ARGUMENTS."""
 
 import contextlib
 import sys
