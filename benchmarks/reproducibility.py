@@ -35,9 +35,10 @@ from torch import Tensor
 
 import cache
 import K_sweep
+from utils import moments as stored
 from utils.io import open_tensors, run_script, write_atomically
 from utils.linalg import NestedBasis, captured
-from utils.moments import LayerMoments, last_layer, load_layer
+from utils.moments import LayerMoments, load_layer
 from utils.scores import SCORES
 from utils.settings import with_values
 
@@ -123,7 +124,7 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 def load_last_layer(moments: cache.Config) -> LayerMoments:
     """The moments that cache.py wrote, of the last layer."""
     with open_tensors(cache.config_path(moments)) as (file, metadata):
-        return load_layer(file, metadata, last_layer(file, metadata), torch.device("cpu"))
+        return load_layer(file, metadata, stored.last_layer(file, metadata), torch.device("cpu"))
 
 
 def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]:
