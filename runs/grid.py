@@ -156,7 +156,8 @@ class Grid:
 
         A pass of cache.py keeps 32 bytes for each entry of a d x d matrix of each layer (M, C0 and C1 in float64, their
         products in float32), and the folds of the last layer. Training keeps activations and, of what is trained,
-        weights and gradients in float32; the factors were measured on SmolLM2 (batch 16, 160 tokens).
+        weights and gradients in float32. The factors are formulas, bytes for each parameter or each entry of a matrix;
+        none is measured.
         """
         spec = self.config["models"][self.models[model]]
         weights, width, layers = (float(spec.get(name, 0)) for name in ("parameters", "hidden_size", "num_layers"))
