@@ -207,9 +207,10 @@ class Sizes:
 
     @property
     def num_numbers(self) -> int:
-        """Numbers in the sums of all layers."""
-        whole, folds = (sum(map(math.prod, of.values())) for of in (self.of_layer, self.of_fold_layer))
-        return self.num_layers * whole + self.num_fold_layers * folds
+        """Numbers in all sums."""
+        parts = (self.of_layer, self.of_fold_layer, self.of_labels)
+        whole, folds, labels = (sum(map(math.prod, of.values())) for of in parts)
+        return self.num_layers * whole + self.num_fold_layers * folds + labels
 
     @property
     def of_labels(self) -> dict[str, tuple[int, ...]]:
@@ -388,7 +389,7 @@ class MomentSums:
             averages[name] = self.labels[f"fold_{name}"].sum(0) / num_samples
 
         def per_fold(total: Tensor) -> Tensor:
-            return total / counts.to(total.device).clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+            return total.div_(counts.to(total.device).clamp(min=1).view(-1, *[1] * (total.ndim - 1)))
 
         averages["fold_num_samples"] = counts
         averages |= {name: per_fold(total) for name, total in self.labels.items() if name != "fold_num_samples"}
@@ -561,7 +562,8 @@ def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts
         weights=item * num_parameters(config.model, config.run),
         sums=8 * sizes.num_numbers,
         block=product_item * num_layers * 2 * sizes.hidden_size**2,
-        batch=batch_bytes(model_config, num_tokens, item, product_item) + matrix_bytes(model_config),
+        batch=batch_bytes(model_config, num_tokens, item, product_item),
+        matrices=matrix_bytes(model_config, product_item),
         pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
         num_tokens=num_tokens,
     )

@@ -36,11 +36,13 @@ from utils.baselines import bag_of_words_folds, text_baselines
 from utils.calibration import Gain, expected_gain, read_lines
 from utils.closed_form import layer_scores
 from utils.data import LabelledTexts, load_splits
+from utils.identity import read_config
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json
+from utils.memory import num_parameters
 from utils.model_table import MODELS, model_source
 from utils.moments import LayerMoments, check_has_every_layer, load_layer
 from utils.pictures import save_figure
-from utils.prescreen_page import check_memory, num_parameters, peak_memory, print_page, save_table
+from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
 from utils.ridge import load_folds
 from utils.scores import SCORES, summarize
@@ -213,7 +215,10 @@ def screen_model(name: str, config: Config, train: LabelledTexts, advance: Calla
         UserError: the model cannot be had or does not fit the memory.
     """
     model, start = Model(name, dtype=config.dtype, max_length=config.max_length), time.perf_counter()
-    parameters = check_memory(model, config.run, train.num_labels, config.num_folds)
+    text = read_config(model, config.run).get_text_config()
+    num_layers = text.num_hidden_layers + 1
+    sizes = cache.Sizes(num_layers, text.hidden_size, train.num_labels, config.num_folds, num_layers)
+    parameters = check_memory(model, config.run, 8 * sizes.num_numbers)
     path = cache.config_path(find_or_make_moments(model, config, train, lambda share: advance(OF_PASS * share)))
     of_pass = time.perf_counter() - start
     device = pick_device(config.run.device)

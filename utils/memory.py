@@ -1,39 +1,46 @@
 """What a pass will need, of memory and of disk, from the configuration of the model alone: said and checked before it.
 
-d hidden size, f feed-forward size; sizes in bytes.
+Counted is what is alive at once. The C library gives arrays below 32 MB back to itself and not to the system: of a
+small batch on the CPU a process can then hold half as much again.
+
+d hidden size, f feed-forward size; q and k width of all queries and of all keys; sizes in bytes.
 """
 
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from utils.distributed import num_started
 from utils.identity import read_config
 from utils.io import UserError
+from utils.models import auto_class_of
 from utils.settings import Model, Run
 
 UNSURE = 1.2  # the estimate may be off by so much; what needs more than this times the free memory is refused
 
 
 def num_parameters(model: Model, run: Run) -> int:
-    """Parameters of the causal LM, each once however many modules share it, from the configuration alone."""
+    """Parameters of the causal LM, each once however many modules share it, from the configuration alone.
+
+    Raises:
+        UserError: it is of no causal LM.
+    """
     config = read_config(model, run)
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping or "auto_map" in vars(config)
-    auto_class: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
     with torch.device("meta"):
-        made = auto_class.from_config(config, trust_remote_code=run.trust_remote_code)
+        made = auto_class_of(model, config).from_config(config, trust_remote_code=run.trust_remote_code)
         made.tie_weights()
     return sum(parameter.numel() for parameter in made.parameters())
 
 
 def batch_bytes(config: PreTrainedConfig, num_tokens: int, item: int, product_item: int) -> int:
-    """Most that is alive beside weights and sums while a batch is run and one layer's states are added.
+    """Most that is alive beside weights and sums while a batch is run, for a dense decoder as LLaMA's or Qwen2's.
+
+    Embeddings, the input of the layer and the normed input of attention or feed-forward are alive in all of them.
 
     Args:
         config: of the decoder.
@@ -42,16 +49,22 @@ def batch_bytes(config: PreTrainedConfig, num_tokens: int, item: int, product_it
         product_item: bytes of a number of the products.
     """
     d = config.hidden_size
-    feed_forward = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d
-    # attention's and the feed-forward's parts never live together, but the allocator keeps the memory of both: measured
-    forward = item * (13 * d + 3.5 * feed_forward)
-    adding = item * 2 * d + 8 * 2 * d + product_item * 2 * d  # states; prefix sums and a copy; pairs
-    return int(num_tokens * max(forward, adding))
+    f = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    head = getattr(config, "head_dim", None) or d // num_heads
+    q, k = head * num_heads, head * (getattr(config, "num_key_value_heads", None) or num_heads)
+    attention = item * (3 * d + 4 * q + 3 * k)  # queries and three arrays of their rotation, keys, values, rotated keys
+    feed_forward = item * (4 * d + 3 * f)  # the residual too; gate, up and their product
+    adding = item * 3 * d + 8 * d + product_item * 2 * d  # the layer's output; prefix sums; pairs
+    return num_tokens * max(attention, feed_forward, adding)
 
 
-def matrix_bytes(config: PreTrainedConfig) -> int:
-    """What is alive for a moment while one layer's products become float64, with their signs."""
-    return 8 * 3 * config.hidden_size**2
+def matrix_bytes(config: PreTrainedConfig, product_item: int) -> int:
+    """What is alive for a moment, between batches, while one layer's products become float64: (d, 2d) of them.
+
+    First their triangle is mirrored, by three matrices of their own dtype.
+    """
+    return max(3 * product_item, 16 if product_item < 8 else 0) * config.hidden_size**2
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,14 @@ class Need:
     sums: int  # float64
     block: int  # products in their own dtype
     batch: int
+    matrices: int  # at the end of a block
     pooled: int  # on disk
     num_tokens: int  # of a batch
 
     @property
     def memory(self) -> int:
         """All that is in one memory if the model runs on the CPU."""
-        return self.weights + self.sums + self.block + self.batch
+        return self.weights + self.sums + self.block + max(self.batch, self.matrices)
 
     @property
     def state(self) -> int:
@@ -132,8 +146,8 @@ def check_fits(need: Need, device: torch.device, path: Path, on_host: bool, spre
         f"on disk {gigabytes(on_disk)}, and {gigabytes(2 * here * need.state)} while it runs"
     )
     by_memory = {str(device): need.memory * (here if device.type == "cpu" else 1)}
-    if device.type == "cuda":
-        by_memory = {str(device): need.memory - on_host * (need.sums + need.block), "cpu": here * on_host * need.sums}
+    if device.type == "cuda" and on_host:  # products of a batch and matrices at once
+        by_memory = {str(device): need.weights + need.batch + 2 * need.matrices, "cpu": here * need.sums}
     free = {name: free_memory(torch.device(name)) for name in by_memory}
     for name, asked in by_memory.items():
         if asked > UNSURE * free[name] and not spread:

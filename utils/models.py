@@ -55,26 +55,34 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
         )
 
 
-def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
-    """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
+def auto_class_of(model: Model, config: PreTrainedConfig) -> Any:
+    """What makes the causal LM of a configuration; of a multi-modal model all of it.
 
     Raises:
-        UserError: `hub_errors`, an architecture without causal LM, a weight of another shape, or one of the decoder
-            that the checkpoint lacks; the library would fill it with random numbers.
+        UserError: an architecture without causal LM.
     """
-    if gguf.is_gguf(source := model_source(model.model_name)):
-        if device_map:
-            raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it away.")
-        return gguf.load_model(Path(source), getattr(torch, model.dtype))
-    config = read_config(model, run)
     is_causal = type(config) in AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
     is_visual = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[attr-defined]
-    auto_class: Any = AutoModelForImageTextToText if is_visual and not is_causal else AutoModelForCausalLM
     if not is_causal and not is_visual and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
         raise UserError(
             f"{model.model_name} ({config.model_type}) is not a causal LM: transformers has none of this architecture. "
             "Choose another --model_name; docs/architectures.md lists what can be used."
         )
+    return AutoModelForImageTextToText if is_visual and not is_causal else AutoModelForCausalLM
+
+
+def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
+    """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
+
+    Raises:
+        UserError: `hub_errors`, `auto_class_of`, a weight of another shape, or one of the decoder that the checkpoint
+            lacks; the library would fill it with random numbers.
+    """
+    if gguf.is_gguf(source := model_source(model.model_name)):
+        if device_map:
+            raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it away.")
+        return gguf.load_model(Path(source), getattr(torch, model.dtype))
+    auto_class = auto_class_of(model, read_config(model, run))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports what is left out, which is what we want
     try:

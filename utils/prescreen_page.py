@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata
-from transformers import AutoModel
 
 from utils import closed_form, scores
-from utils.identity import read_config
 from utils.io import UserError, pick_device, write_atomically
+from utils.memory import num_parameters
 from utils.settings import Model, Run
 
 # scores that should order models, each at the last layer
@@ -23,24 +22,19 @@ LABELS = closed_form.LABELS | scores.LABELS
 
 
 # ------------------------------------------------------------------ size and memory
-def num_parameters(model: Model, run: Run) -> int:
-    """Parameters without the lm_head, from the configuration alone."""
-    with torch.device("meta"):
-        made = AutoModel.from_config(read_config(model, run), trust_remote_code=run.trust_remote_code)
-    return sum(parameter.numel() for parameter in made.parameters())
-
-
-def check_memory(model: Model, run: Run, num_labels: int, num_folds: int) -> int:
+def check_memory(model: Model, run: Run, sums: int) -> int:
     """The number of parameters, after making sure that weights and moments fit.
+
+    Args:
+        model: which.
+        run: how hubs are asked, and the device.
+        sums: bytes of the sums of a pass.
 
     Raises:
         UserError: they do not.
     """
-    config, device = read_config(model, run).get_text_config(), pick_device(run.device)
-    parameters = num_parameters(model, run)
-    d, num_layers = config.hidden_size, config.num_hidden_layers + 1
-    weights = parameters * torch.finfo(getattr(torch, model.dtype)).bits // 8
-    needed = weights + 8 * num_layers * (num_folds + 2) * d * (d + num_labels)
+    device, parameters = pick_device(run.device), num_parameters(model, run)
+    needed = parameters * getattr(torch, model.dtype).itemsize + sums
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     else:
