@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from utils.identity import model_fingerprint
 from utils.io import UserError, environment, pick_device, save_json, write_atomically
 from utils.objectives import BatchOrder, Objective
 from utils.results import check_identity, find_result, load_state, read_identity, save_state
+from utils.self_check import routes_tokens
 from utils.settings import Session, all_settings, result_settings
 
 
@@ -173,6 +175,8 @@ def train(run: TrainingRun) -> Progress:
         UserError: a loss that is not finite, too little memory, or the state of another run.
     """
     progress, accelerator = load_progress(run), run.place.accelerator
+    # an expert that no token of a step goes to has no gradient
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=routes_tokens(run.model))
     model = accelerator.prepare_model(run.model, device_placement=False)
     started = saved = time.monotonic()
     run.model.train()
