@@ -485,8 +485,9 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         layers = []
         for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
-            is_held_out = other_metadata and layer in stored_layers(other, other_metadata)
-            held_out = load_layer(other, other_metadata, layer, device) if is_held_out else None
+            held_out = None
+            if other_metadata and layer in stored_layers(other, other_metadata):
+                held_out = load_layer(other, other_metadata, layer, device)
             # of the last layer only, for the score of the run; a control of V would repeat them
             is_compared = layer == numbers[-1] and config.subspace == "autoregression"
             entry = sweep_layer(moments, held_out, config, layer, config.num_random_draws if is_compared else 0)

@@ -30,6 +30,7 @@ from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
 from utils.data import LabelledTexts, load_splits, stratified_rows
+from utils.distributed import processes
 from utils.identity import load_config, stored_as
 from utils.io import UserError, open_tensors, run_script, set_seed
 from utils.moments import pooled_path
@@ -163,7 +164,7 @@ def build_run(
         optimizer=optimizer,
         scheduler=scheduler,
         order=order,
-        evaluate=lambda model: evaluate(model, objective, parts),
+        evaluate=lambda model: processes().object_of_first(lambda: evaluate(model, objective, parts)),
         num_steps=num_steps,
         steps_per_evaluation=order.steps_per_epoch,
         batch_size=config.batch_size,
@@ -176,7 +177,10 @@ def build_run(
 
 
 def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
-    """Trains the probe on `train` and writes its result, unless it is there already; returns the metrics."""
+    """Trains the probe on `train` and writes its result, unless it is there already.
+
+    Returns the metrics, in every process.
+    """
     ending = ".standardized" if config.standardize else ""
     place = make_place(config, result_path("linear_training", config.run, config.model, config.data, ending))
     identity = make_identity(config, data)
@@ -199,11 +203,15 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
         parts["validation"] = (train_states[held_out], train_targets[held_out])
     probe = build_run(config, parts, objective, identity, place)
     progress = train(probe)
-    save_head(place.folder / "head.safetensors", probe.model, objective, identity, centre, spread)
-    metrics = save_result(probe, progress, data, {"hidden_size": train_states.shape[1], **stored_as(config.model)})
-    print_scores(metrics)
-    print(place.metrics_path)
-    return metrics
+
+    def write() -> dict:
+        save_head(place.folder / "head.safetensors", probe.model, objective, identity, centre, spread)
+        metrics = save_result(probe, progress, data, {"hidden_size": train_states.shape[1], **stored_as(config.model)})
+        print_scores(metrics)
+        print(place.metrics_path)
+        return metrics
+
+    return processes().object_of_first(write)
 
 
 def main(config: Config) -> None:
@@ -213,4 +221,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, share_work=True)

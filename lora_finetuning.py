@@ -32,6 +32,7 @@ import linear_training
 from utils.adapters import save_base_model
 from utils.before_after import compare, print_comparison
 from utils.data import LabelledTexts, load_splits
+from utils.distributed import processes
 from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
 from utils.hidden_states import decoder_layers, decoder_of
 from utils.identity import load_config, model_fingerprint
@@ -187,7 +188,9 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=renewing(cache.config_path(wanted), moments.run)), data[split])
-    return K_sweep.run(replace(sweep, run=renewing(K_sweep.output_path(sweep), sweep.run)))
+    return processes().object_of_first(
+        lambda: K_sweep.run(replace(sweep, run=renewing(K_sweep.output_path(sweep), sweep.run)))
+    )
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
@@ -223,13 +226,13 @@ def main(config: Config) -> None:
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
     data = load_splits(config.data, config.run)
     metrics = finetune(config, "lora", build, data)
-    if config.output.ntps_after and metrics:
+    if config.output.ntps_after:  # the passes of cache.py and the probe by all processes, K_sweep.py by the first
         result = before_after(config, metrics, data)
         path = result_path("lora", config.run, config.model, config.data) / "before_after.json"
-        save_json(path, result)
+        processes().object_of_first(lambda: save_json(path, result))
         print_comparison(result)
         print(path)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, share_work=True)

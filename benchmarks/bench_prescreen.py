@@ -206,7 +206,7 @@ def main(config: Config) -> None:
     scores, theirs = run_theirs(config, train, peer, own)
     r2, ours = run_ours(config, data, own / "ours")
     truth = {name: probe_accuracy(name, config) for name in config.models}
-    result = {
+    result: dict[str, Any] = {
         "golden": golden,
         "num_texts": len(train.texts),
         "transformer_ranker": theirs | {"scores": scores, "in_order": share_in_order(scores, truth)},

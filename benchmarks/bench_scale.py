@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import cache
 from utils.identity import load_config
-from utils.io import environment, run_script, save_json, write_atomically
+from utils.io import environment, open_tensors, run_script, save_json, write_atomically
 from utils.models import load_tokenizer
 from utils.pictures import STYLE, save_figure
 from utils.settings import Model, Run, all_settings, with_values
@@ -127,7 +127,7 @@ def measure(model_name: str, dataset_name: str, results_dir: Path, device: str) 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cache.main(config)
     seconds = time.perf_counter() - start
-    with cache.open_tensors(cache.config_path(config)) as (_, metadata):
+    with open_tensors(cache.config_path(config)) as (_, metadata):
         found = {name: metadata[name] for name in ("num_samples", "num_tokens")}
     return {**found, "seconds": seconds, "peak_mb": peak_megabytes()}
 

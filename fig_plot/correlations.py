@@ -132,16 +132,13 @@ def auc(score: ArrayLike, positive: ArrayLike) -> float:
     Returns:
         nan where only one class is left.
     """
-    score, positive = np.asarray(score, float), np.asarray(positive, bool)
-    known = np.isfinite(score)
-    if len(set(positive[known])) < 2:
+    scores, known = np.asarray(score, float), np.isfinite(np.asarray(score, float))
+    is_positive = np.asarray(positive, bool)[known]
+    if len(set(is_positive)) < 2:
         return float("nan")
-    ranks, positive = (
-        rankdata(score[known]),
-        positive[known],
-    )  # scikit-learn's is too slow to resample
-    num_positive, num_negative = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    ranks = rankdata(scores[known])  # scikit-learn's is too slow to resample
+    num_positive, num_negative = is_positive.sum(), (~is_positive).sum()
+    return float((ranks[is_positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
 # ------------------------------------------------------------------ intervals

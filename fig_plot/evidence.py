@@ -119,7 +119,7 @@ def judged(
     if not np.isfinite(statistic(x, y)):
         return {"value": np.nan}
     found = bootstrap_interval(statistic, x, y, num_draws=num_draws, seed=seed)
-    ends = {}
+    ends: dict[str, float] = {}
     for axis, name in enumerate(("task", "model")):
         without = [statistic(np.delete(x, i, axis), np.delete(y, i, axis)) for i in range(x.shape[axis])]
         defined = [value for value in without if np.isfinite(value)]

@@ -118,9 +118,11 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
     layers = layers[layers["split"] == "train"]
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
-    of_first = [table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)]
+    cells_of_first, layers_of_first, probes_of_first = (
+        table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)
+    )
     rows: dict[str, Iterable] = {
-        "like_for_like": like_for_like_rows(*of_first, draws),
+        "like_for_like": like_for_like_rows(cells_of_first, layers_of_first, probes_of_first, draws),
         "selection": selection_rows(cells, layers, draws, ON_TEST),
         "sensitivity": sensitivity_rows(cells, layers),
         "correlations": correlation_rows(cells, draws),

@@ -104,8 +104,8 @@ def like_for_like_rows(
         for model in models:
             sweep = score_sweep(layers, model, "largest", "ntps")
             if len(sweep.maps):
-                own = [table[table["model"] == model] for table in (cells, probes)]
-                found += [{"model": model, **row} for row in step_rows(sweep, *own, measure, draws)]
+                of_model, its_probes = (table[table["model"] == model] for table in (cells, probes))
+                found += [{"model": model, **row} for row in step_rows(sweep, of_model, its_probes, measure, draws)]
         for step in STEPS:
             rows = [row for row in found if row["step"] == step]
             yield from map(without_vectors, rows)

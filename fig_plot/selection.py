@@ -147,19 +147,19 @@ def leave_one_out_selection(
         ValueError: fewer than three tasks, or no configuration is left.
     """
     num_tasks = np.size(targets)
-    maps, targets, tasks, configurations = _usable(maps, targets)
-    targets = direction * targets[0]
+    maps, kept, tasks, configurations = _usable(maps, targets)
+    target = direction * kept[0]
 
     def correlation(permuted: np.ndarray, axis: int) -> np.ndarray:
         _, fraction = _choose_without_each(maps, np.atleast_2d(permuted))
         return spearman_rows(fraction, permuted).reshape(permuted.shape[:-1])
 
-    _, p_value = _permutation_null(correlation, targets, num_permutations, seed)
-    (best,), (fraction,) = _choose_without_each(maps, targets[None])
+    _, p_value = _permutation_null(correlation, target, num_permutations, seed)
+    (best,), (fraction,) = _choose_without_each(maps, target[None])
     chosen, predicted = np.full(num_tasks, -1), np.full(num_tasks, np.nan)
     chosen[tasks] = np.where(best < 0, -1, configurations[best])
     predicted[tasks] = fraction
-    return LeaveOneOut(chosen, predicted, direction * spearman(fraction, targets), p_value)
+    return LeaveOneOut(chosen, predicted, direction * spearman(fraction, target), p_value)
 
 
 def expected_maximum(

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+
 from utils.distributed import one_voice, processes
 
 FORK = multiprocessing.get_context("fork")
@@ -35,6 +37,7 @@ def start(
         if size > 1:
             os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
         processes.cache_clear()
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
         if output is not None:
             sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives
         with contextlib.nullcontext() if whole else one_voice(True, "script"):

@@ -1,5 +1,6 @@
-"""cache.py in many processes: the numbers of one, every text once, and one sentence for a mistake."""
+"""cache.py and training in many processes: the numbers of one, every text once, and one sentence for a mistake."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -10,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import cache
+import from_scratch
 import K_sweep
+import lora_finetuning
 from tests.conftest import configure, make_texts, write_rows
 from tests.processes import exit_codes, start
+from utils import finetuning, training
 from utils.batches import share_of, token_steps
 from utils.io import UserError
 from utils.models import TokenizedTexts
@@ -163,3 +167,114 @@ def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
     assert sorted(codes) == [0, 1]
     said = (tmp_path / "said").read_text()
     assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"
+
+
+# ------------------------------------------------------------------ training
+def train(script, size: int, folder, *flags, ready=lambda rank: None, **options) -> list[int | None]:
+    """A training script in so many processes; into `folder` goes what they print and say, and <rank>.json.
+
+    That file holds the rows that the process evaluated.
+    """
+    options |= {"results_dir": folder / "results", "device": "cpu", "dtype": "float32", "dropout": 0.0}
+    options |= {"batch_size": 4, "num_steps": 7, "steps_per_evaluation": 4, "tokens_per_batch": 96}
+    options |= {"learning_rate": 1e-3}
+    flags = [*itertools.chain(*((f"--{name}", str(value)) for name, value in options.items())), *flags]
+    folder.mkdir(exist_ok=True)
+
+    def run(rank: int) -> None:
+        rows, pad, predict = [], TokenizedTexts.pad, finetuning.predict
+
+        def counting(model, tokens, *rest):
+            def counted(tokens, indices):
+                rows.extend(indices.tolist())
+                return pad(tokens, indices)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(TokenizedTexts, "pad", counted)
+                return predict(model, tokens, *rest)
+
+        finetuning.predict = counting
+        ready(rank)
+        sys.argv = [f"{script.__name__}.py", *flags]
+        with open(folder / "printed", "a", buffering=1) as printed, contextlib.redirect_stdout(printed):
+            script.run_script(script.main, script.Config, None, share_work=True)
+        (folder / f"{rank}.json").write_text(json.dumps(rows))
+
+    return exit_codes(start(run, size, folder / "said", whole=True), 120)
+
+
+@pytest.fixture(scope="module")
+def names(model_dirs, rows_path):
+    """Model and texts."""
+    return {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+
+
+@pytest.fixture(scope="module")
+def trained(names, tmp_path_factory):
+    """The folders of a LoRA run in one process, and in two that also take NTPS before and after."""
+    folders = [tmp_path_factory.mktemp(f"lora{size}") for size in (1, 2)]
+    for size, folder, flags in zip((1, 2), folders, ((), ("--ntps_after",)), strict=True):
+        codes = train(lora_finetuning, size, folder, *flags, lora_dropout=0.0, **names)
+        assert codes == [0] * size, (folder / "said").read_text()
+    return folders
+
+
+def read(folder, pattern: str):
+    """The one result of this name."""
+    [path] = (folder / "results").glob(pattern)
+    return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+
+
+def test_two_processes_train_the_adapter_of_one(trained):
+    for name in ("adapter/adapter_model.safetensors", "head.safetensors"):
+        expected, found = (read(folder, f"lora/*/*/{name}") for folder in trained)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    expected, found = (read(folder, "lora/*/*/metrics.json") for folder in trained)
+    assert found["last"] == pytest.approx(expected["last"], rel=1e-4)
+    assert (found["num_processes"], found["texts_per_step"], found["num_steps"]) == (2, 4, 7)
+
+
+def test_evaluation_runs_every_text_once_over_all_processes(trained):
+    ran = [json.loads((trained[1] / f"{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(itertools.chain(*ran)) == sorted([*range(72)] * 2) and all(ran)  # at steps 4 and 7
+
+
+def test_ntps_after_is_made_and_printed_once(trained):
+    table = read(trained[1], "lora/*/*/before_after.json")
+    assert all(0 < row[when]["value"] < 1 for row in table["ntps"].values() for when in ("before", "after"))
+    printed = (trained[1] / "printed").read_text().splitlines()
+    assert printed[-1].endswith("before_after.json")
+    paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
+    names = ["before_after.json", "metrics.json", "metrics.json", "rows.json", "rows.json"]
+    assert len(set(paths)) == 5 and sorted(path.rsplit("/", 1)[-1] for path in paths) == names
+    assert not list(trained[1].rglob("*.tmp"))
+
+
+def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained, names, tmp_path):
+    def fail_at_step_5(rank: int) -> None:
+        step = training.train_step
+
+        def fail(run, progress, model):
+            if rank == 1 and progress.step == 5:
+                raise UserError("this process has had enough")
+            return step(run, progress, model)
+
+        training.train_step = fail
+
+    options = {"minutes_per_state": 0, "lora_dropout": 0.0, **names}
+    assert train(lora_finetuning, 2, tmp_path, ready=fail_at_step_5, **options) == [1, 1]
+    said = (tmp_path / "said").read_text()
+    assert said.count("error:") == 1 and "had enough" in said and "Traceback" not in said, said
+    assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert train(lora_finetuning, 2, tmp_path, **options) == [0, 0]
+    assert "going on from step 5 of 7" in (tmp_path / "printed").read_text()
+    expected, found = (read(folder, "lora/*/*/adapter/adapter_model.safetensors") for folder in (trained[1], tmp_path))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_two_processes_train_all_weights(names, tmp_path):
+    assert train(from_scratch, 2, tmp_path, **names) == [0, 0]
+    [path] = (tmp_path / "results").glob("from_scratch/*/*/metrics.json")
+    assert (tmp_path / "printed").read_text().count(str(path)) == 1
+    assert json.loads(path.read_text())["last"]["step"] == 7 and len(list(path.parent.glob("*/model.safetensors"))) == 1

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -138,6 +139,7 @@ def one_voice(share_work: bool, name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
         of_run = processes()
         try:
             yield

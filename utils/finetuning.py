@@ -17,6 +17,7 @@ from transformers.optimization import Adafactor
 
 from utils.batches import token_batches
 from utils.data import LabelledTexts
+from utils.distributed import processes
 from utils.hidden_states import pool
 from utils.identity import load_config, stored_as
 from utils.io import UserError, set_seed
@@ -208,7 +209,7 @@ def finetune(
     build: Callable[[FinetuningConfig, torch.device], Trainable],
     data: dict[str, LabelledTexts],
 ) -> dict:
-    """Trains and writes the result, unless it is there already; returns the metrics.
+    """Trains and writes the result, unless it is there already; returns the metrics, in every process.
 
     Args:
         config: of the script.
@@ -234,13 +235,15 @@ def finetune(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     progress = train(run)
-    if not place.accelerator.is_main_process:
-        return {}
-    save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
-    trainable.save(place.folder)
-    extra: dict[str, Any] = stored_as(config.model)
-    extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
-    metrics = save_result(run, progress, data, extra)
-    print_scores(metrics)
-    print(place.metrics_path)
-    return metrics
+
+    def write() -> dict:
+        save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
+        trainable.save(place.folder)
+        extra: dict[str, Any] = stored_as(config.model)
+        extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
+        metrics = save_result(run, progress, data, extra)
+        print_scores(metrics)
+        print(place.metrics_path)
+        return metrics
+
+    return processes().object_of_first(write)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.distributed import rank
 from utils.io import UserError
 
 WHOLE = re.compile(r"-?(0|[1-9]\d*)")  # "007" stays a name
@@ -30,7 +31,8 @@ SHOWN = 5
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def listed(items: Sequence[Any], shown: int = SHOWN) -> str:

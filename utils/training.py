@@ -18,16 +18,19 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts
+from utils.distributed import processes
 from utils.identity import model_fingerprint
 from utils.io import UserError, environment, pick_device, save_json, write_atomically
 from utils.objectives import BatchOrder, Objective
 from utils.results import check_identity, find_result, load_state, read_identity, save_state
+from utils.self_check import routes_tokens
 from utils.settings import Session, all_settings, result_settings
 
 
@@ -89,6 +92,8 @@ class Progress:
 def make_place(config: Any, folder: Path) -> Place:
     """Processes and trackers by accelerate; the device named, or under torchrun the one of this process.
 
+    accelerate trains in the group of processes that is there already, where the script has many.
+
     Raises:
         UserError: the device does not exist, or the package of the tracker is missing.
     """
@@ -117,34 +122,43 @@ def find_finished(config: Any, identity: dict[str, Any], place: Place) -> dict |
     """The metrics of a finished run of this identity; with --overwrite the old ones are removed.
 
     Raises:
-        UserError: a result, finished or not, of another identity.
+        UserError: a result, finished or not, of another identity; or it has to be made and cannot be written.
     """
-    if config.run.overwrite:
-        if place.accelerator.is_main_process:
+
+    def look() -> dict | None:
+        metrics = find_result(place.metrics_path, identity, config.run)
+        if metrics is not None:
+            print(f"reused, already complete with these settings:\n{place.metrics_path}")
+        elif config.run.overwrite:
             place.metrics_path.unlink(missing_ok=True)
             place.state_path.unlink(missing_ok=True)
-        place.accelerator.wait_for_everyone()
-        return None
-    metrics = find_result(place.metrics_path, identity, config.run)
-    if metrics is not None:
-        print(f"reused, already complete with these settings:\n{place.metrics_path}")
-    elif place.state_path.is_file():
-        check_identity(read_identity(place.state_path), identity, place.state_path)
-    return metrics
+        elif place.state_path.is_file():
+            check_identity(read_identity(place.state_path), identity, place.state_path)
+        return metrics
+
+    return processes().object_of_first(look)
 
 
 # ------------------------------------------------------------------ training
 def save_progress(run: TrainingRun, progress: Progress, seconds: float) -> None:
-    """Writes the state of the run; the main process does, all wait."""
-    if run.place.accelerator.is_main_process:
-        values = {**vars(progress), "seconds": seconds, "scheduler": run.scheduler.state_dict()}
-        save_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity, values)
-    run.place.accelerator.wait_for_everyone()
+    """Writes the state of the run; in the main process, whose clock says when. The others wait in their next step."""
+    values = {**vars(progress), "seconds": seconds, "scheduler": run.scheduler.state_dict()}
+    save_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity, values)
 
 
 def load_progress(run: TrainingRun) -> Progress:
-    """The progress of an interrupted run, its state put into model, optimiser and schedule; else that of a new one."""
+    """The progress of an interrupted run, its state put into model, optimiser and schedule; else that of a new one.
+
+    Raises:
+        UserError: the state of another run, or one that only some of the processes see.
+    """
     stored = load_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity)
+    step = stored and stored["step"]
+    if processes().object_of_first(lambda: step) != step:
+        raise UserError(
+            f"{run.place.state_path} is not the same file for all processes. Set --results_dir to a folder that all "
+            "machines share."
+        )
     if stored is None:
         return Progress(run.batch_size)
     run.scheduler.load_state_dict(stored["scheduler"])
@@ -161,6 +175,8 @@ def train(run: TrainingRun) -> Progress:
         UserError: a loss that is not finite, too little memory, or the state of another run.
     """
     progress, accelerator = load_progress(run), run.place.accelerator
+    # an expert that no token of a step goes to has no gradient
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=routes_tokens(run.model))
     model = accelerator.prepare_model(run.model, device_placement=False)
     started = saved = time.monotonic()
     run.model.train()
@@ -178,12 +194,14 @@ def train(run: TrainingRun) -> Progress:
             run.model.train()
             shown = [f"{name} {value:.4f}" for name, value in progress.history[-1].items() if name in SHOWN and value]
             bar.set_postfix_str(", ".join(shown), refresh=False)
-        if time.monotonic() - saved >= 60 * run.session.minutes_per_state and progress.step < run.num_steps:
+        is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
+        if is_main and is_due and progress.step < run.num_steps:
             save_progress(run, progress, progress.seconds + time.monotonic() - started)
             saved = time.monotonic()
     bar.close()
     progress.seconds += time.monotonic() - started
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes
+        tracker.finish()
     return progress
 
 
