@@ -17,8 +17,6 @@ Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ import torch
 
 import from_scratch
 import lora_finetuning
+from benchmarks.bench_cache import seconds
 from utils.data import load_splits, load_texts
 from utils.finetuning import build_run
 from utils.identity import load_config
@@ -107,15 +106,6 @@ def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str
     run.model.decoder.forward = masked
     order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.seed)
     return replace(run, inputs=inputs, evaluate=evaluate, order=order)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:

@@ -187,10 +187,11 @@ def run_steps(
     if not gives_centres:
         done = share_centres(sums, done)
     num_tokens = [int(lengths[step.rows].sum()) for step in steps]
+    total = sum(num_tokens)
     if advance and done:
-        advance(sum(num_tokens[:done]) / sum(num_tokens))
+        advance(sum(num_tokens[:done]) / total)
     with (
-        tqdm(total=sum(num_tokens), unit="token", unit_scale=True, desc="cache", initial=sum(num_tokens[:done]),
+        tqdm(total=total, unit="token", unit_scale=True, desc="cache", initial=sum(num_tokens[:done]),
              **{"disable": True} if advance else {}) as progress,
         termination_noted() as termination,
     ):  # fmt: skip
@@ -202,7 +203,7 @@ def run_steps(
                 share_centres(sums, number)
             progress.update(num_tokens[number - 1])
             if advance:
-                advance(num_tokens[number - 1] / sum(num_tokens))
+                advance(num_tokens[number - 1] / total)
             if state and (termination.asked or (state.is_due() and number < len(steps))):
                 sums.settle()
                 state.save(sums.tensors(), number)
