@@ -6,6 +6,7 @@ SNAKEMAKE := .venv-snakemake/bin/snakemake
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode every start of a script compiles torch and transformers: 23 s, not 9
 .PHONY: help demo test test-fast lint study figures bench clean
 
 help:  ## what can be made here
@@ -63,11 +64,12 @@ bench: $(READY)  ## every performance claim of the README, measured here
 clean:  ## remove the environments, results and caches
 	rm -rf .venv .venv-snakemake .snakemake results demo/cache
 
-# bytecode is written when a module is first imported; of most it never is
+# pip would compile every module of every package; one start of a script compiles the few that are ever used
 $(READY): requirements.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(BASE_PYTHON) -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	$(PYTHON) prescreen.py --help > /dev/null
 	touch $(READY)
 
 $(SNAKEMAKE): runs/requirements.txt
