@@ -24,10 +24,10 @@ demo: $(READY)  ## docstrings -> LM (MODEL=tiny or smollm2) -> moments -> NTPS, 
 	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
 test: lint $(SNAKEMAKE)  ## ruff, mypy, every test
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-fast: lint  ## the same without the slow tests, while you work
-	$(PYTHON) -m pytest -n 2 -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .
@@ -74,5 +74,5 @@ $(READY): requirements.txt
 
 $(SNAKEMAKE): runs/requirements.txt
 	$(BASE_PYTHON) -m venv .venv-snakemake
-	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -r runs/requirements.txt
+	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r runs/requirements.txt
 	touch $(SNAKEMAKE)
