@@ -79,7 +79,7 @@ class Config:
 
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
     num_folds: int = 5  # of --ridge; equal texts share a fold
-    product_dtype: Literal["auto", "float32", "float64"] = "auto"  # of the products within a batch of cache.py
+    product_dtype: Literal["auto", "float32", "float64", "tf32", "tf32x3"] = "auto"  # of the moments
     solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
     inverse_penalty: float = 1.0  # scikit-learn's C
     max_iter: int | None = None  # None: 10000 for lbfgs, 1000 for saga (the paper's)

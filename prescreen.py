@@ -40,6 +40,7 @@ from utils.identity import read_config
 from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json
 from utils.memory import num_parameters
 from utils.model_table import MODELS, model_source
+from utils.moment_sums import Sizes
 from utils.moments import LayerMoments, check_has_every_layer, load_layer
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
@@ -217,7 +218,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts, advance: Calla
     model, start = Model(name, dtype=config.dtype, max_length=config.max_length), time.perf_counter()
     text = read_config(model, config.run).get_text_config()
     num_layers = text.num_hidden_layers + 1
-    sizes = cache.Sizes(num_layers, text.hidden_size, train.num_labels, config.num_folds, num_layers)
+    sizes = Sizes(num_layers, text.hidden_size, train.num_labels, config.num_folds, num_layers)
     parameters = check_memory(model, config.run, 8 * sizes.num_numbers)
     path = cache.config_path(find_or_make_moments(model, config, train, lambda share: advance(OF_PASS * share)))
     of_pass = time.perf_counter() - start

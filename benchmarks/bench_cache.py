@@ -46,7 +46,7 @@ class Config:
     dtypes: tuple[Dtype, ...] = ("float32",)  # of the model
     num_rounds: int = 3  # rounds; the fastest counts
     num_dense_rounds: int = 3  # of them with the dense formula, which takes long
-    product_dtype: Literal["auto", "float32", "float64"] = "float32"  # as in cache.py; float32 is that of a long pass
+    product_dtype: Literal["float32", "float64", "tf32", "tf32x3"] = "float32"  # of a long pass; as in cache.py
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
     other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
     padding_sizes: tuple[int, ...] = (200, 500, 2000, 8000)  # texts; of a named model the share of padding
