@@ -1,9 +1,12 @@
-"""What the eigenproblems of one layer cost, against three symmetric eigendecompositions of that size.
+"""What one layer of K_sweep.py costs, against three symmetric eigendecompositions of that size.
 
     python -m benchmarks.bench_k_sweep
 
-The measure is `scipy.linalg.eigh` with its default driver, three times, on the layer's own matrices; both run in every
-round, ratios are of the fastest rounds. Writes results/benchmarks/bench_k_sweep.json.
+`layer` is NTPS with its variants, bounds and nulls; `closed form` is every other score of the layer (H-score, LogME,
+ridge, ...), judged by a second split. The measure is `scipy.linalg.eigh` with its default driver, three times, on the
+layer's own matrices; all run in every round, ratios are of the fastest rounds.
+
+Writes results/benchmarks/bench_k_sweep.json.
 """
 
 import time
@@ -16,6 +19,7 @@ import scipy.linalg
 import torch
 
 import K_sweep
+from utils.closed_form import layer_scores
 from utils.io import environment, pick_device, run_script, save_json
 from utils.moments import LayerMoments
 from utils.settings import all_settings
@@ -67,19 +71,24 @@ def seconds(run: Callable[[], object]) -> float:
 def main(config: Config) -> None:
     """Measures every hidden size and prints the table."""
     device = pick_device(config.device)
-    print(f"{'d':>5} {'layer s':>9} {'3 eigh s':>9} {'ratio':>7}")
+    print(f"{'d':>5} {'layer s':>9} {'3 eigh s':>9} {'ratio':>7} {'closed form s':>14} {'ratio of both':>14}")
     rows = []
     for hidden_size in config.hidden_sizes:
         moments = make_moments(hidden_size, config.num_classes, device)
         matrices = (moments.pooled_second_moment, moments.prefix_second_moment, moments.pooled_covariance)
         arrays = [matrix.cpu().numpy() for matrix in matrices]
-        times: dict[str, list[float]] = {"layer": [], "eigh": []}
+        times: dict[str, list[float]] = {"layer": [], "closed form": [], "eigh": []}
         for _ in range(config.num_rounds):
             times["layer"].append(seconds(partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0)))
+            times["closed form"].append(seconds(partial(layer_scores, moments, moments)))
             times["eigh"].append(seconds(partial(list, map(scipy.linalg.eigh, arrays))))
-        layer, eigh = min(times["layer"]), min(times["eigh"])
-        rows.append({"hidden_size": hidden_size, "seconds": times, "ratio": layer / eigh})
-        print(f"{hidden_size:5d} {layer:9.3f} {eigh:9.3f} {layer / eigh:7.2f}")
+        layer, closed_form, eigh = map(min, times.values())
+        ratios = {"ratio": layer / eigh, "ratio_with_closed_form": (layer + closed_form) / eigh}
+        rows.append({"hidden_size": hidden_size, "seconds": times, **ratios})
+        print(
+            f"{hidden_size:5d} {layer:9.3f} {eigh:9.3f} {ratios['ratio']:7.2f} {closed_form:14.3f}"
+            f" {ratios['ratio_with_closed_form']:14.2f}"
+        )
     path = config.results_dir / "benchmarks" / "bench_k_sweep.json"
     result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
     save_json(path, {"config": all_settings(config), "environment": environment(), **result})
