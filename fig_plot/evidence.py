@@ -88,7 +88,8 @@ def closed_form_cells(data_dir: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"No {path}. Run: python -m fig_plot.evidence --results_dir results/study/docstrings")
     scores = pd.read_csv(path).drop(columns=["seed", "layer"]).groupby(KEYS, as_index=False).mean()
-    return cells.merge(scores, on=KEYS, how="left")
+    of_study = cells.drop(columns=[name for name in scores if name in cells and name not in KEYS])  # the same scores
+    return of_study.merge(scores, on=KEYS, how="left")
 
 
 # ------------------------------------------------------------------ statistics; all take (tasks, models)

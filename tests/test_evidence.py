@@ -104,3 +104,16 @@ def test_committed_tables_hold_every_score():
     held_out = {"probe_r2_held_out"}  # the committed scores were read from train alone
     assert set(table["score"]) >= {*closed_form.SEEING, *evidence.BASELINES} - held_out
     assert set(table["measure"]) == set(evidence.MEASURES)
+
+
+def test_committed_evidence_is_that_of_the_committed_tables():
+    cells = evidence.closed_form_cells(evidence.DATA_DIR)
+    table = pd.read_csv(evidence.DATA_DIR / "prescreen_evidence.csv")
+    known = cells.dropna(subset=["ridge_r2"])
+    assert set(known["model"]) == {"tiny", "micro"}
+    of = table.set_index(["cells", "direction", "measure", "score", "statistic"])["value"]
+    for score in ("ridge_r2", "cka", "retained"):
+        for measure in evidence.MEASURES:
+            each = [model[score].rank().corr(model[measure].rank()) for _, model in known.groupby("model")]
+            found = of["closed form", "across tasks", measure, score, "spearman"]
+            assert found == pytest.approx(np.mean(each), abs=1e-5), (score, measure)
