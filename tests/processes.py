@@ -1,6 +1,7 @@
 """Processes that tests start without a new interpreter: forks, alone or as the ranks of one run."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -36,6 +37,7 @@ def start(
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         if size > 1:
             os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # where it hangs, if it does
         processes.cache_clear()
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
         if output is not None:
