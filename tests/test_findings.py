@@ -8,6 +8,8 @@ from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
+pytestmark = pytest.mark.xdist_group("findings")  # one process makes what these tests share
+
 pytestmark = pytest.mark.slow
 
 MODELS, TASKS = ("tiny-random", "small-one", "large-one", "huge-one"), [f"task{i:02d}" for i in range(14)]

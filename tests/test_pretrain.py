@@ -21,6 +21,8 @@ from tests.conftest import configure, run_in_process
 from utils.io import ROOT, UserError
 from utils.settings import with_values
 
+pytestmark = pytest.mark.xdist_group("pretrain")  # one process makes what these tests share
+
 pytestmark = pytest.mark.slow
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
