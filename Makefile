@@ -24,10 +24,10 @@ demo: $(READY)  ## docstrings -> LM (MODEL=tiny or smollm2) -> moments -> NTPS, 
 	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
 test: lint $(SNAKEMAKE)  ## ruff, mypy, every test
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2
 
 test-fast: lint  ## the same without the slow tests, while you work
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(PYTHON) -m pytest -n 2 -m "not slow"
 
 lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .

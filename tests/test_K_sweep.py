@@ -26,8 +26,6 @@ from utils.permuted_labels import draw_permuted_factors
 from utils.scores import NULL_SCORES, SCORES
 from utils.settings import with_values
 
-pytestmark = pytest.mark.xdist_group("K_sweep")  # one process makes what these tests share
-
 CPU = torch.device("cpu")
 FRACTIONS = (0.05, 0.3, 0.6, 0.95)
 

@@ -8,7 +8,7 @@ from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("findings")]  # one process makes what they share
+pytestmark = pytest.mark.slow
 
 MODELS, TASKS = ("tiny-random", "small-one", "large-one", "huge-one"), [f"task{i:02d}" for i in range(14)]
 FRACTIONS, LAYERS = (0.25, 0.5, 0.75), (0, 1, 2)

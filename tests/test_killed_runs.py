@@ -18,8 +18,6 @@ from tests.processes import exit_codes, start
 from utils.io import UserError
 from utils.settings import with_values
 
-pytestmark = pytest.mark.xdist_group("killed_runs")  # one process makes what these tests share
-
 
 def settings(model_dirs, rows_path, folder, **more):
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": folder}

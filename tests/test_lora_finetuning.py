@@ -25,7 +25,7 @@ from utils.model_table import FAMILIES
 from utils.models import load_base_model
 from utils.settings import with_values
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lora_finetuning")]  # one process makes what they share
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.conftest import configure, run_in_process
 from utils.io import ROOT, UserError
 from utils.settings import with_values
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pretrain")]  # one process makes what they share
+pytestmark = pytest.mark.slow
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
 SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}

@@ -23,8 +23,6 @@ from utils.models import TokenizedTexts
 from utils.scores import SCORES
 from utils.settings import with_values
 
-pytestmark = pytest.mark.xdist_group("processes")  # one process makes what these tests share
-
 
 def settings(model_dirs, rows, folder, **more):
     names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows), "results_dir": folder}

@@ -18,8 +18,6 @@ from utils.datasets_table import DATASETS, SPECS
 from utils.io import parse, path_name
 from utils.model_table import MODELS
 
-pytestmark = pytest.mark.xdist_group("runs")  # one process makes what these tests share
-
 SNAKEMAKE = ROOT / ".venv-snakemake" / "bin" / "snakemake"
 STUDIES = sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
 needs_snakemake = pytest.mark.skipif(not SNAKEMAKE.is_file(), reason="make .venv-snakemake/bin/snakemake installs it")
