@@ -54,7 +54,7 @@ from utils.moments import (
     settings_as_stored,
     settings_found,
 )
-from utils.products import Precision, dtype_of, num_copies
+from utils.products import Precision, ProductDtype, dtype_of, num_copies
 from utils.self_check import self_check
 from utils.settings import (
     Data,
@@ -91,7 +91,7 @@ class Config:
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
     pooling: Literal["mean", "last"] = "mean"  # pooled state m of a text: mean of its tokens, or its last token
     num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
-    product_dtype: Literal["auto", "float32", "float64", "tf32", "tf32x3"] = "auto"  # auto: by the number of tokens
+    product_dtype: ProductDtype = "auto"  # of products; auto: by the number of tokens
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()

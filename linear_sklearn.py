@@ -41,6 +41,7 @@ from utils.metrics import classification_scores, regression_scores, squared_erro
 from utils.moments import pooled_path
 from utils.pictures import plot_probes, save_figure
 from utils.probes import as_array, fit_logistic, num_processes
+from utils.products import ProductDtype
 from utils.results import find_result, result_path
 from utils.ridge import load_folds, ridge_path
 from utils.settings import (
@@ -79,7 +80,7 @@ class Config:
 
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
     num_folds: int = 5  # of --ridge; equal texts share a fold
-    product_dtype: Literal["auto", "float32", "float64", "tf32", "tf32x3"] = "auto"  # of the moments
+    product_dtype: ProductDtype = "auto"  # of the moments
     solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
     inverse_penalty: float = 1.0  # scikit-learn's C
     max_iter: int | None = None  # None: 10000 for lbfgs, 1000 for saga (the paper's)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from utils.hidden_states import run_base_model
 from utils.identity import load_config
 from utils.io import environment, path_name, pick_device, run_script, save_json
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.products import Precision
 from utils.settings import Data, Dtype, Model, Run, all_settings
 
 
@@ -46,7 +46,7 @@ class Config:
     dtypes: tuple[Dtype, ...] = ("float32",)  # of the model
     num_rounds: int = 3  # rounds; the fastest counts
     num_dense_rounds: int = 3  # of them with the dense formula, which takes long
-    product_dtype: Literal["float32", "float64", "tf32", "tf32x3"] = "float32"  # of a long pass; as in cache.py
+    product_dtype: Precision = "float32"  # of a long pass; as in cache.py
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
     other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
     padding_sizes: tuple[int, ...] = (200, 500, 2000, 8000)  # texts; of a named model the share of padding

@@ -28,9 +28,9 @@ import K_sweep
 from utils.io import environment, load_json, run_script, save_json
 from utils.moment_sums import NUM_STRIPES
 from utils.products import Precision
+from utils.scores import SCORES
 from utils.settings import all_settings, with_values
 
-SCORES = ("ntps", "ntps_label", "ntps_whitened", "retained")
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BFLOAT16_PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM: FLOP/s, bytes/s
 PEAKS = {"float64": 67e12, "float32": 67e12, "tf32": 495e12, "tf32x3": 495e12 / 3}
@@ -70,10 +70,9 @@ class Decoder(NamedTuple):
     def bytes_moved(self, precision: Precision) -> float:
         """Of a token: every pass of `centred_prefixes` over (t, d) numbers, and what the products read."""
         item = 8 if precision == "float64" else 4
-        prefixes = (
-            (2 + 8) + (8 + 8) + (8 + item) * 2 + 4 * item + 8 + 8
-        )  # centre, cumsum, pairs, mask, two thin products
-        rounding = {"tf32": 8 * item, "tf32x3": 2 * item * 2 + 3 * item + 16 * item}.get(precision, 0)
+        # centre, cumsum, pairs, mask, two thin products
+        prefixes = (2 + 8) + (8 + 8) + 2 * (8 + item) + 4 * item + 8 + 8
+        rounding = {"tf32": 8 * item, "tf32x3": 23 * item}.get(precision, 0)
         stripes = (3 if precision == "tf32x3" else 1) * (2 * item + NUM_STRIPES * item)
         return (self.num_layers + 1) * self.hidden_size * (prefixes + rounding + stripes)
 

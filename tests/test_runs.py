@@ -157,6 +157,7 @@ def test_a_failed_cell_is_tried_twice_and_stops_no_other(study):
     assert ran.returncode != 0
     wanted = [path for path in Grid(config).targets() if "no-model" not in path]
     assert len(wanted) == 6 and not [path for path in wanted if not Path(path).is_file()]
+    assert not [path for path in Grid(config).targets() if "no-model" in path and Path(path).is_file()]
     assert (folder / "study" / "toy" / "logs" / "model-no-model.log").read_text() == "error: there is no such model\n"
     assert "Trying to restart job" in ran.stderr
     # the tables are made of what is done

@@ -70,14 +70,10 @@ def test_score_of_a_real_llm_on_real_texts(tmp_path):
         "max_length": 24, "results_dir": tmp_path, "device": "cpu",
     }  # fmt: skip
     for split in ("train", "test"):
-        cache.main(configure(cache, **options, split=split, layers=(0, 15, -1)))
+        cache.main(configure(cache, **options, split=split))
     K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=20))
     result = json.loads((tmp_path / "ntps" / "smollm2" / "rotten_tomatoes.json").read_text())
-    assert (
-        result["num_samples"] == 60
-        and result["hidden_size"] == 576
-        and [layer["layer"] for layer in result["layers"]] == [0, 15, 30]
-    )
+    assert result["num_samples"] == 60 and result["hidden_size"] == 576 and len(result["layers"]) == 31
     assert result["moments"]["quantisation"] == "Q4_1, de-quantised once a run to float32"
     for layer in result["layers"][1:]:
         assert layer["rank_u"] <= 60  # no more directions than texts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Precision = Literal["float32", "float64", "tf32", "tf32x3"]
+ProductDtype = Literal["auto", Precision]  # of a `Config`; auto: by the number of tokens
 DROPPED_BITS = 23 - 10  # of float32's mantissa
 
 
