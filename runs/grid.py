@@ -19,7 +19,7 @@ SCRIPTS = (
     *("lora", "full_finetuning", "from_scratch"),
 )
 SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment"}
-SETTINGS |= {"resources", "after", "results_dir"}
+SETTINGS |= {"dataset_flags", "resources", "after", "results_dir"}
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
@@ -55,7 +55,9 @@ class Grid:
         known = {"models": self.config.get("models", {}), "datasets": self.config.get("datasets", [])}
         wrong = [f"the setting {name!r}" for name in self.config.keys() - SETTINGS]
         wrong += [f"the script {name!r}" for name in self.config.get("scripts", {}).keys() - set(SCRIPTS)]
-        wrong += [f"the dataset {name!r}, in `only`" for names in self.config.get("only", {}).values()
+        named = {"only": [name for names in self.config.get("only", {}).values() for name in names]}
+        named["dataset_flags"] = list(self.config.get("dataset_flags", {}))
+        wrong += [f"the dataset {name!r}, in `{setting}`" for setting, names in named.items()
                   for name in names if name not in known["datasets"]]  # fmt: skip
         for model, spec in known["models"].items():
             wrong += [f"seeds of {kind!r}, at {model}" for kind in spec["seeds"].keys() - set(KINDS)]
@@ -98,6 +100,7 @@ class Grid:
         name = self.models[model]
         settings = {"model_name": name, "dataset_name": self.datasets[dataset], "seed": seed}
         settings |= self.config.get("flags", {}) | self.config["models"][name].get("flags", {})
+        settings |= self.config.get("dataset_flags", {}).get(self.datasets[dataset], {})
         own = self.config.get("scripts", {}).get(script, {}) | more
         return to_flags(settings | own | {"results_dir": f"{self.root}/seed{seed}"})
 

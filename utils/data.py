@@ -123,8 +123,10 @@ def has_labels(rows: Table, label: str) -> bool:
     return not all(map(is_missing, typed(list(rows.columns.get(label, ())[:]))))
 
 
-def choose_parts(source: Source, label: str, split: str) -> dict[str, Table]:
+def choose_parts(source: Source, label: str, split: str, divide_train: bool = False) -> dict[str, Table]:
     """The tables that serve as `train` and as `test`, which may be missing; for `all` every one with labels.
+
+    With `divide_train` there is no `test`, whatever splits there are.
 
     Raises:
         UserError: a split is missing; the message shows those present.
@@ -134,13 +136,14 @@ def choose_parts(source: Source, label: str, split: str) -> dict[str, Table]:
     # hidden test labels are common on the hub; the validation split is then what can be scored
     labelled = [name for name, rows in splits.items() if has_labels(rows, label)]
     if spec:
-        for name in filter(None, ("train", spec.test_split)):
+        held_out = [spec.test_split] if spec.test_split and not divide_train else []
+        for name in ("train", *held_out):
             if name not in splits and not (source.copy and split == "all"):  # a copy need not be whole
-                remedy = f"Put {name}.parquet into {source.copy}, or take --split all." if source.copy else ""
+                ways = " or --divide_train" if name != "train" else ""
+                remedy = f"Put {name}.parquet into {source.copy}, or take --split all{ways}." if source.copy else ""
                 raise UserError(f"{absent.format(name)} {remedy or 'Another --dataset_revision may have it.'}")
-        held_out = [spec.test_split] if spec.test_split else []
     else:
-        held_out = [name for name in ("test", *VALIDATION_NAMES) if name in splits]
+        held_out = [name for name in ("test", *VALIDATION_NAMES) if name in splits and not divide_train]
     if split == "all":
         return {name: splits[name] for name in labelled} or splits
     test = next((name for name in held_out if name in labelled), next(iter(held_out), None))
@@ -209,7 +212,8 @@ def without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
 def split_rule(settings: Data, spec: DatasetSpec | None, divided: bool) -> str:
     """How the test rows were chosen, in words."""
     if spec:
-        return "seeded 70/30" if spec.group_by and settings.ungrouped_split else spec.split_rule
+        seeded = settings.divide_train and not spec.group_by or spec.group_by and settings.ungrouped_split
+        return "seeded 70/30" if seeded else spec.split_rule
     return f"split 70/30 by seed {settings.seed}" if divided else "own test"
 
 
@@ -263,7 +267,7 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     source = find_source(settings.dataset_name, settings.dataset_revision, run.datasets_dir)
     label = label_column_name(settings, source, next(iter(source.splits.values())))
     needed = "train" if wanted == "both" else wanted
-    parts, regression = labelled_rows(settings, source, choose_parts(source, label, needed))
+    parts, regression = labelled_rows(settings, source, choose_parts(source, label, needed, settings.divide_train))
     divided = list(parts) == ["train"] and wanted != "all"
     if wanted == "all":
         texts = [text for rows in parts.values() for text in rows.texts]

@@ -80,6 +80,7 @@ class Data:
     text_template: str | None = None  # for your own data, such as "{question} {choices}"
     task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
     ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
+    divide_train: bool = False  # take the test rows from train, 30 % of it, as where a copy has no test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
     max_test_samples: int | None = None  # the same of the test split; None: as max_samples
     seed: int = 0  # of sampling, of splits made here, and of all that the script draws
