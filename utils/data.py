@@ -212,7 +212,7 @@ def without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
 def split_rule(settings: Data, spec: DatasetSpec | None, divided: bool) -> str:
     """How the test rows were chosen, in words."""
     if spec:
-        seeded = settings.divide_train and not spec.group_by or spec.group_by and settings.ungrouped_split
+        seeded = (settings.divide_train and not spec.group_by) or (spec.group_by and settings.ungrouped_split)
         return "seeded 70/30" if seeded else spec.split_rule
     return f"split 70/30 by seed {settings.seed}" if divided else "own test"
 
