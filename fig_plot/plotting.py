@@ -169,3 +169,31 @@ def plot_forest(table: pd.DataFrame, scores: dict[str, str], measures: dict[str,
             panel.set(title=title, xlabel="Spearman", xlim=(-1.02, 1.02))
         axes[0, 0].set_yticks(range(len(scores)), list(reversed(scores.values())))
     return figure
+
+
+def plot_overview(rows: pd.DataFrame) -> Figure:
+    """The whole story: a panel per claim, a bar per step from the published numbers to the best simple baseline.
+
+    Args:
+        rows: of `overview.overview_rows`; positive is the claimed direction.
+    """
+    claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
+    colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, len(claims), figsize=(7.6, 0.29 * len(labels) + 1.1), sharey=True)
+        for panel, claim in zip(axes, claims, strict=True):
+            for _, row in rows[rows["claim"] == claim].iterrows():
+                height = -labels.index(row["label"])
+                colour = next(colour for start, colour in colours.items() if row["label"].startswith(start))
+                panel.plot([row["low"], row["high"]], [height, height], color=colour, lw=1)
+                panel.plot(row["value"], height, "o", ms=4, color=colour)
+                if pd.notna(row["noise"]):
+                    panel.plot(row["noise"], height, "|", ms=9, color="tab:red")
+                if pd.notna(row["note"]):
+                    panel.text(row["value"], height + 0.18, row["note"], fontsize=5.5, ha="center", color="0.4")
+            panel.axvline(0, color="black", lw=0.6)
+            panel.set(title=f"higher NTPS:\n{claim}", xlabel="Spearman", xlim=(-1.02, 1.15))
+        axes[0].set_yticks([-height for height in range(len(labels))], labels)
+        axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="what the procedure reaches in noise")
+        figure.legend(loc="outside lower right", fontsize=7, title="positive: as the paper claims", title_fontsize=7)
+    return figure

@@ -54,6 +54,7 @@ CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
 TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
+    "linear_training_converged": "converged_probe_accuracy",
     "lora": "lora_accuracy",
     "full_finetuning": "full_accuracy",
     "from_scratch": "scratch_accuracy",
@@ -65,9 +66,14 @@ def study_dir(study: str, data_dir: Path = DATA_DIR) -> Path:
     return data_dir / study if study else data_dir
 
 
-def present_studies(data_dir: Path = DATA_DIR) -> list[str]:
-    """The studies that have tables."""
-    return [study for study in STUDIES if (study_dir(study, data_dir) / "scores.csv").is_file()]
+def present_studies(data_dir: Path = DATA_DIR) -> dict[str, str]:
+    """The studies that have tables, and what they are called."""
+    return {study: title for study, title in STUDIES.items() if (study_dir(study, data_dir) / "scores.csv").is_file()}
+
+
+def figure_name(name: str, study: str) -> str:
+    """The name of a figure of a study: `Fig3_ntps`, `Fig3_ntps_smollm2`."""
+    return f"{name}_{study}" if study else name
 
 
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:

@@ -1,0 +1,238 @@
+"""The tables of docs/findings.md and of the README's first screen, written from the CSV files of findings.py.
+
+    python -m fig_plot.page            # rewrites what stands between <!-- table: ... --> and <!-- end -->
+    python -m fig_plot.page --check    # changes nothing; exit code 1 where a page is not what the CSV files say
+
+The words around the tables are written by hand, and hold no number that does not stand in one of them.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from fig_plot.fixed_rule import GAINS, OF_THE_OUTCOME
+from fig_plot.gains import CANDIDATES
+from fig_plot.like_for_like import STEPS
+from fig_plot.overview import CLAIMS, answer, published, spearmans
+from fig_plot.tables import MEASURES, STUDIES, load_cells, read_table, study_dir, trained_models
+from utils.io import ROOT, UserError, run_script, write_atomically
+
+PAGES = (Path("README.md"), Path("docs/findings.md"))
+BLOCK = re.compile(r"(<!-- table: (\w+)(?: of ([\w-]+))? -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+ASKED = {  # of question 2, from top to bottom
+    "ntps": "`ntps`, the paper's score",
+    "ntps_smallest": "... smallest eigenvalues, as released",
+    "ntps_label": "`ntps_label`",
+    "retained": "`retained`",
+    "retained_z": "z of `retained`",
+    "retained_random": "`retained` of a random V",
+    "retained_z_random": "z of `retained` of a random V",
+    "retained_pca": "`retained` of V by PCA",
+    "ridge_r2": "ridge R2",
+    "logme": "LogME",
+    "h_oas": "H-score",
+    "num_classes": "number of classes",
+    "bag_of_words_accuracy": "bag of words",
+    "headroom": "1 - probe accuracy",
+    "best_layer_accuracy": "probe of the best layer",
+    "mean of the others": "mean of the other models",
+}
+NAMES = ASKED | {
+    "best_layer_lead": "R2 of the best layer - that of the last",
+    "retained_lead": "`retained` - that of a random V",
+    "ntps_whitened": "`ntps_whitened`",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to edit."""
+
+    check: bool = False  # write nothing, and fail where something would be written
+
+
+# ------------------------------------------------------------------ cells of a table
+def signed(value: float) -> str:
+    """`+0.44`; nothing where there is no number."""
+    return f"{value:+.2f}" if pd.notna(value) else ""
+
+
+def with_interval(row: pd.Series, digits: int = 2) -> str:
+    """`+0.44 [+0.10, +0.71]`."""
+    value, low, high = (f"{row[name]:+.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *map(list, rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+# ------------------------------------------------------------------ tables
+def claims(data_dir: Path) -> list[str]:
+    """The three claims: published, the same procedure here, the fixed rule, the best baseline."""
+    theirs, rows = published(), []
+    for claim, (_, measure) in CLAIMS.items():
+        said = answer(claim, data_dir)
+        noise = f"noise {signed(said.chosen['noise'])}, p {said.chosen['largest_p']:.2f}"
+        same, rule = f"{signed(said.chosen['value'])} ({noise})", with_interval(said.fixed_rule)
+        baseline = f"{NAMES[said.baseline_name]} {with_interval(said.baseline)}"
+        rows.append((claim, signed(theirs.loc[measure, "mean"]), same, rule, baseline))
+    header = ("a higher NTPS goes with a", "published", "the same procedure here", "fixed rule, held-out rows",
+              "best simple baseline")  # fmt: skip
+    return markdown(header, rows)
+
+
+def like_for_like(data_dir: Path) -> list[str]:
+    """Question 1: every step, mean over the models."""
+    table, theirs, rows = read_table("findings_like_for_like", data_dir), published(), []
+    published_as = {"train_accuracy": "probe_accuracy", "train_mse": "probe_mse", "lora_gain_paper": "lora_gain"}
+    for _, row in table[table["model"] == "mean"].iterrows():
+        was = ""
+        if row["step"] == STEPS[0] and row["measure"] in published_as:
+            was = "{mean:+.2f} ({min:+.2f} to {max:+.2f})".format(**theirs.loc[published_as[row["measure"]]])
+        interval = f"[{signed(row['low'])}, {signed(row['high'])}]"
+        noise = f"{signed(row['noise'])} (p at most {row['largest_p']:.3f})" if pd.notna(row["noise"]) else ""
+        name = row["measure"].replace("_", " ").replace("lora gain paper", "LoRA gain, paper's probe")
+        given = signed(row["given_classes"])
+        here = f"{signed(row['spearman'])} {interval}"
+        rows.append((name.replace("lora", "LoRA").replace("mse", "MSE"), row["step"], was, here, noise, given))
+    header = ("measure", "step", "published (range)", "here", "the same in noise", "here, number of classes held fixed")
+    return markdown(header, rows)
+
+
+def correlations(data_dir: Path) -> list[str]:
+    """Question 2: every score and baseline with every measure."""
+    table = spearmans(data_dir)
+    measures = [name for name in MEASURES if name in table.index.get_level_values(0) and not name.endswith("_paper")]
+
+    def cell(measure: str, name: str) -> str:
+        of_itself = name in OF_THE_OUTCOME and measure not in GAINS
+        return "" if of_itself or (measure, name) not in table.index else with_interval(table.loc[(measure, name)])
+
+    rows = [(label, *(cell(measure, name) for measure in measures)) for name, label in ASKED.items()]
+    rows = [row for row in rows if any(row[1:])]
+    return markdown(("", *(MEASURES[name] for name in measures)), rows)
+
+
+def leads(data_dir: Path) -> list[str]:
+    """Question 2: size of the correlation less that of the best baseline."""
+    table, rows = read_table("findings_leads", data_dir), []
+    for _, row in table[table["score"].isin(("ntps", "retained", "ridge_r2", "logme"))].iterrows():
+        if row["measure"] in ("probe_accuracy", "probe_skill", "probe_mse", "lora_gain"):
+            best = NAMES.get(row["best_baseline"], f"`{row['best_baseline'].removesuffix('_random')}` of a random V")
+            lead = with_interval(row.rename({"lead": "value"}))
+            rows.append((NAMES[row["score"]], MEASURES[row["measure"]], best, lead))
+    return markdown(("score", "with", "best baseline", "lead, in the size of the correlation"), rows)
+
+
+def controls(data_dir: Path) -> list[str]:
+    """Question 3: `retained` of V, of random V and of V by PCA."""
+    table, rows = read_table("findings_controls", data_dir), []
+    table = table[table["score"] == "retained"].set_index(["model", "v"])
+    for model in dict.fromkeys(table.index.get_level_values(0)):
+        own, pca = table.loc[(model, "autoregression")], table.loc[(model, "pca")]
+        lead = f"{own['lead_over_random']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]"
+        counts = [own.get(f"tasks_{side}_2_random_z") for side in ("above", "below_minus")]
+        z = [f"{count:.0f}" if pd.notna(count) else "" for count in counts]
+        values = [f"{row['value']:.3f}" for row in (own, table.loc[(model, "random")], pca)]
+        rows.append((f"`{model}`", f"{own['tasks']:.0f}", *values, lead, *z))
+    header = ("model", "tasks", "V", "random V", "V by PCA", "V - random V", "tasks with z > 2", "z < -2")
+    return markdown(header, rows)
+
+
+def after_lora(data_dir: Path) -> list[str]:
+    """Question 4: each score before and after."""
+    table, rows = read_table("findings_after_lora", data_dir), []
+    for _, row in table.iterrows():
+        change = f"{row['change']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        follows = f"{signed(row['spearman_with_gain'])} [{signed(row['spearman_low'])}, {signed(row['spearman_high'])}]"
+        runs = f"{row['raised']} of {row['cells']}"
+        rows.append((f"`{row['model']}`", NAMES[row["score"]], f"{row['before']:.3f}", change, runs, follows))
+    return markdown(("model", "score", "before", "change", "raised in", "Spearman of the change with the gain"), rows)
+
+
+def gains(data_dir: Path) -> list[str]:
+    """Question 5: the gain predicted for a task left out, and the decision."""
+    errors = read_table("findings_calibration", data_dir).query("measure == 'lora_gain'").set_index("predictors")
+    decisions = read_table("findings_decision", data_dir).query("measure == 'lora_gain'").set_index("score")
+    rows = []
+    for name, row in errors.iterrows():
+        if name == "nothing":
+            rows.append(("the other tasks' mean", f"{row['error_points']:.1f}", "", ""))
+        elif name in CANDIDATES:
+            lead = f"{row['lead']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            auc = decisions.loc[name]
+            decision = f"{auc['auc']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]"
+            rows.append((NAMES[name], f"{row['error_points']:.1f}", lead, decision))
+    header = ("from", "mean absolute error, points", "lead over the mean gain", 'AUC of "more than 2 points"')
+    return markdown(header, rows)
+
+
+def seeds(data_dir: Path) -> list[str]:
+    """Question 6: spread between seeds over spread over tasks."""
+    table, rows = read_table("findings_seeds", data_dir), []
+    for _, row in table[table["name"].isin(("ntps", "ntps_label", "retained", "retained_z", "lora_gain"))].iterrows():
+        spreads = (f"{row['sd_between_seeds']:.4f}", f"{row['sd_over_tasks']:.4f}", f"{row['share']:.2f}")
+        rows.append((f"`{row['model']}`", NAMES.get(row["name"], "LoRA gain"), *spreads))
+    return markdown(("model", "score", "between seeds", "over tasks", "share"), rows)
+
+
+def tasks(data_dir: Path) -> list[str]:
+    """Every task of a study: what each way reaches on test rows, and the scores; means over seeds."""
+    cells, rows = trained_models(load_cells(data_dir)), []
+    columns = ("majority_accuracy", "bag_of_words_accuracy", "probe_accuracy", "best_layer_accuracy", "lora_accuracy",
+               "full_accuracy", "ntps", "retained", "retained_random", "retained_pca")  # fmt: skip
+    known = [name for name in columns if name in cells and cells[name].notna().any()]
+    for _, row in cells.sort_values("probe_accuracy", ascending=False).iterrows():
+        shown = (f"{row[name]:.3f}" if pd.notna(row[name]) else "" for name in known)
+        rows.append((f"`{row['dataset']}`", f"{row['num_classes']:.0f}" if row["num_classes"] else "target", *shown))
+    words = {"full_accuracy": "full fine-tuning", "majority_accuracy": "majority", "probe_accuracy": "probe",
+             "lora_accuracy": "LoRA", "ntps": "`ntps`"}  # fmt: skip
+    return markdown(("dataset", "classes", *({**NAMES, **words}[name] for name in known)), rows)
+
+
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    table.__name__: table
+    for table in (claims, like_for_like, correlations, leads, controls, after_lora, gains, seeds, tasks)
+}
+
+
+# ------------------------------------------------------------------ pages
+def filled(text: str, page: Path) -> str:
+    """The page with its tables as the CSV files have them.
+
+    Raises:
+        UserError: a table that is not known here, or of no study.
+    """
+
+    def block(match: re.Match) -> str:
+        start, name, study, end = match.groups()
+        study = "" if study in (None, "docstrings") else study
+        if name not in TABLES or study not in STUDIES:
+            raise UserError(f"{page} asks for the table {name!r} of {study!r}; there are {', '.join(TABLES)}.")
+        return start + "\n".join(TABLES[name](study_dir(study))) + "\n" + end
+
+    return BLOCK.sub(block, text)
+
+
+def main(config: Config) -> None:
+    """Rewrites the pages, or says which is stale."""
+    for page in PAGES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = filled(before, page)
+        if after != before and config.check:
+            raise UserError(f"{page} is not what the CSV files say. Run: python -m fig_plot.page")
+        if after != before:
+            with write_atomically(ROOT / page) as temporary:
+                temporary.write_text(after, encoding="utf-8")
+        print(page)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
