@@ -13,7 +13,9 @@ from utils.pictures import STYLE
 LABELS = scores.LABELS | {"lora_gain": "LoRA gain", "mse": "MSE", "probe_mse": "probe MSE / variance"}
 
 
-def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, names: list[str] | None = None) -> None:
+def draw_rank_scatter(
+    axes: Axes, x: np.ndarray, y: np.ndarray, title: str, names: list[str] | None = None, beside: bool = False
+) -> None:
     """Ranks of y over ranks of x, 1 = lowest on both axes, with their Spearman correlation and least-squares line.
 
     Args:
@@ -21,6 +23,7 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, name
         y: (n,). Pairs with a missing side are left out before ranking.
         title: stands above the correlation.
         names: of the dots, for a legend, each then drawn as its number; None: plain dots.
+        beside: the names stand beside the dots instead.
     """
     complete = np.isfinite(x) & np.isfinite(y)
     rank_x, rank_y, r = rank(x[complete]), rank(y[complete]), spearman(x, y)
@@ -31,8 +34,12 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, name
         number = position + 1  # that of the name, also where a model misses a dataset
         # markers fill a square, so two digits side by side need a larger one
         numeral = {"marker": f"${number}$", "s": 28 if number < 10 else 60, "lw": 0.2}
-        style = numeral if names else {"marker": "o", "s": 8}
+        style = numeral if names and not beside else {"marker": "o", "s": 8}
         axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, label=names[position] if names else None, **style)
+        if names and beside:
+            name, right = names[position].rsplit("/")[-1], rank_x[i] > 0.7 * len(x)
+            side, shift = ("right", -0.3) if right else ("left", 0.3)
+            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=6, ha=side, va="center")
     limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     axes.set_title(f"{title}\n" + (f"r = {r:.2f}" if np.isfinite(r) else "r undefined"), fontsize=8)
@@ -46,7 +53,8 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
             order of the rows.
         x: column of the horizontal axis; named after LABELS if it stands there.
         y: column of the vertical axis.
-        names: draw each dot as a number and list the datasets beside the panels.
+        names: of one model write the datasets beside the dots; of several draw each dot as a number and list the
+            datasets beside the panels.
     """
     models, datasets = list(dict.fromkeys(data.model)), list(dict.fromkeys(data.dataset))
     cells = data.set_index(["model", "dataset"])
@@ -56,13 +64,15 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         legend_height = 0.17 * len(datasets) + 0.3 if names else 0
         # inches; the note needs 3.8
         size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
+        if beside := names and len(models) == 1:
+            size = (4.4, 4.4)
         figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, sharex=True, sharey=True)
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
         for panel, model in zip(axes.flat, models, strict=False):
             in_model = cells.loc[model].reindex(datasets)
             values_x, values_y = (in_model[column].to_numpy(float) for column in (x, y))
-            draw_rank_scatter(panel, values_x, values_y, model.rsplit("/")[-1], datasets if names else None)
+            draw_rank_scatter(panel, values_x, values_y, model.rsplit("/")[-1], datasets if names else None, beside)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
         label_x, label_y = (f"{LABELS.get(column, column.replace('_', ' '))} (rank, 1 = lowest)" for column in (x, y))
@@ -70,7 +80,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         figure.supylabel(label_y, fontsize=9)
         note = "a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks"
         figure.suptitle(note, fontsize=7)
-        if names:
+        if names and not beside:
             pairs = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes.flat]
             handles = {label: handle for pair in pairs for handle, label in pair}
             shown = [name for name in datasets if name in handles]
@@ -196,4 +206,22 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
         axes[0].set_yticks([-height for height in range(len(labels))], labels)
         axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="what the procedure reaches in noise")
         figure.legend(loc="outside lower right", fontsize=7, title="positive: as the paper claims", title_fontsize=7)
+    return figure
+
+
+def plot_idea() -> Figure:
+    """What the score measures: how much of a direction u that a task needs lies inside the subspace V."""
+    with plt.style.context(STYLE):
+        figure, panel = plt.subplots(figsize=(5.2, 2.0))
+        panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)
+        start, inside, tip = (1.6, 0.5), (4.3, 0.9), (4.3, 2.3)
+        for end, colour in ((tip, "tab:orange"), (inside, "tab:blue")):
+            panel.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.6})
+        panel.plot(*zip(inside, tip, strict=True), color="0.5", lw=0.8, ls="--")
+        panel.text(4.4, 2.25, "u, a direction that the labels need (U)", color="tab:orange", va="center")
+        panel.text(4.4, 0.85, "P u, what of it is in V", color="tab:blue", va="center")
+        panel.text(0.55, 0.13, "V, what next-token prediction needs", color="tab:blue", fontsize=7)
+        panel.text(6.3, 1.5, r"NTPS = $\sum |P u|^2\ /\ \sum |u|^2$", va="center")
+        panel.set(xlim=(-0.1, 9.6), ylim=(-0.1, 2.5))
+        panel.set_axis_off()
     return figure

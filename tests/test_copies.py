@@ -131,6 +131,26 @@ def test_class_names_of_the_table_are_as_many_as_its_classes() -> None:
         assert not spec.class_names or len(spec.class_names) == spec.num_classes
 
 
+def test_test_rows_are_taken_from_train_where_that_is_asked_for(
+    copies: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"text": [f"b'text {n}'" for n in range(40)], "toxicity_human": [1 + n % 9 / 2 for n in range(40)]}
+    write_copy(copies / "toxigen" / "train.parquet", columns)
+    with pytest.raises(UserError, match=r"no split 'test'.*or --divide_train"):
+        load("toxigen")
+    parts = [load("toxigen", split, divide_train=True) for split in ("train", "test")]
+    assert [len(part.texts) for part in parts] == [28, 12] and parts[0].is_regression
+    assert not set(parts[0].texts) & set(parts[1].texts)
+    assert "seeded 70/30" in capsys.readouterr().out
+    emotion_copy(copies, None)
+    assert all(text.startswith("train") for text in load("emotion", "test", divide_train=True).texts), (
+        "not its own test"
+    )
+    pairs = {"question_1": [f"Q {n // 2}?" for n in range(40)], "question_2": [f"other {n}" for n in range(40)]}
+    write_copy(copies / "medical" / "train.parquet", {**pairs, "label": [0, 1] * 20}, names=["0", "1"])
+    assert load("medical", divide_train=True).fingerprint == load("medical").fingerprint, "divided by question anyway"
+
+
 def test_check_from_the_shell_counts_tokens(copies: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     emotion_copy(copies, None)
     assert run_in_process(monkeypatch, "utils/data.py", "--check", str(copies)) == 0

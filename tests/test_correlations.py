@@ -267,7 +267,8 @@ def test_rank_grid_is_not_reversed(num_models, grid, names):
         dots = [tuple(dot.get_offsets()[0]) for dot in panel.collections]
         assert dots == [(d + 1, num - d) for d in range(num)]
     assert figure.get_supylabel() == "MSE (rank, 1 = lowest)"
-    assert len(figure.legends) == names
+    written = [text.get_text() for text in figure.axes[0].texts]  # of one model the names fit beside the dots
+    assert (len(figure.legends), len(written)) == ((0, 4) if names and num_models == 1 else (names, 0))
     plt.close(figure)
 
 

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 
 from tests.conftest import ROOT, run_command
@@ -98,64 +97,6 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path):
         same_rows = sys.version_info[:3] == (3, 11, 7)  # the standard library's docstrings are rows
         # the numbers are the same on any machine with these rows, and near with another Python's docstrings
         assert shown and abs(float(shown[1]) - float(value)) < (1e-3 if same_rows else 0.03), name
-
-
-# the README's result table: claim -> direction and measure, and the scores it names beside NTPS
-CLAIMS = {
-    "NTPS orders tasks by probe accuracy": ("across tasks", "probe_accuracy"),
-    "... by accuracy above the majority class": ("across tasks", "probe_skill"),
-    "... by probe error": ("across tasks", "probe_mse"),
-    "... by LoRA gain over the paper's probe": ("across tasks", "lora_gain_paper"),
-    "... by LoRA gain over a converged probe": ("across tasks", "lora_gain"),
-    "NTPS orders models on a task by accuracy": ("across models", "probe_accuracy"),
-}
-OTHERS = {
-    "bag of words": "bag_of_words_accuracy",
-    "number of classes": "num_classes",
-    "`retained` of a random V": "retained_random",
-    "nothing; not even the other models' mean,": "mean of the others",
-    "parameters": "num_parameters",
-}
-NUMBER = r"[+-]?\d*\.\d+"
-DATA = ROOT / "fig_plot" / "data"
-ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| ")]
-RESULTS = {cells[0]: cells for cells in ROWS}
-
-
-def is_rounded(shown: list[str], values) -> bool:
-    """Whether each number is the value, rounded to the digits that are shown."""
-    return [float(text) for text in shown] == [
-        round(value, len(text.split(".")[1])) for text, value in zip(shown, values, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("claim", CLAIMS)
-def test_correlations_of_the_readme_are_the_committed_ones(claim):
-    """Ours with their intervals in findings_correlations.csv, the published means in published_correlations.csv."""
-    direction, measure = CLAIMS[claim]
-    _, published, here, better, _ = RESULTS[claim]
-    table = pd.read_csv(DATA / "findings_correlations.csv").query("correlation == 'spearman'")
-    table = table[(table.direction == direction) & (table.measure == measure)].set_index("score")[
-        ["value", "low", "high"]
-    ]
-    assert is_rounded(re.findall(NUMBER, here), table.loc["ntps"])
-    name, shown = re.fullmatch(r"(.*?) ([+-].*)", better).groups()
-    assert is_rounded(re.findall(NUMBER, shown), table.loc[OTHERS[name]])
-    if published:
-        theirs = pd.read_csv(DATA / "published_correlations.csv", comment="#")
-        theirs = theirs[(theirs.direction == direction) & (theirs.measure == measure.removesuffix("_paper"))]
-        assert is_rounded([published], [theirs.spearman.mean()])
-
-
-def test_lead_over_a_random_subspace_of_the_readme_is_the_committed_one():
-    _, _, here, better, _ = RESULTS["V keeps more of the labels than a random V"]
-    table = pd.read_csv(DATA / "findings_controls.csv").query("model == 'tiny' and score == 'retained'").set_index("v")
-    expected = [
-        *table.value[["autoregression", "random"]],
-        *table.loc["autoregression", ["lead_over_random", "low", "high"]],
-    ]
-    assert is_rounded(re.findall(NUMBER, here), expected)
-    assert is_rounded(re.findall(NUMBER, better), [table.value["pca"]])
 
 
 def test_makefile_and_ci_call_the_documented_commands():

@@ -14,8 +14,8 @@ import cache
 import from_scratch
 import K_sweep
 import lora_finetuning
-from tests.conftest import configure, make_texts, write_rows
-from tests.processes import exit_codes, start
+from tests.conftest import configure, make_texts, run_command, write_rows
+from tests.processes import exit_codes, free_port, start
 from utils import finetuning, training
 from utils.batches import share_of, token_steps
 from utils.io import UserError
@@ -94,6 +94,20 @@ def test_many_processes_give_the_numbers_of_one(alone, model_dirs, rows_path, tm
     for one, other in zip(*(result["layers"] for result in scores), strict=True):
         for name in SCORES:
             np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_them_too(alone, model_dirs, rows_path, tmp_path):
+    """The README's command, through accelerate's own launcher; moments equal to rounding."""
+    names = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--results_dir", tmp_path]
+    options = ["--tokens_per_batch", "96", "--product_dtype", "float64", "--folds", "all"]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    port = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    done = run_command("-m", *launch, *port, "cache.py", *names, *options)
+    assert done.returncode == 0, done.stderr
+    expected, found = moments(alone.run.results_dir), moments(tmp_path)
+    for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
 def test_a_process_without_texts_changes_nothing(model_dirs, tmp_path):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import cache
 import linear_training
 from demo.docstrings import TASKS
 from runs.grid import Grid, folder_name, to_flags
@@ -95,11 +96,19 @@ def test_settings_become_the_flags_a_script_takes():
         ({"models": {"tiny": {"seeds": {"lorra": 1}}}}, "'lorra'"),
         ({"dataset": ["emotion"]}, "'dataset'"),
         ({"datasets": [], "only": {}}, "no datasets"),
+        ({"dataset_flags": {"trecc": {"label_column": "fine_label"}}}, "'trecc', in `dataset_flags`"),
     ],
 )
 def test_a_misspelt_study_ends_in_one_sentence(wrong, message):
     with pytest.raises(SystemExit, match=message):
         Grid({**grid("quick").config, **wrong})
+
+
+def test_a_dataset_has_flags_of_its_own():
+    study = grid("smollm2")
+    of_trec, of_emotion = (study.flags("cache", "0", "smollm2", dataset) for dataset in ("trec", "emotion"))
+    assert "--label_column coarse_label" in of_trec and "--label_column" not in of_emotion
+    assert parse(cache.Config, shlex.split(study.flags("cache", "0", "smollm2", "toxigen"))).data.divide_train
 
 
 def test_another_attempt_has_twice_the_memory_and_the_time():

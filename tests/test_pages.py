@@ -1,0 +1,206 @@
+"""Numbers that the README and docs/findings.md quote, against the CSV files that they are from."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fig_plot import page
+from fig_plot.correlations import Draws
+from fig_plot.fixed_rule import correlation_rows
+from fig_plot.gains import decision_rows
+from fig_plot.overview import overview_rows
+from fig_plot.tables import load_cells, present_studies, study_dir, trained_models
+from tests.conftest import ROOT, run_in_process
+from utils.io import UserError
+
+README, FINDINGS = ((ROOT / name).read_text() for name in ("README.md", "docs/findings.md"))
+DATA = ROOT / "fig_plot" / "data"
+NUMBER = r"[+-]?\d*\.\d+"
+CLAIMS = {
+    "more accurate probe": ("probe_accuracy", "train_accuracy", "probe_accuracy"),
+    "smaller error of the probe": ("probe_mse", "train_mse", "probe_mse"),
+    "smaller gain of LoRA": ("lora_gain", "lora_gain_paper", "lora_gain"),
+}
+COLUMNS = {
+    "probe accuracy": "probe_accuracy",
+    "probe accuracy above majority": "probe_skill",
+    "probe MSE / variance": "probe_mse",
+    "LoRA gain": "lora_gain",
+    "full fine-tuning gain": "full_gain",
+    "full fine-tuning accuracy": "full_accuracy",
+}
+SCORES = {
+    "`ntps`, the paper's score": "ntps",
+    "`retained`": "retained",
+    "z of `retained`": "retained_z",
+    "`retained` of a random V": "retained_random",
+    "ridge R2": "ridge_r2",
+    "number of classes": "num_classes",
+    "bag of words": "bag_of_words_accuracy",
+    "1 - probe accuracy": "headroom",
+}
+
+
+def is_rounded(shown: list[str], values) -> bool:
+    """Whether each number is the value, rounded to the digits that are shown."""
+    return [float(text) for text in shown] == pytest.approx(
+        [round(value, len(text.split(".")[1])) for text, value in zip(shown, values, strict=True)], abs=1e-12
+    )
+
+
+def table_after(text: str, marker: str) -> list[list[str]]:
+    """The cells of the first table behind a marker, header first."""
+    lines = text[text.index(marker) :].splitlines()[1:]
+    lines = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if not line.startswith("| ---")]
+
+
+def read(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(DATA / study / f"findings_{name}.csv")
+
+
+def test_first_table_of_the_readme():
+    """Published means, the paper's procedure with its noise and p, the fixed rule and the best baseline."""
+    theirs = pd.read_csv(DATA / "published_correlations.csv", comment="#").query("direction == 'across tasks'")
+    steps = read("smollm2", "like_for_like").query("step == 'layer and K chosen' and model == 'smollm2'")
+    rule = read("smollm2", "correlations").query("correlation == 'spearman' and direction == 'across tasks'")
+    rows = table_after(README, "<!-- table: claims of smollm2 -->")[1:]
+    assert [row[0] for row in rows] == list(CLAIMS)
+    for claim, published, same, fixed, baseline in rows:
+        published_as, chosen_on, measure = CLAIMS[claim]
+        assert is_rounded([published], [theirs[theirs.measure == published_as].spearman.mean()])
+        [chosen] = steps[steps.measure == chosen_on].itertuples()
+        assert is_rounded(re.findall(NUMBER, same), [chosen.spearman, chosen.noise, chosen.p])
+        here = rule[rule.measure == measure].set_index("score")[["value", "low", "high"]]
+        assert is_rounded(re.findall(NUMBER, fixed), here.loc["ntps"])
+        name, shown = re.fullmatch(r"(.*?) ([+-]\d.*)", baseline).groups()
+        assert is_rounded(re.findall(NUMBER, shown), here.loc[SCORES[name]])
+        rivals = ["num_classes", "bag_of_words_accuracy", *(["headroom"] if measure == "lora_gain" else [])]
+        assert abs(here.value[SCORES[name]]) == here.value[rivals].abs().max()
+
+
+@pytest.mark.parametrize("study", ["smollm2", "docstrings"])
+def test_correlations_of_the_findings_by_score_and_measure(study):
+    folder = "" if study == "docstrings" else study
+    rule = read(folder, "correlations").query("correlation == 'spearman' and direction == 'across tasks'")
+    rule = rule.set_index(["score", "measure"])[["value", "low", "high"]]
+    header, *rows = table_after(FINDINGS, f"<!-- table: correlations of {study} -->")
+    found = {row[0]: row for row in rows}
+    checked = 0
+    for label, score in SCORES.items():
+        for column, cell in list(zip(header, found[label], strict=True))[1:]:
+            if cell:
+                assert is_rounded(re.findall(NUMBER, cell), rule.loc[(score, COLUMNS[column])]), (label, column)
+                checked += 1
+    assert checked > 25
+
+
+def test_random_subspaces_and_lora_of_the_findings():
+    _, row = table_after(FINDINGS, "<!-- table: controls of smollm2 -->")
+    table = read("smollm2", "controls").query("score == 'retained'").set_index("v")
+    own = table.loc["autoregression"]
+    values = [*table.value[["autoregression", "random", "pca"]], own.lead_over_random, own.low, own.high]
+    assert is_rounded(re.findall(NUMBER, " ".join(row[2:6])), values)
+    assert row[6:] == [f"{own.tasks_above_2_random_z:.0f}", f"{own.tasks_below_minus_2_random_z:.0f}"]
+    changes = read("smollm2", "after_lora").set_index("score")
+    for cells, score in zip(
+        table_after(FINDINGS, "<!-- table: after_lora of smollm2 -->")[1:], changes.index, strict=True
+    ):
+        change = changes.loc[score]
+        assert is_rounded(re.findall(NUMBER, cells[3]), change[["change", "low", "high"]])
+        assert cells[4] == f"{change.raised} of {change.cells}"
+
+
+def test_numbers_in_the_words_of_the_findings():
+    words = " ".join(FINDINGS.split())
+    apart = (
+        pd.read_csv(DATA / "smollm2" / "separability.csv").query("group == 'first_two'").set_index(["layer", "space"])
+    )
+    at = apart.leave_one_out_value
+    shown = re.search(r"in U \((\.\d+) of them.*?not in V \((\.\d+)\).*?p (\.\d+)\..*?gone \((\.\d+) in both\)", words)
+    assert shown and is_rounded(
+        list(shown.groups()), [at[(0, "U")], at[(0, "V")], apart.leave_one_out_p[(0, "U")], at[(30, "U")]]
+    )
+    assert at[(30, "U")] == at[(30, "V")]
+    moves = pd.read_csv(DATA / "reproducibility_summary.csv").query("score == 'ntps'").set_index("variant")
+    assert moves.largest_difference[["float64 products", "1024 tokens a batch"]].max() < 2e-6
+    for study, of in (("smollm2", "tasks, of which"), ("", "runs on 12 tasks, of which")):
+        row = read(study, "decision").query("measure == 'lora_gain' and score == 'ntps'").iloc[0]
+        assert f"{row.cells} {of} {row.above} gain" in words and row.tasks in (12, row.cells)
+
+
+# ------------------------------------------------------------------ answers in words
+def test_answers_of_the_findings_are_those_of_their_tables():
+    """The sentences under "In short" and behind the tables, as conditions on the CSV files."""
+    rule = read("smollm2", "correlations").query("correlation == 'spearman' and direction == 'across tasks'")
+    of_ntps = rule[rule.score == "ntps"]
+    assert len(of_ntps) >= 5 and ((of_ntps.low < 0) & (of_ntps.high > 0)).all(), "orders tasks by nothing"
+    assert (rule[(rule.measure == "probe_accuracy") & rule.score.isin(["retained", "ridge_r2"])].low > 0).all()
+    chosen = read("smollm2", "like_for_like").query("step == 'layer and K chosen' and model == 'smollm2'")
+    assert (chosen.p > 0.05).all(), "no more than choosing"
+    for study in present_studies():
+        leads = read(study, "leads")
+        assert not (leads[leads.score.isin(["ntps", "retained", "ridge_r2", "logme"])].low > 0).any(), study
+        assert not (read(study, "calibration").query("measure == 'lora_gain'").low > 0).any(), study
+    lead = read("smollm2", "controls").query("score == 'retained' and v == 'autoregression'").iloc[0]
+    assert lead.low < 0 < lead.high and lead.tasks_above_2_random_z == lead.tasks_below_minus_2_random_z
+    changes = read("smollm2", "after_lora").set_index("score")
+    assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
+    assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
+
+
+@pytest.mark.parametrize("study", present_studies())
+def test_committed_findings_are_those_of_the_committed_results(study):
+    """Whoever changes results has to run fig_plot.findings again: values, not intervals, which take a minute."""
+    cells = trained_models(load_cells(study_dir(study)))
+    keys = ["direction", "measure", "score", "correlation"]
+    made = pd.DataFrame(correlation_rows(cells, Draws(4, 0))).set_index(keys).value
+    committed = read(study, "correlations").set_index(keys).value
+    assert set(made.index) == set(committed.index)
+    assert (made[committed.index] - committed).abs().max() < 1e-5
+    made = pd.DataFrame(decision_rows(cells, Draws(4, 0))).set_index(["measure", "score"]).auc
+    assert (made - read(study, "decision").set_index(["measure", "score"]).auc).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------ page.py
+def test_pages_are_what_the_csv_files_say(monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "fig_plot/page.py", "--check") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "docs/findings.md"
+
+
+def test_a_stale_table_is_found_and_mended(monkeypatch, tmp_path):
+    start = "<!-- table: controls of smollm2 -->\n"
+    stale = f"words\n\n{start}| 1 |\n<!-- end -->\n\nmore words\n"
+    (tmp_path / "page.md").write_text(stale)
+    monkeypatch.setattr(page, "PAGES", (Path("page.md"),))
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"page\.md is not what the CSV files say"):
+        page.main(page.Config(check=True))
+    assert (tmp_path / "page.md").read_text() == stale
+    page.main(page.Config())
+    mended = (tmp_path / "page.md").read_text()
+    assert mended.startswith(f"words\n\n{start}| model |") and mended.endswith("<!-- end -->\n\nmore words\n")
+    assert table_after(mended, start) == table_after(FINDINGS, start)
+    (tmp_path / "page.md").write_text("<!-- table: colours of smollm2 -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="asks for the table 'colours'"):
+        page.main(page.Config())
+
+
+def test_overview_points_where_the_paper_points():
+    rows = overview_rows(page.NAMES).set_index(["claim", "label"])
+    assert (
+        rows.value[[("smaller gain of LoRA", label) for label in rows.loc["smaller gain of LoRA"].index[:1]]] > 0
+    ).all()
+    fixed = "fixed rule, held-out rows: SmolLM2-135M"
+    rule = read("smollm2", "correlations").query("correlation == 'spearman' and score == 'ntps'").set_index("measure")
+    for claim, measure, sign in (
+        ("more accurate probe", "probe_accuracy", 1),
+        ("smaller error of the probe", "probe_mse", -1),
+        ("smaller gain of LoRA", "lora_gain", -1),
+    ):
+        row = rows.loc[(claim, fixed)]
+        ends = sorted(sign * rule.loc[measure, ["low", "high"]])
+        assert [row.value, row.low, row.high] == pytest.approx([sign * rule.value[measure], *ends])
+    assert (rows.value[rows.note.notna()] > 0).all(), "a baseline is drawn by its size"
