@@ -51,6 +51,7 @@ study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstri
 
 figures: $(READY)  ## every committed figure from the committed CSV files
 	$(PYTHON) -m fig_plot.findings
+	$(PYTHON) -m fig_plot.page
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Findings.ipynb
 
