@@ -89,6 +89,7 @@ def make_model(folder: Path, hidden_size: int) -> str:
         )
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(qwen2, dtype=torch.float32).save_pretrained(path)
+        tokenizer.model_max_length = MAX_POSITIONS  # that of `tiny` would cut the longest texts
         tokenizer.save_pretrained(path)
     return str(path)
 
@@ -150,6 +151,7 @@ def measure_all(config: Config) -> pd.DataFrame:
             model, data = make_model(folder, hidden_size), make_rows(folder, num_texts, length)
             with ProcessPoolExecutor(1, context) as process:
                 found = process.submit(measure, model, data, folder / f"results-{number}", config.device).result()
+            assert found["num_tokens"] == num_texts * length, "a text has as many tokens as asked for"
             rows.append({"series": series, "length": length, "hidden_size": hidden_size, **found})
             print("{series:>7} {num_samples:8,} texts x {length:5,} tokens, d = {hidden_size:4}: {seconds:8.2f} s "
                   "{peak_mb:7.0f} MB".format(**rows[-1]), flush=True)  # fmt: skip
@@ -174,7 +176,7 @@ def summarize(table: pd.DataFrame) -> dict[str, float]:
 
 
 def plot(table: pd.DataFrame) -> plt.Figure:
-    """Seconds and peak memory over each of the three."""
+    """Time for a token, and peak memory, over each of the three."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(9, 4.5), sharex="col", layout="constrained")
         names = {
@@ -184,10 +186,13 @@ def plot(table: pd.DataFrame) -> plt.Figure:
         }
         for column, (series, (name, label)) in zip(axes.T, names.items(), strict=True):
             part = table[table["series"] == series].sort_values(name)
-            column[0].plot(part[name], part["seconds"], "o-")
-            column[0].set(xscale="log", yscale="log", ylabel="seconds", title=f"by {label}")
+            time_of_token = 1e6 * part["seconds"] / part["num_tokens"]
+            column[0].plot(part[name], time_of_token, "o-")
+            column[0].set(xscale="log", ylim=(0, 1.15 * time_of_token.max()), ylabel="microseconds per token")
             column[1].plot(part[name], part["peak_mb"], "o-")
             column[1].set(xscale="log", ylim=(0, 1.15 * table["peak_mb"].max()), xlabel=label, ylabel="peak MB")
+            column[1].set_xticks(part[name], [f"{value:,}" for value in part[name]])
+            column[1].minorticks_off()
     return figure
 
 

@@ -143,6 +143,8 @@ def test_a_row_of_the_embeddings_that_no_text_uses_may_be_anything():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "mamba", "gemma2", "qwen3_next"])
 def test_half_precision_is_no_reason_to_refuse(model_type, dtype):
     self_check(decoder_of(small_model(model_type)).to(dtype), make_tokens(), model_type)
+    with pytest.raises(UserError):  # what does not mask is still found in it
+        self_check(llama_without_a_mask().to(dtype), make_tokens(), "llama")
 
 
 # ------------------------------------------------------------------ refused
@@ -250,6 +252,9 @@ def test_a_check_leaves_mode_and_hooks_as_they_were():
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2,), (1,), (64, 64)])
 def test_texts_of_any_number_and_length_will_do(lengths):
     self_check(decoder_of(small_model("qwen2")), make_tokens(lengths), "qwen2")
+    if max(lengths) > 1:  # with them a model that does not mask is found, too
+        with pytest.raises(UserError):
+            self_check(llama_without_a_mask(), make_tokens(lengths), "llama")
 
 
 ENCODER_DECODERS = ("bart (as published)", "t5")

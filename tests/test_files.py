@@ -227,9 +227,18 @@ def test_labels_of_json(labels: list[Any], names: list[str], encoded: list[int],
     assert found.label_names == names and found.labels.tolist() == encoded
 
 
+def test_lists_of_one_label_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load(write_labels(tmp_path, [[2], [1], [2]]), "all")
+    assert found.label_names == ["1", "2"] and "each label is a list of one" in capsys.readouterr().out
+    assert load(write_labels(tmp_path, [2.5, [1], 0.5]), "all").labels.tolist() == [2.5, 1.0, 0.5]
+    assert "1 labels of" in capsys.readouterr().err
+
+
 def test_labels_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mix true or false with numbers"):
         load(write_labels(tmp_path, [True, 1, 0]))
+    with pytest.raises(UserError, match="mix true or false with numbers"):  # False is no target of 0 beside 2.5
+        load(write_labels(tmp_path, [False, 2.5, [1]]), "all", task="regression")
     with pytest.raises(UserError, match=r"Label 2 of .* is an object with the keys name"):
         load(write_labels(tmp_path, ["a", {"name": "b"}]))
     path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "1" * 5000 + "}\n")

@@ -134,7 +134,16 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_numbers(model_dirs, rows_
         return model
 
     monkeypatch.setattr(cache, "load_base_model", loading)
+    at_exit: list = []
+    monkeypatch.setattr("atexit.register", lambda *call, **options: at_exit.append((call, options)))
+    of_a_dead_process = tmp_path / "other" / f"offloaded.{2**22 + 1}.tmp"
+    of_a_dead_process.mkdir(parents=True)
     cache.main(with_values(other, device_map="auto"))
+    [folder] = (tmp_path / "other").glob("offloaded*")
+    assert folder != of_a_dead_process
+    for (function, *arguments), options in at_exit:
+        function(*arguments, **options)
+    assert not folder.exists()
     assert places == {"cpu", "meta"}  # what is on disk has no device
     expected, found = moments(tmp_path / "plain"), moments(tmp_path / "other")
     assert all(torch.allclose(found[name], value, rtol=1e-9, atol=1e-12) for name, value in expected.items())

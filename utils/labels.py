@@ -92,7 +92,10 @@ def label_cells(source: str, labels: Iterable[Any]) -> list[Any]:
     cells = list(labels)
     lists = [label for label in cells if isinstance(label, list | tuple | np.ndarray)]
     if lists and all(len(label) == 1 for label in lists):
-        print(f"{source}: each label is a list of one; its element is taken")
+        if len(lists) < len([label for label in cells if label is not None]):
+            warn(f"{len(lists)} labels of {source} are lists of one; their element is taken")
+        else:
+            print(f"{source}: each label is a list of one; its element is taken")
         cells = [label[0] if isinstance(label, list | tuple | np.ndarray) else label for label in cells]
     elif lists:
         raise UserError(f"The labels of {source} are lists; one label per text is needed (--label_column).")
@@ -183,8 +186,9 @@ def target_cells(source: str, part: str, labels: Sequence[Any]) -> list[float | 
         labels: its cells, as `label_cells` gives them.
 
     Raises:
-        UserError: a target is no number, or infinite; its row is named.
+        UserError: a target is no number, or infinite; its row is named. Or True and 1 are both targets.
     """
+    check_truth_values(source, labels)
     numbers: list[float | None] = []
     for row, label in enumerate(labels, 1):
         try:
@@ -204,6 +208,12 @@ def target_cells(source: str, part: str, labels: Sequence[Any]) -> list[float | 
     return numbers
 
 
+def check_truth_values(source: str, labels: Sequence[Any]) -> None:
+    """Raises UserError where some labels are true or false and others numbers, which 1 and 0 would join."""
+    if any(isinstance(label, bool) for label in labels) and any(map(is_number, labels)):
+        raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
+
+
 def class_values(source: str, labels: list[Any]) -> list[Any]:
     """Labels as values that sort and compare: whole numbers as int, everything else as str.
 
@@ -214,8 +224,7 @@ def class_values(source: str, labels: list[Any]) -> list[Any]:
     Raises:
         UserError: True and 1 are both labels.
     """
-    if any(isinstance(label, bool) for label in labels) and any(map(is_number, labels)):
-        raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
+    check_truth_values(source, labels)
     if all(is_number(label) and is_whole(label) for label in labels):
         return [int(label) for label in labels]
     values = [_word(label) for label in labels]

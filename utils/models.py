@@ -1,7 +1,9 @@
 """Load a causal LM and its tokenizer, and tokenise in bulk."""
 
+import atexit
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from utils import gguf
 from utils.hidden_states import decoder_of
 from utils.hub import hub_errors
 from utils.identity import read_config
-from utils.io import UserError
+from utils.io import UserError, remove_abandoned, temporary_path
 from utils.model_table import FAMILIES, model_source, repository
 from utils.settings import Model, Run
 
@@ -93,7 +95,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTr
                 dtype=getattr(torch, model.dtype),
                 trust_remote_code=run.trust_remote_code,
                 device_map=device_map,
-                offload_folder=run.results_dir / "offloaded" if device_map else None,  # made where it is needed
+                offload_folder=offload_folder(run) if device_map else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # said below, by name
             )
@@ -109,6 +111,14 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTr
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{place}.")):
         raise UserError(f"{model.model_name} lacks {len(missing)} weights, the first is {missing[0]}. Load it anew.")
     return loaded
+
+
+def offload_folder(run: Run) -> Path:
+    """Where weights go that fit into no memory; made where it is needed, removed when the process ends."""
+    remove_abandoned(name := run.results_dir / "offloaded")
+    folder = temporary_path(name)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
