@@ -44,7 +44,7 @@ export NTPS_DATASETS_DIR := $(abspath $(DATASETS_DIR))
 endif
 STUDY_FLAGS ?=
 STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) \
-    --keep-going --rerun-incomplete --rerun-triggers mtime params --quiet rules $(STUDY_FLAGS)
+    --quiet rules --rerun-triggers mtime params --keep-going --rerun-incomplete $(STUDY_FLAGS)
 
 study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2 or paper
 	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
