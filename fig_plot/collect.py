@@ -47,6 +47,7 @@ class Config:
 
     results_dir: Path = Path("results")  # searched at any depth
     output_dir: Path = DATA_DIR  # the CSV files go there, replacing those of the same name
+    keep: bool = False  # keep the rows of those files that no result found now replaces: a study in several pieces
     strict: bool = False  # exit with 1 if anything was skipped or is missing
 
 
@@ -256,6 +257,18 @@ def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
     return table.sort_values(order, kind="stable") if order else table
 
 
+def with_rows_of(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys."""
+    if not path.is_file():
+        return table
+    both = pd.concat([table, pd.read_csv(path)], ignore_index=True)
+    keys = [key for key in KEYS if key in both]
+    order = [key for key in keys if key != "word"]
+    as_written = both[keys].map(lambda value: DIGITS % value if isinstance(value, float) else value)
+    both = both[~as_written.duplicated()]
+    return both.sort_values(order, kind="stable") if order else both
+
+
 def save_csv(path: Path, table: pd.DataFrame) -> None:
     """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
     # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
@@ -278,13 +291,20 @@ def main(config: Config) -> None:
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
     skipped += missing_cells(tables)
     for name, table in {name: to_table(name, rows) for name, rows in tables.items()}.items():
+        if config.keep:
+            table = with_rows_of(config.output_dir / f"{name}.csv", table)
         if table.empty:
             (config.output_dir / f"{name}.csv").unlink(missing_ok=True)  # a table of other results must not stay
             continue
         save_csv(config.output_dir / f"{name}.csv", table)
         print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
-    command = f"python -m fig_plot.collect --results_dir {config.results_dir}"
-    save_json(config.output_dir / "sources.json", sources(results, command))
+    command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
+    found, path = sources(results, command), config.output_dir / "sources.json"
+    if config.keep and path.is_file():
+        before = load_json(path)
+        for key in ("git_commits", "environments"):
+            found[key] = before[key] + [value for value in found[key] if value not in before[key]]
+    save_json(path, found)
     for line in skipped:
         print(line, file=sys.stderr)
     print(f"{len(results)} results, {len(skipped)} skipped or missing")

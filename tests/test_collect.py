@@ -157,6 +157,18 @@ def test_a_table_of_other_results_does_not_stay(monkeypatch, results_dir):
     assert code == 0 and not (data / "training.csv").exists() and (data / "scores.csv").is_file()
 
 
+def test_a_study_in_two_pieces_has_the_tables_of_the_whole(monkeypatch, results_dir):
+    code, whole = collected(monkeypatch, results_dir)
+    expected = {path.name: path.read_text() for path in whole.glob("*.csv")}
+    for path in whole.iterdir():
+        path.unlink()
+    for piece in ("seed1", "seed0", "seed0"):  # once more changes nothing
+        places = ["--results_dir", results_dir / piece, "--output_dir", whole, "--keep"]
+        assert code == run_in_process(monkeypatch, SCRIPT, *map(str, places)) == 0
+    assert {path.name: path.read_text() for path in whole.glob("*.csv")} == expected
+    assert json.loads((whole / "sources.json").read_text())["command"].endswith("--keep")
+
+
 def test_whole_numbers_keep_all_their_digits(tmp_path):
     """Also in a column that is empty for another model."""
     rows = [{"model": "a", "num_parameters": 1378944, "loss": 2.123456789}, {"model": "b", "num_parameters": None}]
