@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m mypy .
 	.venv/bin/codespell
 
-# docstrings: about 100 minutes on two cores; quick: two models, one seed; smollm2: a real LLM, a day; paper: GPUs.
+# docstrings: hours on two cores; quick: two models, six tasks, one seed; smollm2: a real LLM, a day; paper: GPUs.
 # Each goes on where it was interrupted, and has one seed of everything before the next
 STUDY ?= docstrings
 JOBS ?= 2
