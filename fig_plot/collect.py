@@ -299,12 +299,12 @@ def main(config: Config) -> None:
         save_csv(config.output_dir / f"{name}.csv", table)
         print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
     command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
-    found, path = sources(results, command), config.output_dir / "sources.json"
+    origin, path = sources(results, command), config.output_dir / "sources.json"
     if config.keep and path.is_file():
         before = load_json(path)
         for key in ("git_commits", "environments"):
-            found[key] = before[key] + [value for value in found[key] if value not in before[key]]
-    save_json(path, found)
+            origin[key] = before[key] + [value for value in origin[key] if value not in before[key]]
+    save_json(path, origin)
     for line in skipped:
         print(line, file=sys.stderr)
     print(f"{len(results)} results, {len(skipped)} skipped or missing")
