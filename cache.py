@@ -41,7 +41,7 @@ from utils.distributed import processes
 from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
 from utils.identity import load_config, model_fingerprint, stored_as
 from utils.io import FORMAT_VERSION, UserError, check_writable, environment, pick_device, run_script, save_tensors
-from utils.memory import Need, batch_bytes, check_fits, keep_on_host, matrix_bytes, num_parameters
+from utils.memory import Need, check_fits, keep_on_host, num_parameters
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.moment_sums import MomentSums, Sizes
 from utils.moments import (
@@ -54,7 +54,7 @@ from utils.moments import (
     settings_as_stored,
     settings_found,
 )
-from utils.products import Precision, ProductDtype, dtype_of, num_copies
+from utils.products import Precision, ProductDtype
 from utils.self_check import self_check
 from utils.settings import (
     Data,
@@ -276,21 +276,17 @@ def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts
     of_folds = num_fold_layers(config, num_layers)
     sizes = Sizes(num_layers, model_config.hidden_size, num_labels, config.num_folds, of_folds)
     precision = choose_precision(config, int(tokens.lengths.sum()), sizes.hidden_size)
-    product_item = dtype_of(precision).itemsize
     num_tokens = max(
         int(tokens.lengths[rows].max()) * len(rows)
         for rows in token_batches(tokens.lengths, config.run.batch_tokens(device))
     )
     num_saved = {"none": 0, "last": 1, "all": model_config.num_hidden_layers + 1}[config.output.save_pooled]
-    need = Need(
+    need = Need.of(
+        model_config, sizes, precision, item,
         weights=item * num_parameters(config.model, config.run),
-        sums=8 * sizes.num_numbers,
-        block=product_item * num_layers * 2 * sizes.hidden_size**2,
-        batch=batch_bytes(model_config, num_tokens, item, num_copies(precision) * product_item),
-        matrices=matrix_bytes(model_config, product_item),
-        pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
         num_tokens=num_tokens,
-    )
+        pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
+    )  # fmt: skip
     on_host = keep_on_host(need, device, config.placement.accumulate_on)
     check_fits(need, device, config_path(config), on_host, config.placement.device_map != "none")
     return with_values(config, accumulate_on="cpu" if on_host else "device")

@@ -71,10 +71,8 @@ class Subject:
 
 def random_subjects(config: Config, device: torch.device) -> Iterator[Subject]:
     """Random models of every hidden size and dtype, on random texts."""
-    tokens = make_tokens(config)
-    numbers = torch.arange(config.num_texts)
-    targets = torch.nn.functional.one_hot(numbers % config.num_classes, config.num_classes).double()
-    folds = torch.nn.functional.one_hot(numbers % 5, 5).double()
+    tokens = make_tokens(config.num_texts, config.mean_length)
+    targets, folds = make_targets(config.num_texts, config.num_classes), make_targets(config.num_texts, 5)
     for hidden_size in config.hidden_sizes:
         for dtype in config.dtypes:
             model = make_model(hidden_size, config.num_layers, dtype, device)
@@ -128,13 +126,17 @@ def make_model(hidden_size: int, num_layers: int, dtype: str, device: torch.devi
     return AutoModel.from_config(qwen2, dtype=getattr(torch, dtype)).to(device).eval()
 
 
-def make_tokens(config: Config) -> TokenizedTexts:
-    """Random token ids of ragged lengths."""
-    random = np.random.default_rng(0)
-    half = config.mean_length // 2
-    lengths = random.integers(config.mean_length - half, config.mean_length + half + 1, config.num_texts)
+def make_tokens(num_texts: int, mean_length: int) -> TokenizedTexts:
+    """Random token ids, below 8,192, of texts of half to one and a half times the mean length."""
+    random, half = np.random.default_rng(0), mean_length // 2
+    lengths = random.integers(mean_length - half, mean_length + half + 1, num_texts)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, 1024)
+
+
+def make_targets(num_texts: int, num_classes: int) -> Tensor:
+    """One-hot labels in turn, (n, c) float64; folds likewise."""
+    return torch.nn.functional.one_hot(torch.arange(num_texts) % num_classes, num_classes).double()
 
 
 def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> None:

@@ -19,20 +19,18 @@ from pathlib import Path
 from statistics import mean
 from typing import get_args
 
-import numpy as np
 import torch
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 import cache
 import K_sweep
-from benchmarks.bench_cache import plain_forward, seconds
+from benchmarks.bench_cache import make_targets, make_tokens, plain_forward, seconds
 from benchmarks.bench_products import DECODERS, Decoder
 from utils.io import environment, pick_device, run_script, save_json
-from utils.memory import Need, batch_bytes, matrix_bytes
-from utils.models import TokenizedTexts
+from utils.memory import Need
 from utils.moment_sums import MomentSums, Sizes
 from utils.moments import NORMS, PER_LAYER, SHARED, LayerMoments
-from utils.products import Precision, dtype_of, num_copies
+from utils.products import Precision
 from utils.scores import SCORES
 from utils.settings import Run, all_settings
 
@@ -79,27 +77,12 @@ def make_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
         return AutoModel.from_config(model_config(name), dtype=getattr(torch, dtype)).eval()
 
 
-def make_tokens(config: Config) -> TokenizedTexts:
-    """Random token ids of ragged lengths."""
-    random, half = np.random.default_rng(0), config.mean_length // 2
-    lengths = random.integers(config.mean_length - half, config.mean_length + half + 1, config.num_texts)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenizedTexts(random.integers(0, min(VOCABULARY.values()), offsets[-1]).astype(np.int32), offsets, 2048)
-
-
 def expected_memory(model: PreTrainedModel, precision: Precision, tokens_per_batch: int) -> int:
     """What cache.py says that its pass needs, in bytes."""
-    num_layers, product_item = model.config.num_hidden_layers + 1, dtype_of(precision).itemsize
-    item, hidden_size = model.dtype.itemsize, model.config.hidden_size
-    need = Need(
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
-        sums=8 * Sizes(num_layers, hidden_size, NUM_CLASSES, NUM_FOLDS, 1).num_numbers,
-        block=product_item * num_layers * 2 * hidden_size**2,
-        batch=batch_bytes(model.config, tokens_per_batch, item, num_copies(precision) * product_item),
-        matrices=matrix_bytes(model.config, product_item),
-        pooled=0,
-        num_tokens=tokens_per_batch,
-    )
+    sizes = Sizes(model.config.num_hidden_layers + 1, model.config.hidden_size, NUM_CLASSES, NUM_FOLDS, 1)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    item = model.dtype.itemsize
+    need = Need.of(model.config, sizes, precision, item, weights=weights, num_tokens=tokens_per_batch)
     return need.memory
 
 
@@ -114,10 +97,8 @@ def last_layer_scores(sums: MomentSums, num_texts: int) -> dict[str, float]:
 
 def measure(name: str, config: Config, device: torch.device) -> dict:
     """Seconds of the forward pass and of cache.py's pass in each precision, with memory and scores."""
-    model, tokens = make_model(name, config.dtype, device), make_tokens(config)
-    numbers = torch.arange(config.num_texts)
-    targets = torch.nn.functional.one_hot(numbers % NUM_CLASSES, NUM_CLASSES).double()
-    folds = torch.nn.functional.one_hot(numbers % NUM_FOLDS, NUM_FOLDS).double()
+    model, tokens = make_model(name, config.dtype, device), make_tokens(config.num_texts, config.mean_length)
+    targets, folds = (make_targets(config.num_texts, number) for number in (NUM_CLASSES, NUM_FOLDS))
     forward = partial(plain_forward, model, tokens, config.tokens_per_batch)
     seconds(forward, device)  # warm-up
     times = [seconds(forward, device) for _ in range(config.num_rounds)]

@@ -253,7 +253,12 @@ def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
     if len(twice):
         which = ", ".join(f"{key} {value}" for key, value in twice.iloc[0][keys].items())
         raise UserError(f"{name}: two different results of {which}. Name one of their folders with --results_dir.")
-    order = [key for key in keys if key != "word"]  # words keep theirs
+    return in_order(table)
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows in the order of their keys; words keep theirs."""
+    order = [key for key in KEYS if key in table and key != "word"]
     return table.sort_values(order, kind="stable") if order else table
 
 
@@ -263,10 +268,8 @@ def with_rows_of(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         return table
     both = pd.concat([table, pd.read_csv(path)], ignore_index=True)
     keys = [key for key in KEYS if key in both]
-    order = [key for key in keys if key != "word"]
     as_written = both[keys].map(lambda value: DIGITS % value if isinstance(value, float) else value)
-    both = both[~as_written.duplicated()]
-    return both.sort_values(order, kind="stable") if order else both
+    return in_order(both[~as_written.duplicated()])
 
 
 def save_csv(path: Path, table: pd.DataFrame) -> None:

@@ -60,10 +60,15 @@ def signed(value: float) -> str:
     return f"{value:+.2f}" if pd.notna(value) else ""
 
 
-def with_interval(row: pd.Series, digits: int = 2) -> str:
+def interval(value: float, low: float, high: float, digits: int = 2) -> str:
     """`+0.44 [+0.10, +0.71]`."""
-    value, low, high = (f"{row[name]:+.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    shown = (f"{number:+.{digits}f}" for number in (value, low, high))
+    return "{} [{}, {}]".format(*shown)
+
+
+def with_interval(row: pd.Series) -> str:
+    """The same of a row with these columns."""
+    return interval(row["value"], row["low"], row["high"])
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -91,16 +96,15 @@ def claims(data_dir: Path) -> list[str]:
 def like_for_like(data_dir: Path) -> list[str]:
     """Question 1: every step, mean over the models."""
     table, theirs, rows = read_table("findings_like_for_like", data_dir), published(), []
-    published_as = {"train_accuracy": "probe_accuracy", "train_mse": "probe_mse", "lora_gain_paper": "lora_gain"}
+    published_as = dict(CLAIMS.values())
     for _, row in table[table["model"] == "mean"].iterrows():
         was = ""
         if row["step"] == STEPS[0] and row["measure"] in published_as:
             was = "{mean:+.2f} ({min:+.2f} to {max:+.2f})".format(**theirs.loc[published_as[row["measure"]]])
-        interval = f"[{signed(row['low'])}, {signed(row['high'])}]"
         noise = f"{signed(row['noise'])} (p at most {row['largest_p']:.3f})" if pd.notna(row["noise"]) else ""
         name = row["measure"].replace("_", " ").replace("lora gain paper", "LoRA gain, paper's probe")
         given = signed(row["given_classes"])
-        here = f"{signed(row['spearman'])} {interval}"
+        here = interval(row["spearman"], row["low"], row["high"])
         rows.append((name.replace("lora", "LoRA").replace("mse", "MSE"), row["step"], was, here, noise, given))
     header = ("measure", "step", "published (range)", "here", "the same in noise", "here, number of classes held fixed")
     return markdown(header, rows)
@@ -126,7 +130,7 @@ def leads(data_dir: Path) -> list[str]:
     for _, row in table[table["score"].isin(("ntps", "retained", "ridge_r2", "logme"))].iterrows():
         if row["measure"] in ("probe_accuracy", "probe_skill", "probe_mse", "lora_gain"):
             best = NAMES.get(row["best_baseline"], f"`{row['best_baseline'].removesuffix('_random')}` of a random V")
-            lead = with_interval(row.rename({"lead": "value"}))
+            lead = interval(row["lead"], row["low"], row["high"])
             rows.append((NAMES[row["score"]], MEASURES[row["measure"]], best, lead))
     return markdown(("score", "with", "best baseline", "lead, in the size of the correlation"), rows)
 
@@ -137,7 +141,7 @@ def controls(data_dir: Path) -> list[str]:
     table = table[table["score"] == "retained"].set_index(["model", "v"])
     for model in dict.fromkeys(table.index.get_level_values(0)):
         own, pca = table.loc[(model, "autoregression")], table.loc[(model, "pca")]
-        lead = f"{own['lead_over_random']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]"
+        lead = interval(own["lead_over_random"], own["low"], own["high"], digits=3)
         counts = [own.get(f"tasks_{side}_2_random_z") for side in ("above", "below_minus")]
         z = [f"{count:.0f}" if pd.notna(count) else "" for count in counts]
         values = [f"{row['value']:.3f}" for row in (own, table.loc[(model, "random")], pca)]
@@ -150,8 +154,8 @@ def after_lora(data_dir: Path) -> list[str]:
     """Question 4: each score before and after."""
     table, rows = read_table("findings_after_lora", data_dir), []
     for _, row in table.iterrows():
-        change = f"{row['change']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        follows = f"{signed(row['spearman_with_gain'])} [{signed(row['spearman_low'])}, {signed(row['spearman_high'])}]"
+        change = interval(row["change"], row["low"], row["high"], digits=3)
+        follows = interval(row["spearman_with_gain"], row["spearman_low"], row["spearman_high"])
         runs = f"{row['raised']} of {row['cells']}"
         rows.append((f"`{row['model']}`", NAMES[row["score"]], f"{row['before']:.3f}", change, runs, follows))
     return markdown(("model", "score", "before", "change", "raised in", "Spearman of the change with the gain"), rows)
@@ -166,7 +170,7 @@ def gains(data_dir: Path) -> list[str]:
         if name == "nothing":
             rows.append(("the other tasks' mean", f"{row['error_points']:.1f}", "", ""))
         elif name in CANDIDATES:
-            lead = f"{row['lead']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            lead = interval(row["lead"], row["low"], row["high"], digits=1)
             auc = decisions.loc[name]
             decision = f"{auc['auc']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]"
             rows.append((NAMES[name], f"{row['error_points']:.1f}", lead, decision))

@@ -20,7 +20,7 @@ TINY = Decoder(hidden_size=64, num_layers=2, queries=64, keys=64, intermediate_s
 
 def test_ratios_and_errors_of_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(bench_gpu.DECODERS, "Qwen2-0.5B", TINY)
-    monkeypatch.setitem(bench_gpu.VOCABULARY, "Qwen2-0.5B", 500)
+    monkeypatch.setitem(bench_gpu.VOCABULARY, "Qwen2-0.5B", 8192)
     options = {"num_texts": 80, "mean_length": 12, "tokens_per_batch": 128, "num_rounds": 1, "dtype": "float32"}
     config = configure(bench_gpu, models=("Qwen2-0.5B",), device="cpu", results_dir=tmp_path, **options)
     bench_gpu.main(config)

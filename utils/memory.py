@@ -19,6 +19,8 @@ from utils.distributed import num_started
 from utils.identity import read_config
 from utils.io import UserError
 from utils.models import auto_class_of
+from utils.moment_sums import Sizes
+from utils.products import Precision, dtype_of, num_copies
 from utils.settings import Model, Run
 
 UNSURE = 1.2  # the estimate may be off by so much; what needs more than this times the free memory is refused
@@ -78,6 +80,31 @@ class Need:
     matrices: int  # at the end of a block
     pooled: int  # on disk
     num_tokens: int  # of a batch
+
+    @classmethod
+    def of(
+        cls, config: PreTrainedConfig, sizes: Sizes, precision: Precision, item: int, *, weights: int, num_tokens: int,
+        pooled: int = 0,
+    ) -> "Need":  # fmt: skip
+        """Of a pass with sums of these sizes.
+
+        Args:
+            config: of the decoder.
+            sizes: of the sums.
+            precision: of the products.
+            item: bytes of a number of the model.
+            weights, num_tokens, pooled: as the fields.
+        """
+        product_item = dtype_of(precision).itemsize
+        return cls(
+            weights=weights,
+            sums=8 * sizes.num_numbers,
+            block=product_item * sizes.num_layers * 2 * sizes.hidden_size**2,
+            batch=batch_bytes(config, num_tokens, item, num_copies(precision) * product_item),
+            matrices=matrix_bytes(config, product_item),
+            pooled=pooled,
+            num_tokens=num_tokens,
+        )
 
     @property
     def memory(self) -> int:
