@@ -1,4 +1,4 @@
-"""Batches of texts: every text once, within the budget, with little padding, and no worse than any other cut."""
+"""Batches of texts: every text once, within the budget, with little padding, no worse than any other cut; counts."""
 
 import itertools
 
@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.batches import BATCH_COST, token_batches
+from utils.models import TokenizedTexts
+from utils.moments import rounding_statistics
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 
@@ -61,3 +63,14 @@ def test_equal_lengths_fill_whole_batches():
     batches = token_batches(np.full(100, 7), 70)
     assert [len(batch) for batch in batches] == [10] * 10
     assert [len(batch) for batch in token_batches(np.full(3, 7), 2)] == [1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=60))
+def test_distinct_texts_and_their_pairs_are_counted(texts):
+    tokens = TokenizedTexts(
+        np.concatenate(texts).astype(np.int32), np.concatenate([[0], np.cumsum([len(text) for text in texts])]), None
+    )
+    found, distinct = rounding_statistics(tokens), set(map(tuple, texts))
+    assert found["num_distinct_texts"] == len(distinct)
+    assert found["num_distinct_pairs"] == sum(len(text) - 1 for text in distinct)

@@ -38,6 +38,17 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
     return path
 
 
+# ------------------------------------------------------------------ JSON lines
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_keys_of_json_lines_may_come_late_or_be_missing(end: str, tmp_path: Path) -> None:
+    lines = ['{"text": "one"}', '{"text": "two\u2028three", "label": "a"}', "", '{"label": "b", "text": "four"}']
+    found = load(write(tmp_path / "rows.jsonl", end.join(lines)), "all")
+    assert found.texts == ["two\u2028three", "four"] and found.labels.tolist() == [0, 1]
+    lines[2] = "[1, 2]"
+    with pytest.raises(UserError, match="row 3: '\\[1, 2\\]' is not an object"):
+        load(write(tmp_path / "list.jsonl", end.join(lines)), "all")
+
+
 # ------------------------------------------------------------------ tab-separated
 def test_quotation_marks_of_glue_are_characters(tmp_path: Path) -> None:
     lines = ["label\ttext", 'a\t"green red', "b\tplain", 'a\tmusic "', 'b\t"all"', 'a\tsay ""hm"" now']

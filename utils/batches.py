@@ -126,18 +126,23 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
 
 
 # ------------------------------------------------------------------ what belongs to the texts
+def one_hot(numbers: Tensor, num_classes: int) -> Tensor:
+    """Rows of one 1 each, (n, c) float64; that of torch is int64, a second copy."""
+    return torch.zeros(len(numbers), num_classes, dtype=torch.float64).scatter_(1, numbers[:, None], 1)
+
+
 def one_hot_targets(data: LabelledTexts) -> Tensor:
     """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
     labels = torch.from_numpy(np.asarray(data.labels))
     if data.is_regression:
         return labels.double().reshape(len(labels), -1)
-    return torch.nn.functional.one_hot(labels.long(), data.num_labels).double()
+    return one_hot(labels.long(), data.num_labels)
 
 
 def assign_folds(texts: list[str], num_folds: int) -> Tensor:
     """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
-    folds = torch.tensor([zlib.crc32(text.encode()) % num_folds for text in texts])
-    return torch.nn.functional.one_hot(folds, num_folds).double()
+    folds = torch.from_numpy(np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64))
+    return one_hot(folds, num_folds)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -77,11 +77,13 @@ def decode(path: Path) -> str:
     return text.lstrip("\ufeff")  # some programs write a second mark
 
 
-def split_lines(text: str) -> list[str]:
+def split_lines(text: str) -> Iterator[str]:
     r"""The lines; only \n, \r\n or, in a file without any \n, \r ends one: U+2028 may stand in a text."""
-    if "\n" not in text:
-        return text.split("\r")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    mark, start = "\n" if "\n" in text else "\r", 0
+    while (end := text.find(mark, start)) >= 0:
+        yield text[start:end].removesuffix("\r")
+        start = end + 1
+    yield text[start:].removesuffix("\r")
 
 
 # ------------------------------------------------------------------ JSON
@@ -109,31 +111,48 @@ def _parse(path: Path, text: str, line: int | None = None) -> Any:
         raise UserError(f"{place} holds {reason}. Write such a label as a string in quotes.") from None
 
 
-def _records_table(path: Path, records: Sequence[tuple[int, Any]]) -> Table:
-    """Objects with the number of their line (or item) as columns; a key that an object lacks is None."""
-    for number, record in records:
+def _records_table(path: Path, records: Iterable[tuple[int, Any]]) -> Table:
+    """Objects with the number of their line (or item) as columns; a key that an object lacks is None.
+
+    Each object is taken apart as it comes: all of them at once would need several times the memory of their cells.
+    """
+    columns: dict[str, list[Any]] = {}
+    for row, (number, record) in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(
                 f'{path}, row {number}: {str(record)[:40]!r} is not an object like {{"text": ..., "label": ...}}.'
             )
-    names = dict.fromkeys(name for _, record in records for name in record)
-    return Table({name: [record.get(name) for _, record in records] for name in names})
+        for name in record:
+            if name not in columns:
+                columns[name] = [None] * row
+        for name, cells in columns.items():
+            cells.append(record.get(name))
+    return Table(columns)
 
 
-def _read_json_lines(path: Path, text: str | None = None) -> Table:
-    records = []
-    for number, line in enumerate(split_lines(decode(path) if text is None else text), 1):
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Line number and value of each line that is not blank.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             try:
-                records.append((number, _parse(path, line, number)))
+                yield number, _parse(path, line, number)
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}, line {number} is not JSON ({error.msg}, column {error.colno}): {line.strip()[:60]!r}. "
                     "Each line must be one JSON object."
                 ) from None
-    if len(records) == 1 and isinstance(records[0][1], dict):  # a table in one line
-        return _object_table(path, records[0][1])
-    return _records_table(path, records)
+
+
+def _read_json_lines(path: Path, text: str | None = None) -> Table:
+    records = _json_lines(path, decode(path) if text is None else text)
+    first = list(itertools.islice(records, 2))
+    if len(first) == 1 and isinstance(first[0][1], dict):  # a table in one line
+        return _object_table(path, first[0][1])
+    return _records_table(path, itertools.chain(first, records))
 
 
 def _read_json(path: Path) -> Table:

@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import shutil
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ class TokenizedTexts:
         return torch.from_numpy(input_ids), torch.from_numpy(lengths)
 
 
+TEXTS_PER_CHUNK = 1024  # a fast tokenizer keeps hundreds of bytes for each token of a call, and splits it among cores
 NO_LIMIT = 10**9  # what a tokenizer says that knows no length is far above
 
 
@@ -204,26 +206,25 @@ def tokenize(
     if max_length is None:
         own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
         max_length = min((length for length in (limit, own) if length), default=None)
-    chunks: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in tqdm(range(0, len(texts), 4096), desc="tokenize", unit="chunk", leave=False):
-        chunk = texts[start : start + 4096]
+    ids, lengths = array("i"), array("q")  # as compact as what is returned, which they become without a copy
+    for start in tqdm(range(0, len(texts), TEXTS_PER_CHUNK), desc="tokenize", unit="chunk", leave=False):
         encoded = tokenizer(
-            chunk,
+            texts[start : start + TEXTS_PER_CHUNK],
             truncation=max_length is not None,
             max_length=max_length,
             padding=False,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        lengths.extend(map(len, encoded))
-        chunks.append(np.fromiter((token for ids in encoded for token in ids), dtype=np.int32))
+        for of_text in encoded:
+            ids.extend(of_text)
+            lengths.append(len(of_text))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):
         first = texts[empty[0]]
         raise UserError(f"{len(empty)} texts have no token, the first is row {empty[0]}: {first!r}. Remove them.")
-    token_ids = np.concatenate(chunks)
+    token_ids = np.frombuffer(ids, dtype=np.int32)
     if token_ids.max() >= config.vocab_size:
         raise UserError(
             f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "

@@ -1,5 +1,7 @@
 """The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
 
+import hashlib
+import itertools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -180,12 +182,15 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
 def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
     """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
     lengths = tokens.lengths.astype(float)
-    distinct = {part.tobytes(): len(part) for part in np.split(tokens.token_ids, tokens.offsets[1:-1])}
+    digests = bytearray()  # 16 bytes a text, which no two texts share: a copy of each would be another corpus
+    for start, end in itertools.pairwise(tokens.offsets):
+        digests += hashlib.blake2b(tokens.token_ids[start:end].tobytes(), digest_size=16).digest()
+    _, first = np.unique(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2), axis=0, return_index=True)
     return {
         "mean_inverse_length": float((1 / lengths).mean()),
         "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
-        "num_distinct_texts": len(distinct),
-        "num_distinct_pairs": sum(length - 1 for length in distinct.values()),
+        "num_distinct_texts": len(first),
+        "num_distinct_pairs": int((tokens.lengths[first] - 1).sum()),
     }
 
 
