@@ -46,7 +46,7 @@ STUDY_FLAGS ?=
 STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) \
     --quiet rules --rerun-triggers mtime params --keep-going --rerun-incomplete $(STUDY_FLAGS)
 
-study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2 or paper
+study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2, smollm2-docstrings or paper
 	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
 
 figures: $(READY)  ## every committed figure from the committed CSV files

@@ -49,8 +49,8 @@ claims + for accuracy, - for MSE, - for LoRA gain; every choice and every test i
 
 The number of tasks is given with every answer; a question whose data are missing stays unanswered.
 
-Reads the CSV files of collect.py. Writes findings_*.csv beside them (like_for_like.py, fixed_rule.py, subspaces.py and
-gains.py say what is in them):
+Reads the CSV files of collect.py. Writes findings_*.csv beside them (like_for_like.py, fixed_rule.py, subspaces.py,
+gains.py and shared_tasks.py say what is in them):
 
     findings_like_for_like.csv  question 1: the paper's procedure, and what is left step by step
     findings_selection.csv      the same on test rows, and the choice judged on a task left out
@@ -63,6 +63,7 @@ gains.py say what is in them):
     findings_calibration.csv    question 5: error of the LoRA gain predicted from a score, in points of accuracy
     findings_decision.csv       question 5: AUC of "LoRA gains more than two points"
     findings_seeds.csv          question 6: spread between seeds beside that over tasks
+    findings_shared_tasks.csv   SmolLM2 on docstring tasks beside the docstring LMs: of the task, or of the model?
 
 A correlation across models is within each task, averaged over tasks. Models with random weights are left out of all but
 the controls.
@@ -80,8 +81,10 @@ from fig_plot.fixed_rule import correlation_rows, lead_rows, partial_rows, seed_
 from fig_plot.gains import calibration_rows, decision_rows
 from fig_plot.like_for_like import like_for_like_rows, selection_rows, sensitivity_rows
 from fig_plot.published import published_tables
+from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import after_lora_rows, control_rows
 from fig_plot.tables import (
+    ALL_STUDIES,
     CONTROLS,
     DATA_DIR,
     FEATURE_SCORES,
@@ -89,6 +92,7 @@ from fig_plot.tables import (
     SCORES,
     average_seeds,
     load_after_lora,
+    load_cells,
     load_seeds,
     present_studies,
     read_table,
@@ -134,6 +138,8 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "decision": decision_rows(cells, draws),
         "seeds": seed_rows(seeds),
     }
+    if data_dir.resolve() != DATA_DIR and (DATA_DIR / "scores.csv").is_file():
+        rows["shared_tasks"] = shared_task_rows(cells, trained_models(load_cells(DATA_DIR)), draws)
     return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
@@ -173,7 +179,9 @@ def main(config: Config) -> None:
         data_dir = config.data_dir or PUBLISHED_DIR
         write_tables(data_dir, published_tables(data_dir, draws))
         return
-    studies = [config.data_dir] if config.data_dir else [study_dir(study) for study in present_studies()]
+    studies = (
+        [config.data_dir] if config.data_dir else [study_dir(study) for study in present_studies(among=ALL_STUDIES)]
+    )
     for data_dir in studies or [DATA_DIR]:  # where there is none, reading says which command makes it
         write_tables(data_dir, study_tables(data_dir, draws))
 

@@ -17,7 +17,7 @@ from fig_plot.fixed_rule import GAINS, OF_THE_OUTCOME
 from fig_plot.gains import CANDIDATES
 from fig_plot.like_for_like import STEPS
 from fig_plot.overview import CLAIMS, answer, published, spearmans
-from fig_plot.tables import MEASURES, STUDIES, load_cells, read_table, study_dir, trained_models
+from fig_plot.tables import ALL_STUDIES, MEASURES, load_cells, read_table, study_dir, trained_models
 from utils.io import ROOT, UserError, run_script, write_atomically
 
 PAGES = (Path("README.md"), Path("docs/findings.md"))
@@ -187,6 +187,15 @@ def seeds(data_dir: Path) -> list[str]:
     return markdown(("model", "score", "between seeds", "over tasks", "share"), rows)
 
 
+def shared_tasks(data_dir: Path) -> list[str]:
+    """Each score and measure of the study beside that of the docstring LMs, over the tasks of both."""
+    table, rows = read_table("findings_shared_tasks", data_dir), []
+    for _, row in table[table["name"].isin(NAMES.keys() | MEASURES.keys())].iterrows():
+        name = NAMES.get(row["name"]) or MEASURES[row["name"]]
+        rows.append((name, with_interval(row), signed(row["between_others"])))
+    return markdown(("", "SmolLM2 with a docstring LM", "two docstring LMs"), rows)
+
+
 def tasks(data_dir: Path) -> list[str]:
     """Every task of a study: what each way reaches on test rows, and the scores; means over seeds."""
     cells, rows = trained_models(load_cells(data_dir)), []
@@ -203,7 +212,7 @@ def tasks(data_dir: Path) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     table.__name__: table
-    for table in (claims, like_for_like, correlations, leads, controls, after_lora, gains, seeds, tasks)
+    for table in (claims, like_for_like, correlations, leads, controls, after_lora, gains, seeds, shared_tasks, tasks)
 }
 
 
@@ -218,7 +227,7 @@ def filled(text: str, page: Path) -> str:
     def block(match: re.Match) -> str:
         start, name, study, end = match.groups()
         study = "" if study in (None, "docstrings") else study
-        if name not in TABLES or study not in STUDIES:
+        if name not in TABLES or study not in ALL_STUDIES:
             raise UserError(f"{page} asks for the table {name!r} of {study!r}; there are {', '.join(TABLES)}.")
         return start + "\n".join(TABLES[name](study_dir(study))) + "\n" + end
 

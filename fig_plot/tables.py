@@ -16,6 +16,9 @@ KEYS = ["model", "dataset"]
 RANDOM_MODELS = ("tiny-random", "smollm2-random")  # the controls: random weights
 # studies with a folder of their own, and what they are called in figures
 STUDIES = {"": "docstring LMs", "smollm2": "SmolLM2-135M"}
+ALL_STUDIES = STUDIES | {
+    "smollm2-docstrings": "SmolLM2-135M on docstring tasks"
+}  # without training: tables, no figures
 # name -> what it is; the scores of the run, all at the last layer
 SCORES = {
     "ntps": "NTPS",
@@ -66,9 +69,9 @@ def study_dir(study: str, data_dir: Path = DATA_DIR) -> Path:
     return data_dir / study if study else data_dir
 
 
-def present_studies(data_dir: Path = DATA_DIR) -> dict[str, str]:
+def present_studies(data_dir: Path = DATA_DIR, among: dict[str, str] = STUDIES) -> dict[str, str]:
     """The studies that have tables, and what they are called."""
-    return {study: title for study, title in STUDIES.items() if (study_dir(study, data_dir) / "scores.csv").is_file()}
+    return {study: title for study, title in among.items() if (study_dir(study, data_dir) / "scores.csv").is_file()}
 
 
 def figure_name(name: str, study: str) -> str:

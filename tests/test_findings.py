@@ -6,6 +6,7 @@ import pytest
 
 from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
+from fig_plot.shared_tasks import shared_task_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -131,6 +132,27 @@ def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
     assert np.allclose(cells.lora_gain, expected)
     assert (cells.ntps_pca - cells.ntps).round(9).eq(0.1).all()
     assert "ntps_null_mean" not in cells and cells.probe_mse.max() < 1  # the probe on test, not that of the moments
+
+
+def test_shared_tasks_tell_what_is_of_the_task_from_what_is_of_the_model():
+    random, tasks = np.random.default_rng(0), [f"task{i}" for i in range(12)]
+    ease = dict(zip([*tasks, "elsewhere"], random.uniform(size=13), strict=True))
+
+    def of_model(model: str, names: list[str]) -> list[dict]:
+        return [{"model": model, "dataset": task, "probe_accuracy": ease[task] ** 2, "probe_mse": np.nan,
+                 "ntps": random.uniform()} for task in names]  # fmt: skip
+
+    cells = pd.DataFrame(of_model("real", [*tasks[2:], "elsewhere"]))
+    others = pd.DataFrame(of_model("one", tasks) + of_model("two", tasks) + of_model("real", tasks))
+    rows = {row["name"]: row for row in shared_task_rows(cells, others, Draws(50, 0))}
+    assert set(rows) == {"probe_accuracy", "ntps"}
+    assert rows["probe_accuracy"]["value"] == rows["probe_accuracy"]["between_others"] == pytest.approx(1)
+    table = pd.concat([cells, others[others.model != "real"]]).pivot(index="dataset", columns="model", values="ntps")
+    expected = table.loc[tasks[2:]].corr("spearman")
+    assert rows["ntps"]["value"] == pytest.approx(expected.loc["real", ["one", "two"]].mean())
+    assert rows["ntps"]["between_others"] == pytest.approx(expected.loc["one", "two"])
+    assert (rows["ntps"]["tasks"], rows["ntps"]["pairs"]) == (10, 2)
+    assert not list(shared_task_rows(cells.assign(dataset="another"), others, Draws(50, 0)))
 
 
 def test_mean_of_others_leaves_the_model_itself_out():

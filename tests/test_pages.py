@@ -11,7 +11,7 @@ from fig_plot.correlations import Draws
 from fig_plot.fixed_rule import correlation_rows
 from fig_plot.gains import decision_rows
 from fig_plot.overview import overview_rows
-from fig_plot.tables import load_cells, present_studies, study_dir, trained_models
+from fig_plot.tables import ALL_STUDIES, STUDIES, load_cells, present_studies, study_dir, trained_models
 from tests.conftest import ROOT, run_in_process
 from utils.io import UserError
 
@@ -151,7 +151,7 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
 
 
-@pytest.mark.parametrize("study", present_studies())
+@pytest.mark.parametrize("study", present_studies(among=ALL_STUDIES))
 def test_committed_findings_are_those_of_the_committed_results(study):
     """Whoever changes results has to run fig_plot.findings again: values, not intervals, which take a minute."""
     cells = trained_models(load_cells(study_dir(study)))
@@ -160,6 +160,8 @@ def test_committed_findings_are_those_of_the_committed_results(study):
     committed = read(study, "correlations").set_index(keys).value
     assert set(made.index) == set(committed.index)
     assert (made[committed.index] - committed).abs().max() < 1e-5
+    if study not in STUDIES:  # nothing was trained
+        return
     made = pd.DataFrame(decision_rows(cells, Draws(4, 0))).set_index(["measure", "score"]).auc
     assert (made - read(study, "decision").set_index(["measure", "score"]).auc).abs().max() < 1e-5
 
