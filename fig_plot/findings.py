@@ -59,11 +59,12 @@ gains.py and shared_tasks.py say what is in them):
     findings_leads.csv          question 2: each score beside the best baseline
     findings_partial.csv        correlations with the headroom or the number of classes held fixed
     findings_controls.csv       question 3: what V by PCA, a random V, random weights and permuted labels give
+    findings_random_weights.csv what random weights give on the same tasks, asked later
     findings_after_lora.csv     question 4
     findings_calibration.csv    question 5: error of the LoRA gain predicted from a score, in points of accuracy
     findings_decision.csv       question 5: AUC of "LoRA gains more than two points"
     findings_seeds.csv          question 6: spread between seeds beside that over tasks
-    findings_shared_tasks.csv   SmolLM2 on docstring tasks beside the docstring LMs: of the task, or of the model?
+    findings_shared_tasks.csv   SmolLM2 on docstring tasks beside the docstring LMs, asked later: of task or model?
 
 A correlation across models is within each task, averaged over tasks. Models with random weights are left out of all but
 the controls.
@@ -82,7 +83,7 @@ from fig_plot.gains import calibration_rows, decision_rows
 from fig_plot.like_for_like import like_for_like_rows, selection_rows, sensitivity_rows
 from fig_plot.published import published_tables
 from fig_plot.shared_tasks import shared_task_rows
-from fig_plot.subspaces import after_lora_rows, control_rows
+from fig_plot.subspaces import after_lora_rows, control_rows, random_weights_rows
 from fig_plot.tables import (
     ALL_STUDIES,
     CONTROLS,
@@ -133,6 +134,7 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "leads": lead_rows(cells, draws),
         "partial": partial_rows(cells, draws, (*SCORES, *CONTROLS, *FEATURE_SCORES)),
         "controls": control_rows(every, draws),
+        "random_weights": random_weights_rows(every, draws),
         "after_lora": after_lora_rows(load_after_lora(data_dir), cells, draws),
         "calibration": calibration_rows(cells, draws),
         "decision": decision_rows(cells, draws),

@@ -150,6 +150,18 @@ def controls(data_dir: Path) -> list[str]:
     return markdown(header, rows)
 
 
+def random_weights(data_dir: Path) -> list[str]:
+    """A trained model beside its twin of random weights."""
+    table, rows = read_table("findings_random_weights", data_dir), []
+    for _, row in table[table["name"].isin(NAMES.keys() | MEASURES.keys())].iterrows():
+        lead = interval(row["lead"], row["low"], row["high"], digits=3)
+        order = interval(row["spearman"], row["spearman_low"], row["spearman_high"])
+        name = NAMES.get(row["name"]) or MEASURES[row["name"]]
+        rows.append((name, f"{row['trained']:.3f}", f"{row['random_weights']:.3f}", lead, order, f"{row['tasks']:.0f}"))
+    header = ("", "trained", "random weights", "difference", "Spearman of the two over tasks", "tasks")
+    return markdown(header, rows)
+
+
 def after_lora(data_dir: Path) -> list[str]:
     """Question 4: each score before and after."""
     table, rows = read_table("findings_after_lora", data_dir), []
@@ -212,7 +224,19 @@ def tasks(data_dir: Path) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     table.__name__: table
-    for table in (claims, like_for_like, correlations, leads, controls, after_lora, gains, seeds, shared_tasks, tasks)
+    for table in (
+        claims,
+        like_for_like,
+        correlations,
+        leads,
+        controls,
+        random_weights,
+        after_lora,
+        gains,
+        seeds,
+        shared_tasks,
+        tasks,
+    )
 }
 
 

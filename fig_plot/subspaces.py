@@ -1,4 +1,4 @@
-"""Questions 3 and 4 of findings.py: V against random V, PCA and shuffled labels; what LoRA does to the scores."""
+"""Questions 3 and 4 of findings.py: V beside its controls, a model beside random weights, scores after LoRA."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import pandas as pd
 
 from fig_plot.correlations import Draws, bootstrap_interval, spearman
 from fig_plot.fixed_rule import is_known
-from fig_plot.tables import KEYS, NAMES
+from fig_plot.tables import FEATURE_SCORES, KEYS, MEASURES, NAMES, RANDOM_MODELS
 
 ALL = "all"  # of the rows over all models
 
@@ -43,6 +43,27 @@ def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
         columns |= {"mean_random_z": z.mean(), "tasks_above_2_random_z": int((z > 2).sum())}
         columns |= {"tasks_below_minus_2_random_z": int((z < -2).sum())}
     return columns
+
+
+def random_weights_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
+
+    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks.
+    """
+    options = {"num_draws": draws.num_draws, "seed": draws.seed}
+    for twin, model in RANDOM_MODELS.items():
+        both = (cells[cells["model"] == name].set_index("dataset") for name in (model, twin))
+        trained, random = (table.dropna(axis=1, how="all") for table in both)
+        for name in [name for name in (*NAMES, *FEATURE_SCORES, *MEASURES) if name in trained and name in random]:
+            pairs = pd.concat([trained[name], random[name]], axis=1, join="inner").dropna().to_numpy(float)
+            if len(pairs) < 3:
+                continue
+            x, y = pairs.T
+            lead = bootstrap_interval(np.mean, x - y, **options)
+            order = bootstrap_interval(spearman, x, y, **options)
+            yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(), "lead": lead.value,
+                   "low": lead.low, "high": lead.high, "spearman": order.value, "spearman_low": order.low,
+                   "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
 
 
 def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:

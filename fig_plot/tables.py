@@ -13,7 +13,10 @@ from utils.scores import SCORES as NAMES  # SCORES here has their labels
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
 KEYS = ["model", "dataset"]
-RANDOM_MODELS = ("tiny-random", "smollm2-random")  # the controls: random weights
+RANDOM_MODELS = {
+    "tiny-random": "tiny",
+    "smollm2-random": "smollm2",
+}  # random weights, and whose twin it is
 # studies with a folder of their own, and what they are called in figures
 STUDIES = {"": "docstring LMs", "smollm2": "SmolLM2-135M"}
 ALL_STUDIES = STUDIES | {
@@ -220,4 +223,4 @@ def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows of all models but those with random weights, smallest model first."""
-    return cells[~cells["model"].isin(RANDOM_MODELS)].sort_values(["num_parameters", *KEYS], kind="stable")
+    return cells[~cells["model"].isin(list(RANDOM_MODELS))].sort_values(["num_parameters", *KEYS], kind="stable")

@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
 from fig_plot.shared_tasks import shared_task_rows
+from fig_plot.subspaces import random_weights_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -117,6 +119,23 @@ def test_controls_give_the_planted_leads(study):
     assert rows.loc["smallest", "lead_over_random"] == pytest.approx(-0.3)
     assert rows.loc["autoregression", "tasks_above_2_z"] == len(TASKS)
     assert "tiny-random" in set(study["controls"].model)
+
+
+def test_random_weights_are_compared_on_the_tasks_of_both():
+    random = np.random.default_rng(0)
+    of_twin = pd.DataFrame({"model": "tiny-random", "dataset": TASKS[:9], "ntps": random.uniform(size=9)})
+    of_twin = of_twin.assign(retained=random.uniform(size=9), full_gain=np.nan)
+    trained = of_twin.assign(model="tiny", ntps=of_twin.ntps + 0.1, retained=0.8 * random.permutation(of_twin.retained))
+    further = pd.DataFrame({"model": "tiny", "dataset": TASKS[9:], "ntps": 5.0, "retained": 5.0, "full_gain": 1.0})
+    cells = pd.concat([of_twin, trained, further], ignore_index=True)
+    rows = {row["name"]: row for row in random_weights_rows(cells, Draws(50, 0))}
+    assert set(rows) == {"ntps", "retained"}
+    ntps, retained = rows["ntps"], rows["retained"]
+    assert [ntps["lead"], ntps["low"], ntps["high"], ntps["spearman"]] == pytest.approx([0.1, 0.1, 0.1, 1.0])
+    assert (ntps["model"], ntps["tasks"], ntps["random_weights"]) == ("tiny", 9, pytest.approx(of_twin.ntps.mean()))
+    expected = spearmanr(trained.retained, of_twin.retained).statistic
+    assert retained["spearman"] == pytest.approx(expected) and abs(expected) < 0.9
+    assert retained["lead"] == pytest.approx(-0.2 * of_twin.retained.mean())
 
 
 def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
