@@ -67,7 +67,7 @@ from utils.settings import (
     result_settings,
     with_values,
 )
-from utils.unfinished import PooledFile, Unfinished, check_states, remove_states, run_steps, states_beside
+from utils.unfinished import PooledFile, Unfinished, check_states, remove_unfinished, run_steps, states_beside
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def ensure(
 
     if processes().object_of_first(is_there):
         print(f"reused, already complete with these settings:\n{path}")
-        remove_states(path)  # of a run that was killed when it had written the result
+        remove_unfinished(path, pooled_path(path))  # of a run that was killed when it had written the result
     else:
         make(config, data, identity, advance)
         print(path)
@@ -331,15 +331,18 @@ def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[
     try:
         pooled = pooled_file.tensors["pooled"] if pooled_file else None
         sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished, advance)
+        if team.rank == 0:
+            save_tensors(path, sums.averages(), metadata)
+        if pooled_file:  # after the moments: whoever is stopped in between finds both, unfinished, the next time
+            pooled_file.finish()
     except BaseException:
-        if pooled_file and not states_beside(path):
+        if pooled_file and states_beside(path):
+            pooled_file.close()
+        elif pooled_file:
             pooled_file.discard()
         raise
-    if pooled_file:
-        pooled_file.finish()
     if team.rank == 0:
-        save_tensors(path, sums.averages(), metadata)
-        remove_states(path)
+        remove_unfinished(path, pooled_path(path))
     team.wait()
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 
-from fig_plot.tables import DATA_DIR
+from fig_plot.tables import DATA_DIR, read_csv
 from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
 from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
@@ -244,11 +244,15 @@ def sources(results: list[dict], command: str) -> dict[str, Any]:
 def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
     """The rows in the order of their keys, each once.
 
+    Baselines of a dataset are in the result of every model; where machines round one differently the first stands.
+
     Raises:
         UserError: two rows of the same keys differ.
     """
     table = pd.DataFrame(rows).drop_duplicates()
     keys = [key for key in KEYS if key in table]
+    if name == "datasets":
+        table = table.drop_duplicates([column for column in table if column in keys or column.startswith("num_")])
     twice = table[table.duplicated(keys)]
     if len(twice):
         which = ", ".join(f"{key} {value}" for key, value in twice.iloc[0][keys].items())
@@ -266,7 +270,7 @@ def with_rows_of(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys."""
     if not path.is_file():
         return table
-    both = pd.concat([table, pd.read_csv(path)], ignore_index=True)
+    both = pd.concat([table, read_csv(path)], ignore_index=True)
     keys = [key for key in KEYS if key in both]
     as_written = both[keys].map(lambda value: DIGITS % value if isinstance(value, float) else value)
     return in_order(both[~as_written.duplicated()])
@@ -305,6 +309,7 @@ def main(config: Config) -> None:
     origin, path = sources(results, command), config.output_dir / "sources.json"
     if config.keep and path.is_file():
         before = load_json(path)
+        del origin["num_results"]  # how many of those before are among them is not known
         for key in ("git_commits", "environments"):
             origin[key] = before[key] + [value for value in origin[key] if value not in before[key]]
     save_json(path, origin)

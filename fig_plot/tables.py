@@ -1,5 +1,6 @@
 """The CSV files of fig_plot/data/ joined into one row per model and dataset: what figures and findings use."""
 
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
@@ -82,16 +83,23 @@ def figure_name(name: str, study: str) -> str:
     return f"{name}_{study}" if study else name
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of collect.py or findings.py: names are text, also a dataset called 2024 or NA, a word `null`."""
+    texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
+    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+
+
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """One of the files of collect.py.
+    """One of the files of collect.py or findings.py.
 
     Raises:
         UserError: it is not there.
     """
     path = data_dir / f"{name}.csv"
     if not path.is_file():
-        raise UserError(f"No {path}. Run: python -m fig_plot.collect")
-    return pd.read_csv(path)
+        module = "findings" if name.startswith("findings_") else "collect"
+        raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
+    return read_csv(path)
 
 
 def score_columns(scores: pd.DataFrame) -> pd.DataFrame:

@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 from utils.distributed import one_voice, processes
 
@@ -22,6 +24,14 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def give_bars_own_lock() -> None:
+    """Forks share the lock of progress bars, and it stays locked where the one that holds it is killed."""
+    kinds = [tqdm]
+    for kind in kinds:
+        kind.set_lock(threading.RLock())
+        kinds += kind.__subclasses__()
 
 
 def start(
@@ -38,6 +48,7 @@ def start(
         if size > 1:
             os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
         faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # where it hangs, if it does
+        give_bars_own_lock()
         processes.cache_clear()
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
         if output is not None:

@@ -14,7 +14,9 @@ import linear_sklearn
 import linear_training
 import lora_finetuning
 from fig_plot import collect
+from fig_plot.tables import read_table
 from tests.conftest import configure, run_in_process
+from utils.io import UserError
 from utils.scores import SCORES
 from utils.settings import result_settings
 
@@ -167,6 +169,25 @@ def test_a_study_in_two_pieces_has_the_tables_of_the_whole(monkeypatch, results_
         assert code == run_in_process(monkeypatch, SCRIPT, *map(str, places)) == 0
     assert {path.name: path.read_text() for path in whole.glob("*.csv")} == expected
     assert json.loads((whole / "sources.json").read_text())["command"].endswith("--keep")
+
+
+def test_names_that_pandas_would_take_for_something_else_are_kept_once(tmp_path):
+    rows = [{"model": "a", "dataset": name, "seed": 0, "layer": 0, "word": word}
+            for name in ("2024", "NA", "1e3") for word in ("null", "None", "nan", "")]  # fmt: skip
+    table = collect.to_table("alignment", rows)
+    collect.save_csv(tmp_path / "alignment.csv", table)
+    written = (tmp_path / "alignment.csv").read_text()
+    collect.save_csv(tmp_path / "alignment.csv", collect.with_rows_of(tmp_path / "alignment.csv", table))
+    assert (tmp_path / "alignment.csv").read_text() == written and written.count("\n") == 13
+    assert set(read_table("alignment", tmp_path)["dataset"]) == {"2024", "NA", "1e3"}
+
+
+def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_not():
+    row = {"dataset": "imdb", "seed": 0, "num_classes": 2, "num_train": 100, "bag_of_words_accuracy": 0.878}
+    table = collect.to_table("datasets", [row, row | {"bag_of_words_accuracy": 0.877}])
+    assert table["bag_of_words_accuracy"].tolist() == [0.878]
+    with pytest.raises(UserError, match="two different results of dataset imdb, seed 0"):
+        collect.to_table("datasets", [row, row | {"num_train": 99}])
 
 
 def test_whole_numbers_keep_all_their_digits(tmp_path):

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -17,6 +19,7 @@ from tests.conftest import configure, run_in_process
 from tests.processes import exit_codes, start
 from utils.io import UserError
 from utils.settings import with_values
+from utils.unfinished import open_locked
 
 
 def settings(model_dirs, rows_path, folder, **more):
@@ -32,9 +35,13 @@ def small_blocks(monkeypatch):
 
 
 def results(folder) -> dict[str, torch.Tensor]:
-    """Every tensor of the results, by file and name."""
+    """Every tensor of the results, by file and name; nothing unfinished is beside them."""
     assert not [path for path in folder.rglob("*") if ".tmp" in path.name or ".state" in path.name]
-    found = {path.name: load_file(path) for path in folder.rglob("*.safetensors")}
+    return load_results(folder)
+
+
+def load_results(folder) -> dict[str, torch.Tensor]:
+    found = {path.name: load_file(path) for path in folder.rglob("*.safetensors") if ".state" not in path.name}
     return {f"{file} {name}": tensor for file, tensors in found.items() for name, tensor in tensors.items()}
 
 
@@ -123,6 +130,54 @@ def test_sigterm_keeps_a_state_and_ends_with_143(model_dirs, rows_path, tmp_path
     assert_equal(results(tmp_path / "ended"), results(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("moment", ["moments", "pooled states"])
+def test_a_run_killed_between_its_two_results_goes_on(model_dirs, rows_path, tmp_path, capsys, moment):
+    whole, killed = (settings(model_dirs, rows_path, tmp_path / name) for name in ("whole", "killed"))
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(rank: int) -> None:
+        if moment == "moments":
+            utils.unfinished.PooledFile.finish = die
+        else:
+            cache.remove_unfinished = die
+        cache.main(killed)
+
+    assert exit_codes(start(run)) == [-signal.SIGKILL]
+    cache.main(whole)
+    capsys.readouterr()
+    cache.main(killed)
+    assert ("going on from" if moment == "moments" else "reused") in capsys.readouterr().out
+    assert_equal(results(tmp_path / "killed"), results(tmp_path / "whole"))
+
+
+def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(interrupted, model_dirs):
+    config, state = interrupted
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = state.with_name(f"train.state-2-of-2.safetensors.{dead.pid}@{utils.io.machine()}.tmp")
+    elsewhere = state.with_name(f"train.state-2-of-2.safetensors.{dead.pid}@elsewhere.tmp")
+    left.write_bytes(b"half")
+    elsewhere.write_bytes(b"half")
+    cache.main(with_values(config, save_pooled="none"))
+    assert sorted(path.name for path in state.parent.iterdir()) == ["train.safetensors", elsewhere.name]
+
+
+def test_a_second_run_of_the_same_pooled_states_is_refused(interrupted, capsys):
+    """It would otherwise write its rows, of other settings, among those of the first."""
+    config, state = interrupted
+    [unfinished] = state.parent.glob("*.pooled.*")
+    before, other = unfinished.read_bytes(), with_values(config, pooling="last", overwrite=True)
+    with open_locked(unfinished):
+        for second in (config, other):
+            with pytest.raises(UserError, match=r"Another run is writing .*pooled\.safetensors too"):
+                cache.main(second)
+        assert unfinished.read_bytes() == before
+    cache.main(other)
+    assert results(config.run.results_dir)
+
+
 # ------------------------------------------------------------------ states and results that cannot be used
 @pytest.fixture
 def interrupted(model_dirs, rows_path, tmp_path):
@@ -200,6 +255,25 @@ def test_without_space_for_a_state_the_pass_goes_on(model_dirs, rows_path, tmp_p
     full_disk(monkeypatch, ".state-")
     cache.main(full)
     assert_equal(results(tmp_path / "full"), results(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("word", ["train.safetensors", "pooled"])
+def test_without_space_for_pooled_states_or_moments_both_old_ones_stay(
+    model_dirs, rows_path, tmp_path, monkeypatch, capsys, word
+):
+    config = settings(model_dirs, rows_path, tmp_path / "results")
+    cache.main(config)
+    before, other = results(config.run.results_dir), with_values(config, pooling="last")
+    with monkeypatch.context() as patch:
+        full_disk(patch, word)
+        with pytest.raises(OSError, match="No space"):
+            cache.main(with_values(other, overwrite=True))
+        assert_equal(load_results(config.run.results_dir), before)
+    capsys.readouterr()
+    cache.main(with_values(other, overwrite=True))
+    assert ("going on from" in capsys.readouterr().out) == (word == "train.safetensors")  # nothing is done twice
+    cache.main(with_values(other, results_dir=tmp_path / "whole"))
+    assert_equal(results(config.run.results_dir), results(tmp_path / "whole"))
 
 
 def test_without_space_for_the_result_the_old_one_stays(model_dirs, rows_path, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 import cache
 import linear_training
 from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
+from tests.processes import exit_codes, start
+from utils import training
 from utils.data import load_texts
 from utils.io import UserError
 from utils.settings import Run, with_values
@@ -53,8 +57,8 @@ def train_through_the_model(config) -> list[float]:
     for epoch in range(config.num_epochs):
         order = np.random.default_rng((config.data.seed, epoch)).permutation(len(labels))
         of_epoch = []
-        for start in range(0, len(order), config.batch_size):
-            rows = order[start : start + config.batch_size]
+        for first in range(0, len(order), config.batch_size):
+            rows = order[first : first + config.batch_size]
             batch = tokenizer([data.texts[row] for row in rows], padding=True, return_tensors="pt")
             with torch.no_grad():
                 states = model(**batch).last_hidden_state
@@ -236,6 +240,30 @@ def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_p
     for name, tensor in load_file(whole / "head.safetensors").items():
         assert torch.equal(tensor, load_file(killed / "head.safetensors")[name])
     assert not (killed / "state.safetensors").exists()
+
+
+def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_path, capsys):
+    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+
+    def run(rank):
+        step, seen = training.train_step, []
+
+        def terminated(*arguments):
+            seen.append(0)
+            if len(seen) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        training.train_step = terminated
+        linear_training.main(with_values(ended, minutes_per_state=60.0))
+
+    assert exit_codes(start(run)) == [143]
+    capsys.readouterr()
+    for config in (ended, whole):
+        linear_training.main(config)
+    assert "going on from step 5 of" in capsys.readouterr().out
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
+    assert histories[0] == histories[1]
 
 
 def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):

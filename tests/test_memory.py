@@ -14,6 +14,7 @@ import cache
 import K_sweep
 from tests.conftest import WORDS, configure, make_texts, make_tokenizer, run_command, run_in_process, write_rows
 from utils.io import UserError
+from utils.memory import free_host_memory
 from utils.settings import with_values
 
 
@@ -71,6 +72,37 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(model_dirs, rows_
         cache.main(settings(model_dirs, rows_path, tmp_path))
 
 
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    "membership, folder, names",
+    [
+        ("0::/job/step", "job/step", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),  # that of the job around it
+        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),  # a container that sees its own folder only
+        (
+            "3:cpu:/\n4:memory:/job\n0::/",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+        ("4:memory:/not/mounted", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_the_limit_of_a_job_is_the_memory_there_is(membership, folder, names, tmp_path, monkeypatch):
+    limit, use, of_files = names
+    (tmp_path / "root" / folder).mkdir(parents=True)
+    for name, content in ((limit, "5000000\n"), (use, "3000000\n"), ("memory.stat", f"anon 7\n{of_files} 1000000\n")):
+        (tmp_path / "root" / folder / name).write_text(content)
+    (tmp_path / "self").write_text(membership + "\n")
+    monkeypatch.setattr("utils.memory.CGROUPS", tmp_path / "root")
+    monkeypatch.setattr("utils.memory.OWN_CGROUPS", tmp_path / "self")
+    assert free_host_memory() == 3_000_000
+    (tmp_path / "root" / folder / limit).write_text("max\n")
+    assert free_host_memory() > 3_000_000
+
+
 def test_what_is_no_causal_lm_is_refused_before_it_is_measured(model_dirs, rows_path, tmp_path):
     folder = shutil.copytree(model_dirs["llama"], tmp_path / "distilbert")
     DistilBertConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, hidden_dim=48).save_pretrained(folder)
@@ -95,6 +127,8 @@ def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
         assert torch.equal(found[name], value[[1, 3]] if of_layers else value), name
     scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (whole, some)]
     assert scores[0]["layers"][3] == scores[1]["layers"][1] and scores[0]["score"] == scores[1]["score"]
+    with pytest.raises(UserError, match=r"has layers 1 3, which would be lost. Keep them with --layers 0 1 3, replace"):
+        cache.main(with_values(some, layers=(0, 1)))
     cache.main(some)  # all layers are asked for: made again
     assert all(torch.equal(moments(tmp_path / "some")[name], value) for name, value in expected.items())
 

@@ -190,6 +190,17 @@ def test_a_stale_table_is_found_and_mended(monkeypatch, tmp_path):
         page.main(page.Config())
 
 
+def test_gains_on_one_side_of_two_points_leave_the_decision_empty_and_missing_tables_name_their_command(tmp_path):
+    for name in ("calibration", "decision"):
+        read("smollm2", name).query("score != 'headroom'" if name == "decision" else "error_points > 0").to_csv(
+            tmp_path / f"findings_{name}.csv", index=False
+        )
+    rows = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in page.gains(tmp_path)}
+    assert rows["1 - probe accuracy"] == "" and re.match(r"0\.\d\d \[", rows["ridge R2"])
+    with pytest.raises(UserError, match=r"findings_controls\.csv\. Run: python -m fig_plot\.findings"):
+        page.controls(tmp_path)
+
+
 def test_overview_points_where_the_paper_points():
     rows = overview_rows(page.NAMES).set_index(["claim", "label"])
     assert (

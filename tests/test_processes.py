@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import sys
 
 import numpy as np
@@ -292,3 +293,9 @@ def test_two_processes_train_all_weights(names, tmp_path):
     [path] = (tmp_path / "results").glob("from_scratch/*/*/metrics.json")
     assert (tmp_path / "printed").read_text().count(str(path)) == 1
     assert json.loads(path.read_text())["last"]["step"] == 7 and len(list(path.parent.glob("*/model.safetensors"))) == 1
+
+
+def test_processes_that_cannot_meet_say_so():
+    done = run_command("cache.py", env={**os.environ, "WORLD_SIZE": "2"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: WORLD_SIZE says that there are 2 processes, and they cannot")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, run_in_process
-from utils.io import UserError, check_writable, replace_folder, write_atomically
+from utils.io import UserError, check_writable, replace_folder, temporary_path, write_atomically
 
 SCRIPTS = ("cache.py", "linear_training.py", "lora_finetuning.py", "from_scratch.py", "linear_sklearn.py")
 
@@ -53,6 +53,25 @@ def test_trying_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_runs_that_try_the_same_new_folder_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """The other one removes what both have made, before this one has tried it, or writes into it."""
+    touch, unlink = Path.touch, Path.unlink
+
+    def touch_too_late(path, *_, **__):
+        path.parent.rmdir()
+        touch(path)
+
+    def write_beside(path, *_, **__):
+        unlink(path)
+        (path.parent / "of the other").write_text("")
+
+    for name, of_other in (("touch", touch_too_late), ("unlink", write_beside)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, of_other)
+            check_writable(tmp_path / name / "b" / "result.json")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["of the other"]
+
+
 def dead_process() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
@@ -61,6 +80,10 @@ def dead_process() -> int:
 
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead, living = dead_process(), os.getppid()
+    own = temporary_path(tmp_path / "result.bin").name.removeprefix(f"result.bin.{os.getpid()}").removesuffix(".tmp")
+    dead_here, of_another_machine = f"result.bin.{dead}{own}.tmp", f"result.bin.{dead}@another-machine.tmp"
+    for name in (dead_here, of_another_machine):
+        (tmp_path / name).write_bytes(b"half")
     for process in (dead, living):
         (tmp_path / f"result.bin.{process}.tmp").write_bytes(b"half")
         (tmp_path / f"adapter.{process}.tmp").mkdir()
@@ -72,7 +95,7 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "result.bin", "adapter", f"result.bin.{living}.tmp", f"adapter.{living}.tmp", f"other.bin.{living}.tmp",
-        f"other.bin.{dead}.tmp",
+        f"other.bin.{dead}.tmp", of_another_machine,
     }  # fmt: skip
 
 
@@ -112,3 +135,11 @@ def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
     command = [sys.executable, "-c", f"import sys, utils; sys.path.insert(0, {str(tmp_path)!r}); import torch"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode in (130, -signal.SIGINT) and result.stderr == "interrupted\n"
+
+
+def test_who_has_seen_enough_of_what_is_printed_is_no_fault():
+    done = subprocess.run(
+        f"{sys.executable} -m utils.data | true; exit ${{PIPESTATUS[0]}}",
+        cwd=ROOT, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 141 and not done.stderr

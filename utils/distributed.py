@@ -113,7 +113,11 @@ def processes() -> Processes:
     """The processes of this run; meets the others when it is first called."""
     if num_started() == 1:
         return Processes()
-    store, rank, size = next(iter(rendezvous("env://")))
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+    except ValueError as error:
+        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet ({error})"
+        raise SystemExit(f"error: {told}. Start them with torchrun.") from None
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -79,6 +80,9 @@ def run_script(
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who read what is printed has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
+        sys.exit(141)  # what a shell says of SIGPIPE
     except OSError as error:
         if error.errno not in NO_PLACE or debug:
             raise
@@ -105,18 +109,20 @@ def check_writable(path: Path) -> None:
     temporary = temporary_path(path)
     if path.suffix and path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
-        made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
-        for folder in made:
-            folder.rmdir()
+    except FileNotFoundError:  # another run that tries the same has removed the folder again
+        return
     except OSError as error:
-        if error.errno not in (*NO_PLACE, errno.ENOTEMPTY):
+        if error.errno not in NO_PLACE:
             raise
-        if error.errno != errno.ENOTEMPTY:  # another run has begun to write there
-            raise UserError(cannot_write(error)) from error
+        raise UserError(cannot_write(error)) from error
+    for folder in made:
+        with contextlib.suppress(OSError):  # another run has begun to write there
+            folder.rmdir()
 
 
 # ------------------------------------------------------------------ names and paths
@@ -131,16 +137,24 @@ def path_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------ atomic files
+def machine() -> str:
+    """The name of this machine or container, as it can stand in the name of a file."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]
+
+
 def temporary_path(path: Path) -> Path:
     """Where this process writes what is to be `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{os.getpid()}@{machine()}.tmp")
 
 
 def remove_abandoned(path: Path) -> None:
-    """Removes what processes that are no longer there have left of writing `path`, as one killed by SIGKILL does."""
+    """Removes what dead processes of this machine have left of writing `path`, as one killed by SIGKILL does.
+
+    Whether a process of another machine lives cannot be known here: several may share a folder.
+    """
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        process = left.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
-        if process.isdecimal() and not is_running(int(process)):
+        process, _, where = left.name.removeprefix(f"{path.name}.").removesuffix(".tmp").partition("@")
+        if process.isdecimal() and where in ("", machine()) and not is_running(int(process)):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
@@ -343,25 +357,25 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def create_tensor_file(
-    path: Path, header: bytes, shapes: dict[str, tuple[int, ...]], renew: bool, wait: Callable[[], None]
-) -> dict[str, np.memmap]:
-    """A safetensors file of float32 on disk, mapped for writing: for tensors that should not sit in memory.
+def start_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Makes an open file a safetensors file of float32 zeros; arguments as those of `map_tensors`."""
+    file.truncate(0)
+    reserve(file, len(header) + 4 * sum(map(math.prod, shapes.values())))
+    file.seek(0)
+    file.write(header)
+    file.flush()
+
+
+def map_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.memmap]:
+    """The float32 tensors of an open safetensors file, mapped for writing: for what should not sit in memory.
 
     Args:
-        path: of the file.
-        header: of `tensor_header`.
+        file: open for reading and writing.
+        header: of `tensor_header`, with which it starts.
         shapes: of the tensors, in the order of the header.
-        renew: make it anew, of zeros.
-        wait: called when it is there, so that other processes can map it too.
     """
-    if renew:
-        with open(path, "wb") as file:
-            reserve(file, len(header) + 4 * sum(map(math.prod, shapes.values())))
-            file.write(header)
-    wait()
     tensors, offset = {}, len(header)
     for name, shape in shapes.items():
-        tensors[name] = np.memmap(path, np.float32, "r+", offset=offset, shape=shape)
+        tensors[name] = np.memmap(file, np.float32, "r+", offset=offset, shape=shape)
         offset += tensors[name].nbytes
     return tensors

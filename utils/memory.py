@@ -6,8 +6,10 @@ small batch on the CPU a process can then hold half as much again.
 d hidden size, f feed-forward size; q and k width of all queries and of all keys; sizes in bytes.
 """
 
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,16 +119,36 @@ class Need:
         return self.sums + self.block
 
 
-def free_host_memory() -> int:
-    """What the system, or the container, still gives."""
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
-        cached = 0
-        for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
-            cached += int(line.split()[1]) if line.startswith(("inactive_file ", "active_file ")) else 0
-        free = min(free, int(most) - int(used.read_text()) + cached)
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# limit, use, and what of the use are files that the system gives back: in version 2 and in version 1
+VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def own_cgroups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
+    """The folders of the containers and jobs of clusters that this process is in, and the files to read there."""
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
+        _, controllers, place = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            top, files = (CGROUPS / "memory", VERSION_1) if controllers else (CGROUPS, VERSION_2)
+            folder = top / place.strip("/")
+            yield from ((within, files) for within in (folder, *folder.parents) if within.is_relative_to(top))
+
+
+def free_in_cgroups() -> float:
+    """What the limits of containers and of jobs still give, in bytes; infinite where there are none."""
+    free = math.inf
+    for folder, (limit, use, of_files) in own_cgroups():
+        if (folder / limit).is_file() and (most := (folder / limit).read_text().strip()).isdecimal():
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            given_back = sum(int(stat.get(name, 0)) for name in of_files)
+            free = min(free, int(most) - int((folder / use).read_text()) + given_back)
     return free
+
+
+def free_host_memory() -> int:
+    """What the system, and the container or the job of a cluster, still gives."""
+    return int(min(psutil.virtual_memory().available, free_in_cgroups()))
 
 
 def free_memory(device: torch.device) -> int:
@@ -176,11 +198,12 @@ def check_fits(need: Need, device: torch.device, path: Path, on_host: bool, spre
     if device.type == "cuda" and on_host:  # products of a batch and matrices at once
         by_memory = {str(device): need.weights + need.batch + 2 * need.matrices, "cpu": here * need.sums}
     free = {name: free_memory(torch.device(name)) for name in by_memory}
+    elsewhere = ", --accumulate_on cpu" if device.type == "cuda" else ""
     for name, asked in by_memory.items():
         if asked > UNSURE * free[name] and not spread:
             raise UserError(
                 f"{name} has {gigabytes(free[name])} free and about {gigabytes(asked)} would be needed. Try --dtype "
-                "bfloat16, fewer --layers, --folds none, a smaller --tokens_per_batch, --accumulate_on cpu, or "
+                f"bfloat16, fewer --layers, --folds none, a smaller --tokens_per_batch{elsewhere} or "
                 "--device_map auto."
             )
         if asked > free[name] and not spread:

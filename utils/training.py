@@ -8,6 +8,8 @@ import contextlib
 import csv
 import importlib.util
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -32,6 +34,7 @@ from utils.objectives import BatchOrder, Objective
 from utils.results import check_identity, find_result, load_state, read_identity, save_state
 from utils.self_check import routes_tokens
 from utils.settings import Session, all_settings, result_settings
+from utils.unfinished import termination_noted
 
 
 # ------------------------------------------------------------------ a run
@@ -171,6 +174,8 @@ def load_progress(run: TrainingRun) -> Progress:
 def train(run: TrainingRun) -> Progress:
     """Trains until `num_steps` or until `stop` says so; goes on from the state of an interrupted run.
 
+    Where the system asks it to end (SIGTERM) it keeps a state after the step that it is in.
+
     Raises:
         UserError: a loss that is not finite, too little memory, or the state of another run.
     """
@@ -184,20 +189,25 @@ def train(run: TrainingRun) -> Progress:
     bar = tqdm(
         total=run.num_steps, initial=progress.step, unit="step", desc="train", mininterval=1, disable=not is_main
     )
-    while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
-        rate = float(run.scheduler.get_last_lr()[0])
-        progress.losses.append(train_step(run, progress, model))
-        bar.update()
-        if progress.step % run.steps_per_evaluation == 0 or progress.step == run.num_steps:
-            run.model.eval()
-            add_row(run, progress, rate)
-            run.model.train()
-            shown = [f"{name} {value:.4f}" for name, value in progress.history[-1].items() if name in SHOWN and value]
-            bar.set_postfix_str(", ".join(shown), refresh=False)
-        is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
-        if is_main and is_due and progress.step < run.num_steps:
-            save_progress(run, progress, progress.seconds + time.monotonic() - started)
-            saved = time.monotonic()
+    with termination_noted() as termination:
+        while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
+            rate = float(run.scheduler.get_last_lr()[0])
+            progress.losses.append(train_step(run, progress, model))
+            bar.update()
+            if progress.step % run.steps_per_evaluation == 0 or progress.step == run.num_steps:
+                run.model.eval()
+                add_row(run, progress, rate)
+                run.model.train()
+                shown = [
+                    f"{name} {value:.4f}" for name, value in progress.history[-1].items() if name in SHOWN and value
+                ]
+                bar.set_postfix_str(", ".join(shown), refresh=False)
+            is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
+            if is_main and (termination.asked or is_due) and progress.step < run.num_steps:
+                save_progress(run, progress, progress.seconds + time.monotonic() - started)
+                saved = time.monotonic()
+            if termination.asked and progress.step < run.num_steps:
+                sys.exit(128 + signal.SIGTERM)
     bar.close()
     progress.seconds += time.monotonic() - started
     for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes

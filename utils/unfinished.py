@@ -4,6 +4,7 @@ Each process keeps a state of its own, written in one piece: whenever the run is
 and adds the same numbers in the same order as if nothing had happened.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,12 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not on this system: nobody is told that another run writes the same file
+    fcntl = None  # type: ignore[assignment]
 
 from utils.batches import Step
 from utils.distributed import Processes, processes
@@ -26,10 +32,11 @@ from utils.io import (
     FORMAT_VERSION,
     NO_PLACE,
     UserError,
-    create_tensor_file,
+    map_tensors,
     open_tensors,
     remove_abandoned,
     save_tensors,
+    start_tensors,
     tensor_header,
 )
 from utils.results import check_identity, read_identity
@@ -43,10 +50,18 @@ def states_beside(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.state-*-of-*.safetensors"))
 
 
-def remove_states(path: Path) -> None:
-    """Removes the states of runs that were to be `path`, of whatever number of processes."""
+def remove_unfinished(path: Path, pooled: Path) -> None:
+    """Removes what unfinished runs have left that were to be `path`, of whatever number of processes.
+
+    Their states, whole or half-written, and their pooled states, unless another run is writing them now.
+    """
     for state in states_beside(path):
         state.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.stem}.state-*-of-*.safetensors.*.tmp"):
+        remove_abandoned(left.with_name(left.name.partition(".safetensors.")[0] + ".safetensors"))
+    if unfinished_pooled(pooled).is_file() and (file := open_locked(unfinished_pooled(pooled))):
+        unfinished_pooled(pooled).unlink(missing_ok=True)
+        file.close()
 
 
 def check_states(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
@@ -225,57 +240,79 @@ def share_centres(sums: RunningSums, num_steps: int) -> int:
 
 # ------------------------------------------------------------------ pooled states
 class PooledFile:
-    """The file of pooled states while it is filled, row by row, by all processes of a machine."""
+    """The file of pooled states while it is filled, row by row, by all processes of a machine.
+
+    The first process keeps it locked, which ends with the process, however that ends.
+    """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict, team: Processes) -> None:
         """Opens what an unfinished run has left, or makes the file anew; called by all processes.
 
         Raises:
-            UserError: the processes are on several machines.
+            UserError: the processes are on several machines, or another run is writing the same file.
         """
         if not team.on_one_machine:
             raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
-        self.path, self.unfinished = path, path.with_name(f"{path.name}.unfinished.tmp")
-        self.header, self.team = tensor_header({name: ("F32", shape) for name, shape in shapes.items()}, metadata), team
-        self.is_old = self.is_own()
+        self.path, self.unfinished, self.team = path, unfinished_pooled(path), team
+        self.header = tensor_header({name: ("F32", shape) for name, shape in shapes.items()}, metadata)
+        self.file: BinaryIO | None = None
+        self.is_old = team.object_of_first(self.open_first)  # whether an unfinished run of this kind has left rows
+        if self.file and not self.is_old:
+            try:
+                start_tensors(self.file, self.header, shapes)
+            except OSError:
+                self.discard()
+                raise
         team.wait()
-        if team.rank == 0:
-            remove_abandoned(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.tensors: dict[str, np.memmap] = create_tensor_file(
-                self.unfinished, self.header, shapes, renew=team.rank == 0 and not self.is_old, wait=team.wait
-            )
-        except OSError:
-            self.discard()
-            raise
+        self.file = self.file or open(self.unfinished, "r+b")  # noqa: SIM115, as long as the run
+        self.tensors = map_tensors(self.file, self.header, shapes)
 
-    def is_own(self) -> bool:
-        """Whether the unfinished file is of this run."""
-        try:
-            with open(self.unfinished, "rb") as file:
-                return file.read(len(self.header)) == self.header
-        except OSError:
-            return False
-
-    def flush(self) -> None:
-        """Makes sure of the rows that are in."""
-        for tensor in self.tensors.values():
-            tensor.flush()
+    def open_first(self) -> bool:
+        """Opens and locks the file in the first process; whether it is of this run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open_locked(self.unfinished)
+        if self.file is None:
+            raise UserError(f"Another run is writing {self.path} too. Let it finish, or set --results_dir.")
+        return self.file.read(len(self.header)) == self.header
 
     def finish(self) -> None:
-        """Puts the file in its place; called by all processes when every row is in.
-
-        Raises:
-            UserError: another run has begun to write the same file.
-        """
-        self.flush()
+        """Puts the file in its place; called by all processes when every row is in."""
+        for tensor in self.tensors.values():
+            tensor.flush()
         self.team.wait()
         if self.team.rank == 0:
-            if not self.is_own():
-                raise UserError(f"Another run is writing {self.path} too. Let one finish, or set --results_dir.")
             os.replace(self.unfinished, self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Lets another run have the file."""
+        if self.file:
+            self.file.close()
 
     def discard(self) -> None:
         """Removes the unfinished file."""
         self.unfinished.unlink(missing_ok=True)
+        self.close()
+
+
+def unfinished_pooled(path: Path) -> Path:
+    """Where pooled states are until all are there."""
+    return path.with_name(f"{path.name}.unfinished.tmp")
+
+
+def open_locked(path: Path) -> BinaryIO | None:
+    """The file, made where there is none, open and locked by this process; None where another has locked it."""
+    while True:
+        file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))  # noqa: SIM115
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:  # a file system without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # its owner has put it in its place, or removed it, in between
