@@ -35,7 +35,8 @@ lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m mypy .
 	.venv/bin/codespell
 
-# docstrings: hours on two cores; quick: two models, six tasks, one seed; smollm2: a real LLM, a day; paper: GPUs.
+# docstrings: hours on two cores; quick: two models, six tasks, one seed; smollm2: a real LLM, a day;
+# smollm2-docstrings: an hour; paper: GPUs.
 # Each goes on where it was interrupted, and has one seed of everything before the next
 STUDY ?= docstrings
 JOBS ?= 2
@@ -55,7 +56,7 @@ figures: $(READY)  ## every committed figure from the committed CSV files
 	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Findings.ipynb
 
-bench: $(READY)  ## every performance claim of the README, measured here
+bench: $(READY)  ## speed of the pass, the solves, the probes and training, with random and docstring models
 	$(PYTHON) -m benchmarks.bench_cache
 	$(PYTHON) -m benchmarks.bench_k_sweep
 	$(PYTHON) -m benchmarks.bench_sklearn

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from utils.batches import Batch, assign_folds, one_hot_targets, share_of, token_batches, token_steps
+from utils.batches import Batch, assign_folds, one_hot, one_hot_targets, share_of, token_batches, token_steps
 from utils.data import LabelledTexts, load_splits, load_texts
 from utils.distributed import processes
 from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
@@ -126,8 +126,8 @@ def choose_precision(config: Config, num_tokens: int, hidden_size: int) -> Preci
 def accumulate_moments(
     model: PreTrainedModel,
     tokens: TokenizedTexts,
-    targets: Tensor,
-    folds: Tensor,
+    data: LabelledTexts,
+    folds: np.ndarray,
     config: Config,
     pooled_file: np.memmap | None = None,
     unfinished: Callable[[int], Unfinished] | None = None,
@@ -140,9 +140,9 @@ def accumulate_moments(
     Args:
         model: base model without lm_head.
         tokens: n texts.
-        targets: (n, c) float64.
-        folds: (n, f) float64, one-hot.
-        config: pooling, product_dtype, tokens_per_batch, layers, folds and accumulate_on ("cpu" or not) are read.
+        data: their labels are read.
+        folds: number of the fold of each text, (n,).
+        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on ("cpu" or not).
         pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
         unfinished: gives the state on disk of a pass of so many steps; None: none is kept.
         advance: told the share of the tokens in each batch, instead of a progress bar.
@@ -153,7 +153,7 @@ def accumulate_moments(
     device, devices, team = input_device(model), layer_devices(model), processes()
     kept = numbers_of_layers(config.output.layers, len(devices))
     of_folds = num_fold_layers(config, len(kept))
-    sizes = Sizes(len(kept), model.config.hidden_size, targets.shape[1], folds.shape[1], of_folds)
+    sizes = Sizes(len(kept), model.config.hidden_size, data.num_labels, config.num_folds, of_folds)
     precision = choose_precision(config, int(tokens.lengths.sum()), sizes.hidden_size)
     on_host = config.placement.accumulate_on == "cpu"
     sums = MomentSums(sizes, tokens.lengths, [devices[layer] for layer in kept], precision, on_host)
@@ -174,7 +174,8 @@ def accumulate_moments(
     def add_batch(rows: np.ndarray) -> None:
         input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
         finite.clear()
-        batch = Batch(rows, lengths, targets[rows].to(device), folds[rows].to(device))
+        targets, of_fold = one_hot_targets(data, rows), one_hot(torch.from_numpy(folds[rows]), config.num_folds)
+        batch = Batch(rows, lengths, targets.to(device), of_fold.to(device))
         visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
         sums.add_labels(batch.on(devices[kept[0]]))
         if not (all_finite := torch.stack(finite)).all():
@@ -226,6 +227,7 @@ def ensure(
     free: Collection[str] = (),
     renew: bool = False,
     advance: Callable[[float], object] | None = None,
+    keep_texts: bool = True,
 ) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
 
@@ -235,6 +237,7 @@ def ensure(
         free: settings that are as the stored moments have them, if there are any.
         renew: make them also where they are there.
         advance: of `accumulate_moments`.
+        keep_texts: False where nobody reads the texts afterwards: they are most of what grows with their number.
 
     Raises:
         UserError: moments of another identity are there; or what the pass itself refuses.
@@ -260,7 +263,7 @@ def ensure(
         print(f"reused, already complete with these settings:\n{path}")
         remove_unfinished(path, pooled_path(path))  # of a run that was killed when it had written the result
     else:
-        make(config, data, identity, advance)
+        make(config, data, identity, advance, keep_texts)
         print(path)
     return path
 
@@ -292,7 +295,13 @@ def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts
     return with_values(config, accumulate_on="cpu" if on_host else "device")
 
 
-def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[[float], object] | None = None) -> None:
+def make(
+    config: Config,
+    data: LabelledTexts,
+    identity: dict,
+    advance: Callable[[float], object] | None = None,
+    keep_texts: bool = True,
+) -> None:
     """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
     path, device, team = config_path(config), pick_device(config.run.device), processes()
     check_writable(path)
@@ -300,8 +309,10 @@ def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
-    targets, folds = one_hot_targets(data), assign_folds(data.texts, config.num_folds)
-    config = place(config, model_config, tokens, targets.shape[1])
+    folds = assign_folds(data.texts, config.num_folds)
+    if not keep_texts:
+        data.texts.clear()
+    config = place(config, model_config, tokens, data.num_labels)
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
     metadata = {
@@ -317,7 +328,7 @@ def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[
     pooled_file = None
     if config.output.save_pooled != "none":
         num_saved = num_layers if config.output.save_pooled == "all" else 1
-        shapes = {"pooled": (num_saved, len(data.texts), model.config.hidden_size), "labels": (len(data.texts),)}
+        shapes = {"pooled": (num_saved, len(folds), model.config.hidden_size), "labels": (len(folds),)}
         pooled_file = PooledFile(pooled_path(path), shapes, metadata, team)
         pooled_file.tensors["labels"][:] = data.labels
 
@@ -330,7 +341,7 @@ def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[
 
     try:
         pooled = pooled_file.tensors["pooled"] if pooled_file else None
-        sums = accumulate_moments(model, tokens, targets, folds, config, pooled, unfinished, advance)
+        sums = accumulate_moments(model, tokens, data, folds, config, pooled, unfinished, advance)
         if team.rank == 0:
             save_tensors(path, sums.averages(), metadata)
         if pooled_file:  # after the moments: whoever is stopped in between finds both, unfinished, the next time
@@ -349,7 +360,8 @@ def make(config: Config, data: LabelledTexts, identity: dict, advance: Callable[
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
-    ensure(config, load_texts(config.data, config.run, config.split), renew=config.run.overwrite)
+    data = load_texts(config.data, config.run, config.split)
+    ensure(config, data, renew=config.run.overwrite, keep_texts=False)
 
 
 if __name__ == "__main__":

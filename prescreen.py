@@ -302,7 +302,7 @@ def screen_all(
 def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
     """Majority and bag of words: scores on the test rows, and R2 of the words on the folds that judge the models."""
     train = rows["train"]
-    folds = cache.assign_folds(train.texts, num_folds).argmax(1).numpy()
+    folds = cache.assign_folds(train.texts, num_folds)
     scores = text_baselines(train, rows["test"])
     words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
     return {name: {k: v for k, v in found.items() if k != "train"} for name, found in scores.items()} | {

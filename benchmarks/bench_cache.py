@@ -27,13 +27,15 @@ from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
 from utils.batches import token_batches
-from utils.data import load_texts
+from utils.data import LabelledTexts, load_texts
 from utils.hidden_states import run_base_model
 from utils.identity import load_config
 from utils.io import environment, path_name, pick_device, run_script, save_json
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.products import Precision
 from utils.settings import Data, Dtype, Model, Run, all_settings
+
+NUM_FOLDS = 5  # as in cache.py
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,28 @@ class Subject:
     name: str
     model: PreTrainedModel
     tokens: TokenizedTexts
-    targets: Tensor  # (n, c) float64
-    folds: Tensor  # (n, 5) float64, one-hot
+    data: LabelledTexts  # their labels
+    folds: np.ndarray  # (n,)
 
 
 def random_subjects(config: Config, device: torch.device) -> Iterator[Subject]:
     """Random models of every hidden size and dtype, on random texts."""
     tokens = make_tokens(config.num_texts, config.mean_length)
-    targets, folds = make_targets(config.num_texts, config.num_classes), make_targets(config.num_texts, 5)
+    data, folds = make_labels(config.num_texts, config.num_classes), make_folds(config.num_texts)
     for hidden_size in config.hidden_sizes:
         for dtype in config.dtypes:
             model = make_model(hidden_size, config.num_layers, dtype, device)
-            yield Subject(f"d = {hidden_size}, {dtype}", model, tokens, targets, folds)
+            yield Subject(f"d = {hidden_size}, {dtype}", model, tokens, data, folds)
 
 
-def read_texts(config: Config, num_texts: int) -> tuple[TokenizedTexts, Tensor, Tensor]:
-    """Tokens, targets and folds of a sample of the dataset, as cache.py has them."""
+def read_texts(config: Config, num_texts: int) -> tuple[TokenizedTexts, LabelledTexts, np.ndarray]:
+    """Tokens, labels and folds of a sample of the dataset, as cache.py has them."""
     assert config.model_name
     model, run = Model(config.model_name), Run()
     data = load_texts(Data(config.dataset_name, max_samples=num_texts), run, "train")
     model_config = load_config(model, run)
     tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config, None)
-    return tokens, cache.one_hot_targets(data), cache.assign_folds(data.texts, 5)
+    return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
 
 
 def real_subjects(config: Config, device: torch.device) -> Iterator[Subject]:
@@ -134,9 +136,15 @@ def make_tokens(num_texts: int, mean_length: int) -> TokenizedTexts:
     return TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, 1024)
 
 
-def make_targets(num_texts: int, num_classes: int) -> Tensor:
-    """One-hot labels in turn, (n, c) float64; folds likewise."""
-    return torch.nn.functional.one_hot(torch.arange(num_texts) % num_classes, num_classes).double()
+def make_labels(num_texts: int, num_classes: int) -> LabelledTexts:
+    """Classes in turn, of texts that nobody reads."""
+    names = [f"class {number}" for number in range(num_classes)]
+    return LabelledTexts([], np.arange(num_texts) % num_classes, names, "")
+
+
+def make_folds(num_texts: int) -> np.ndarray:
+    """Folds in turn, (n,)."""
+    return np.arange(num_texts) % NUM_FOLDS
 
 
 def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> None:
@@ -183,11 +191,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def measure(subject: Subject, config: Config, tokens_per_batch: int) -> dict:
     """Seconds of each way in each round, and the ratios of the fastest."""
-    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    model, tokens, targets = subject.model, subject.tokens, cache.one_hot_targets(subject.data)
 
     def run_cache(tokens_per_batch: int) -> None:
         cache_config = cache.Config(product_dtype=config.product_dtype, run=Run(tokens_per_batch=tokens_per_batch))
-        cache.accumulate_moments(model, tokens, targets, subject.folds, cache_config)
+        cache.accumulate_moments(model, tokens, subject.data, subject.folds, cache_config)
 
     ways: dict[str, Callable[[], object]] = {
         "cache": partial(run_cache, tokens_per_batch),

@@ -24,7 +24,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedMod
 
 import cache
 import K_sweep
-from benchmarks.bench_cache import make_targets, make_tokens, plain_forward, seconds
+from benchmarks.bench_cache import NUM_FOLDS, make_folds, make_labels, make_tokens, plain_forward, seconds
 from benchmarks.bench_products import DECODERS, Decoder
 from utils.io import environment, pick_device, run_script, save_json
 from utils.memory import Need
@@ -35,7 +35,7 @@ from utils.scores import SCORES
 from utils.settings import Run, all_settings
 
 VOCABULARY = {"SmolLM2-135M": 49_152, "Qwen2-0.5B": 151_936, "Qwen2-7B": 152_064, "Llama-3-8B": 128_256}
-NUM_CLASSES, NUM_FOLDS = 6, 5
+NUM_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def last_layer_scores(sums: MomentSums, num_texts: int) -> dict[str, float]:
 def measure(name: str, config: Config, device: torch.device) -> dict:
     """Seconds of the forward pass and of cache.py's pass in each precision, with memory and scores."""
     model, tokens = make_model(name, config.dtype, device), make_tokens(config.num_texts, config.mean_length)
-    targets, folds = (make_targets(config.num_texts, number) for number in (NUM_CLASSES, NUM_FOLDS))
+    data, folds = make_labels(config.num_texts, NUM_CLASSES), make_folds(config.num_texts)
     forward = partial(plain_forward, model, tokens, config.tokens_per_batch)
     seconds(forward, device)  # warm-up
     times = [seconds(forward, device) for _ in range(config.num_rounds)]
@@ -113,7 +113,7 @@ def measure(name: str, config: Config, device: torch.device) -> dict:
             sums.clear()  # of the round before
             passes.append(
                 seconds(
-                    lambda: sums.append(cache.accumulate_moments(model, tokens, targets, folds, settings)),  # noqa: B023
+                    lambda: sums.append(cache.accumulate_moments(model, tokens, data, folds, settings)),  # noqa: B023
                     device,
                 )
             )

@@ -10,12 +10,12 @@ import pytest
 import scipy.linalg
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoModel
 
 import cache
 import K_sweep
 from tests.conftest import make_texts, write_rows
+from utils.data import LabelledTexts
 from utils.hidden_states import visit_hidden_states
 from utils.io import open_tensors, save_tensors
 from utils.linalg import NestedBasis
@@ -128,18 +128,18 @@ def words_of_several_tokens(num_texts: int) -> list[np.ndarray]:
     return [np.concatenate([words[i] for i in random.choice(22, random.integers(3, 15))]) for _ in range(num_texts)]
 
 
-def labels_of(texts: list[np.ndarray], num_classes: int) -> Tensor:
+def labels_of(texts: list[np.ndarray], num_classes: int) -> LabelledTexts:
     random = np.random.default_rng(2)
     labels = [(text[0] + text[len(text) // 2] + (random.random() < 0.3)) % num_classes for text in texts]
     labels[:num_classes] = range(num_classes)
-    return torch.eye(num_classes, dtype=torch.float64)[labels]
+    return LabelledTexts([], np.array(labels), [f"class {number}" for number in range(num_classes)], "")
 
 
-def layer_moments(model, texts, targets, config: cache.Config, path) -> list[LayerMoments]:
+def layer_moments(model, texts, data, config: cache.Config, path) -> list[LayerMoments]:
     """The moments as K_sweep.py reads them from the file of cache.py."""
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
     tokens = TokenizedTexts(np.concatenate(texts).astype(np.int32), offsets, 512)
-    averages = cache.accumulate_moments(model, tokens, targets, torch.ones(len(texts), 1).double(), config).averages()
+    averages = cache.accumulate_moments(model, tokens, data, np.zeros(len(texts), int), config).averages()
     counts = {"num_samples": len(texts), "num_tokens": offsets[-1].item(), "num_pairs": offsets[-1].item() - len(texts)}
     metadata = {
         "format_version": cache.FORMAT_VERSION,
@@ -184,16 +184,17 @@ def test_rank_and_scores_are_those_of_exact_arithmetic(case, dtype, product_dtyp
         pytest.skip("states that bfloat16 itself moves: their smallest variance is that of its rounding")
     kind, d, vocab, make, num_classes, options = CASES[case]
     model, texts = make_model(kind, d, vocab), make(vocab=vocab)
-    targets = labels_of(texts, num_classes)
+    data = labels_of(texts, num_classes)
     exact = exact_states(model.double(), texts)
     model = model.to(getattr(torch, dtype))
-    config = cache.Config(model=Model(dtype=dtype), product_dtype=product_dtype, run=Run(tokens_per_batch=512))
+    run = Run(tokens_per_batch=512)
+    config = cache.Config(model=Model(dtype=dtype), product_dtype=product_dtype, num_folds=1, run=run)
     options = {**options, "num_null_draws": 2}
-    layers = layer_moments(model, texts, targets, config, tmp_path / "moments.safetensors")
+    layers = layer_moments(model, texts, data, config, tmp_path / "moments.safetensors")
     tolerance = {"float32": {"float32": 2e-3, "auto": 1e-4}[product_dtype], "bfloat16": 0.02}[dtype]
     for layer, moments in enumerate(layers):
         found = K_sweep.sweep_layer(moments, None, K_sweep.Config(**options), layer)
-        expected = reference(exact[layer], targets.numpy(), options.get("center", False))
+        expected = reference(exact[layer], cache.one_hot_targets(data).numpy(), options.get("center", False))
         assert (found["rank_u"], found["rank_v"]) == (expected["rank_u"], expected["rank_v"]), layer
         for name in SCORES:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance, err_msg=f"{layer} {name}")

@@ -131,18 +131,17 @@ def one_hot(numbers: Tensor, num_classes: int) -> Tensor:
     return torch.zeros(len(numbers), num_classes, dtype=torch.float64).scatter_(1, numbers[:, None], 1)
 
 
-def one_hot_targets(data: LabelledTexts) -> Tensor:
-    """Labels as y, (n, c) float64: one-hot rows of classes, or the regression target as it is."""
-    labels = torch.from_numpy(np.asarray(data.labels))
+def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None)) -> Tensor:
+    """Labels of some rows as y, (b, c) float64: one-hot rows of classes, or the regression target as it is."""
+    labels = torch.from_numpy(np.asarray(data.labels)[rows])
     if data.is_regression:
         return labels.double().reshape(len(labels), -1)
     return one_hot(labels.long(), data.num_labels)
 
 
-def assign_folds(texts: list[str], num_folds: int) -> Tensor:
-    """One-hot fold of each text, (n, f) float64, by a hash of the text: equal texts share a fold in any order."""
-    folds = torch.from_numpy(np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64))
-    return one_hot(folds, num_folds)
+def assign_folds(texts: list[str], num_folds: int) -> np.ndarray:
+    """Number of the fold of each text, (n,) int64, by a hash of the text: equal texts share a fold in any order."""
+    return np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
 def describe(data: LabelledTexts, tokens: TokenizedTexts) -> dict[str, Any]:
     """What is kept beside the moments about the texts they were taken over."""
     return {
-        "num_samples": len(data.texts),
+        "num_samples": len(tokens.lengths),
         "num_tokens": int(tokens.lengths.sum()),
         "num_pairs": int((tokens.lengths - 1).sum()),
         "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
