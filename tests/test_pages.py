@@ -145,7 +145,12 @@ def test_answers_of_the_findings_are_those_of_their_tables():
         assert not (leads[leads.score.isin(["ntps", "retained", "ridge_r2", "logme"])].low > 0).any(), study
         assert not (read(study, "calibration").query("measure == 'lora_gain'").low > 0).any(), study
     lead = read("smollm2", "controls").query("score == 'retained' and v == 'autoregression'").iloc[0]
-    assert lead.low < 0 < lead.high and lead.tasks_above_2_random_z == lead.tasks_below_minus_2_random_z
+    assert lead.low < 0 < lead.high and abs(lead.tasks_above_2_random_z - lead.tasks_below_minus_2_random_z) < 3
+    twin = read("smollm2", "random_weights").set_index("name")
+    assert 1.05 < twin.trained["ntps"] / twin.random_weights["ntps"] < 1.15 and twin.spearman_low["ntps"] > 0.5
+    assert twin.trained["ridge_r2"] / twin.random_weights["ridge_r2"] > 2.5 and twin.spearman_low["ridge_r2"] > 0.5
+    of_tiny = read("", "random_weights").set_index("name").loc["ntps"]
+    assert f"{of_tiny.trained:.3f}" == f"{of_tiny.random_weights:.3f}" and of_tiny.low < 0 < of_tiny.high
     changes = read("smollm2", "after_lora").set_index("score")
     assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
     assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
