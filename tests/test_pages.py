@@ -98,8 +98,9 @@ def test_correlations_of_the_findings_by_score_and_measure(study):
 
 
 def test_random_subspaces_and_lora_of_the_findings():
-    _, row = table_after(FINDINGS, "<!-- table: controls of smollm2 -->")
-    table = read("smollm2", "controls").query("score == 'retained'").set_index("v")
+    rows = {row[0]: row for row in table_after(FINDINGS, "<!-- table: controls of smollm2 -->")}
+    row = rows["`smollm2`"]
+    table = read("smollm2", "controls").query("score == 'retained' and model == 'smollm2'").set_index("v")
     own = table.loc["autoregression"]
     values = [*table.value[["autoregression", "random", "pca"]], own.lead_over_random, own.low, own.high]
     assert is_rounded(re.findall(NUMBER, " ".join(row[2:6])), values)
@@ -144,7 +145,12 @@ def test_answers_of_the_findings_are_those_of_their_tables():
         leads = read(study, "leads")
         assert not (leads[leads.score.isin(["ntps", "retained", "ridge_r2", "logme"])].low > 0).any(), study
         assert not (read(study, "calibration").query("measure == 'lora_gain'").low > 0).any(), study
-    lead = read("smollm2", "controls").query("score == 'retained' and v == 'autoregression'").iloc[0]
+    lead = (
+        read("smollm2", "controls")
+        .query("score == 'retained' and v == 'autoregression'")
+        .set_index("model")
+        .loc["smollm2"]
+    )
     assert lead.low < 0 < lead.high and abs(lead.tasks_above_2_random_z - lead.tasks_below_minus_2_random_z) < 3
     twin = read("smollm2", "random_weights").set_index("name")
     assert 1.05 < twin.trained["ntps"] / twin.random_weights["ntps"] < 1.15 and twin.spearman_low["ntps"] > 0.5
