@@ -191,7 +191,7 @@ def plot(table: pd.DataFrame) -> plt.Figure:
             column[0].set(xscale="log", ylim=(0, 1.15 * time_of_token.max()), ylabel="microseconds per token")
             column[1].plot(part[name], part["peak_mb"], "o-")
             column[1].set(xscale="log", ylim=(0, 1.15 * table["peak_mb"].max()), xlabel=label, ylabel="peak MB")
-            column[1].set_xticks(part[name], [f"{value:,}" for value in part[name]])
+            column[1].set_xticks(part[name], [f"{value:,}" for value in part[name]], fontsize=7)
             column[1].minorticks_off()
     return figure
 
