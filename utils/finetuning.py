@@ -21,6 +21,7 @@ from utils.distributed import processes
 from utils.hidden_states import pool
 from utils.identity import load_config, stored_as
 from utils.io import UserError, set_seed
+from utils.memory import check_training_fits, num_parameters
 from utils.models import TokenizedTexts, load_tokenizer, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
@@ -77,6 +78,11 @@ class FinetuningConfig:
     def __post_init__(self) -> None:
         if self.model.dtype == "float16":
             raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
+
+    @property
+    def bytes_of_parameter(self) -> tuple[int, int]:
+        """Of its weight and of its gradient: weights of --dtype, of which hardly any is trained, unless all are."""
+        return getattr(torch, self.model.dtype).itemsize, 0
 
 
 @dataclass
@@ -226,6 +232,9 @@ def finetune(
     tokens = {
         split: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for split, part in data.items()
     }
+    of_weights, of_gradients = config.bytes_of_parameter
+    parameters = num_parameters(config.model, config.run)
+    check_training_fits(of_weights * parameters, of_gradients * parameters, place.device)
     set_seed(config.data.seed)
     trainable = build(config, place.device)
     trainable.decoder.to(place.device)

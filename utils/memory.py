@@ -174,6 +174,35 @@ def keep_on_host(need: Need, device: torch.device, accumulate_on: str) -> bool:
     return need.memory * UNSURE > free_memory(device)
 
 
+def num_sharing() -> int:
+    """How many processes of this run share the memory of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_started() > 1 else 1
+
+
+def check_training_fits(weights: int, gradients: int, device: torch.device) -> None:
+    """Prints what training needs at least, in each process, before a model is loaded.
+
+    Args:
+        weights: bytes of all parameters.
+        gradients: bytes of those of the trained ones; Adafactor keeps hardly more.
+        device: of the model.
+
+    Raises:
+        UserError: not even that fits.
+    """
+    times = num_sharing() if device.type == "cpu" else 1
+    print(
+        f"needs about {gigabytes(weights)} for weights and {gigabytes(gradients)} for gradients"
+        f"{f', {times} times' if times > 1 else ''}; what a batch keeps for its backward pass comes on top"
+    )
+    asked, free = times * (weights + gradients), free_memory(device)
+    if asked > UNSURE * free:
+        raise UserError(
+            f"{device} has {gigabytes(free)} free and about {gigabytes(asked)} would be needed. "
+            "Try lora_finetuning.py instead of full fine-tuning, --dtype bfloat16 there, or a smaller --model_name."
+        )
+
+
 def check_fits(need: Need, device: torch.device, path: Path, on_host: bool, spread: bool) -> None:
     """Prints what a pass needs and what is free.
 
@@ -187,7 +216,7 @@ def check_fits(need: Need, device: torch.device, path: Path, on_host: bool, spre
     Raises:
         UserError: it cannot fit.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_started() > 1 else 1
+    here = num_sharing()
     on_disk = need.sums + need.pooled
     print(
         f"needs about {gigabytes(need.weights)} for weights, {gigabytes(need.sums + need.block)} for sums and "
