@@ -1,7 +1,9 @@
 """How far each score moves when nothing about the question changes, beside how far it moves from dataset to dataset.
 
     python -m benchmarks.reproducibility
-    python -m benchmarks.reproducibility --tasks docstrings/kind docstrings/scipy --num_draws 100
+    python -m benchmarks.reproducibility --model_name smollm2 --scores fig_plot/data/smollm2/scores.csv \\
+        --tasks sst2 legacy-datasets/banking77 marksverdhei/clickbait_title_classification \\
+        --output fig_plot/data/smollm2/reproducibility.csv
 
 A score is the run's: the mean over the fractions at the last layer. Each is computed again, by cache.py and K_sweep.py,
 
@@ -136,7 +138,7 @@ def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]
     for variant, options in RECOMPUTED.items():
         shared: dict[str, Any] = {"model_name": config.model_name, "dataset_name": task}
         shared["results_dir"] = folder / variant
-        sampled = {"max_samples": config.max_samples, "device": config.device}
+        sampled = {"max_samples": config.max_samples, "device": config.device, "layers": (-1,)}
         made = with_values(cache.Config(), **shared, **options, **sampled)
         cache.main(made)
         moments = load_last_layer(made)
@@ -159,7 +161,7 @@ def baseline_values(rows: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, s
     """Baseline of each dataset (row) and score (column), of the study where it has this model, and where it is from."""
     if config.scores.is_file():
         study = pd.read_csv(config.scores).query("split == 'train' and subspace == 'autoregression' and not center")
-        study = study[(study["model"] == config.model_name) & study["dataset"].str.startswith("docstrings/")]
+        study = study[study["model"] == config.model_name]
         firsts = study.sort_values("seed").groupby(["eigenvectors", "dataset"]).first()
         if set(ORDERS.values()) <= set(firsts.index.get_level_values("eigenvectors")):
             largest, smallest = (firsts.loc[order] for order in ORDERS.values())
