@@ -8,7 +8,7 @@
 A score is the run's: the mean over the fractions at the last layer. Each is computed again, by cache.py and K_sweep.py,
 
     float64 products     instead of float32 ones, sums being float64 in both
-    1024 tokens a batch  instead of 8192: other batches, hence another order of the texts
+    4096 tokens a batch  instead of 1024: other batches, hence another order of the texts
     bfloat16 model       instead of a float32 one
 
 and `ntps` in further ways, from the same moments. `ntps_smallest` is `ntps` with --eigenvectors smallest.
@@ -47,7 +47,7 @@ from utils.settings import with_values
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},
     "float64 products": {"product_dtype": "float64"},
-    "1024 tokens a batch": {"tokens_per_batch": 1024},
+    "4096 tokens a batch": {"tokens_per_batch": 4096},
     "bfloat16 model": {"dtype": "bfloat16"},
 }
 ORDERS: dict[str, Literal["largest", "smallest"]] = {"ntps": "largest", "ntps_smallest": "smallest"}
