@@ -84,7 +84,7 @@ def claims(data_dir: Path) -> list[str]:
     theirs, rows = published(), []
     for claim, (_, measure) in CLAIMS.items():
         said = answer(claim, data_dir)
-        noise = f"noise {signed(said.chosen['noise'])}, p {said.chosen['largest_p']:.2f}"
+        noise = f"shuffled {signed(said.chosen['noise'])}, p {said.chosen['largest_p']:.2f}"
         same, rule = f"{signed(said.chosen['value'])} ({noise})", with_interval(said.fixed_rule)
         baseline = f"{NAMES[said.baseline_name]} {with_interval(said.baseline)}"
         rows.append((claim, signed(theirs.loc[measure, "mean"]), same, rule, baseline))
