@@ -159,8 +159,8 @@ class Grid:
 
         A pass of cache.py keeps 32 bytes for each entry of a d x d matrix of each layer (M, C0 and C1 in float64, their
         products in float32), and the folds of the last layer. Training keeps activations and, of what is trained,
-        weights and gradients in float32. The factors are bytes for each parameter or each entry of a matrix. For SmolLM2
-        they give 2.4 GB for cache, 1.6 for K_sweep and linear_sklearn, 2.0 for linear_training and 3.1 for lora; the
+        weights and gradients in float32. The factors are bytes for each parameter or each entry of a matrix. Of SmolLM2
+        they ask 2.4 GB for cache, 1.6 for K_sweep and linear_sklearn, 2.0 for linear_training and 3.1 for lora; the
         largest peaks of its cells were 1.7, 1.0, 0.7, 0.7 and 2.9 GB.
         """
         spec = self.config["models"][self.models[model]]
