@@ -73,6 +73,7 @@ def run_script(
     try:
         with one_voice(share_work, Path(sys.argv[0]).name):
             main(config)
+        sys.stdout.flush()  # what is wrong with it shows here
     except UserError as error:
         if debug:
             traceback.print_exc()
