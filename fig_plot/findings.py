@@ -60,6 +60,7 @@ gains.py and shared_tasks.py say what is in them):
     findings_partial.csv        correlations with the headroom or the number of classes held fixed
     findings_controls.csv       question 3: what V by PCA, a random V, random weights and permuted labels give
     findings_random_weights.csv what random weights give on the same tasks, asked later
+    findings_twin.csv           the paper's procedure with the scores of random weights in place of the model's
     findings_after_lora.csv     question 4
     findings_calibration.csv    question 5: error of the LoRA gain predicted from a score, in points of accuracy
     findings_decision.csv       question 5: AUC of "LoRA gains more than two points"
@@ -80,7 +81,7 @@ from fig_plot.collect import save_csv
 from fig_plot.correlations import Draws
 from fig_plot.fixed_rule import correlation_rows, lead_rows, partial_rows, seed_rows
 from fig_plot.gains import calibration_rows, decision_rows
-from fig_plot.like_for_like import like_for_like_rows, selection_rows, sensitivity_rows
+from fig_plot.like_for_like import like_for_like_rows, selection_rows, sensitivity_rows, twin_rows
 from fig_plot.published import published_tables
 from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import after_lora_rows, control_rows, random_weights_rows
@@ -135,6 +136,7 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "partial": partial_rows(cells, draws, (*SCORES, *CONTROLS, *FEATURE_SCORES)),
         "controls": control_rows(every, draws),
         "random_weights": random_weights_rows(every, draws),
+        "twin": twin_rows(cells_of_first, layers_of_first, probes_of_first, draws),
         "after_lora": after_lora_rows(load_after_lora(data_dir), cells, draws),
         "calibration": calibration_rows(cells, draws),
         "decision": decision_rows(cells, draws),

@@ -13,7 +13,7 @@ import pandas as pd
 from fig_plot.correlations import Draws, bootstrap_interval, bootstrap_mean_correlation, spearman, spearman_rows
 from fig_plot.fixed_rule import is_known, mean_partial
 from fig_plot.selection import leave_one_out_selection, selection_null
-from fig_plot.tables import CLAIMED, NAMES, matrix
+from fig_plot.tables import CLAIMED, NAMES, RANDOM_MODELS, matrix
 
 # measure -> column of probes.csv where it is one of the layer that the score is taken at
 OF_THE_LAYER = {"train_accuracy": "train_accuracy", "train_mse": "train_mse"}
@@ -111,6 +111,26 @@ def like_for_like_rows(
             yield from map(without_vectors, rows)
             if rows:
                 yield mean_row(rows, measure, step, draws)
+
+
+def twin_rows(
+    cells: pd.DataFrame, layers: pd.DataFrame, probes: pd.DataFrame, draws: Draws
+) -> Iterator[dict[str, Any]]:
+    """Rows of findings_twin.csv: the steps of a model by its own scores, and by those of its twin of random weights.
+
+    The outcomes are those of the trained model in both, over the tasks that both have. `weights` says whose scores.
+    """
+    for twin, model in RANDOM_MODELS.items():
+        tasks = [set(layers.loc[layers["model"] == name, "dataset"]) for name in (model, twin)]
+        of_both, of_model, its_probes = (
+            table[table["dataset"].isin(tasks[0] & tasks[1])] for table in (layers, cells, probes)
+        )
+        of_model, its_probes = (table[table["model"] == model] for table in (of_model, its_probes))
+        for weights, name in (("trained", model), ("random", twin)) if len(of_model) > 3 else ():
+            sweep = score_sweep(of_both, name, "largest", "ntps")
+            for measure in MEASURES:
+                for row in step_rows(sweep, of_model, its_probes, measure, draws):
+                    yield {"model": model, "weights": weights, **without_vectors(row)}
 
 
 def without_vectors(row: dict[str, Any]) -> dict[str, Any]:

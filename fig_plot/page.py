@@ -78,6 +78,12 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def measure_name(measure: str) -> str:
+    """`lora_gain_paper` -> `LoRA gain, paper's probe`."""
+    name = measure.replace("_", " ").replace("lora gain paper", "LoRA gain, paper's probe")
+    return name.replace("lora", "LoRA").replace("mse", "MSE")
+
+
 # ------------------------------------------------------------------ tables
 def claims(data_dir: Path) -> list[str]:
     """The three claims: published, the same procedure here, the fixed rule, the best baseline."""
@@ -102,10 +108,9 @@ def like_for_like(data_dir: Path) -> list[str]:
         if row["step"] == STEPS[0] and row["measure"] in published_as:
             was = "{mean:+.2f} ({min:+.2f} to {max:+.2f})".format(**theirs.loc[published_as[row["measure"]]])
         noise = f"{signed(row['noise'])} (p at most {row['largest_p']:.3f})" if pd.notna(row["noise"]) else ""
-        name = row["measure"].replace("_", " ").replace("lora gain paper", "LoRA gain, paper's probe")
         given = signed(row["given_classes"])
         here = interval(row["spearman"], row["low"], row["high"])
-        rows.append((name.replace("lora", "LoRA").replace("mse", "MSE"), row["step"], was, here, noise, given))
+        rows.append((measure_name(row["measure"]), row["step"], was, here, noise, given))
     header = ("measure", "step", "published (range)", "here", "the same in noise", "here, number of classes held fixed")
     return markdown(header, rows)
 
@@ -160,6 +165,19 @@ def random_weights(data_dir: Path) -> list[str]:
         rows.append((name, f"{row['trained']:.3f}", f"{row['random_weights']:.3f}", lead, order, f"{row['tasks']:.0f}"))
     header = ("", "trained", "random weights", "difference", "Spearman of the two over tasks", "tasks")
     return markdown(header, rows)
+
+
+def twin(data_dir: Path) -> list[str]:
+    """The paper's procedure by the scores of a model, and by those of random weights."""
+    table, rows = read_table("findings_twin", data_dir).set_index(["measure", "step", "weights"]), []
+    for measure, step in dict.fromkeys(key[:2] for key in table.index):
+        cells = []
+        for weights in ("trained", "random"):
+            row = table.loc[(measure, step, weights)]
+            noise = f" ({signed(row['noise'])}, p {row['p']:.2f})" if pd.notna(row["noise"]) else ""
+            cells.append(f"{signed(row['spearman'])}{noise}")
+        rows.append((measure_name(measure), step, *cells, f"{row['tasks']:.0f}"))
+    return markdown(("measure", "step", "its own scores", "those of random weights", "tasks"), rows)
 
 
 def after_lora(data_dir: Path) -> list[str]:
@@ -232,6 +250,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
         leads,
         controls,
         random_weights,
+        twin,
         after_lora,
         gains,
         seeds,

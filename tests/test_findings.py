@@ -7,6 +7,7 @@ from scipy.stats import spearmanr
 
 from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
+from fig_plot.like_for_like import twin_rows
 from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import random_weights_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
@@ -136,6 +137,26 @@ def test_random_weights_are_compared_on_the_tasks_of_both():
     expected = spearmanr(trained.retained, of_twin.retained).statistic
     assert retained["spearman"] == pytest.approx(expected) and abs(expected) < 0.9
     assert retained["lead"] == pytest.approx(-0.2 * of_twin.retained.mean())
+
+
+def test_the_procedure_by_the_scores_of_random_weights(tmp_path, monkeypatch):
+    """Both planted: `small-one` at layer 1 and fraction .5, its twin too, but in the other order of the tasks."""
+    write_study(tmp_path)
+    monkeypatch.setattr("fig_plot.like_for_like.RANDOM_MODELS", {"tiny-random": "small-one"})
+    layers = tables.read_table("layers", tmp_path)
+    of_twin = layers["model"] == "tiny-random"
+    layers.loc[of_twin, "ntps"] = 1 - layers.loc[of_twin, "ntps"]
+    cells, probes = tables.load_seeds(tmp_path), tables.read_table("probes", tmp_path)
+    rows = pd.DataFrame(twin_rows(cells, layers, probes, Draws(50, 0))).set_index(["weights", "measure", "step"])
+    planted = (slice(None), "lora_gain", "layer and K chosen")
+    assert rows.loc[("trained", *planted[1:]), ["spearman", "layer", "fraction"]].tolist() == [
+        pytest.approx(-1),
+        1,
+        0.5,
+    ]
+    assert rows.loc[("random", *planted[1:]), "spearman"] > -0.9 and (rows.model == "small-one").all()
+    kept = pd.concat([layers[~of_twin], layers[of_twin & layers["dataset"].isin(TASKS[:6])]])
+    assert (pd.DataFrame(twin_rows(cells, kept, probes, Draws(50, 0))).tasks == 6).all()
 
 
 def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
