@@ -125,8 +125,17 @@ def test_numbers_in_the_words_of_the_findings():
         list(shown.groups()), [at[(0, "U")], at[(0, "V")], apart.leave_one_out_p[(0, "U")], at[(30, "U")]]
     )
     assert at[(30, "U")] == at[(30, "V")]
-    moves = pd.read_csv(DATA / "reproducibility_summary.csv").query("score == 'ntps'").set_index("variant")
-    assert moves.largest_difference[["float64 products", "4096 tokens a batch"]].max() < 2e-6
+    released = []
+    for study in ("", "smollm2"):
+        moves = pd.read_csv(DATA / study / "reproducibility_summary.csv").set_index(["score", "variant"])
+        moves = moves.largest_difference.unstack()
+        same = moves.loc[
+            ["ntps", "ntps_label", "ntps_whitened", "retained"], ["float64 products", "4096 tokens a batch"]
+        ]
+        assert same.min(axis=None) > 0 and same.max(axis=None) < 2e-6
+        released.append(moves.loc["ntps_released"].max())
+    shown = re.search(r"moves by \.003 to (\.\d+), and by up to (\.\d+) on SmolLM2", words)
+    assert shown and is_rounded(list(shown.groups()), released)
     for study, of in (("smollm2", "tasks, of which"), ("", "runs on 12 tasks, of which")):
         row = read(study, "decision").query("measure == 'lora_gain' and score == 'ntps'").iloc[0]
         assert f"{row.cells} {of} {row.above} gain" in words and row.tasks in (12, row.cells)
