@@ -168,7 +168,41 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     assert f"{of_tiny.trained:.3f}" == f"{of_tiny.random_weights:.3f}" and of_tiny.low < 0 < of_tiny.high
     changes = read("smollm2", "after_lora").set_index("score")
     assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
+    of_seeds = read("smollm2", "seeds").set_index("name").share
+    assert of_seeds["ntps"] == pytest.approx(1 / 16, abs=0.01) and of_seeds["retained"] > 0.1
     assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
+
+
+def test_answers_on_the_docstring_tasks_of_smollm2():
+    """The sentences of "The docstring tasks on SmolLM2", and those of the first pages that come from them."""
+    study, words = "smollm2-docstrings", " ".join(FINDINGS.split())
+    rule = read(study, "correlations").query("correlation == 'spearman' and direction == 'across tasks'")
+    rule = rule.set_index(["measure", "score"])
+    assert (
+        rule.high[("probe_mse", "ntps")] < 0 < rule.low[("probe_skill", "ntps")]
+        and rule.high[("probe_mse", "num_classes")] < 0
+    )
+    chosen = read(study, "like_for_like").query("step == 'layer and K chosen' and model == 'smollm2'")
+    assert set(chosen.measure) == {"train_accuracy", "train_mse"} and (chosen.p < 0.05).all()
+    partial = read(study, "partial").set_index(["measure", "score"]).loc[("probe_mse", "ntps")]
+    lead = read(study, "leads").set_index(["measure", "score"]).loc[("probe_mse", "ntps")]
+    shown = re.search(r"\((-\.\d+) \[(-\.\d+), (-\.\d+)\] for MSE.*?lead is (\+\.\d+) \[(-\.\d+), (\+\.\d+)\]", words)
+    assert shown and is_rounded(
+        list(shown.groups()), [*partial[["value", "low", "high"]], *lead[["lead", "low", "high"]]]
+    )
+    assert lead.best_baseline == "num_classes" and not (read(study, "leads").query("score == 'ntps'").low > 0).any()
+    own = read(study, "controls").query("score == 'retained' and v == 'autoregression'").iloc[0]
+    assert own.high < 0 and own.tasks_above_2_random_z == 0
+    shared = read(study, "shared_tasks").set_index("name")
+    assert (shared.value[["probe_skill", "probe_mse", "ridge_r2", "retained_z"]] > 0.9).all()
+    assert shared.value["ntps"] < 0.6 and shared.between_others["ntps"] < 0.3
+
+
+def test_random_weights_follow_the_outcomes_as_well():
+    table = read("smollm2", "twin").query("step == 'layer and K chosen'").pivot(index="measure", columns="weights")
+    sizes = table.spearman.loc[["train_accuracy", "train_mse"]].abs()
+    assert (sizes > 0.6).all(axis=None) and (table.p > 0.05).all(axis=None)
+    assert (sizes["trained"] - sizes["random"]).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("study", present_studies(among=ALL_STUDIES))
