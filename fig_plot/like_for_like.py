@@ -121,12 +121,14 @@ def twin_rows(
     The outcomes are those of the trained model in both, over the tasks that both have. `weights` says whose scores.
     """
     for twin, model in RANDOM_MODELS.items():
-        tasks = [set(layers.loc[layers["model"] == name, "dataset"]) for name in (model, twin)]
+        of_each = [set(layers.loc[layers["model"] == name, "dataset"]) for name in (model, twin)]
         of_both, of_model, its_probes = (
-            table[table["dataset"].isin(tasks[0] & tasks[1])] for table in (layers, cells, probes)
+            table[table["dataset"].isin(set.intersection(*of_each))]
+            for table in (layers, cells[cells["model"] == model], probes[probes["model"] == model])
         )
-        of_model, its_probes = (table[table["model"] == model] for table in (of_model, its_probes))
-        for weights, name in (("trained", model), ("random", twin)) if len(of_model) > 3 else ():
+        if of_both.empty:
+            continue
+        for weights, name in (("trained", model), ("random", twin)):
             sweep = score_sweep(of_both, name, "largest", "ntps")
             for measure in MEASURES:
                 for row in step_rows(sweep, of_model, its_probes, measure, draws):

@@ -46,6 +46,8 @@ NAMES = ASKED | {
     "ntps_whitened": "`ntps_whitened`",
 }
 
+LABELS = MEASURES | NAMES  # of scores and of what they should predict
+
 
 @dataclass(frozen=True)
 class Config:
@@ -158,10 +160,10 @@ def controls(data_dir: Path) -> list[str]:
 def random_weights(data_dir: Path) -> list[str]:
     """A trained model beside its twin of random weights."""
     table, rows = read_table("findings_random_weights", data_dir), []
-    for _, row in table[table["name"].isin(NAMES.keys() | MEASURES.keys())].iterrows():
+    for _, row in table[table["name"].isin(LABELS)].iterrows():
         lead = interval(row["lead"], row["low"], row["high"], digits=3)
         order = interval(row["spearman"], row["spearman_low"], row["spearman_high"])
-        name = NAMES.get(row["name"]) or MEASURES[row["name"]]
+        name = LABELS[row["name"]]
         rows.append((name, f"{row['trained']:.3f}", f"{row['random_weights']:.3f}", lead, order, f"{row['tasks']:.0f}"))
     header = ("", "trained", "random weights", "difference", "Spearman of the two over tasks", "tasks")
     return markdown(header, rows)
@@ -214,16 +216,15 @@ def seeds(data_dir: Path) -> list[str]:
     table, rows = read_table("findings_seeds", data_dir), []
     for _, row in table[table["name"].isin(("ntps", "ntps_label", "retained", "retained_z", "lora_gain"))].iterrows():
         spreads = (f"{row['sd_between_seeds']:.4f}", f"{row['sd_over_tasks']:.4f}", f"{row['share']:.2f}")
-        rows.append((f"`{row['model']}`", NAMES.get(row["name"], "LoRA gain"), *spreads))
+        rows.append((f"`{row['model']}`", LABELS[row["name"]], *spreads))
     return markdown(("model", "score", "between seeds", "over tasks", "share"), rows)
 
 
 def shared_tasks(data_dir: Path) -> list[str]:
     """Each score and measure of the study beside that of the docstring LMs, over the tasks of both."""
     table, rows = read_table("findings_shared_tasks", data_dir), []
-    for _, row in table[table["name"].isin(NAMES.keys() | MEASURES.keys())].iterrows():
-        name = NAMES.get(row["name"]) or MEASURES[row["name"]]
-        rows.append((name, with_interval(row), signed(row["between_others"])))
+    for _, row in table[table["name"].isin(LABELS)].iterrows():
+        rows.append((LABELS[row["name"]], with_interval(row), signed(row["between_others"])))
     return markdown(("", "SmolLM2 with a docstring LM", "two docstring LMs"), rows)
 
 

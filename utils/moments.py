@@ -229,13 +229,14 @@ def is_complete(
         num_layers = last_layer(file, metadata) + 1
         num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
         asked, there = numbers_of_layers(layers, num_layers), stored_layers(file, metadata)
-    if not set(there) <= set(asked) and not set(asked) <= set(there):
+    lacking = set(asked) - set(there)
+    if lacking and set(there) - set(asked):
         both = " ".join(map(str, sorted({*there, *asked})))
         raise UserError(
             f"{path} has layers {' '.join(map(str, there))}, which would be lost. Keep them with --layers {both}, "
             "replace them with --overwrite, or write elsewhere with --results_dir."
         )
-    if not set(asked) <= set(there) or (folds == "last" and there[-1] != asked[-1]):
+    if lacking or (folds == "last" and there[-1] != asked[-1]):
         return False
     num_layers = len(there)
     if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[folds]:

@@ -58,7 +58,7 @@ def remove_unfinished(path: Path, pooled: Path) -> None:
     for state in states_beside(path):
         state.unlink(missing_ok=True)
     for left in path.parent.glob(f"{path.stem}.state-*-of-*.safetensors.*.tmp"):
-        remove_abandoned(left.with_name(left.name.partition(".safetensors.")[0] + ".safetensors"))
+        remove_abandoned(left.with_name(left.name.rsplit(".", 2)[0]))
     if unfinished_pooled(pooled).is_file() and (file := open_locked(unfinished_pooled(pooled))):
         unfinished_pooled(pooled).unlink(missing_ok=True)
         file.close()
