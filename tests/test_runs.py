@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 import cache
 import linear_training
@@ -17,7 +18,9 @@ from runs.grid import Grid, folder_name, to_flags
 from tests.conftest import ROOT
 from utils.datasets_table import DATASETS, SPECS
 from utils.io import parse, path_name
+from utils.memory import Need
 from utils.model_table import MODELS
+from utils.moment_sums import Sizes
 
 SNAKEMAKE = ROOT / ".venv-snakemake" / "bin" / "snakemake"
 STUDIES = sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))
@@ -117,6 +120,18 @@ def test_another_attempt_has_twice_the_memory_and_the_time():
     first, second = ({name: found[name](of_8b, n) for name in ("mem_mb", "runtime")} for n in (1, 2))
     assert {name: 2 * value for name, value in first.items()} == second
     assert first["mem_mb"] > 2 * 8e9 / 1e6  # its weights in bfloat16 at least
+
+
+@pytest.mark.parametrize("study, name", [(study, name) for study in ("paper", "smollm2") for name in grid(study).models])
+def test_a_cell_asks_for_what_cache_says_that_it_needs(study, name):
+    """In main memory, in float32: with what the libraries take on top, and not much more."""
+    of_study = grid(study)
+    spec = of_study.config["models"][of_study.models[name]]
+    config = LlamaConfig(hidden_size=spec["hidden_size"], intermediate_size=2 * spec["hidden_size"])
+    sizes = Sizes(spec["num_layers"] + 1, spec["hidden_size"], num_labels=77, num_folds=5, num_fold_layers=1)
+    weights = 4 * int(float(spec["parameters"]))
+    need = Need.of(config, sizes, "float32", 4, weights=weights, num_tokens=1024).memory / 1e6
+    assert need < of_study.memory("cache", name) < 1500 + 1.1 * need
 
 
 # ------------------------------------------------------------------ Snakemake
