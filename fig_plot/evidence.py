@@ -31,6 +31,7 @@ import pandas as pd
 
 from fig_plot.collect import dataset_of, result_files, save_csv, shown_name
 from fig_plot.correlations import Correlation, auc, bootstrap_interval, mean_correlation, spearman, weighted_tau
+from fig_plot.gains import WORTHWHILE_GAIN
 from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, mean_of_others, trained_models
 from utils import closed_form
 from utils.before_after import ADAPTED
@@ -42,7 +43,6 @@ BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_ac
 NOT_ACROSS_MODELS = ("bag_of_words_accuracy", "majority_accuracy", "mean_of_others")
 CLOSED_FORM = (*closed_form.SEEING, "layer_lead")
 CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "weighted_tau": weighted_tau}
-WORTHWHILE = 0.02  # of accuracy
 FILE = "closed_form.csv"
 
 
@@ -106,7 +106,7 @@ def across_models(score: np.ndarray, target: np.ndarray, kind: Correlation) -> f
 def above_two_points(score: np.ndarray, gain: np.ndarray) -> float:
     """AUC of the score for a gain above two points, all cells pooled."""
     known = np.isfinite(gain) & np.isfinite(score)
-    return auc(score[known], gain[known] > WORTHWHILE)
+    return auc(score[known], gain[known] > WORTHWHILE_GAIN)
 
 
 def judged(
@@ -159,7 +159,7 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
             if measure == "lora_gain":
                 row = judged(above_two_points, score, target, config.num_draws, config.seed)
                 if np.isfinite(row["value"]):
-                    above = int((target[score.notna()] > WORTHWHILE).to_numpy().sum())
+                    above = int((target[score.notna()] > WORTHWHILE_GAIN).to_numpy().sum())
                     yield {"direction": "gain > 2", **keys, "statistic": "auc", **row, "cells_above": above}
 
 

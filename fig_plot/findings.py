@@ -53,6 +53,8 @@ Reads the CSV files of collect.py. Writes findings_*.csv beside them (like_for_l
 gains.py and shared_tasks.py say what is in them):
 
     findings_like_for_like.csv  question 1: the paper's procedure, and what is left step by step
+    findings_like_for_like_paper.csv, findings_correlations_paper.csv
+                                questions 1 and 2 on the paper's own datasets alone, asked later
     findings_selection.csv      the same on test rows, and the choice judged on a task left out
     findings_sensitivity.csv    correlation at every layer and K
     findings_correlations.csv   question 2: each score and baseline with each measure, across tasks and across models
@@ -79,7 +81,7 @@ import pandas as pd
 
 from fig_plot.collect import save_csv
 from fig_plot.correlations import Draws
-from fig_plot.fixed_rule import correlation_rows, lead_rows, partial_rows, seed_rows
+from fig_plot.fixed_rule import RIVALS, correlation_rows, lead_rows, partial_rows, seed_rows
 from fig_plot.gains import calibration_rows, decision_rows
 from fig_plot.like_for_like import like_for_like_rows, selection_rows, sensitivity_rows, twin_rows
 from fig_plot.published import published_tables
@@ -90,6 +92,8 @@ from fig_plot.tables import (
     CONTROLS,
     DATA_DIR,
     FEATURE_SCORES,
+    KEYS,
+    MEASURES,
     PUBLISHED_DIR,
     SCORES,
     average_seeds,
@@ -101,6 +105,7 @@ from fig_plot.tables import (
     study_dir,
     trained_models,
 )
+from utils.datasets_table import PAPER_KEYS
 from utils.io import run_script
 
 ON_TEST = ("probe_accuracy", "probe_mse", "lora_gain_paper", "lora_gain")
@@ -142,6 +147,13 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "decision": decision_rows(cells, draws),
         "seeds": seed_rows(seeds),
     }
+    of_paper, layers_of_paper, probes_of_paper = (
+        table[table["dataset"].isin(PAPER_KEYS)] for table in (cells_of_first, layers_of_first, probes_of_first)
+    )
+    if 4 <= of_paper["dataset"].nunique() < cells["dataset"].nunique():
+        rows["like_for_like_paper"] = like_for_like_rows(of_paper, layers_of_paper, probes_of_paper, draws)
+        columns = [name for name in (*KEYS, "ntps", *MEASURES, *RIVALS) if name in cells]
+        rows["correlations_paper"] = correlation_rows(cells.loc[cells["dataset"].isin(PAPER_KEYS), columns], draws)
     if data_dir.resolve() != DATA_DIR and (DATA_DIR / "scores.csv").is_file():
         rows["shared_tasks"] = shared_task_rows(cells, trained_models(load_cells(DATA_DIR)), draws)
     return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
@@ -160,7 +172,7 @@ def print_summary(tables: dict[str, pd.DataFrame]) -> None:
         print(f"\nSpearman {group}, mean and 95 % interval")
         print(rows.pivot(index="score", columns="measure", values="cell").fillna("").to_string())
     for name, table in tables.items():
-        if name not in ("correlations", "sensitivity") and not table.empty:
+        if not name.startswith(("correlations", "sensitivity")) and not table.empty:
             print(f"\n{name}\n{table.round(3).to_string(index=False)}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import f
 
 from fig_plot.correlations import (
     CORRELATIONS,
@@ -109,11 +110,11 @@ def mean_partial(score: np.ndarray, target: np.ndarray, given: np.ndarray) -> fl
 def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows of findings_partial.csv: Spearman of score and measure with one thing held fixed, mean over models.
 
-    The headroom for gains; the number of classes for the probe's error.
+    The headroom for gains; the number of classes for the probe's accuracy above the majority class and its error.
     """
     pairs = [(measure, "headroom") for measure in known_gains(cells)]
-    if is_known(cells, "num_classes") and is_known(cells, "probe_mse"):
-        pairs.append(("probe_mse", "num_classes"))
+    if is_known(cells, "num_classes"):
+        pairs += [(measure, "num_classes") for measure in ("probe_skill", "probe_mse") if is_known(cells, measure)]
     for measure, given in pairs:
         for name in [name for name in scores if is_known(cells, name)]:
             tables = [matrix(cells, column).to_numpy(float).T for column in (name, measure, given)]
@@ -123,11 +124,17 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
 
 # ------------------------------------------------------------------ spread
 def seed_rows(seeds: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows of findings_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks."""
+    """Rows of findings_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks.
+
+    The interval of their share is that of a ratio of two variances of normal numbers, by F.
+    """
     for model, rows in seeds.groupby("model"):
-        for name in [name for name in (*SCORES, *FEATURE_SCORES, *MEASURES) if is_known(rows, name)]:
+        for name in [name for name in (*SCORES, "retained_lead", *FEATURE_SCORES, *MEASURES) if is_known(rows, name)]:
             table = rows.pivot(index="dataset", columns="seed", values=name).dropna(axis=1, how="all").dropna()
             if table.shape[1] > 1 and len(table) > 1:
                 between, over = float(np.sqrt(table.var(axis=1).mean())), table.mean(axis=1).std()
+                freedom = (len(table) * (table.shape[1] - 1), len(table) - 1)
+                low, high = between / over / np.sqrt(f.ppf([0.975, 0.025], *freedom))
                 yield {"model": model, "name": name, "sd_between_seeds": between, "seeds": table.shape[1],
-                       "sd_over_tasks": over, "share": between / over, "tasks": len(table)}  # fmt: skip
+                       "sd_over_tasks": over, "share": between / over, "low": low, "high": high,
+                       "tasks": len(table)}  # fmt: skip

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fig_plot.correlations import Draws, auc, bootstrap_interval
 from fig_plot.fixed_rule import is_known, known_gains
-from fig_plot.tables import SCORES
+from fig_plot.tables import SCORES, matrix
 
 WORTHWHILE_GAIN = 0.02  # in the go / no-go question
 CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "retained_z", "retained_lead", "ntps",
@@ -16,33 +16,39 @@ CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "reta
 
 
 def candidates(cells: pd.DataFrame) -> list[str]:
-    """Question 5's candidates that were measured, the other scores and the size of the model behind them."""
-    names = dict.fromkeys((*CANDIDATES, *SCORES, "num_parameters"))
+    """Question 5's candidates that were measured, and the other scores behind them."""
+    names = dict.fromkeys((*CANDIDATES, *SCORES))
     return [name for name in names if is_known(cells, name)]
 
 
-def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
-    """Rows of findings_decision.csv: AUC of "the gain is above two points", pooled over models and tasks.
+def mean_auc(score: np.ndarray, gain: np.ndarray) -> float:
+    """AUC of "the gain is above two points" over the tasks of a model, mean over models; both are (tasks, models).
 
-    Below .5 the score points the other way. Intervals over tasks.
+    Within a model: pooled over models it would compare the levels of their scores, and not tasks. A model whose gains
+    are all on one side is left out.
+    """
+    found = []
+    for x, y in zip(score.T, gain.T, strict=True):
+        known = np.isfinite(x) & np.isfinite(y)
+        if 0 < (y[known] > WORTHWHILE_GAIN).sum() < known.sum():
+            found.append(auc(x[known], y[known] > WORTHWHILE_GAIN))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+    """Rows of findings_decision.csv: `mean_auc` of each candidate, with its interval over tasks.
+
+    Above .5 a higher value goes with a gain; of NTPS the paper claims the opposite.
     """
     for measure in known_gains(cells):
         for name in candidates(cells):
             known = cells.dropna(subset=[measure, name])
-            by_task = [rows[[name, measure]].to_numpy(float) for _, rows in known.groupby("dataset")]
-
-            def pooled(chosen: np.ndarray, by_task: list[np.ndarray] = by_task) -> float:
-                table = np.concatenate([by_task[i] for i in chosen])
-                return auc(table[:, 0], table[:, 1] > WORTHWHILE_GAIN)
-
-            if not by_task or not np.isfinite(pooled(np.arange(len(by_task)))):
-                continue
-            interval = bootstrap_interval(
-                pooled, np.arange(len(by_task)), num_draws=draws.num_draws // 4, seed=draws.seed
-            )
-            yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
-                   "high": interval.high, "cells": len(known), "tasks": len(by_task),
-                   "above": int((known[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
+            tables = [matrix(known, column).to_numpy(float).T for column in (name, measure)]
+            interval = bootstrap_interval(mean_auc, *tables, num_draws=draws.num_draws // 4, seed=draws.seed)
+            if np.isfinite(interval.value):
+                yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
+                       "high": interval.high, "cells": len(known), "tasks": len(tables[0]),
+                       "above": int((known[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
 
 
 def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> np.ndarray:
@@ -62,7 +68,7 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, An
     `nothing` is the mean gain of the other tasks. `lead` is what the mean absolute error of `nothing`, on the same
     cells, is larger by, with an interval over tasks: a predictor is better than nothing if that is above 0.
     """
-    single = {name: [name] for name in candidates(cells) if name != "num_parameters"}  # each model has an intercept
+    single = {name: [name] for name in candidates(cells)}
     pairs = (("headroom", "ntps"), ("headroom", "retained_z"))
     both = {" and ".join(pair): list(pair) for pair in pairs if all(name in single for name in pair)}
     for measure in known_gains(cells):

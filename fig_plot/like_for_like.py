@@ -12,13 +12,14 @@ import pandas as pd
 
 from fig_plot.correlations import Draws, bootstrap_interval, bootstrap_mean_correlation, spearman, spearman_rows
 from fig_plot.fixed_rule import is_known, mean_partial
-from fig_plot.selection import leave_one_out_selection, selection_null
+from fig_plot.selection import joint_p_value, leave_one_out_selection, selection_null
 from fig_plot.tables import CLAIMED, NAMES, RANDOM_MODELS, matrix
 
 # measure -> column of probes.csv where it is one of the layer that the score is taken at
 OF_THE_LAYER = {"train_accuracy": "train_accuracy", "train_mse": "train_mse"}
 MEASURES = (*OF_THE_LAYER, "lora_gain_paper", "lora_gain")
 ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
+VECTORS = ("x", "y", "given", "null")  # of a row of `step_rows`
 STEPS = ("layer and K chosen", "last layer, K chosen", "last layer, mean over K", "the same on test rows")
 
 
@@ -64,7 +65,7 @@ def outcomes(sweep: Sweep, cells: pd.DataFrame, probes: pd.DataFrame, measure: s
 def step_rows(
     sweep: Sweep, cells: pd.DataFrame, probes: pd.DataFrame, measure: str, draws: Draws
 ) -> Iterator[dict[str, Any]]:
-    """The steps of one model and measure. With the vectors `x`, `y` and `given`, (tasks,) each."""
+    """The steps of one model and measure. With `x`, `y` and `given`, (tasks,) each, and where it is chosen `null`."""
     target, direction = outcomes(sweep, cells, probes, measure), CLAIMED[measure]
     if target is None or np.isfinite(target[-1]).sum() < 4:
         return
@@ -82,6 +83,7 @@ def step_rows(
         yield row(
             step, sweep.maps[place], target[place], noise=found.null_mean, noise_quantile=found.null_quantile,
             p=found.p_value, layer=int(sweep.layers[place]), fraction=sweep.fractions[place], configurations=len(maps),
+            null=found.null,
         )  # fmt: skip
     mean = sweep.maps[sweep.last].mean(0)
     yield row(STEPS[2], mean, target[-1], layer=int(sweep.layers.max()), configurations=1)
@@ -94,9 +96,11 @@ def step_rows(
 def like_for_like_rows(
     cells: pd.DataFrame, layers: pd.DataFrame, probes: pd.DataFrame, draws: Draws
 ) -> Iterator[dict[str, Any]]:
-    """Rows of findings_like_for_like.csv: each model, and `mean` over them with its interval.
+    """Rows of findings_like_for_like.csv: each model, and `mean` over them.
 
-    `given_classes` is the partial Spearman with the number of classes held fixed.
+    `given_classes` is the partial Spearman with the number of classes held fixed. `p` of the mean is that of all models
+    at once. Intervals of the mean are over tasks; where the configuration was chosen they would have to know of the
+    choice, so that there is none but that of `given_classes`, for the configuration as it was chosen.
     """
     models = list(dict.fromkeys(cells["model"]))
     for measure in MEASURES:
@@ -138,20 +142,25 @@ def twin_rows(
 def without_vectors(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `step_rows` with the partial Spearman of its vectors in their place."""
     x, y, given = (row[name][:, None] for name in ("x", "y", "given"))
-    kept = {name: value for name, value in row.items() if name not in ("x", "y", "given")}
+    kept = {name: value for name, value in row.items() if name not in VECTORS}
     return kept | {"given_classes": mean_partial(x, y, given)}
 
 
 def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) -> dict[str, Any]:
-    """The mean over models; intervals over tasks, which for a chosen configuration do not know of the choice."""
+    """The mean over models of one step."""
     x, y, given = (np.array([row[name] for row in rows]) for name in ("x", "y", "given"))
     partial = bootstrap_interval(mean_partial, x.T, y.T, given.T, num_draws=draws.num_draws // 4, seed=draws.seed)
     interval = bootstrap_mean_correlation(x, y, num_draws=draws.num_draws, seed=draws.seed)
-    row = {"model": "mean", "measure": measure, "step": step, "spearman": interval.value, "low": interval.low,
-           "high": interval.high, "tasks": max(row["tasks"] for row in rows), "models": len(rows)}  # fmt: skip
+    row = {"model": "mean", "measure": measure, "step": step, "spearman": interval.value,
+           "tasks": max(row["tasks"] for row in rows), "models": len(rows)}  # fmt: skip
     if "noise" in rows[0]:
-        row |= {name: float(np.mean([each[name] for each in rows])) for name in ("noise", "noise_quantile")}
-        row["largest_p"] = max(each["p"] for each in rows)
+        row["noise"] = float(np.mean([each["noise"] for each in rows]))
+        known = np.isfinite(y)
+        if (known == known[0]).all():  # the same tasks, and so the same permutations
+            row["p"] = joint_p_value([each["spearman"] for each in rows], [each["null"] for each in rows],
+                                     CLAIMED[measure])  # fmt: skip
+    else:
+        row |= {"low": interval.low, "high": interval.high}
     names = ("given_classes", "given_classes_low", "given_classes_high")
     return row | dict(zip(names, partial, strict=True))
 

@@ -23,15 +23,15 @@ LABELS = {"chosen": "same procedure", "fixed_rule": "fixed rule, held-out rows",
 class Claim(NamedTuple):
     """What a study says to one claim; each row with value, low and high."""
 
-    chosen: pd.Series  # layer and K chosen on training rows, mean over models; also noise and largest_p
+    chosen: pd.Series  # layer and K chosen on training rows, mean over models; also noise and p
     fixed_rule: pd.Series  # last layer, mean over K, held-out rows
     baseline: pd.Series
     baseline_name: str
 
 
-def spearmans(data_dir: Path) -> pd.DataFrame:
-    """Spearman across tasks under the fixed rule, by measure and score."""
-    table = read_table("findings_correlations", data_dir)
+def spearmans(data_dir: Path, of: str = "") -> pd.DataFrame:
+    """Spearman across tasks under the fixed rule, by measure and score; of the paper's datasets alone with `_paper`."""
+    table = read_table(f"findings_correlations{of}", data_dir)
     table = table[(table["correlation"] == "spearman") & (table["direction"] == "across tasks")]
     return table.set_index(["measure", "score"])
 
@@ -43,11 +43,11 @@ def published() -> pd.DataFrame:
     return rows.groupby("measure")["spearman"].agg(["mean", "min", "max"])
 
 
-def answer(claim: str, data_dir: Path) -> Claim:
-    """What a study says to a claim of `CLAIMS`."""
+def answer(claim: str, data_dir: Path, of: str = "") -> Claim:
+    """What a study says to a claim of `CLAIMS`; on the paper's datasets alone with `_paper`."""
     chosen_on, measure = CLAIMS[claim]
-    steps = read_table("findings_like_for_like", data_dir).set_index(["measure", "model", "step"])
-    table = spearmans(data_dir).loc[measure]
+    steps = read_table(f"findings_like_for_like{of}", data_dir).set_index(["measure", "model", "step"])
+    table = spearmans(data_dir, of).loc[measure]
     rivals = [name for name in RIVALS if name in table.index and ("gain" in measure or name not in OF_THE_OUTCOME)]
     best = str(table.loc[rivals, "value"].abs().idxmax())
     chosen = steps.loc[(chosen_on, "mean", STEPS[0])].rename({"spearman": "value"})
@@ -66,13 +66,17 @@ def overview_rows(names: dict[str, str]) -> pd.DataFrame:
         sign = CLAIMED[measure]
         mean, low, high = theirs.loc[measure] * sign
         rows.append((claim, "published, mean and range of 8 models", mean, min(low, high), max(low, high), None, None))
-        found = {STUDIES[study]: answer(claim, study_dir(study)) for study in reversed(present_studies())}
+        found = {}
+        for study in reversed(present_studies()):
+            if (study_dir(study) / "findings_like_for_like_paper.csv").is_file():
+                found[f"{STUDIES[study]}, the paper's datasets"] = answer(claim, study_dir(study), "_paper")
+            found[STUDIES[study]] = answer(claim, study_dir(study))
         for step in LABELS:
             for title, said in found.items():
                 row = getattr(said, step)
                 noise = sign * row["noise"] if step == "chosen" else None
                 turned = sign if step != "baseline" else (-1 if row["value"] < 0 else 1)  # a baseline points anywhere
-                ends = sorted(turned * row[["low", "high"]])
+                ends = sorted(turned * row[["low", "high"]])  # none where it was chosen
                 note = names[said.baseline_name] if step == "baseline" else None
                 rows.append((claim, f"{LABELS[step]}: {title}", turned * row["value"], *ends, noise, note))
     return pd.DataFrame(rows, columns=["claim", "label", "value", "low", "high", "noise", "note"])

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from fig_plot.collect import parse_size
-from fig_plot.correlations import Draws, auc
+from fig_plot.correlations import Draws
 from fig_plot.fixed_rule import direction_rows, others_rows, partial_rows
-from fig_plot.gains import WORTHWHILE_GAIN
+from fig_plot.gains import decision_rows
 from fig_plot.like_for_like import published_rows
 from fig_plot.selection import expected_maximum
 from fig_plot.tables import matrix
@@ -52,10 +52,6 @@ def published_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
                 found += direction_rows("models", name, measure, table.T, target.T, draws)
             rows += [{"without": without or "", **row} for row in found]
     noise = [(size, *expected_maximum(size, 12, seed=draws.seed)) for size in (1, 10, 19, 100, 475)]
-    decision = [
-        {"score": name, "auc": auc(sign * fig3[name].to_numpy(), fig3["lora_gain"].to_numpy() > WORTHWHILE_GAIN)}
-        for name, sign in (("ntps", -1), ("headroom", 1))
-    ]
     # the probes of Figure 2 are on training rows, the probe of Figure 3 is the paper's
     named = {"probe_accuracy": "train_accuracy", "probe_mse": "train_mse", "lora_gain": "lora_gain_paper"}
     renamed = {new: published[old].rename(columns={old: new}) for old, new in named.items()}
@@ -63,6 +59,6 @@ def published_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "correlations": pd.DataFrame(rows),
         "partial": pd.DataFrame(partial_rows(fig3, draws, ("ntps",))),
         "noise": pd.DataFrame(noise, columns=["configurations", "mean", "quantile"]),
-        "decision": pd.DataFrame(decision),
+        "decision": pd.DataFrame(decision_rows(fig3, draws)),
         "like_for_like": pd.DataFrame(published_rows(renamed, draws)),
     }

@@ -23,6 +23,7 @@ class SelectionNull(NamedTuple):
     null_mean: float  # of the best under permutation
     null_quantile: float  # the same at its best 5 %
     p_value: float
+    null: np.ndarray  # (draws,) the best under each permutation; the same permutations for the same tasks and seed
 
 
 class LeaveOneOut(NamedTuple):
@@ -101,8 +102,20 @@ def selection_null(
 
     null, p_value = _permutation_null(best, np.arange(len(tasks)), num_permutations, seed)
     quantile = direction * float(np.quantile(null, 0.95))
-    found = direction * float(observed[index])
-    return SelectionNull(found, int(configurations[index]), direction * float(null.mean()), quantile, p_value)
+    found, null_mean = direction * float(observed[index]), direction * float(null.mean())
+    return SelectionNull(found, int(configurations[index]), null_mean, quantile, p_value, direction * null)
+
+
+def joint_p_value(best: ArrayLike, nulls: list[np.ndarray], direction: int) -> float:
+    """One-sided p of the mean of several models' best correlations, their tasks permuted alike.
+
+    Args:
+        best: of each model, (models,).
+        nulls: of each model, (draws,) of the same permutations of the same tasks.
+        direction: +1: the claim is that it is large; -1: small.
+    """
+    drawn, found = direction * np.mean(nulls, axis=0), direction * float(np.asarray(best).mean())
+    return float((1 + (drawn >= found - 1e-9).sum()) / (1 + len(drawn)))
 
 
 def _choose_without_each(maps: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

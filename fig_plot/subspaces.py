@@ -8,7 +8,7 @@ import pandas as pd
 
 from fig_plot.correlations import Draws, bootstrap_interval, spearman
 from fig_plot.fixed_rule import is_known
-from fig_plot.tables import FEATURE_SCORES, KEYS, MEASURES, NAMES, RANDOM_MODELS
+from fig_plot.tables import FEATURE_SCORES, HELD_OUT, KEYS, MEASURES, NAMES, RANDOM_MODELS
 
 ALL = "all"  # of the rows over all models
 
@@ -79,7 +79,7 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> I
         .mean(numeric_only=True)
         .merge(cells[[*KEYS, "lora_gain"]], on=KEYS, how="left")
     )
-    scores = [name for name in (*NAMES, "retained_lead") if is_known(after, name)]
+    scores = [name for name in (*NAMES, "retained_lead", HELD_OUT) if is_known(after, name)]
     for model, rows in (*after.groupby("model"), (ALL, after)):
         if model == ALL and after["model"].nunique() == 1:
             continue

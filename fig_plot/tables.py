@@ -59,6 +59,7 @@ MEASURES = {
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
 TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
+HELD_OUT = "probe_r2_held_out"  # of the least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
     "linear_training_converged": "converged_probe_accuracy",
@@ -114,7 +115,7 @@ def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
     keys = [*KEYS, "seed"]
     named = [*NAMES, *(f"{name}_z" for name in NULL_SCORES)]
     columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
-    probes = [name for name in columns if name.startswith("probe_")]  # probes.csv has them on test
+    probes = [name for name in columns if name.startswith("probe_") and name != HELD_OUT]  # probes.csv has them
     columns = columns.drop(columns=probes)
     for suffix, variant in variants.items():
         if suffix:
@@ -185,6 +186,8 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     for name in NAMES:  # the mean of many draws where there is one
         if f"{name}_random_mean" in cells:
             cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
+    if "num_classes" in cells:  # a regression has none, and is not to be ranked by them
+        cells["num_classes"] = cells["num_classes"].where(cells["num_classes"] > 0)
     cells["retained_lead"] = cells["retained"] - cells["retained_random"]
     cells["probe_skill"] = cells["probe_accuracy"] - cells["majority_accuracy"]
     cells["headroom"] = 1 - cells["probe_accuracy"]
@@ -207,10 +210,10 @@ def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model, dataset and seed.
 
-    `retained_lead`, over random V, is among them where both have it.
+    `retained_lead`, over random V, and the probe on held-out rows are among them where both have it.
     """
     scores = score_columns(read_table("scores", data_dir))
-    names: tuple[str, ...] = NAMES
+    names: tuple[str, ...] = (*NAMES, HELD_OUT) if HELD_OUT in scores else NAMES
     if "retained_random_mean" in scores:
         scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
         names = (*names, "retained_lead")

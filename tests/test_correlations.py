@@ -21,7 +21,7 @@ from fig_plot.correlations import (
 )
 from fig_plot.import_published import published_rows
 from fig_plot.plotting import plot_rank_grid
-from fig_plot.selection import expected_maximum, leave_one_out_selection, selection_null
+from fig_plot.selection import expected_maximum, joint_p_value, leave_one_out_selection, selection_null
 from tests.conftest import PUBLISHED, ROOT, needs_published
 
 SCIPY = {
@@ -156,6 +156,24 @@ def test_selection_equals_a_loop_over_every_permutation():
         assert found.best == pytest.approx(observed[found.configuration], abs=1e-12)
         assert found.null_mean == pytest.approx(direction * np.mean(every), abs=1e-12)
         assert found.p_value == pytest.approx(np.mean(np.array(every) >= direction * found.best - 1e-9), abs=1e-12)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_p_of_several_models_permutes_their_tasks_together(direction):
+    random = np.random.default_rng(17)
+    shared = random.normal(size=5)
+    models = [(random.normal(size=(4, 5)), shared + random.normal(size=5)) for _ in range(3)]
+
+    def best(maps, target):
+        return max(direction * scipy.stats.spearmanr(row, target).statistic for row in maps)
+
+    every = [np.mean([best(maps, target[list(order)]) for maps, target in models]) for order in permutations(range(5))]
+    found = [selection_null(maps, target, direction=direction) for maps, target in models]
+    p = joint_p_value([each.best for each in found], [each.null for each in found], direction)
+    reached = np.sum(np.array(every) >= np.mean([best(*model) for model in models]) - 1e-9)
+    assert p == pytest.approx((1 + reached) / (1 + 120))
+    alone = joint_p_value([found[0].best], [found[0].null], direction)
+    assert alone == pytest.approx((1 + 120 * found[0].p_value) / 121)
 
 
 @pytest.mark.parametrize("select", [selection_null, leave_one_out_selection])

@@ -7,7 +7,9 @@ from scipy.stats import spearmanr
 
 from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
-from fig_plot.like_for_like import twin_rows
+from fig_plot.fixed_rule import seed_rows
+from fig_plot.gains import decision_rows
+from fig_plot.like_for_like import STEPS, twin_rows
 from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import random_weights_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
@@ -193,6 +195,64 @@ def test_shared_tasks_tell_what_is_of_the_task_from_what_is_of_the_model():
     assert rows["ntps"]["between_others"] == pytest.approx(expected.loc["one", "two"])
     assert (rows["ntps"]["tasks"], rows["ntps"]["pairs"]) == (10, 2)
     assert not list(shared_task_rows(cells.assign(dataset="another"), others, Draws(50, 0)))
+
+
+def test_auc_of_a_gain_compares_tasks_within_a_model():
+    """Within each model a higher score goes with a smaller gain; the model with higher scores gains more."""
+    random = np.random.default_rng(0)
+    rows = []
+    for model, level in (("low", 0.0), ("high", 1.0), ("never", 5.0)):
+        for task, place in zip(TASKS, random.permutation(len(TASKS)), strict=True):
+            gain = 0.0 if model == "never" else 0.03 * ((place < 4) + (place < 10) * level)
+            rows.append({"model": model, "dataset": task, "ntps": level + place / 100, "lora_gain": gain})
+    [row] = decision_rows(pd.DataFrame(rows), Draws(40, 0))
+    assert row["auc"] == 0 and row["high"] == 0 and row["above"] == 14
+
+
+def test_share_of_the_spread_between_seeds_has_an_interval_that_covers_it():
+    random, covered = np.random.default_rng(1), []
+    tasks, between, over = np.arange(8), 0.5, 2.0
+    for _ in range(300):
+        level = random.normal(size=8) * np.sqrt(over**2 - between**2 / 2)  # of the means over two seeds: `over`
+        table = pd.concat(
+            pd.DataFrame({"model": "m", "dataset": tasks, "seed": seed,
+                          "ntps": level + between * random.normal(size=8)})
+            for seed in (0, 1)
+        )  # fmt: skip
+        [row] = seed_rows(table)
+        covered.append(row["low"] < between / over < row["high"])
+    assert 0.91 < np.mean(covered) < 0.985
+
+
+def test_a_regression_has_no_number_of_classes_to_be_ranked_by(tmp_path):
+    write_study(tmp_path)
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    scores.loc[scores.dataset == "task03", "num_classes"] = 0
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    cells = tables.load_cells(tmp_path).set_index("dataset")
+    assert cells.num_classes["task03"].isna().all() and (cells.num_classes["task04"] == 2).all()
+
+
+def test_the_papers_own_datasets_are_judged_alone_too(tmp_path, monkeypatch):
+    """Seven of fourteen are the paper's: there the planted relation is turned around."""
+    write_study(tmp_path)
+    own = TASKS[::2]
+    scores, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("scores", "layers"))
+    for table in (scores, layers):
+        table.loc[table.dataset.isin(own), "ntps"] *= -1
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    layers.to_csv(tmp_path / "layers.csv", index=False)
+    assert "like_for_like_paper" not in findings.study_tables(tmp_path, Draws(40, 0))
+    monkeypatch.setattr(findings, "PAPER_KEYS", (*own, "elsewhere"))
+    made = findings.study_tables(tmp_path, Draws(40, 0))
+    rule = made["correlations_paper"]
+    assert correlation(rule, "across tasks", "ntps", "probe_accuracy").value == pytest.approx(-1)
+    assert set(rule[rule.direction == "across tasks"].members) == {7}
+    chosen = made["like_for_like_paper"].query("measure == 'lora_gain' and model == 'mean'").set_index("step")
+    assert (chosen.tasks == 7).all() and chosen.spearman[STEPS[0]] > -1
+    assert made["like_for_like"].query("measure == 'lora_gain' and model == 'mean'").tasks.eq(14).all()
+    assert chosen.low[list(STEPS[:2])].isna().all() and chosen.low.notna()[STEPS[2]]
+    assert 0 < chosen.p[STEPS[0]] <= 1
 
 
 def test_mean_of_others_leaves_the_model_itself_out():

@@ -16,7 +16,7 @@ import linear_training
 from demo.docstrings import TASKS
 from runs.grid import Grid, folder_name, to_flags
 from tests.conftest import ROOT
-from utils.datasets_table import DATASETS, SPECS
+from utils.datasets_table import DATASETS, PAPER_KEYS
 from utils.io import parse, path_name
 from utils.memory import Need
 from utils.model_table import MODELS
@@ -64,7 +64,7 @@ def test_every_name_of_a_study_is_known_and_every_cell_has_its_own_files(study):
 
 def test_the_papers_grid_is_eight_models_by_its_twelve_datasets():
     found = grid("paper")
-    assert list(found.datasets.values()) == [spec.key for spec in SPECS[:12]]
+    assert list(found.datasets.values()) == list(PAPER_KEYS)
     assert len(found.models) == 8 and set(found.models.values()) < set(MODELS)
     cells = {tuple(path.split("/")[-3:-1]) for path in found.targets() if "/seed0/lora/" in path}
     assert len(cells) == 96
@@ -122,7 +122,7 @@ def test_another_attempt_has_twice_the_memory_and_the_time():
     assert first["mem_mb"] > 2 * 8e9 / 1e6  # its weights in bfloat16 at least
 
 
-@pytest.mark.parametrize("study, name", [(study, name) for study in ("paper", "smollm2") for name in grid(study).models])
+@pytest.mark.parametrize("study, name", [(of, name) for of in ("paper", "smollm2") for name in grid(of).models])
 def test_a_cell_asks_for_what_cache_says_that_it_needs(study, name):
     """In main memory, in float32: with what the libraries take on top, and not much more."""
     of_study = grid(study)

@@ -97,6 +97,7 @@ SPECS = (
 )
 # fmt: on
 
+PAPER_KEYS = tuple(spec.key for spec in SPECS[:12])  # the paper's own
 # every name under which a dataset is found: its key and its hub id
 DATASETS: dict[str, DatasetSpec] = {name: spec for spec in SPECS for name in (spec.key, spec.hub_id)}
 
