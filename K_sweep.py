@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import cache
 from utils.closed_form import layer_scores
-from utils.io import environment, open_tensors, pick_device, run_script, save_json
+from utils.io import environment, pick_device, run_script, save_json
 from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import (
     LayerMoments,
@@ -51,6 +51,7 @@ from utils.results import find_result, result_path
 from utils.ridge import load_folds
 from utils.scores import option_suffix, print_table, summarize, to_json
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
+from utils.tensor_files import open_tensors
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from utils.data import LabelledTexts, load_splits, load_texts
 from utils.distributed import processes
 from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
 from utils.identity import load_config, model_fingerprint, stored_as
-from utils.io import FORMAT_VERSION, UserError, check_writable, environment, pick_device, run_script, save_tensors
+from utils.io import UserError, check_writable, environment, pick_device, run_script
 from utils.memory import Need, check_fits, keep_on_host, num_parameters
 from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.moment_sums import MomentSums, Sizes
@@ -67,6 +67,7 @@ from utils.settings import (
     result_settings,
     with_values,
 )
+from utils.tensor_files import FORMAT_VERSION, save_tensors
 from utils.unfinished import PooledFile, Unfinished, check_states, remove_unfinished, run_steps, states_beside
 
 

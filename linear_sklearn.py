@@ -35,7 +35,7 @@ import cache
 from utils.baselines import text_baselines
 from utils.data import LabelledTexts, load_splits
 from utils.identity import load_config, model_fingerprint, stored_as
-from utils.io import UserError, environment, load_json, open_tensors, pick_device, run_script, save_json
+from utils.io import UserError, environment, load_json, pick_device, run_script, save_json
 from utils.linalg import whiten, without_constants
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.moments import pooled_path
@@ -55,6 +55,7 @@ from utils.settings import (
     result_settings,
     with_values,
 )
+from utils.tensor_files import open_tensors
 
 ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 

@@ -32,11 +32,12 @@ import cache
 from utils.data import LabelledTexts, load_splits, stratified_rows
 from utils.distributed import processes
 from utils.identity import load_config, stored_as
-from utils.io import UserError, open_tensors, run_script, set_seed
+from utils.io import UserError, run_script, set_seed
 from utils.moments import pooled_path
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_shares
+from utils.tensor_files import open_tensors
 from utils.training import (
     Place,
     TrainingRun,

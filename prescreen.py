@@ -37,7 +37,7 @@ from utils.calibration import Gain, expected_gain, read_lines
 from utils.closed_form import layer_scores
 from utils.data import LabelledTexts, load_splits
 from utils.identity import read_config
-from utils.io import UserError, environment, open_tensors, pick_device, run_script, save_json
+from utils.io import UserError, environment, pick_device, run_script, save_json
 from utils.memory import num_parameters
 from utils.model_table import MODELS, model_source
 from utils.moment_sums import Sizes
@@ -48,6 +48,7 @@ from utils.prescreen_pictures import plot_page
 from utils.ridge import load_folds
 from utils.scores import SCORES, summarize
 from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
+from utils.tensor_files import open_tensors
 
 EMBEDDED = ("micro", "tiny", "small", "medium", "large", "smollm2")  # compared by default where they are installed
 LEVEL = 0.9  # of the intervals

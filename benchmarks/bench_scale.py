@@ -38,10 +38,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import cache
 from utils.identity import load_config
-from utils.io import environment, open_tensors, run_script, save_json, write_atomically
+from utils.io import environment, run_script, save_json, write_atomically
 from utils.models import load_tokenizer
 from utils.pictures import STYLE, save_figure
 from utils.settings import Model, Run, all_settings, with_values
+from utils.tensor_files import open_tensors
 
 NUM_LAYERS = 2  # decoder layers: what is measured is how the cost grows
 MAX_POSITIONS = 4096

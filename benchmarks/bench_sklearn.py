@@ -26,10 +26,11 @@ from torch import Tensor
 
 import linear_sklearn
 from utils.data import load_texts
-from utils.io import environment, open_tensors, run_script, save_json
+from utils.io import environment, run_script, save_json
 from utils.moments import pooled_path
 from utils.probes import fit_logistic
 from utils.settings import all_settings, with_values
+from utils.tensor_files import open_tensors
 
 
 @dataclass(frozen=True)

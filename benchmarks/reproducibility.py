@@ -38,11 +38,12 @@ from torch import Tensor
 import cache
 import K_sweep
 from utils import moments as stored
-from utils.io import open_tensors, run_script, write_atomically
+from utils.io import run_script, write_atomically
 from utils.linalg import NestedBasis, captured
 from utils.moments import LayerMoments, load_layer
 from utils.scores import SCORES
 from utils.settings import with_values
+from utils.tensor_files import open_tensors
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},

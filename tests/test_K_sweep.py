@@ -19,12 +19,13 @@ import cache
 import K_sweep
 from tests.conftest import configure, retrain, run_in_process
 from utils.data import load_texts
-from utils.io import UserError, open_tensors, parse
+from utils.io import UserError, parse
 from utils.linalg import NestedBasis
 from utils.moments import LayerMoments, load_layer
 from utils.permuted_labels import draw_permuted_factors
 from utils.scores import NULL_SCORES, SCORES
 from utils.settings import with_values
+from utils.tensor_files import open_tensors
 
 CPU = torch.device("cpu")
 FRACTIONS = (0.05, 0.3, 0.6, 0.95)

@@ -17,10 +17,11 @@ import alignment_vis
 import cache
 from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
 from utils import separability
-from utils.io import UserError, open_tensors, parse
+from utils.io import UserError, parse
 from utils.pictures import plot_alignment
 from utils.separability import separating_line
 from utils.settings import flatten, with_values
+from utils.tensor_files import open_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import lora_finetuning
 from fig_plot import collect
 from fig_plot.tables import read_table
 from tests.conftest import configure, run_in_process
-from utils.io import UserError
+from utils.io import UserError, save_json
 from utils.scores import SCORES
 from utils.settings import result_settings
 
@@ -285,7 +285,7 @@ def test_a_result_without_its_provenance_is_foreign(monkeypatch, results_dir, ca
     path = sorted(results_dir.rglob("ntps/*/rows.json"))[0]
     result = json.loads(path.read_text())
     del (result if lacking == "environment" else result["config"])[lacking]
-    path.write_text(json.dumps(result))
+    save_json(path, result)
     code, _ = collected(monkeypatch, results_dir)
     assert code == 0 and f"foreign: {path}" in capsys.readouterr().err
 
@@ -299,6 +299,6 @@ def test_two_different_results_of_the_same_name_are_refused(monkeypatch, results
     assert code == 0
     result = json.loads(path.read_text())
     result["score"]["ntps"]["value"] += 0.1
-    again.write_text(json.dumps(result))
+    save_json(again, result)
     message, _ = collected(monkeypatch, results_dir)
     assert "two different results of model" in str(message) and "--results_dir" in str(message)

@@ -22,7 +22,7 @@ import K_sweep
 from fig_plot import collect
 from tests.conftest import ROOT, configure, run_in_process, write_rows
 from utils.data import LabelledTexts, load_splits, load_texts
-from utils.io import UserError, load_json, replace_folder
+from utils.io import UserError, load_json, replace_folder, save_json
 from utils.rows import stratified_rows
 from utils.settings import Data, Run
 
@@ -259,7 +259,7 @@ def test_damaged_moments_are_refused_in_one_sentence(copied, damage, monkeypatch
 def test_a_score_without_a_field_is_named_and_skipped(copied, field, monkeypatch, capsys):
     path = K_sweep.output_path(configure(K_sweep, **copied))
     result = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in result.items() if name != field}))
+    save_json(path, {name: value for name, value in result.items() if name != field})
     _, results, skipped = collect.read_all(copied["results_dir"])
     assert (len(results), len(skipped)) in ((0, 1), (1, 0)) and all(str(path) in line for line in skipped)
     try:

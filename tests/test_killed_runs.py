@@ -1,6 +1,7 @@
 """A run of cache.py that is killed, whenever, goes on and gives the result of an uninterrupted one bit for bit."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import cache
 import utils.io
+import utils.tensor_files
 import utils.unfinished
 from tests.conftest import configure, run_in_process
 from tests.processes import exit_codes, start
@@ -84,7 +87,7 @@ def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, w
     whole, killed = (settings(model_dirs, rows_path, tmp_path / name) for name in ("whole", "killed"))
 
     def run(rank: int) -> None:
-        reserve, seen = utils.io.reserve, []
+        reserve, seen = utils.tensor_files.reserve, []
 
         def dying(file, num_bytes):
             reserve(file, num_bytes)
@@ -94,7 +97,7 @@ def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, w
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        utils.io.reserve = dying
+        utils.tensor_files.reserve = dying
         cache.main(killed)
 
     assert exit_codes(start(run)) == [-signal.SIGKILL]
@@ -203,10 +206,39 @@ def test_a_damaged_state_is_refused_with_what_fixes_it(interrupted, damage):
     content = state.read_bytes()
     damaged = {"empty": b"", "truncated": content[: len(content) // 2], "text": b"no tensors", "foreign": None}[damage]
     if damaged is None:
-        utils.io.save_tensors(state, {"a": torch.zeros(1)}, {"of": "something else"})
+        utils.tensor_files.save_tensors(state, {"a": torch.zeros(1)}, {"of": "something else"})
     else:
         state.write_bytes(damaged)
     with pytest.raises(UserError, match=f"{state.name}.*--overwrite"):
+        cache.main(config)
+    cache.main(with_values(config, overwrite=True))
+    assert results(config.run.results_dir)
+
+
+@pytest.mark.parametrize("name", ["products", "pooled_mean", "fold_pooled_second_moment", "tq", "centres", "block"])
+def test_a_state_with_a_changed_number_is_refused(interrupted, name):
+    config, state = interrupted
+    tensors, metadata = load_file(state), safe_open(state, framework="pt").metadata()
+    tensors[name].view(-1)[-1] += 1
+    save_file(tensors, state, metadata)
+    with pytest.raises(UserError, match=rf"{state.name} is damaged \({name} is not what was written\).*--overwrite"):
+        cache.main(config)
+
+
+@pytest.mark.parametrize("change", ["num_steps", "tensor", "shape", "dtype", "new"])
+def test_a_state_that_was_changed_is_refused(interrupted, change):
+    config, state = interrupted
+    tensors, kept = load_file(state), safe_open(state, framework="pt").metadata()
+    if change == "num_steps":
+        kept["json"] = json.dumps(json.loads(kept["json"]) | {"num_steps": 2})
+    elif change == "tensor":
+        del tensors["ta"]
+    elif change == "new":
+        tensors["tb"] = tensors["ta"].clone()
+    else:
+        tensors["ta"] = tensors["ta"][..., :1].clone() if change == "shape" else tensors["ta"].float()
+    save_file(tensors, state, kept)
+    with pytest.raises(UserError, match=f"{state.name} is damaged, or was changed.*--overwrite"):
         cache.main(config)
     cache.main(with_values(config, overwrite=True))
     assert results(config.run.results_dir)
@@ -239,14 +271,14 @@ def test_a_state_whose_pooled_states_are_gone_is_left(interrupted, model_dirs, r
 
 def full_disk(monkeypatch, word: str) -> None:
     """No space for files with this word in their names."""
-    reserve = utils.io.reserve
+    reserve = utils.tensor_files.reserve
 
     def refuse(file, num_bytes):
         if word in file.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
         reserve(file, num_bytes)
 
-    monkeypatch.setattr(utils.io, "reserve", refuse)
+    monkeypatch.setattr(utils.tensor_files, "reserve", refuse)
 
 
 def test_without_space_for_a_state_the_pass_goes_on(model_dirs, rows_path, tmp_path, monkeypatch, capsys):

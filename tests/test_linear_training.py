@@ -1,6 +1,7 @@
 """linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import cache
 import linear_training
 from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
-from utils import training
+from utils import tensor_files, training
 from utils.data import load_texts
 from utils.io import UserError
 from utils.settings import Run, with_values
@@ -264,6 +265,81 @@ def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_pa
     assert "going on from step 5 of" in capsys.readouterr().out
     histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
     assert histories[0] == histories[1]
+
+
+def test_sigterm_at_one_of_two_processes_ends_both_with_a_state(model_dirs, rows_path, tmp_path, capsys):
+    """As across machines, where it does not come to all at once: else one would wait for the gradients of the other."""
+    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+
+    def run(rank):
+        step, seen = training.train_step, []
+
+        def terminated(*arguments):
+            seen.append(0)
+            if rank == 1 and len(seen) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        training.train_step = terminated
+        linear_training.main(with_values(ended, minutes_per_state=60.0))
+
+    assert exit_codes(start(run, 2)) == [143, 143]
+    for config in (ended, whole):
+        assert exit_codes(start(lambda rank, config=config: linear_training.main(config), 2)) == [0, 0]
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
+    assert histories[0] == histories[1]
+
+
+def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(
+    model_dirs, rows_path, tmp_path, monkeypatch, capsys
+):
+    config = settings(model_dirs, rows_path, tmp_path / "results", num_epochs=4)
+    linear_training.main(config)
+    folder, old = result(tmp_path / "results")
+    again = with_values(config, learning_rate=1e-2, overwrite=True)
+    step = training.train_step
+
+    def interrupted(run, progress, model):
+        if progress.step == 6:
+            raise KeyboardInterrupt
+        return step(run, progress, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            linear_training.main(with_values(again, minutes_per_state=0.0))
+    assert result(tmp_path / "results")[1] == old and (folder / "state.safetensors").is_file()
+    capsys.readouterr()
+    linear_training.main(again)
+    assert "going on from step 6 of" in capsys.readouterr().out
+    linear_training.main(with_values(again, overwrite=False, results_dir=tmp_path / "whole"))
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "results")]
+    assert histories[0] == histories[1]
+
+
+def test_a_state_of_other_settings_goes_with_overwrite(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+    config = settings(model_dirs, rows_path, tmp_path, num_epochs=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_training, "save_result", lambda *arguments: pytest.fail("killed before the end"))
+        with pytest.raises(pytest.fail.Exception):
+            linear_training.main(with_values(config, minutes_per_state=0.0))
+    with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
+        linear_training.main(with_values(config, learning_rate=1e-2))
+    linear_training.main(with_values(config, learning_rate=1e-2, overwrite=True))
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_without_space_for_a_state_training_goes_on(model_dirs, rows_path, tmp_path, monkeypatch):
+    reserve = tensor_files.reserve
+
+    def full(file, num_bytes):
+        if "state.safetensors." in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        reserve(file, num_bytes)
+
+    monkeypatch.setattr(tensor_files, "reserve", full)
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=2, minutes_per_state=0.0))
+    assert result(tmp_path)[1]["num_steps"] > 0 and not list(tmp_path.rglob("state.*"))
 
 
 def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):

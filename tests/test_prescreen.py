@@ -23,9 +23,10 @@ from tests.conftest import ROOT, configure, make_texts, run_in_process, write_ro
 from utils import calibration
 from utils.calibration import Line, expected_gain
 from utils.data import load_splits
-from utils.io import UserError, open_tensors
+from utils.io import UserError
 from utils.moments import pooled_path
 from utils.results import read_identity
+from utils.tensor_files import open_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -17,12 +17,12 @@ import K_sweep
 from tests.conftest import make_texts, write_rows
 from utils.data import LabelledTexts
 from utils.hidden_states import visit_hidden_states
-from utils.io import open_tensors, save_tensors
 from utils.linalg import NestedBasis
 from utils.models import TokenizedTexts
 from utils.moments import LayerMoments, load_layer, rounding_statistics
 from utils.scores import SCORES
 from utils.settings import Data, Model, Run, result_settings
+from utils.tensor_files import open_tensors, save_tensors
 
 pytestmark = pytest.mark.slow
 

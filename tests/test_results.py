@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils.io import FORMAT_VERSION, UserError, save_json, save_tensors
+from utils.io import UserError, save_json
 from utils.results import find_result, load_state, result_path, save_state
 from utils.settings import Data, Model, Run
+from utils.tensor_files import FORMAT_VERSION, save_tensors
 
 IDENTITY = {
     "config": {"dtype": "float32", "seed": 0, "fractions": [0.5, 1.0]},

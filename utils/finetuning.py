@@ -246,8 +246,9 @@ def finetune(
     progress = train(run)
 
     def write() -> dict:
+        trainable.save(place.folder)  # the largest, and in one piece: where it does not fit, what was there stays
+        place.metrics_path.unlink(missing_ok=True)  # of an earlier run
         save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
-        trainable.save(place.folder)
         extra: dict[str, Any] = stored_as(config.model)
         extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
         metrics = save_result(run, progress, data, extra)

@@ -7,10 +7,9 @@ under a temporary name and renamed, so that an existing result is a finished one
 import contextlib
 import errno
 import glob
+import hashlib
 import importlib.metadata
-import itertools
 import json
-import math
 import os
 import platform
 import random
@@ -20,30 +19,31 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from utils.distributed import local_rank, num_started, one_voice, one_voice_in_parsing, rank
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT_VERSION = 2
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
-}
-ITEM_SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+SCRIPTS = {  # a folder of results -> whose they are
+    **{"moments": "cache.py", "ntps": "K_sweep.py", "alignment": "alignment_vis.py"},
+    **{"linear_sklearn": "linear_sklearn.py", "linear_training": "linear_training.py"},
+    **{"lora": "lora_finetuning.py", "from_scratch": "from_scratch.py", "full_finetuning": "from_scratch.py"},
+    "prescreen": "prescreen.py",
+}
 
 
 class UserError(Exception):
@@ -187,13 +187,25 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def oserror_of_safetensors() -> Iterator[None]:
+    """Raises as an OSError what safetensors says of the system, such as a full disk while a model is saved."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise
+
+
+@contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, and puts it in its place on success."""
     remove_abandoned(folder)
     temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with oserror_of_safetensors():
+            yield temporary
         if folder.is_symlink():  # the link is replaced; what it leads to is somebody else's
             folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
@@ -202,9 +214,25 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remedy(path: Path) -> str:
+    """What a person does about a file of results that cannot be used."""
+    for kind in reversed(path.parts[:-1]):
+        if kind in SCRIPTS:
+            split = f" --split {path.name.split('.')[0]}" if kind == "moments" else ""
+            return f"Run {SCRIPTS[kind]}{split} with --overwrite, or delete the file."
+    return "Run its script with --overwrite, or delete the file."
+
+
+def json_seal(content: dict) -> str:
+    """A digest of what a JSON file holds, which is the same when it is read back."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def save_json(path: Path, content: dict) -> None:
-    """Writes strict JSON (no NaN) atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+    """Writes strict JSON (no NaN) atomically, with a seal that tells when it is changed afterwards."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    plain.pop("seal", None)  # of a file that was read by other means
+    text = json.dumps(plain | {"seal": json_seal(plain)}, indent=1)
     with write_atomically(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -215,7 +243,7 @@ class Stored(dict):
     path: Path
 
     def __missing__(self, key: str) -> Any:
-        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. Delete it and run its script again.")
+        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
 
 
 class ForeignError(UserError, KeyError):
@@ -242,79 +270,20 @@ def load_json(path: Path) -> dict:
     """The content of one result file.
 
     Raises:
-        UserError: the file cannot be read or is not a JSON object; or, later, an entry that is read is not there.
+        UserError: the file cannot be read, is not a JSON object, or was changed after `save_json` wrote it; or, later,
+            an entry that is read is not there.
     """
     try:
         content = parse_stored(path, path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not a JSON result ({error}). Delete it and run its script again.") from None
+        raise UserError(f"{path} is not a JSON result ({error}). {remedy(path)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
     if not isinstance(content, dict):
-        raise ForeignError(f"{path} is no result: it holds no object. Delete it and run its script again.")
+        raise ForeignError(f"{path} is no result: it holds no object. {remedy(path)}")
+    if "seal" in content and content.pop("seal") != json_seal(content):
+        raise ForeignError(f"{path} is no whole result: it was changed after it was written. {remedy(path)}")
     return content
-
-
-def tensor_header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict) -> bytes:
-    """What a safetensors file starts with.
-
-    Args:
-        entries: type and shape of each tensor, as the format names them, in the order in which the data follow.
-        metadata: kept as one JSON string.
-    """
-    header: dict[str, Any] = {"__metadata__": {"json": json.dumps(metadata, allow_nan=False)}}
-    end = 0
-    for name, (dtype, shape) in entries.items():
-        start, end = end, end + ITEM_SIZES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def reserve(file: Any, num_bytes: int) -> None:
-    """Gives an open file its size; a full disk shows here, and not in the middle of the work."""
-    try:
-        file.truncate(num_bytes)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from None
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor | list[Tensor]], metadata: dict) -> None:
-    """Writes tensors and one JSON string of metadata as safetensors, atomically.
-
-    A list of tensors becomes one, stacked along a first axis; they may be on any device, and are never all copied.
-    """
-    parts = {name: value if isinstance(value, list) else [value] for name, value in tensors.items()}
-    parts = dict(sorted(parts.items(), key=lambda item: -item[1][0].element_size()))  # so that each is aligned
-    shapes = {name: (*[len(of)] * isinstance(tensors[name], list), *of[0].shape) for name, of in parts.items()}
-    header = tensor_header({name: (DTYPES[of[0].dtype], shapes[name]) for name, of in parts.items()}, metadata)
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        reserve(file, len(header) + sum(part.nbytes for of in parts.values() for part in of))
-        file.write(header)
-        for part in itertools.chain.from_iterable(parts.values()):
-            file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-@contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[tuple[Any, dict]]:
-    """Yields the open safetensors file (`get_tensor`, `get_slice`) and its metadata.
-
-    Raises:
-        UserError: the file is damaged, foreign, or of another format version.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
-            if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
-                raise UserError(f"{path} was not written by this version. Delete it, or recompute it with --overwrite.")
-            yield file, metadata
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Recompute it with --overwrite.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file of results. Remove it.") from None
 
 
 # ------------------------------------------------------------------ provenance
@@ -356,27 +325,3 @@ def pick_device(device: str) -> torch.device:
             f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
         ) from None
     return chosen
-
-
-def start_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Makes an open file a safetensors file of float32 zeros; arguments as those of `map_tensors`."""
-    file.truncate(0)
-    reserve(file, len(header) + 4 * sum(map(math.prod, shapes.values())))
-    file.seek(0)
-    file.write(header)
-    file.flush()
-
-
-def map_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.memmap]:
-    """The float32 tensors of an open safetensors file, mapped for writing: for what should not sit in memory.
-
-    Args:
-        file: open for reading and writing.
-        header: of `tensor_header`, with which it starts.
-        shapes: of the tensors, in the order of the header.
-    """
-    tensors, offset = {}, len(header)
-    for name, shape in shapes.items():
-        tensors[name] = np.memmap(file, np.float32, "r+", offset=offset, shape=shape)
-        offset += tensors[name].nbytes
-    return tensors

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from utils.data import LabelledTexts
 from utils.identity import known_fingerprint
-from utils.io import UserError, open_tensors
+from utils.io import UserError
 from utils.linalg import Noise, rounding
 from utils.models import TokenizedTexts
 from utils.results import check_identity, read_identity, result_path
 from utils.settings import AnyConfig, Data, Model, Run, command_line, flatten, result_settings, with_values
+from utils.tensor_files import open_tensors
 
 PER_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from utils.data import LabelledTexts
-from utils.io import FORMAT_VERSION, UserError, save_tensors
+from utils.io import UserError
 from utils.metrics import classification_scores, regression_scores
+from utils.tensor_files import FORMAT_VERSION, save_tensors
 
 GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
 

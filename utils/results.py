@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.io import FORMAT_VERSION, UserError, check_writable, load_json, open_tensors, save_tensors
+from utils.io import UserError, check_writable, load_json
 from utils.settings import Data, Model, Run
+from utils.tensor_files import FORMAT_VERSION, open_tensors, save_tensors
 
 # what a part of an identity other than its settings says, where it differs
 DIFFERENCES = {

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.io import UserError, open_tensors
+from utils.io import UserError
 from utils.linalg import equilibrated_eigh, without_constants
 from utils.moments import LayerMoments, place_of
+from utils.tensor_files import open_tensors
 
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 

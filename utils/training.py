@@ -29,7 +29,7 @@ from utils.baselines import text_baselines
 from utils.data import LabelledTexts
 from utils.distributed import processes
 from utils.identity import model_fingerprint
-from utils.io import UserError, environment, pick_device, save_json, write_atomically
+from utils.io import NO_PLACE, UserError, environment, pick_device, save_json, write_atomically
 from utils.objectives import BatchOrder, Objective
 from utils.results import check_identity, find_result, load_state, read_identity, save_state
 from utils.self_check import routes_tokens
@@ -122,7 +122,10 @@ def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]
 
 
 def find_finished(config: Any, identity: dict[str, Any], place: Place) -> dict | None:
-    """The metrics of a finished run of this identity; with --overwrite the old ones are removed.
+    """The metrics of a finished run of this identity, None where it has to be made.
+
+    With --overwrite what is there stays until the new result takes its place; so does a state that this run can go on
+    from, so that the same command goes on after a kill.
 
     Raises:
         UserError: a result, finished or not, of another identity; or it has to be made and cannot be written.
@@ -132,11 +135,13 @@ def find_finished(config: Any, identity: dict[str, Any], place: Place) -> dict |
         metrics = find_result(place.metrics_path, identity, config.run)
         if metrics is not None:
             print(f"reused, already complete with these settings:\n{place.metrics_path}")
-        elif config.run.overwrite:
-            place.metrics_path.unlink(missing_ok=True)
-            place.state_path.unlink(missing_ok=True)
         elif place.state_path.is_file():
-            check_identity(read_identity(place.state_path), identity, place.state_path)
+            try:
+                check_identity(read_identity(place.state_path), identity, place.state_path)
+            except UserError:
+                if not config.run.overwrite:
+                    raise
+                place.state_path.unlink()
         return metrics
 
     return processes().object_of_first(look)
@@ -144,9 +149,25 @@ def find_finished(config: Any, identity: dict[str, Any], place: Place) -> dict |
 
 # ------------------------------------------------------------------ training
 def save_progress(run: TrainingRun, progress: Progress, seconds: float) -> None:
-    """Writes the state of the run; in the main process, whose clock says when. The others wait in their next step."""
+    """Writes the state of the run; in the main process, whose clock says when. The others wait in their next step.
+
+    Where it cannot be written the run goes on without.
+    """
     values = {**vars(progress), "seconds": seconds, "scheduler": run.scheduler.state_dict()}
-    save_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity, values)
+    try:
+        save_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity, values)
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
+
+
+def any_asked(run: TrainingRun, asked: bool) -> bool:
+    """Whether the system has asked any process to end: all end after the same step, or one would wait for another."""
+    accelerator = run.place.accelerator
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=run.targets.device), "sum") > 0)
 
 
 def load_progress(run: TrainingRun) -> Progress:
@@ -202,11 +223,13 @@ def train(run: TrainingRun) -> Progress:
                     f"{name} {value:.4f}" for name, value in progress.history[-1].items() if name in SHOWN and value
                 ]
                 bar.set_postfix_str(", ".join(shown), refresh=False)
+            ends = any_asked(run, termination.asked) and progress.step < run.num_steps
             is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
-            if is_main and (termination.asked or is_due) and progress.step < run.num_steps:
+            if is_main and (ends or is_due) and progress.step < run.num_steps:
                 save_progress(run, progress, progress.seconds + time.monotonic() - started)
                 saved = time.monotonic()
-            if termination.asked and progress.step < run.num_steps:
+            if ends:
+                processes().wait()  # the state is written
                 sys.exit(128 + signal.SIGTERM)
     bar.close()
     progress.seconds += time.monotonic() - started

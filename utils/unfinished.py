@@ -28,18 +28,9 @@ except ImportError:  # not on this system: nobody is told that another run write
 
 from utils.batches import Step
 from utils.distributed import Processes, processes
-from utils.io import (
-    FORMAT_VERSION,
-    NO_PLACE,
-    UserError,
-    map_tensors,
-    open_tensors,
-    remove_abandoned,
-    save_tensors,
-    start_tensors,
-    tensor_header,
-)
+from utils.io import NO_PLACE, UserError, remove_abandoned
 from utils.results import check_identity, read_identity
+from utils.tensor_files import FORMAT_VERSION, map_tensors, open_tensors, save_tensors, start_tensors, tensor_header
 
 Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis
 SHARE_OF_TIME = 1 / 20  # most that the writing of states may take, where one takes long
