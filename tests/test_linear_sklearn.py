@@ -23,7 +23,7 @@ import K_sweep
 import linear_sklearn
 from tests.conftest import ROOT, configure, make_texts, run_command, run_in_process, write_rows
 from utils import data as data_module
-from utils.baselines import text_baselines
+from utils.baselines import bag_of_words_folds, text_baselines
 from utils.data import LabelledTexts, load_texts
 from utils.io import UserError
 from utils.metrics import classification_scores, regression_scores, squared_error_scores
@@ -218,6 +218,24 @@ def test_baselines_of_numbers():
     baselines = text_baselines(train, test)
     assert baselines["majority"]["mse"] == pytest.approx((1.5**2 + 1) / 2) and baselines["majority"]["pearson"] is None
     assert baselines["bag_of_words"]["r2"] > 0.8 and baselines["bag_of_words"]["pearson"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e7])
+def test_targets_far_from_zero_have_the_scores_of_the_same_targets_around_it(offset):
+    texts, random = make_texts(90), np.random.default_rng(0)
+    values = np.array([text.count("red") + 0.5 * text.count("stone") for text in texts]) + random.normal(size=90) / 10
+    around, far = (
+        (labelled(texts[:60], values[:60] + shift, []), labelled(texts[60:], values[60:] + shift, []))
+        for shift in (0.0, offset)
+    )
+    expected, found = text_baselines(*around)["bag_of_words"], text_baselines(*far)["bag_of_words"]
+    assert expected["r2"] > 0.5 and expected["pearson"] > 0.7
+    for name in ("r2", "pearson"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+        assert found["train"][name] == pytest.approx(expected["train"][name], abs=1e-6)
+    folds = np.arange(60) % 3
+    near_r2, far_r2 = (bag_of_words_folds(train, train.labels[:, None], folds) for train, _ in (around, far))
+    assert far_r2 == pytest.approx(near_r2, abs=1e-6)
 
 
 # ------------------------------------------------------------------ the script

@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 from utils.data import LabelledTexts
 from utils.metrics import classification_scores, regression_scores
@@ -20,6 +22,14 @@ def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
         return np.zeros((len(train), 1)), np.zeros((len(test), 1))
 
 
+def centred_ridge() -> TransformedTargetRegressor:
+    """Ridge regression (alpha = 1) of targets less their mean, unfitted.
+
+    It needs features in float64: `Ridge` rounds targets to the type of the features before it subtracts their mean.
+    """
+    return TransformedTargetRegressor(Ridge(), transformer=StandardScaler(with_std=False))
+
+
 def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
     """Scores on `test` of two fits on the raw texts of `train`; their scores on `train` under the key `train`.
 
@@ -30,11 +40,13 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
         {"majority": scores, "bag_of_words": scores}, scores as in utils/metrics.py, of all classes of `train`.
     """
     words = tfidf_features(train.texts, test.texts)
+    if train.is_regression:
+        words = (words[0].astype(np.float64), words[1].astype(np.float64))
     nothing = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
     regression = train.is_regression
     models = {
         "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), nothing),
-        "bag_of_words": (Ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),
+        "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),
     }
     baselines = {}
     for name, (model, (train_features, test_features)) in models.items():
@@ -52,10 +64,12 @@ def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndar
         targets: one-hot labels or targets, (n, c).
         folds: number of the fold of each text, (n,).
     """
-    words, r2 = tfidf_features(train.texts, train.texts[:1])[0], []
+    words, r2 = tfidf_features(train.texts, train.texts[:1])[0].astype(np.float64), []
     for fold in np.unique(folds):
         outside, inside = folds != fold, folds == fold
-        fitted = Ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
+        fitted = (
+            centred_ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
+        )
         baseline = np.square(targets[inside] - targets[outside].mean(0)).sum()
         r2.append(1 - np.square(targets[inside] - fitted).sum() / baseline)
     return np.array(r2)
@@ -64,7 +78,7 @@ def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndar
 def score(model: Any, features: Any, data: LabelledTexts) -> dict[str, Any]:
     """Scores of a fitted model; a class it has not seen gets probability 0."""
     if data.is_regression:
-        return regression_scores(data.labels, model.predict(features).astype(np.float64))
+        return regression_scores(data.labels, model.predict(features))
     probabilities = np.zeros((len(data.labels), data.num_labels))
     probabilities[:, model.classes_] = model.predict_proba(features)
     return classification_scores(data.labels, probabilities)

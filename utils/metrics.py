@@ -40,7 +40,7 @@ def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[s
 
 def regression_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
     """As `squared_error_scores`, and the Pearson correlation (None where either is constant); both (n,)."""
-    spread = targets.std() * predictions.std()
-    tiny = 1e-12 * np.abs(targets).max() * np.abs(predictions).max()  # a constant has a spread of rounding errors
-    pearson = float(np.corrcoef(targets, predictions)[0, 1]) if spread > tiny else None
+    # the spread of a constant is its rounding error, which is small beside its own size, whatever that of the other is
+    varies = all(values.std() > 1e-12 * np.abs(values).max() for values in (targets, predictions))
+    pearson = float(np.corrcoef(targets, predictions)[0, 1]) if varies else None
     return {**squared_error_scores(targets[:, None], predictions[:, None]), "pearson": pearson}
