@@ -539,6 +539,19 @@ def test_regression_is_found_and_can_be_forced(tmp_path: Path) -> None:
     assert load(scores, "all", task="classification").num_labels == 19
 
 
+@pytest.mark.parametrize("change", [lambda y: y + 1e4, lambda y: y * 1e14, lambda y: y * 1e-14, lambda y: y - 1e4])
+def test_targets_within_the_range_are_taken_as_they_are(change, tmp_path: Path) -> None:
+    numbers = [change(n / 4 + 0.1) for n in range(20)]
+    found = load(write_jsonl(tmp_path / "rows.jsonl", labels=numbers), "all", task="regression")
+    assert found.labels.tolist() == numbers
+
+
+def test_test_targets_may_be_all_equal(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", labels=[0.5, 1.5, 2.0, 3.0])
+    write_jsonl(tmp_path / "test.jsonl", labels=[1e9 + 0.5] * 3)
+    assert load(tmp_path, "test").labels.tolist() == [1e9 + 0.5] * 3
+
+
 def test_folder_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "data" / "train-00000-of-00002.jsonl", "first")
     write_jsonl(tmp_path / "data" / "train-00001-of-00002.jsonl", "second")
@@ -598,6 +611,11 @@ def unseen_class(folder: Path) -> Path:
     return write_jsonl(folder / "own" / "test.jsonl", labels=["no", "maybe"]).parent
 
 
+def far_test_targets(folder: Path) -> Path:
+    write_jsonl(folder / "own" / "train.jsonl", labels=[0.5, 1.5, 2.0])
+    return write_jsonl(folder / "own" / "test.jsonl", labels=[1e7 + 0.5, 1e7 + 1.5]).parent
+
+
 GOOD = '{"text": "a", "label": 0}\n'
 OWN_ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "missing file": (lambda folder: folder / "none.csv", {}, r"no file or folder .*none\.csv"),
@@ -643,6 +661,17 @@ OWN_ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "targets of words": (labelled("a", "b"), {"task": "regression"}, r"train row 1, is not a number: 'a'"),
     "infinite target": (labelled(1.5, float("inf")), {}, r"infinite"),
     "equal targets": (labelled(1.5, 1.5, 1.5), {}, r"targets .* all equal"),
+    "equal targets in the sample": (labelled(*[0.5] * 30, 1.5), {"max_samples": 2}, r"all equal.* --max_samples"),
+    "targets far from 0": (
+        labelled(*(1e7 + n / 4 for n in range(10))),
+        {},
+        r"run from 1000000.* 100,000 times as large: subtract a constant from the column first, such as 1000000",
+    ),
+    "test targets far from 0": (far_test_targets, {}, r"The test targets .* subtract a constant from the column"),
+    "huge targets": (labelled(*(n * 1e150 for n in range(10))), {"task": "regression"}, r"within 1e-15 .* rescale"),
+    "targets near the largest": (labelled(-1.7e308, 1.7e308, 0.5), {}, r"within 1e-15 and 1e\+15: rescale the col"),
+    "tiny targets": (labelled(*(n * 1e-200 for n in range(10))), {}, r"within 1e-15 and 1e\+15: rescale the column"),
+    "subnormal targets": (labelled(5e-324, 1.5e-323, 0.0), {}, r"within 1e-15 and 1e\+15: rescale the column"),
     "one row": (labelled("yes"), {}, r"1 labelled rows"),
     "lone surrogate": (labelled(*["no", "yes"] * 3), {"text_template": "{text}\ud800"}, r"not valid Unicode"),
     "train absent": (only_split("test"), {}, r"no split 'train'; splits: test"),

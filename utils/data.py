@@ -41,6 +41,7 @@ from utils.labels import (
 from utils.rows import (
     TEST_SHARE,
     Rows,
+    check_targets,
     cut,
     encode,
     known_split,
@@ -48,7 +49,6 @@ from utils.rows import (
     linked_groups,
     paper_split,
     stratified_rows,
-    targets,
 )
 from utils.settings import Data, Model, Run
 from utils.sources import VALIDATION_NAMES, Source, Table, find_source
@@ -277,12 +277,13 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
         parts = {"train": parts["train"].take(train), "test": parts["train"].take(test)}
     parts = without_empty(source, parts)
     label_names: list[str] = []
-    if regression:
-        parts = targets(source, parts)
-    else:
+    if not regression:
         parts, label_names = encode(source, parts, next(iter(source.splits.values())).class_names.get(label))
     report(source, parts, label_names, split_rule(settings, source.spec, divided))
-    return {part: sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
+    found = {part: sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
+    if regression:
+        check_targets(source.name, {part: of.labels for part, of in found.items()})
+    return found
 
 
 def sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:

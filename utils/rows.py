@@ -17,6 +17,8 @@ from utils.sources import Source
 
 PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
 TEST_SHARE = 0.3
+MAX_MEAN = 1e5  # of targets, in their standard deviations: its square costs 10 of the 16 digits of float64
+SPREADS = (1e-15, 1e15)  # of targets: standard deviations whose powers float64 and float32 hold
 MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
 
 
@@ -41,16 +43,46 @@ def cut(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, l
 
 
 # ------------------------------------------------------------------ labels
-def targets(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
-    """Rows with numbers as labels, which are finite already.
+def check_targets(name: str, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuses regression targets of which no score can be computed; those of a later split may be all equal.
+
+    Args:
+        name: of the dataset, for messages.
+        parts: finite targets by split, (n,).
 
     Raises:
-        UserError: all targets are equal.
+        UserError: those of the first split are all equal, or their spread is extreme.
     """
     first = next(iter(parts))
-    if len(set(parts[first].labels)) < 2:
-        raise UserError(f"The {first} targets of {source.name} are all equal. See --label_column.")
-    return parts
+    for part, numbers in parts.items():
+        if numbers.min() < numbers.max():
+            check_spread(f"The {part} targets of {name}", numbers)
+        elif part == first:
+            raise UserError(f"The {first} targets of {name} are all equal. See --label_column or --max_samples.")
+
+
+def check_spread(which: str, numbers: np.ndarray) -> None:
+    """Raises UserError where the standard deviation of some targets is extreme, by itself or beside their mean.
+
+    The moments are sums of squares about 0, from which the square of the mean is subtracted.
+
+    Args:
+        which: the targets, in words, for the message.
+        numbers: finite and not all equal, (n,).
+    """
+    largest = float(np.abs(numbers).max())
+    mean, std = (
+        float(of) for of in ((numbers / largest).mean(), (numbers / largest).std())
+    )  # squares of them overflow
+    spread = std * largest
+    told = f"{which} run from {numbers.min():.9g} to {numbers.max():.9g}, with a standard deviation of {spread:.3g}"
+    if abs(mean) > MAX_MEAN * std:
+        raise UserError(
+            f"{told}, and their mean is more than {MAX_MEAN:,.0f} times as large: subtract a constant from the column "
+            f"first, such as {mean * largest:.9g}."
+        )
+    if not SPREADS[0] <= spread <= SPREADS[1]:
+        raise UserError(f"{told}, which must be within {SPREADS[0]:g} and {SPREADS[1]:g}: rescale the column first.")
 
 
 def encode(source: Source, parts: dict[str, Rows], names: list[str] | None) -> tuple[dict[str, Rows], list[str]]:
