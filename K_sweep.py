@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import cache
 from utils.closed_form import layer_scores
-from utils.io import environment, pick_device, run_script, save_json
+from utils.io import UserError, environment, pick_device, run_script, save_json
 from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import (
     LayerMoments,
@@ -468,7 +468,11 @@ def output_path(config: Config) -> Path:
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
-    """The result of all layers, one in memory at a time; the stored one where it was made from the same moments."""
+    """The result of all layers, one in memory at a time; the stored one where it was made from the same moments.
+
+    Raises:
+        UserError: the labels are all equal.
+    """
     device = pick_device(config.run.device)
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
@@ -486,6 +490,8 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         layers = []
         for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
+            if moments.label_covariance.trace() <= 1e-12 * moments.label_second_moment.trace():  # up to rounding
+                raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
             held_out = None
             if other_metadata and layer in stored_layers(other, other_metadata):
                 held_out = load_layer(other, other_metadata, layer, device)

@@ -17,7 +17,7 @@ from sklearn.linear_model import LinearRegression
 
 import cache
 import K_sweep
-from tests.conftest import configure, retrain, run_in_process
+from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
 from utils.data import load_texts
 from utils.io import UserError, parse
 from utils.linalg import NestedBasis
@@ -627,3 +627,19 @@ def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, c
     assert code == 2 or code.startswith("error: ")
     assert message in " ".join(f"{code} {printed.err} {printed.out}".replace("│", " ").split())
     assert not any(tmp_path.iterdir())  # before a pass through the model
+
+
+def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path, monkeypatch):
+    """They do for the train split, where the test split only judges the probe."""
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    for split, spread in (("train", 0.1), ("test", 0.0)):
+        rows = [{"text": text, "label": 0.1 + spread * (i % 7)} for i, text in enumerate(make_texts(40))]
+        write_rows(folder / f"{split}.jsonl", rows)
+    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(folder), "results_dir": tmp_path / "results"}
+    for split in ("train", "test"):
+        cache.main(configure(cache, **shared, split=split))
+    arguments = [word for name, value in shared.items() for word in (f"--{name}", value)]
+    message = run_in_process(monkeypatch, "K_sweep.py", *arguments, "--split", "test", "--no_picture")
+    assert message.startswith("error: The labels of ") and "test.safetensors are all equal. See --split" in message
+    assert run_in_process(monkeypatch, "K_sweep.py", *arguments, "--no_picture") == 0
