@@ -26,12 +26,15 @@ def no_model(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("place", ["a file", "a long name", "below a file"])
+@pytest.mark.parametrize("place", ["a file", "a long name", "below a file", "a loop of links"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     script, place, model_dirs, rows_path, tmp_path, monkeypatch, no_model
 ):
     (tmp_path / "file").write_text("")
-    results = {"a file": "file", "a long name": "x" * 300, "below a file": "file/below"}[place]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    results = {"a file": "file", "a long name": "x" * 300, "below a file": "file/below", "a loop of links": "loop"}[
+        place
+    ]
     arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--max_samples", 30]
     message = run_in_process(monkeypatch, script, *arguments, "--results_dir", tmp_path / results)
     assert message.startswith("error: cannot write") and "--results_dir" in message and len(message) < 500

@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-l
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 
 
 SCRIPTS = {  # a folder of results -> whose they are
