@@ -81,6 +81,8 @@ class Output(Unrecorded):
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
 
     def __post_init__(self) -> None:
+        if self.layers == ():
+            raise ValueError("--layers needs the number of a layer, such as -1 for the last")
         if self.layers is not None and self.save_pooled != "none":
             raise ValueError("--layers is for moments: --save_pooled keeps the last layer, or all of them")
 

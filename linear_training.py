@@ -36,7 +36,7 @@ from utils.io import UserError, run_script, set_seed
 from utils.moments import pooled_path
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
-from utils.settings import Data, Model, Run, Session, check_at_least_one, check_shares
+from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.tensor_files import open_tensors
 from utils.training import (
     Place,
@@ -72,7 +72,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "batch_size", "num_epochs", "patience")
+        check_positive(self, "learning_rate")
         check_shares(self, "dropout", "warmup", "validation_share")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight_decay must be at least 0, not {self.weight_decay}")
         if self.patience is not None and not self.validation_share:
             raise ValueError("--patience needs a --validation_share above 0")
 
@@ -97,12 +100,21 @@ def pooled_states(config: Config, split: Literal["train", "test"], data: Labelle
 
 
 def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows to train on and of those to validate on, each sorted."""
+    """Numbers of the rows to train on and of those to validate on, each sorted; at least one of both, with a share.
+
+    Raises:
+        UserError: no row is left to train on.
+    """
     num_rows = len(data.texts)
     if not share:
         return np.arange(num_rows), np.arange(0)
     classes = np.zeros(num_rows) if data.is_regression else data.labels
-    held_out = np.sort(stratified_rows(classes, max(1, round(share * num_rows)), seed))
+    num_held_out = max(1, round(share * num_rows))
+    if num_held_out == num_rows:
+        raise UserError(
+            f"--validation_share {share:g} leaves none of the {num_rows} train texts to train on. Lower it."
+        )
+    held_out = np.sort(stratified_rows(classes, num_held_out, seed))
     return np.setdiff1d(np.arange(num_rows), held_out), held_out
 
 
@@ -187,11 +199,11 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
     identity = make_identity(config, data)
     if (stored := find_finished(config, identity, place)) is not None:
         return stored
+    kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
     train_states, test_states = (
         pooled_states(config, "train", data["train"]),
         pooled_states(config, "test", data["test"]),
     )
-    kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
     centre = spread = None
     if config.standardize:
         centre, spread = train_states[kept].double().mean(0), train_states[kept].double().std(0, correction=0)

@@ -34,7 +34,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from demo.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
 from utils.io import ROOT, UserError, environment, pick_device, replace_folder, run_script, save_json, set_seed
 from utils.results import find_result, load_state, save_state
-from utils.settings import Run, Unrecorded, command_line, result_settings
+from utils.settings import Run, Unrecorded, check_positive, command_line, result_settings
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -92,6 +92,9 @@ class Config:
     product_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # float32 is faster on many CPUs
     seed: int = 0  # of the initial weights and of the document order
     place: Place = Place()
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate")
 
 
 # ------------------------------------------------------------------ data

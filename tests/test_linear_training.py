@@ -359,6 +359,8 @@ def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
         ({"patience": 3}, "validation_share"),
         ({"dropout": 1.0}, "dropout"),
         ({"batch_size": 0}, "at least 1"),
+        ({"weight_decay": -1.0}, "--weight_decay must be at least 0"),
+        ({"validation_share": 0.999}, "--validation_share 0.999 leaves none of the 168 train texts"),
         ({"track": "wandb"}, "pip install wandb"),
         ({"model_name": "tinny"}, "Did you mean tiny"),
     ],

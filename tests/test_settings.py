@@ -15,7 +15,7 @@ import K_sweep
 import linear_sklearn
 import linear_training
 import lora_finetuning
-from tests.conftest import configure
+from tests.conftest import configure, run_in_process
 from utils.io import parse
 from utils.settings import all_settings, command_line, flatten, result_settings, with_values
 
@@ -91,6 +91,18 @@ def test_values_go_to_whatever_group_has_them():
     assert again.data.seed == 4 and again.model is config.model and config.data.seed == 3
     with pytest.raises(TypeError, match="Config has no setting pooling_of, sed"):
         with_values(config, dtype="float32", pooling_of="mean", sed=1)
+
+
+def test_no_layer_is_refused_where_layers_are_asked_for(monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "cache.py", "--layers") == 2
+    assert "--layers needs the number of a layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["-1", "0", "nan"])
+@pytest.mark.parametrize("script", ["linear_training.py", "lora_finetuning.py", "from_scratch.py", "demo/pretrain.py"])
+def test_a_learning_rate_that_is_not_positive_is_refused(script, rate, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, script, "--learning_rate", rate) == 2
+    assert f"--learning_rate must be positive, not {float(rate)}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["max_length", "max_samples", "tokens_per_batch", "num_folds"])

@@ -26,7 +26,7 @@ from utils.models import TokenizedTexts, load_tokenizer, tokenize
 from utils.objectives import BatchOrder, Head, Objective, save_head
 from utils.results import result_path
 from utils.self_check import check_gradients, self_check
-from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_shares
+from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.training import (
     Place,
     TrainingRun,
@@ -55,6 +55,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
+        check_positive(self, "learning_rate")
         check_shares(self, "dropout", "warmup")
 
 

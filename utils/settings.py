@@ -38,7 +38,7 @@ def check_positive(group: Any, *names: str) -> None:
     """Raises ValueError where one of these numbers is not positive; None is no number."""
     for name in names:
         value = getattr(group, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan is not, either
             raise ValueError(f"--{name} must be positive, not {value}")
 
 
