@@ -45,7 +45,7 @@ from utils.moments import LayerMoments, check_has_every_layer, load_layer
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
-from utils.ridge import load_folds
+from utils.ridge import check_several, load_folds
 from utils.scores import SCORES, summarize
 from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
 from utils.tensor_files import open_tensors
@@ -301,9 +301,14 @@ def screen_all(
 
 
 def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
-    """Majority and bag of words: scores on the test rows, and R2 of the words on the folds that judge the models."""
+    """Majority and bag of words: scores on the test rows, and R2 of the words on the folds that judge the models.
+
+    Raises:
+        UserError: all texts are in one fold.
+    """
     train = rows["train"]
     folds = cache.assign_folds(train.texts, num_folds)
+    check_several(len(np.unique(folds)), "prescreen.py")
     scores = text_baselines(train, rows["test"])
     words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
     return {name: {k: v for k, v in found.items() if k != "train"} for name, found in scores.items()} | {

@@ -223,6 +223,29 @@ def test_labels_that_cannot_be_used(model_dirs, tmp_path, rows, told):
         prescreen.main(config_for(path, tmp_path, model_dirs["qwen2"]))
 
 
+@pytest.mark.parametrize("text", ["red", "the red house"])
+def test_texts_that_are_all_equal_cannot_be_cross_validated(text, model_dirs, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "equal.jsonl", [{"text": text, "label": "ab"[i % 2]} for i in range(40)])
+    arguments = ["--models", model_dirs["qwen2"], "--dataset_name", path, "--results_dir", tmp_path / "results"]
+    message = run_in_process(monkeypatch, "prescreen.py", *arguments)
+    expected = "All texts fall into one fold (are they all equal?): prescreen.py cannot cross-validate."
+    assert message == f"error: {expected}" and not (tmp_path / "results").exists()
+
+
+def test_test_targets_that_are_all_equal_leave_the_baselines_without_r2(model_dirs, tmp_path, monkeypatch, capsys):
+    texts = make_texts(60)
+    rows = [{"text": text, "label": 1 + text.count("red") / 4} for text in texts]
+    for part, of_part in (("train", rows), ("test", [{"text": text, "label": 1.25} for text in texts[:9]])):
+        (tmp_path / "numbers").mkdir(exist_ok=True)
+        write_rows(tmp_path / "numbers" / f"{part}.jsonl", of_part)
+    arguments = ["--models", model_dirs["qwen2"], "--dataset_name", tmp_path / "numbers", "--results_dir", tmp_path]
+    assert run_in_process(monkeypatch, "prescreen.py", *arguments) == 0
+    assert (
+        "without a model, test r2: majority -, bag of words -; bag of words, R2 over folds " in capsys.readouterr().out
+    )
+    assert result_at(tmp_path, "numbers")["baselines"]["majority"]["r2"] is None
+
+
 def test_fewer_texts_than_features_is_said_and_saturated_scores_have_no_rank(model_dirs, tmp_path, capsys):
     rows = [{"text": f"the house {i} {'red' if i % 2 else 'green'}", "label": "ab"[i % 2]} for i in range(40)]
     path = write_rows(tmp_path / "few.jsonl", rows)

@@ -118,9 +118,10 @@ def overview(result: dict[str, Any]) -> pd.DataFrame:
 
 
 def baseline_line(result: dict[str, Any]) -> str:
-    """Majority and bag of words in one line."""
+    """Majority and bag of words in one line; test targets that are all equal have no R2."""
     words, measure = result["baselines"], "accuracy" if result["num_classes"] else "r2"
-    told = [f"{name.replace('_', ' ')} {words[name][measure]:.3f}" for name in ("majority", "bag_of_words")]
+    values = {name.replace("_", " "): words[name][measure] for name in ("majority", "bag_of_words")}
+    told = [f"{name} {'-' if value is None else format(value, '.3f')}" for name, value in values.items()]
     over_folds = np.mean(words["fold_r2"])
     return f"without a model, test {measure}: {', '.join(told)}; bag of words, R2 over folds {over_folds:.3f}"
 

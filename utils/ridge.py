@@ -64,6 +64,17 @@ def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, 
         return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
 
 
+def check_several(num_folds: int, who: str) -> None:
+    """Raises UserError where all texts are in one fold.
+
+    Args:
+        num_folds: that have texts.
+        who: would cross-validate.
+    """
+    if num_folds < 2:
+        raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
+
+
 def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Part]]:
     """The texts outside a fold and those inside it, for each fold that has any, from `load_folds`."""
     order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
@@ -110,8 +121,7 @@ def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ..
     Raises:
         UserError: all texts are in one fold.
     """
-    if len(counts.nonzero()) < 2:
-        raise UserError("All texts fall into one fold (are they all equal?): --ridge cannot cross-validate.")
+    check_several(len(counts.nonzero()), "--ridge")
     errors, baseline = [0.0] * len(alphas), 0.0
     for train, test in fold_parts(folds, counts):
         eigenvalues, basis, cross = eigenbasis(train)
