@@ -19,15 +19,16 @@ Writes to fig_plot/data/, a row each:
     sources.json   the command, library versions, commits
 """
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fig_plot.tables import DATA_DIR, read_csv
+from fig_plot.tables import DATA_DIR, WORDS, read_csv
 from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
 from utils.model_table import MODELS
 from utils.scores import SCORES, option_suffix
@@ -189,6 +190,14 @@ def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
                 yield kind, path / "metrics.json" if kind in METHODS else path
 
 
+def check_cells(rows: Iterable[dict[str, Any]]) -> None:
+    """Raises TypeError where a cell is not what its column holds: a list or an object, or a word among numbers."""
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, list | dict) or (isinstance(value, str) and name not in WORDS):
+                raise TypeError(f"{name} is {str(value)[:40]!r}")
+
+
 def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list[str]]:
     """The rows of each table, the results themselves, and what was skipped, in words."""
     tables: dict[str, list[dict]] = {name: [] for name in TABLES}
@@ -200,7 +209,8 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
         try:
             result = load_json(path)
             rows = READERS[kind](path, result)
-            model_name, _ = result["config"]["model_name"], result["environment"]["git_commit"]
+            model_name, commit = result["config"]["model_name"], result["environment"]["git_commit"]
+            check_cells([{"model": model_name, "word": commit or ""}, *itertools.chain.from_iterable(rows.values())])
         except ForeignError as error:
             skipped.append(f"foreign: {error}")
         except UserError as error:
@@ -267,7 +277,11 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_rows_of(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys."""
+    """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys.
+
+    Raises:
+        UserError: that file is damaged, or another table than its name says.
+    """
     if not path.is_file():
         return table
     both = pd.concat([table, read_csv(path)], ignore_index=True)
@@ -290,16 +304,17 @@ def main(config: Config) -> None:
     """Writes the tables, and says what was skipped.
 
     Raises:
-        UserError: no result at all, or with --strict anything skipped or missing.
+        UserError: no result at all, a damaged table with --keep, or with --strict anything skipped or missing.
     """
     tables, results, skipped = read_all(config.results_dir)
     if not results:
         found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
     skipped += missing_cells(tables)
-    for name, table in {name: to_table(name, rows) for name, rows in tables.items()}.items():
-        if config.keep:
-            table = with_rows_of(config.output_dir / f"{name}.csv", table)
+    merged = {name: to_table(name, rows) for name, rows in tables.items()}
+    if config.keep:  # all are read before one is written: a damaged one leaves the others as they are
+        merged = {name: with_rows_of(config.output_dir / f"{name}.csv", table) for name, table in merged.items()}
+    for name, table in merged.items():
         if table.empty:
             (config.output_dir / f"{name}.csv").unlink(missing_ok=True)  # a table of other results must not stay
             continue

@@ -1,5 +1,7 @@
 """The CSV files of fig_plot/data/ joined into one row per model and dataset: what figures and findings use."""
 
+import csv
+import io
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -58,6 +60,20 @@ MEASURES = {
 # the sign that the paper claims for the correlation of NTPS with each of them, and with the probes on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
+# what is in each table of collect.py, whatever it was collected from
+COLUMNS = {
+    "scores": (*KEYS, "seed", "split", "eigenvectors", "subspace", "center", *NAMES, *(f"{s}_z" for s in NULL_SCORES)),
+    "layers": (*KEYS, "seed", "split", "eigenvectors", "layer", "fraction", *NAMES),
+    "features": (*KEYS, "seed", "layer"),
+    "probes": (*KEYS, "seed", "layer"),
+    "training": (*KEYS, "seed", "method"),
+    "datasets": ("dataset", "seed"),
+    "models": ("model", "num_parameters"),
+    "alignment": KEYS,
+    "separability": (*KEYS, "space", "group"),
+}
+# its columns of words; all others are of numbers
+WORDS = {*KEYS, "split", "eigenvectors", "subspace", "method", "word", "category", "space", "group"}
 TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
 HELD_OUT = "probe_r2_held_out"  # of the least-squares probe of the last layer
 METHOD_COLUMNS = {
@@ -84,22 +100,62 @@ def figure_name(name: str, study: str) -> str:
     return f"{name}_{study}" if study else name
 
 
+def command_of(name: str) -> str:
+    """The command that makes a table."""
+    if name == "closed_form":
+        return "python -m fig_plot.evidence --results_dir results"
+    return f"python -m fig_plot.{'findings' if name.startswith('findings_') else 'collect'}"
+
+
+def check_lines(text: str) -> None:
+    """Raises ValueError where a CSV file has been cut off: pandas would take what is left for a whole one."""
+    if text and not text.endswith("\n"):
+        raise ValueError("its last line has no end")
+    rows = csv.reader(io.StringIO(text, newline=""))
+    width = len(next(rows, []))
+    for number, row in enumerate(rows, 2):
+        if row and len(row) != width:
+            raise ValueError(f"row {number} has {len(row)} cells, the first has {width}")
+
+
+def check_columns(name: str, table: pd.DataFrame) -> None:
+    """Raises ValueError where a table of collect.py lacks rows or columns, or has a word in a column of numbers."""
+    if lacking := [column for column in COLUMNS[name] if column not in table]:
+        raise ValueError(f"it has no column {lacking[0]}")
+    if table.empty:
+        raise ValueError("it has no rows")
+    for column in table:
+        if column not in WORDS and not pd.api.types.is_numeric_dtype(table[column]):
+            raise ValueError(f"its column {column} is not of numbers")
+
+
 def read_csv(path: Path) -> pd.DataFrame:
-    """A table of collect.py or findings.py: names are text, also a dataset called 2024 or NA, a word `null`."""
+    """A table of collect.py or findings.py: names are text, also a dataset called 2024 or NA, a word `null`.
+
+    Raises:
+        UserError: it is damaged, or another table than its name says.
+    """
     texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
-    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_lines(text)
+        table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
+        if path.stem in COLUMNS:
+            check_columns(path.stem, table)
+    except (ValueError, csv.Error) as error:  # those of pandas and of the decoder among them
+        raise UserError(f"{path} is no whole table ({error}). Make it again: {command_of(path.stem)}") from None
+    return table
 
 
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """One of the files of collect.py or findings.py.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, damaged, or another table than its name says.
     """
     path = data_dir / f"{name}.csv"
     if not path.is_file():
-        module = "findings" if name.startswith("findings_") else "collect"
-        raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
+        raise UserError(f"No {path}. Run: {command_of(name)}")
     return read_csv(path)
 
 
@@ -142,8 +198,8 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
     if not path.is_file():
         path = data_dir / "closed_form.csv"
         kept = [*keys, *FEATURE_SCORES]
-        return pd.read_csv(path)[kept] if path.is_file() else pd.DataFrame(columns=kept)
-    table = pd.read_csv(path)
+        return read_csv(path)[kept] if path.is_file() else pd.DataFrame(columns=kept)
+    table = read_csv(path)
     last, best = (table.loc[table.groupby(keys)[name].idxmax()].set_index(keys) for name in ("layer", "logme"))
     columns = last[[name for name in FEATURE_SCORES if name in last]].assign(
         best_layer=best["layer"], best_layer_lead=best["probe_r2_held_out"] - last["probe_r2_held_out"]
@@ -167,7 +223,7 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
 
     Raises:
-        UserError: a file is not there.
+        UserError: a file is not there, damaged, or another table than its name says.
     """
     scores, probes, datasets, models = (
         read_table(name, data_dir) for name in ("scores", "probes", "datasets", "models")

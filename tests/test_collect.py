@@ -171,6 +171,44 @@ def test_a_study_in_two_pieces_has_the_tables_of_the_whole(monkeypatch, results_
     assert json.loads((whole / "sources.json").read_text())["command"].endswith("--keep")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("scores", b"a,b\n1,2\n", "it has no column model"),
+        ("scores", b"", "No columns"),
+        ("training", b"model,dataset,seed,method\na,b,0,lora\na,b", "its last line has no end"),
+        ("probes", b"model,dataset,seed,layer\na,b,zero,1\n", "its column seed is not of numbers"),
+        ("models", b"model\n\xff\n", "can't decode"),
+    ],
+)
+def test_a_damaged_table_is_not_kept_and_no_other_is_touched(monkeypatch, results_dir, name, content, why):
+    _, data = collected(monkeypatch, results_dir)
+    (data / f"{name}.csv").write_bytes(content)
+    shutil.rmtree(results_dir / "seed1")  # what would be lost, were a table written anew
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    message, _ = collected(monkeypatch, results_dir, "--keep")
+    assert str(message).startswith(f"error: {data / name}.csv is no whole table (") and why in str(message)
+    assert str(message).endswith("). Make it again: python -m fig_plot.collect")
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("num_samples", [1, 2]), ("num_samples", {"train": 1}), ("hidden_size", "wide"), ("config", "seed")],
+)
+def test_a_result_with_a_list_or_a_word_in_place_of_a_number_is_skipped(monkeypatch, results_dir, capsys, entry, value):
+    path = sorted(results_dir.rglob("ntps/*/rows.json"))[0]
+    result = json.loads(path.read_text())
+    if entry == "config":
+        result["config"][value] = [0]
+    else:
+        result[entry] = value
+    path.write_text(json.dumps(result))
+    code, data = collected(monkeypatch, results_dir)
+    assert code == 0 and f"foreign: {path} is not a result of ntps (TypeError" in capsys.readouterr().err
+    assert len(pd.read_csv(data / "scores.csv")) == 8
+
+
 def test_names_that_pandas_would_take_for_something_else_are_kept_once(tmp_path):
     rows = [{"model": "a", "dataset": name, "seed": 0, "layer": 0, "word": word}
             for name in ("2024", "NA", "1e3") for word in ("null", "None", "nan", "")]  # fmt: skip

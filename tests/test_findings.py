@@ -1,5 +1,7 @@
 """fig_plot/tables.py and fig_plot/findings.py on made-up studies whose answer is known."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from fig_plot.like_for_like import STEPS, twin_rows
 from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import random_weights_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
+from utils.io import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +142,42 @@ def test_random_weights_are_compared_on_the_tasks_of_both():
     expected = spearmanr(trained.retained, of_twin.retained).statistic
     assert retained["spearman"] == pytest.approx(expected) and abs(expected) < 0.9
     assert retained["lead"] == pytest.approx(-0.2 * of_twin.retained.mean())
+
+
+DAMAGES = {
+    "empty": (lambda content: b"", "No columns to parse"),
+    "not text": (lambda content: b"\xff\xfe" + content, "can't decode byte 0xff"),
+    "foreign": (lambda content: b"a,b\n1,2\n", "it has no column model"),
+    "header alone": (lambda content: content.splitlines(keepends=True)[0], "it has no rows"),
+    "word": (lambda content: content.replace(b",0.", b",about 0.", 1), "is not of numbers"),
+    "cut within a row": (lambda content: content[: content.rindex(b",")], "its last line has no end"),
+    "cut within a cell": (lambda content: content[:-3], "its last line has no end"),
+    "short row": (lambda content: content[: content.rindex(b",")] + b"\n", r"row \d+ has \d+ cells, the first has"),
+    "long row": (lambda content: content[:-1] + b",1,2\n", r"row \d+ has \d+ cells, the first has"),
+    "open quotation": (lambda content: content[:-1] + b'"a\n', ""),
+}
+
+
+@pytest.mark.parametrize("name", ["scores", "layers", "training", "datasets"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_named_with_the_command_that_makes_it_again(name, damage, tmp_path, monkeypatch):
+    write_study(tmp_path)
+    change, why = DAMAGES[damage]
+    path = tmp_path / f"{name}.csv"
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+    why = why.replace("column model", "column dataset") if name == "datasets" else why
+    message = run_in_process(monkeypatch, "fig_plot/findings.py", "--data_dir", tmp_path, "--num_draws", "10")
+    assert str(message).startswith(f"error: {path} is no whole table (") and re.search(why, str(message))
+    assert message.endswith("). Make it again: python -m fig_plot.collect") and "\n" not in message
+    assert not list(tmp_path.glob("findings_*"))
+
+
+def test_a_damaged_table_of_findings_is_made_again_by_findings(tmp_path):
+    (tmp_path / "findings_leads.csv").write_text("score,value\nntps,0.1\nret")
+    with pytest.raises(UserError, match=r"findings_leads.csv is no whole table .*: python -m fig_plot.findings$"):
+        tables.read_table("findings_leads", tmp_path)
 
 
 def test_the_procedure_by_the_scores_of_random_weights(tmp_path, monkeypatch):
