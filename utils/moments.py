@@ -27,6 +27,7 @@ PER_LAYER = (
 )
 NORMS = ("pooled_norm_fourth_power", "pooled_norm_squared_pooled")  # for Ledoit-Wolf shrinkage
 OF_ROUNDING = ("prefix_second_error", "prefix_next_error")
+EQUAL_LABELS = 1e-12  # variance of labels beside their mean square that is rounding
 SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
 
 
@@ -176,7 +177,8 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
             error = probe_error(rows, weights, intercept)
             scores[f"probe_mse{suffix}"] = error
             variance = rows.label_covariance.trace().item() / len(intercept)
-            scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > 0 else None
+            smallest = EQUAL_LABELS * rows.label_second_moment.trace().item() / len(intercept)
+            scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > smallest else None
     return scores
 
 
