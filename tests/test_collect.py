@@ -203,7 +203,7 @@ def test_a_result_with_a_list_or_a_word_in_place_of_a_number_is_skipped(monkeypa
         result["config"][value] = [0]
     else:
         result[entry] = value
-    path.write_text(json.dumps(result))
+    save_json(path, result)
     code, data = collected(monkeypatch, results_dir)
     assert code == 0 and f"foreign: {path} is not a result of ntps (TypeError" in capsys.readouterr().err
     assert len(pd.read_csv(data / "scores.csv")) == 8

@@ -1,7 +1,7 @@
 """Real copies of hub datasets beside the repository: labels and texts as a person reads them in the files, and scores.
 
 The expectations were written down from the files: rows of each class, and one text, the first where it can be printed.
-Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data.
+Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.conftest import ROOT, configure
 from utils.data import load_splits
 from utils.settings import Data, Run
 
-DATASETS = Path(os.environ.get("NTPS_DATASETS_DIR") or ROOT.parent / "shared" / "data")
+DATASETS = Path(os.environ.get("NTPS_REAL_DATASETS_DIR") or ROOT.parent / "shared" / "data")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository"),
