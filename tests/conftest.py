@@ -8,8 +8,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as utils/ sets it, before torch is 
 # One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
 # from a sum over one in the last bit, which matters where a killed run must equal an uninterrupted one.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Real datasets are for the tests that ask for them, others have made-up rows in their place; the workers of pytest-xdist
-# are given this name.
+# Real datasets are for the tests that ask for them, others have made-up rows in their place; the workers of
+# pytest-xdist get this name.
 if datasets_dir := os.environ.pop("NTPS_DATASETS_DIR", None):
     os.environ["NTPS_REAL_DATASETS_DIR"] = datasets_dir
 
