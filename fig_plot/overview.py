@@ -71,8 +71,8 @@ def overview_rows(names: dict[str, str]) -> pd.DataFrame:
             if (study_dir(study) / "findings_like_for_like_paper.csv").is_file():
                 found[f"{STUDIES[study]}, the paper's datasets"] = answer(claim, study_dir(study), "_paper")
             found[STUDIES[study]] = answer(claim, study_dir(study))
-        for step in LABELS:
-            for title, said in found.items():
+        for step, title, said in ((step, title, said) for step in LABELS for title, said in found.items()):
+            if step != "baseline" or title in STUDIES.values():
                 row = getattr(said, step)
                 noise = sign * row["noise"] if step == "chosen" else None
                 turned = sign if step != "baseline" else (-1 if row["value"] < 0 else 1)  # a baseline points anywhere

@@ -190,7 +190,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, len(claims), figsize=(7.6, 0.29 * len(labels) + 1.1), sharey=True)
+        figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.29 * len(labels) + 1.1), sharey=True)
         for panel, claim in zip(axes, claims, strict=True):
             for _, row in rows[rows["claim"] == claim].iterrows():
                 height = -labels.index(row["label"])
