@@ -229,7 +229,7 @@ def train(run: TrainingRun) -> Progress:
                 save_progress(run, progress, progress.seconds + time.monotonic() - started)
                 saved = time.monotonic()
             if ends:
-                processes().wait()  # the state is written
+                processes().leave()  # together, now that the state is written
                 sys.exit(128 + signal.SIGTERM)
     bar.close()
     progress.seconds += time.monotonic() - started
