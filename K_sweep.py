@@ -36,7 +36,6 @@ from utils.closed_form import layer_scores
 from utils.io import UserError, environment, pick_device, run_script, save_json
 from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.moments import (
-    EQUAL_LABELS,
     LayerMoments,
     last_layer,
     load_layer,
@@ -491,7 +490,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         layers = []
         for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
-            if moments.label_covariance.trace() <= EQUAL_LABELS * moments.label_second_moment.trace():
+            if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
             held_out = None
             if other_metadata and layer in stored_layers(other, other_metadata):

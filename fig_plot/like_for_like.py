@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fig_plot.correlations import Draws, bootstrap_interval, bootstrap_mean_correlation, spearman, spearman_rows
+from fig_plot.correlations import (
+    Draws,
+    bootstrap_interval,
+    bootstrap_mean_correlation,
+    mean_correlation,
+    spearman,
+    spearman_rows,
+)
 from fig_plot.fixed_rule import is_known, mean_partial
 from fig_plot.selection import joint_p_value, leave_one_out_selection, selection_null
 from fig_plot.tables import CLAIMED, NAMES, RANDOM_MODELS, matrix
@@ -150,8 +157,7 @@ def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) 
     """The mean over models of one step."""
     x, y, given = (np.array([row[name] for row in rows]) for name in ("x", "y", "given"))
     partial = bootstrap_interval(mean_partial, x.T, y.T, given.T, num_draws=draws.num_draws // 4, seed=draws.seed)
-    interval = bootstrap_mean_correlation(x, y, num_draws=draws.num_draws, seed=draws.seed)
-    row = {"model": "mean", "measure": measure, "step": step, "spearman": interval.value,
+    row = {"model": "mean", "measure": measure, "step": step, "spearman": mean_correlation(x, y),
            "tasks": max(row["tasks"] for row in rows), "models": len(rows)}  # fmt: skip
     if "noise" in rows[0]:
         row["noise"] = float(np.mean([each["noise"] for each in rows]))
@@ -160,6 +166,7 @@ def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) 
             row["p"] = joint_p_value([each["spearman"] for each in rows], [each["null"] for each in rows],
                                      CLAIMED[measure])  # fmt: skip
     else:
+        interval = bootstrap_mean_correlation(x, y, num_draws=draws.num_draws, seed=draws.seed)
         row |= {"low": interval.low, "high": interval.high}
     names = ("given_classes", "given_classes_low", "given_classes_high")
     return row | dict(zip(names, partial, strict=True))

@@ -1,5 +1,6 @@
 """The paper's three claims at a glance: published, the same procedure here, a fixed rule, the best simple baseline."""
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def overview_rows(names: dict[str, str]) -> pd.DataFrame:
             if (study_dir(study) / "findings_like_for_like_paper.csv").is_file():
                 found[f"{STUDIES[study]}, the paper's datasets"] = answer(claim, study_dir(study), "_paper")
             found[STUDIES[study]] = answer(claim, study_dir(study))
-        for step, title, said in ((step, title, said) for step in LABELS for title, said in found.items()):
+        for step, (title, said) in itertools.product(LABELS, found.items()):
             if step != "baseline" or title in STUDIES.values():
                 row = getattr(said, step)
                 noise = sign * row["noise"] if step == "chosen" else None

@@ -9,6 +9,7 @@ The words around the tables are written by hand, and hold no number that does no
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -126,18 +127,8 @@ def like_for_like(data_dir: Path, of: str = "") -> list[str]:
     return markdown(header, rows)
 
 
-def like_for_like_paper(data_dir: Path) -> list[str]:
-    """Question 1 on the paper's own datasets."""
-    return like_for_like(data_dir, "_paper")
-
-
-def correlations_paper(data_dir: Path) -> list[str]:
-    """Question 2 on the paper's own datasets: the paper's score and the baselines."""
-    return correlations(data_dir, "_paper")
-
-
 def correlations(data_dir: Path, of: str = "") -> list[str]:
-    """Question 2: every score and baseline with every measure."""
+    """Question 2: every score and baseline with every measure; of the paper's datasets alone with `_paper`."""
     table = spearmans(data_dir, of)
     measures = [name for name in MEASURES if name in table.index.get_level_values(0) and not name.endswith("_paper")]
 
@@ -271,9 +262,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     for table in (
         claims,
         like_for_like,
-        like_for_like_paper,
         correlations,
-        correlations_paper,
         leads,
         controls,
         random_weights,
@@ -285,6 +274,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
         tasks,
     )
 }
+TABLES |= {f"{table.__name__}_paper": partial(table, of="_paper") for table in (like_for_like, correlations)}
 
 
 # ------------------------------------------------------------------ pages

@@ -243,22 +243,28 @@ def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_p
     assert not (killed / "state.safetensors").exists()
 
 
-def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_path, capsys):
-    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+def terminated_at_step_5(config, rank):
+    """What a process runs: one of this rank gets SIGTERM in its fifth step."""
 
-    def run(rank):
+    def run(own):
         step, seen = training.train_step, []
 
         def terminated(*arguments):
             seen.append(0)
-            if len(seen) == 5:
+            if own == rank and len(seen) == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*arguments)
 
         training.train_step = terminated
-        linear_training.main(with_values(ended, minutes_per_state=60.0))
+        linear_training.main(with_values(config, minutes_per_state=60.0))
 
-    assert exit_codes(start(run)) == [143]
+    return run
+
+
+def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_path, capsys):
+    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+
+    assert exit_codes(start(terminated_at_step_5(ended, rank=0))) == [143]
     capsys.readouterr()
     for config in (ended, whole):
         linear_training.main(config)
@@ -271,19 +277,7 @@ def test_sigterm_at_one_of_two_processes_ends_both_with_a_state(model_dirs, rows
     """As across machines, where it does not come to all at once: else one would wait for the gradients of the other."""
     whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
 
-    def run(rank):
-        step, seen = training.train_step, []
-
-        def terminated(*arguments):
-            seen.append(0)
-            if rank == 1 and len(seen) == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(*arguments)
-
-        training.train_step = terminated
-        linear_training.main(with_values(ended, minutes_per_state=60.0))
-
-    assert exit_codes(start(run, 2)) == [143, 143]
+    assert exit_codes(start(terminated_at_step_5(ended, rank=1), 2)) == [143, 143]
     for config in (ended, whole):
         assert exit_codes(start(lambda rank, config=config: linear_training.main(config), 2)) == [0, 0]
     histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]

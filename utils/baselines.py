@@ -39,11 +39,10 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     Returns:
         {"majority": scores, "bag_of_words": scores}, scores as in utils/metrics.py, of all classes of `train`.
     """
-    words = tfidf_features(train.texts, test.texts)
-    if train.is_regression:
+    words, regression = tfidf_features(train.texts, test.texts), train.is_regression
+    if regression:
         words = (words[0].astype(np.float64), words[1].astype(np.float64))
     nothing = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
-    regression = train.is_regression
     models = {
         "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), nothing),
         "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),

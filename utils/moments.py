@@ -88,6 +88,11 @@ class LayerMoments:
         """(c, c)."""
         return self.label_second_moment - torch.outer(self.label_mean, self.label_mean)
 
+    @property
+    def labels_vary(self) -> bool:
+        """Whether the labels of these texts differ by more than rounding."""
+        return bool(self.label_covariance.trace() > EQUAL_LABELS * self.label_second_moment.trace())
+
     def autoregression(self, center: bool) -> tuple[Tensor, Tensor]:
         """C0 and C1; centred on the mean prefix and the mean next token if asked."""
         if not center or not self.num_pairs:
@@ -177,8 +182,7 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
             error = probe_error(rows, weights, intercept)
             scores[f"probe_mse{suffix}"] = error
             variance = rows.label_covariance.trace().item() / len(intercept)
-            smallest = EQUAL_LABELS * rows.label_second_moment.trace().item() / len(intercept)
-            scores[f"probe_r2{suffix}"] = 1 - error / variance if variance > smallest else None
+            scores[f"probe_r2{suffix}"] = 1 - error / variance if rows.labels_vary else None
     return scores
 
 

@@ -4,14 +4,16 @@ A result has an identity: its settings, the fingerprint of its rows and the fing
 is the same result on any machine; at the same place with another identity it is refused, and what differs is named.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from utils.io import UserError, check_writable, load_json
+from utils.io import NO_PLACE, UserError, check_writable, load_json
 from utils.settings import Data, Model, Run
 from utils.tensor_files import FORMAT_VERSION, open_tensors, save_tensors
 
@@ -89,6 +91,31 @@ def find_result(path: Path, identity: dict[str, Any], run: Run, free: Collection
 
 
 # ------------------------------------------------------------------ state of an unfinished run
+def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Looks at the state of an unfinished run before the work; with --overwrite one that cannot be used goes.
+
+    Raises:
+        UserError: it is damaged, or of a run of another identity.
+    """
+    try:
+        check_identity(read_identity(path), identity, path)
+    except UserError:
+        if not overwrite:
+            raise
+        path.unlink()
+
+
+@contextlib.contextmanager
+def state_if_there_is_place() -> Iterator[None]:
+    """Its body writes a state; where it cannot be written that is said, and the run goes on without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
+
+
 def save_state(
     path: Path,
     parameters: dict[str, nn.Parameter],

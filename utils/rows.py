@@ -71,9 +71,8 @@ def check_spread(which: str, numbers: np.ndarray) -> None:
         numbers: finite and not all equal, (n,).
     """
     largest = float(np.abs(numbers).max())
-    mean, std = (
-        float(of) for of in ((numbers / largest).mean(), (numbers / largest).std())
-    )  # squares of them overflow
+    scaled = numbers / largest  # squares of the numbers themselves may overflow
+    mean, std = float(scaled.mean()), float(scaled.std())
     spread = std * largest
     told = f"{which} run from {numbers.min():.9g} to {numbers.max():.9g}, with a standard deviation of {spread:.3g}"
     if abs(mean) > MAX_MEAN * std:

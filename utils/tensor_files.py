@@ -32,9 +32,9 @@ Sums = dict[str, str | list[str]]  # of each tensor, or of each layer of a stack
 
 
 # ------------------------------------------------------------------ what tells that a file is whole
-def check_sum(tensor: Tensor) -> str:
+def check_sum(content: memoryview) -> str:
     """CRC-32 of a tensor's bytes, eight hexadecimal digits."""
-    return f"{zlib.crc32(as_bytes(tensor)):08x}"
+    return f"{zlib.crc32(content):08x}"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -96,7 +96,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | list[Tensor]], metad
         found: dict[str, list[str]] = {name: [] for name in parts}
         for name, part in ((name, part) for name, of in parts.items() for part in of):
             content = as_bytes(part)
-            found[name].append(f"{zlib.crc32(content):08x}")
+            found[name].append(check_sum(content))
             file.write(content)
         file.seek(0)  # the sums are known now, and as long as before
         sums: Sums = {name: of if is_stack[name] else of[0] for name, of in found.items()}
@@ -125,10 +125,10 @@ class StoredTensor:
     def checked(self, part: Tensor, index: Any) -> Tensor:
         """The part at an index, if its check sum is that of the file, or if no such part has one."""
         if isinstance(self.sums, list) and isinstance(index, int):
-            is_whole = check_sum(part) == self.sums[index]
+            is_whole = check_sum(as_bytes(part)) == self.sums[index]
         elif self.sums is not None and isinstance(index, slice) and index == slice(None):
-            found = list(map(check_sum, part)) if isinstance(self.sums, list) else check_sum(part)
-            is_whole = found == self.sums
+            found = [check_sum(as_bytes(each)) for each in (part if isinstance(self.sums, list) else [part])]
+            is_whole = found == (self.sums if isinstance(self.sums, list) else [self.sums])
         else:
             is_whole = True
         if not is_whole:

@@ -29,9 +29,9 @@ from utils.baselines import text_baselines
 from utils.data import LabelledTexts
 from utils.distributed import processes
 from utils.identity import model_fingerprint
-from utils.io import NO_PLACE, UserError, environment, pick_device, save_json, write_atomically
+from utils.io import UserError, environment, pick_device, save_json, write_atomically
 from utils.objectives import BatchOrder, Objective
-from utils.results import check_identity, find_result, load_state, read_identity, save_state
+from utils.results import check_state, find_result, load_state, save_state, state_if_there_is_place
 from utils.self_check import routes_tokens
 from utils.settings import Session, all_settings, result_settings
 from utils.unfinished import termination_noted
@@ -136,12 +136,7 @@ def find_finished(config: Any, identity: dict[str, Any], place: Place) -> dict |
         if metrics is not None:
             print(f"reused, already complete with these settings:\n{place.metrics_path}")
         elif place.state_path.is_file():
-            try:
-                check_identity(read_identity(place.state_path), identity, place.state_path)
-            except UserError:
-                if not config.run.overwrite:
-                    raise
-                place.state_path.unlink()
+            check_state(place.state_path, identity, config.run.overwrite)
         return metrics
 
     return processes().object_of_first(look)
@@ -154,12 +149,8 @@ def save_progress(run: TrainingRun, progress: Progress, seconds: float) -> None:
     Where it cannot be written the run goes on without.
     """
     values = {**vars(progress), "seconds": seconds, "scheduler": run.scheduler.state_dict()}
-    try:
+    with state_if_there_is_place():
         save_state(run.place.state_path, run.trained_parameters(), run.optimizer, run.identity, values)
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            raise
-        tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
 
 
 def any_asked(run: TrainingRun, asked: bool) -> bool:

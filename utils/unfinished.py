@@ -28,8 +28,8 @@ except ImportError:  # not on this system: nobody is told that another run write
 
 from utils.batches import Step
 from utils.distributed import Processes, processes
-from utils.io import NO_PLACE, UserError, remove_abandoned
-from utils.results import check_identity, read_identity
+from utils.io import UserError, remove_abandoned
+from utils.results import check_state, state_if_there_is_place
 from utils.tensor_files import FORMAT_VERSION, map_tensors, open_tensors, save_tensors, start_tensors, tensor_header
 
 Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis
@@ -62,12 +62,7 @@ def check_states(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
         UserError: one is damaged, or of a run of another identity.
     """
     for state in states_beside(path):
-        try:
-            check_identity(read_identity(state), identity, state)
-        except UserError:
-            if not overwrite:
-                raise
-            state.unlink()
+        check_state(state, identity, overwrite)
 
 
 @dataclass
@@ -111,12 +106,8 @@ class Unfinished:
         """Writes the state after so many steps; where it cannot be written the pass goes on without."""
         start = time.monotonic()
         metadata = {"format_version": FORMAT_VERSION, **self.identity, "way": self.way, "num_steps": num_steps}
-        try:
+        with state_if_there_is_place():
             save_tensors(self.path, tensors, metadata)
-        except OSError as error:
-            if error.errno not in NO_PLACE:
-                raise
-            tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
         self.saved = time.monotonic()
         self.seconds = self.saved - start
 
