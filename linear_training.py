@@ -217,9 +217,12 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
     probe = build_run(config, parts, objective, identity, place)
     progress = train(probe)
 
-    def write() -> dict:
+    def save_weights() -> None:
         save_head(place.folder / "head.safetensors", probe.model, objective, identity, centre, spread)
-        metrics = save_result(probe, progress, data, {"hidden_size": train_states.shape[1], **stored_as(config.model)})
+
+    def write() -> dict:
+        extra = {"hidden_size": train_states.shape[1], **stored_as(config.model)}
+        metrics = save_result(probe, progress, data, extra, save_weights)
         print_scores(metrics)
         print(place.metrics_path)
         return metrics

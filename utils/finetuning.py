@@ -246,13 +246,15 @@ def finetune(
         torch.cuda.reset_peak_memory_stats()
     progress = train(run)
 
-    def write() -> dict:
+    def save_weights() -> None:
         trainable.save(place.folder)  # the largest, and in one piece: where it does not fit, what was there stays
         place.metrics_path.unlink(missing_ok=True)  # of an earlier run
         save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
+
+    def write() -> dict:
         extra: dict[str, Any] = stored_as(config.model)
         extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
-        metrics = save_result(run, progress, data, extra)
+        metrics = save_result(run, progress, data, extra, save_weights)
         print_scores(metrics)
         print(place.metrics_path)
         return metrics

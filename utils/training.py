@@ -333,8 +333,17 @@ def save_history(path: Path, history: list[dict]) -> None:
         writer.writerows(history)
 
 
-def save_result(run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts], extra: dict) -> dict:
-    """Writes history.csv and, last, metrics.json; removes the state; returns the metrics."""
+def save_result(
+    run: TrainingRun,
+    progress: Progress,
+    data: dict[str, LabelledTexts],
+    extra: dict,
+    save_weights: Callable[[], None],
+) -> dict:
+    """Writes the weights, history.csv and, last, metrics.json; removes the state; returns the metrics.
+
+    All of it is computed before any of it is written: what was there does not stand long beside what is new.
+    """
     metrics = {
         **run.identity,
         "environment": environment(),
@@ -353,6 +362,7 @@ def save_result(run: TrainingRun, progress: Progress, data: dict[str, LabelledTe
         "best_rule": "validation loss" if "validation_loss" in progress.history[0] else "test score (flatters)",
         "baselines": text_baselines(data["train"], data["test"]),
     }
+    save_weights()
     save_history(run.place.folder / "history.csv", progress.history)
     save_json(run.place.metrics_path, metrics)
     run.place.state_path.unlink(missing_ok=True)
