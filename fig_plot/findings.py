@@ -37,6 +37,10 @@ claims + for accuracy, - for MSE, - for LoRA gain; every choice and every test i
 4. Does LoRA raise NTPS, its variants, and `retained` over a random V, and does the rise follow the gain? Statistic:
    score after minus before, mean over tasks; Spearman of that change with LoRA gain. Raised, or following, if the
    interval is above 0. Unanswered, not "no", if it has 0 inside.
+   Of random weights, asked later but before they were trained: LoRA on the twin of random weights, in the same words.
+   Statistic: the change of each score on the model less that on its twin, mean over the tasks of both. A rise is of
+   what was learnt before LoRA if this interval is above 0; it is of fitting the labels, to whatever weights, if the
+   twin's score rises too and the interval holds 0. Accuracies of both are given beside it.
 5. What predicts the LoRA gain of a task left out? Candidates, one at a time: headroom; held-out R2 of the best layer
    minus that of the last; ridge R2; LogME; H-score; z of `retained`; `retained` minus that of random V; `ntps`;
    number of classes. Statistic: mean absolute error, in points, of a least-squares line through the other tasks (an
