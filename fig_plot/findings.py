@@ -65,7 +65,7 @@ gains.py and shared_tasks.py say what is in them):
     findings_leads.csv          question 2: each score beside the best baseline
     findings_partial.csv        correlations with the headroom or the number of classes held fixed
     findings_controls.csv       question 3: what V by PCA, a random V, random weights and permuted labels give
-    findings_random_weights.csv what random weights give on the same tasks, asked later
+    findings_random_weights.csv what random weights give on the same tasks and LoRA makes of them, asked later
     findings_twin.csv           the paper's procedure with the scores of random weights in place of the model's
     findings_after_lora.csv     question 4
     findings_calibration.csv    question 5: error of the LoRA gain predicted from a score, in points of accuracy
@@ -73,8 +73,8 @@ gains.py and shared_tasks.py say what is in them):
     findings_seeds.csv          question 6: spread between seeds beside that over tasks
     findings_shared_tasks.csv   SmolLM2 on docstring tasks beside the docstring LMs, asked later: of task or model?
 
-A correlation across models is within each task, averaged over tasks. Models with random weights are left out of all but
-the controls.
+A correlation across models is within each task, averaged over tasks. Models with random weights have tables of their
+own and rows among the controls and the changes by LoRA; they are left out of all else.
 """
 
 from collections.abc import Iterable
@@ -132,6 +132,7 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
     layers, probes = read_table("layers", data_dir), read_table("probes", data_dir)
     layers = layers[layers["split"] == "train"]
     cells = trained_models(every)
+    after = load_after_lora(data_dir)
     first = seeds["seed"].min()  # the paper has one run of everything
     cells_of_first, layers_of_first, probes_of_first = (
         table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)
@@ -144,9 +145,9 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "leads": lead_rows(cells, draws),
         "partial": partial_rows(cells, draws, (*SCORES, *CONTROLS, *FEATURE_SCORES)),
         "controls": control_rows(every, draws),
-        "random_weights": random_weights_rows(every, draws),
+        "random_weights": random_weights_rows(every, after, draws),
         "twin": twin_rows(cells_of_first, layers_of_first, probes_of_first, draws),
-        "after_lora": after_lora_rows(load_after_lora(data_dir), cells, draws),
+        "after_lora": after_lora_rows(after, every, draws),
         "calibration": calibration_rows(cells, draws),
         "decision": decision_rows(cells, draws),
         "seeds": seed_rows(seeds),

@@ -50,7 +50,8 @@ NAMES = ASKED | {
 }
 
 FEW_TASKS = 8  # of which a bootstrap says nothing
-LABELS = MEASURES | NAMES  # of scores and of what they should predict
+LABELS = MEASURES | NAMES | {"lora_accuracy": "LoRA accuracy"}  # of scores and of what they should predict
+LABELS |= {f"{name}_change": f"change of {label} by LoRA" for name, label in NAMES.items()}
 
 
 @dataclass(frozen=True)

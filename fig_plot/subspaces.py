@@ -10,7 +10,8 @@ from fig_plot.correlations import Draws, bootstrap_interval, spearman
 from fig_plot.fixed_rule import is_known
 from fig_plot.tables import FEATURE_SCORES, HELD_OUT, KEYS, MEASURES, NAMES, RANDOM_MODELS
 
-ALL = "all"  # of the rows over all models
+ALL = "all"  # of the rows over all trained models
+AFTER_LORA = (*NAMES, "retained_lead", HELD_OUT)  # what is compared before and after LoRA
 
 
 def control_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
@@ -45,16 +46,27 @@ def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
     return columns
 
 
-def random_weights_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
+def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
     """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
 
-    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks.
+    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks; of scores, of outcomes, and
+    as `<score>_change` of what LoRA adds to a score.
+
+    Args:
+        cells: of `tables.load_cells`.
+        after: of `tables.load_after_lora`.
+        draws: of the intervals, over tasks.
     """
     options = {"num_draws": draws.num_draws, "seed": draws.seed}
+    changes = {name: f"{name}_change" for name in AFTER_LORA if is_known(after, name)}
+    changed = after.assign(**{column: after[name] - after[f"{name}_before"] for name, column in changes.items()})
+    changed = changed[[*KEYS, *changes.values()]].groupby(KEYS, as_index=False).mean()
+    cells = cells.merge(changed, on=KEYS, how="left")
+    names = (*NAMES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changes.values())
     for twin, model in RANDOM_MODELS.items():
         both = (cells[cells["model"] == name].set_index("dataset") for name in (model, twin))
         trained, random = (table.dropna(axis=1, how="all") for table in both)
-        for name in [name for name in (*NAMES, *FEATURE_SCORES, *MEASURES) if name in trained and name in random]:
+        for name in [name for name in names if name in trained and name in random]:
             pairs = pd.concat([trained[name], random[name]], axis=1, join="inner").dropna().to_numpy(float)
             if len(pairs) < 3:
                 continue
@@ -72,16 +84,18 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> I
     Args:
         after: of `tables.load_after_lora`.
         cells: of `tables.load_cells`, for the gain.
-        draws: of the intervals, over tasks; where there are several models the mean over them is taken first.
+        draws: of the intervals, over tasks; where there are several models the mean over them is taken first, without
+            those of random weights.
     """
     after = (
         after.groupby(KEYS, as_index=False)
         .mean(numeric_only=True)
         .merge(cells[[*KEYS, "lora_gain"]], on=KEYS, how="left")
     )
-    scores = [name for name in (*NAMES, "retained_lead", HELD_OUT) if is_known(after, name)]
-    for model, rows in (*after.groupby("model"), (ALL, after)):
-        if model == ALL and after["model"].nunique() == 1:
+    scores = [name for name in AFTER_LORA if is_known(after, name)]
+    trained = after[~after["model"].isin(list(RANDOM_MODELS))]
+    for model, rows in (*after.groupby("model"), (ALL, trained)):
+        if model == ALL and trained["model"].nunique() == 1:
             continue
         for name in scores:
             known = rows.assign(change=rows[name] - rows[f"{name}_before"]).dropna(subset="change")

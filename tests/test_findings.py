@@ -13,7 +13,7 @@ from fig_plot.fixed_rule import seed_rows
 from fig_plot.gains import decision_rows
 from fig_plot.like_for_like import STEPS, twin_rows
 from fig_plot.shared_tasks import shared_task_rows
-from fig_plot.subspaces import random_weights_rows
+from fig_plot.subspaces import after_lora_rows, random_weights_rows
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 from utils.io import UserError
 
@@ -134,14 +134,38 @@ def test_random_weights_are_compared_on_the_tasks_of_both():
     trained = of_twin.assign(model="tiny", ntps=of_twin.ntps + 0.1, retained=0.8 * random.permutation(of_twin.retained))
     further = pd.DataFrame({"model": "tiny", "dataset": TASKS[9:], "ntps": 5.0, "retained": 5.0, "full_gain": 1.0})
     cells = pd.concat([of_twin, trained, further], ignore_index=True)
-    rows = {row["name"]: row for row in random_weights_rows(cells, Draws(50, 0))}
-    assert set(rows) == {"ntps", "retained"}
+    after = cells.assign(ntps_before=cells.ntps - 0.2, retained_before=cells.retained)
+    after.loc[after.model == "tiny-random", "ntps_before"] -= 0.3
+    other_seed = after.assign(ntps_before=after.ntps_before + 0.1)  # changes are averaged over seeds
+    rows = {row["name"]: row for row in random_weights_rows(cells, pd.concat([after, other_seed]), Draws(50, 0))}
+    assert set(rows) == {"ntps", "retained", "ntps_change", "retained_change"}
+    change = rows["ntps_change"]
+    assert [change[name] for name in ("trained", "random_weights", "lead")] == pytest.approx([0.15, 0.45, -0.3])
     ntps, retained = rows["ntps"], rows["retained"]
     assert [ntps["lead"], ntps["low"], ntps["high"], ntps["spearman"]] == pytest.approx([0.1, 0.1, 0.1, 1.0])
     assert (ntps["model"], ntps["tasks"], ntps["random_weights"]) == ("tiny", 9, pytest.approx(of_twin.ntps.mean()))
     expected = spearmanr(trained.retained, of_twin.retained).statistic
     assert retained["spearman"] == pytest.approx(expected) and abs(expected) < 0.9
     assert retained["lead"] == pytest.approx(-0.2 * of_twin.retained.mean())
+
+
+def test_random_weights_have_their_own_rows_after_lora_and_no_part_in_the_mean():
+    random = np.random.default_rng(0)
+    models = ("tiny-random", "tiny", "small-one")
+    cells = pd.DataFrame([{"model": model, "dataset": task} for model in models for task in TASKS])
+    cells["lora_gain"] = random.uniform(size=len(cells))
+    rise = cells.model.map({"tiny-random": 9.0, "tiny": 0.1, "small-one": 0.3}) + random.uniform(size=len(cells)) / 100
+    after = cells[["model", "dataset"]].assign(ntps=0.5 + rise, ntps_before=0.5, seed=0)
+    rows = {row["model"]: row for row in after_lora_rows(after, cells, Draws(50, 0))}
+    assert set(rows) == {*models, "all"}
+    assert rows["tiny-random"]["change"] == pytest.approx(9.0, abs=0.01)
+    assert rows["all"]["change"] == pytest.approx(0.2, abs=0.01) and rows["all"]["cells"] == 2 * len(TASKS)
+    for model in models:
+        of_model = cells.model == model
+        expected = spearmanr(rise[of_model], cells.lora_gain[of_model]).statistic
+        assert rows[model]["spearman_with_gain"] == pytest.approx(expected)
+    one = after_lora_rows(after[after.model != "small-one"], cells, Draws(50, 0))
+    assert {row["model"] for row in one} == {"tiny-random", "tiny"}  # a mean over one model would be that model
 
 
 DAMAGES = {
