@@ -51,7 +51,7 @@ NAMES = ASKED | {
 
 FEW_TASKS = 8  # of which a bootstrap says nothing
 LABELS = MEASURES | NAMES | {"lora_accuracy": "LoRA accuracy"}  # of scores and of what they should predict
-LABELS |= {f"{name}_change": f"change of {label} by LoRA" for name, label in NAMES.items()}
+LABELS |= {f"{name}_change": f"change by LoRA of {label}" for name, label in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def random_weights(data_dir: Path) -> list[str]:
     for _, row in table[table["name"].isin(LABELS)].iterrows():
         lead = interval(row["lead"], row["low"], row["high"], digits=3)
         order = interval(row["spearman"], row["spearman_low"], row["spearman_high"])
+        if row["tasks"] < FEW_TASKS:
+            lead, order = f"{row['lead']:+.3f}", signed(row["spearman"])
         name = LABELS[row["name"]]
         rows.append((name, f"{row['trained']:.3f}", f"{row['random_weights']:.3f}", lead, order, f"{row['tasks']:.0f}"))
     header = ("", "trained", "random weights", "difference", "Spearman of the two over tasks", "tasks")

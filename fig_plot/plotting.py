@@ -92,6 +92,8 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
 def plot_before_after(scores: pd.DataFrame, names: tuple[str, ...]) -> Figure:
     """The paper's Figure 4, left: scores after LoRA over the same before it, a panel per score, a colour per model.
 
+    Each title has the mean change: of each model in the order of the legend where there are one or two, else over all.
+
     Args:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
         names: the scores.
@@ -104,8 +106,9 @@ def plot_before_after(scores: pd.DataFrame, names: tuple[str, ...]) -> Figure:
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
             panel.plot(ends, ends, color="0.5", lw=1, ls="--", label="no change")
-            difference = (scores[name] - scores[f"{name}_before"]).mean()
-            panel.set(title=f"{LABELS[name]}\nmean change {difference:+.3f}", xlabel="before LoRA", ylabel="after LoRA")
+            changes = (scores[name] - scores[f"{name}_before"]).groupby(scores["model"], sort=False).mean()
+            shown = ", ".join(f"{change:+.3f}" for change in changes) if len(changes) < 3 else f"{changes.mean():+.3f}"
+            panel.set(title=f"{LABELS[name]}\nmean change {shown}", xlabel="before LoRA", ylabel="after LoRA")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 

@@ -117,11 +117,10 @@ def test_random_subspaces_and_lora_of_the_findings():
     values += [*own[["lead_over_random", "low", "high"]], *table.loc["pca", ["lead_over_random", "low", "high"]]]
     assert is_rounded(re.findall(NUMBER, " ".join(row[2:7])), values)
     assert row[7:] == [f"{own.tasks_above_2_random_z:.0f}", f"{own.tasks_below_minus_2_random_z:.0f}"]
-    changes = read("smollm2", "after_lora").set_index("score")
-    for cells, score in zip(
-        table_after(FINDINGS, "<!-- table: after_lora of smollm2 -->")[1:], changes.index, strict=True
-    ):
-        change = changes.loc[score]
+    changes = read("smollm2", "after_lora")
+    shown = table_after(FINDINGS, "<!-- table: after_lora of smollm2 -->")[1:]
+    for cells, (_, change) in zip(shown, changes.iterrows(), strict=True):
+        assert cells[0] == f"`{change.model}`"
         assert is_rounded(re.findall(NUMBER, cells[3]), change[["change", "low", "high"]])
         assert cells[4] == f"{change.raised} of {change.cells}"
 
@@ -202,7 +201,7 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     assert (twin.spearman_low[["ntps", "h_oas", "ridge_r2", "logme"]] > 0.5).all()
     of_tiny = read("", "random_weights").set_index("name").loc["ntps"]
     assert f"{of_tiny.trained:.3f}" == f"{of_tiny.random_weights:.3f}" and of_tiny.low < 0 < of_tiny.high
-    changes = read("smollm2", "after_lora").set_index("score")
+    changes = read("smollm2", "after_lora").query("model == 'smollm2'").set_index("score")
     assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
     of_seeds = read("smollm2", "seeds").set_index("name")
     shown = re.search(r"by (\.\d+) \[(\.\d+), (\.\d+)\] of its spread over nine", " ".join(FINDINGS.split()))
@@ -211,6 +210,22 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     assert (of_seeds.share[["retained_lead", "lora_gain"]] > 0.1).all()
     assert of_seeds.tasks[["ntps", "lora_gain"]].tolist() == [9, 8]
     assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
+
+
+def test_what_is_said_of_lora_on_random_weights():
+    twin = read("smollm2", "random_weights").set_index("name")
+    words = " ".join(FINDINGS.split())
+    shown = re.search(r"less: (\.\d+) of the test texts are right, where the trained model has (\.\d+)\.", words)
+    assert shown and is_rounded(list(shown.groups()), twin.loc["lora_accuracy", ["random_weights", "trained"]])
+    shown = re.search(r"rises by (\.\d+) there, and by (\.\d+) in the trained model on the same nine", words)
+    assert shown and is_rounded(list(shown.groups()), twin.loc["retained_change", ["random_weights", "trained"]])
+    shown = re.search(r"whatever weights \(difference (-\.\d+) \[(-\.\d+), (\+\.\d+)\], wide", words)
+    assert shown and is_rounded(list(shown.groups()), twin.loc["retained_change", ["lead", "low", "high"]])
+    shown = re.search(r"rises in random weights \(difference (-\.\d+) \[(-\.\d+), (-\.\d+)\]\)", words)
+    assert shown and is_rounded(list(shown.groups()), twin.loc["ntps_change", ["lead", "low", "high"]])
+    of_twin = read("smollm2", "after_lora").query("model == 'smollm2-random'").set_index("score")
+    assert of_twin.low["retained"] > 0 and of_twin.low["ntps"] < 0 < of_twin.change["ntps"]
+    assert of_twin.tasks.eq(9).all() and twin.tasks["full_accuracy"] == 6
 
 
 def test_answers_on_the_docstring_tasks_of_smollm2():
