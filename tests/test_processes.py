@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from tests.conftest import configure, make_texts, run_command, write_rows
 from tests.processes import exit_codes, free_port, start
 from utils import finetuning, training
 from utils.batches import share_of, token_steps
+from utils.distributed import processes
 from utils.io import UserError
 from utils.models import TokenizedTexts
 from utils.scores import SCORES
@@ -163,14 +166,25 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_pa
     assert "Traceback" not in said and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_mistake_of_all_is_said_once(model_dirs, tmp_path):
+@pytest.mark.parametrize("late", [False, True], ids=["together", "one joins late"])
+def test_a_mistake_of_all_is_said_once(model_dirs, tmp_path, late):
+    join = torch.distributed.init_process_group
+
+    def join_late(*args, store, **kwargs):
+        join(*args, store=store, **kwargs)
+        time.sleep(2)  # where the first process is through already
+        store.check(["what others have said"])
+
     def run(rank: int) -> None:
+        if late and rank == 2:
+            torch.distributed.init_process_group = join_late
         sys.argv = ["cache.py", "--model_name", str(model_dirs["llama"]), "--dataset_name", "no_such_rows.jsonl"]
         cache.run_script(cache.main, cache.Config, None, share_work=True)
 
     codes = exit_codes(start(run, 3, tmp_path / "said", whole=True))
     said = (tmp_path / "said").read_text()
-    assert codes == [1, 1, 1] and said.count("no_such_rows.jsonl") == 1 and said.count("error:") == 1, said
+    assert codes == [1, 1, 1] and said.count("\n") == 1 and said.startswith("error: "), said
+    assert "no_such_rows.jsonl" in said
 
 
 def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
@@ -293,6 +307,17 @@ def test_two_processes_train_all_weights(names, tmp_path):
     [path] = (tmp_path / "results").glob("from_scratch/*/*/metrics.json")
     assert (tmp_path / "printed").read_text().count(str(path)) == 1
     assert json.loads(path.read_text())["last"]["step"] == 7 and len(list(path.parent.glob("*/model.safetensors"))) == 1
+
+
+def test_what_torch_says_of_a_meeting_is_one_line(monkeypatch):
+    def fail(url):
+        raise torch.distributed.DistNetworkError("The socket has failed to connect to node0:1.\nException raised")
+
+    monkeypatch.setattr("utils.distributed.rendezvous", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as said:
+        processes.__wrapped__()
+    assert re.fullmatch(r"error: .* cannot meet \(The socket .* node0:1\.\)\. .* torchrun\.", str(said.value))
 
 
 def test_processes_that_cannot_meet_say_so():

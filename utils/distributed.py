@@ -113,16 +113,18 @@ def processes() -> Processes:
     """The processes of this run; meets the others when it is first called."""
     if num_started() == 1:
         return Processes()
-    try:
-        store, rank, size = next(iter(rendezvous("env://")))
-    except ValueError as error:
-        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet ({error})"
-        raise SystemExit(f"error: {told}. Start them with torchrun.") from None
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))  # fmt: skip
-    return Processes(rank, size, dist.PrefixStore("run", store))
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))  # fmt: skip
+    except (ValueError, RuntimeError) as error:  # of torch; behind its first line there may be a trace of its own
+        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet"
+        raise SystemExit(f"error: {told} ({str(error).splitlines()[0]}). Start them with torchrun.") from None
+    met = Processes(rank, size, dist.PrefixStore("run", store))
+    met.wait()  # the first, which may keep what the others still need to join, is not to fail and go before they have
+    return met
 
 
 @contextlib.contextmanager
