@@ -120,6 +120,7 @@ def main(config):
 
 name = sys.argv.pop(1)
 sys.argv[0] = name
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` had it ignored
 run_script(main, Config, None)
 """
 
