@@ -62,22 +62,23 @@ class Config:
 
 
 # ------------------------------------------------------------------ cells of a table
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """`+0.44`; nothing where there is no number."""
-    return f"{value:+.2f}" if pd.notna(value) else ""
+    return f"{value:+.{digits}f}" if pd.notna(value) else ""
 
 
-def interval(value: float, low: float, high: float, digits: int = 2) -> str:
-    """`+0.44 [+0.10, +0.71]`."""
+def interval(value: float, low: float, high: float, digits: int = 2, tasks: float = FEW_TASKS) -> str:
+    """`+0.44 [+0.10, +0.71]`; of fewer than eight tasks the value alone."""
+    if tasks < FEW_TASKS:
+        return signed(value, digits)
     shown = (f"{number:+.{digits}f}" for number in (value, low, high))
     return "{} [{}, {}]".format(*shown)
 
 
 def with_interval(row: pd.Series, sign: int = 1) -> str:
-    """The same of a row with these columns, turned by the sign; of fewer than eight tasks the value alone."""
-    if row.get("members", FEW_TASKS) < FEW_TASKS:
-        return signed(sign * row["value"])
-    return interval(sign * row["value"], *sorted(sign * row[["low", "high"]]))
+    """The same of a row with these columns, turned by the sign."""
+    low, high = sorted(sign * row[["low", "high"]])
+    return interval(sign * row["value"], low, high, tasks=row.get("members", FEW_TASKS))
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -173,10 +174,8 @@ def random_weights(data_dir: Path) -> list[str]:
     """A trained model beside its twin of random weights."""
     table, rows = read_table("findings_random_weights", data_dir), []
     for _, row in table[table["name"].isin(LABELS)].iterrows():
-        lead = interval(row["lead"], row["low"], row["high"], digits=3)
-        order = interval(row["spearman"], row["spearman_low"], row["spearman_high"])
-        if row["tasks"] < FEW_TASKS:
-            lead, order = f"{row['lead']:+.3f}", signed(row["spearman"])
+        lead = interval(row["lead"], row["low"], row["high"], digits=3, tasks=row["tasks"])
+        order = interval(row["spearman"], row["spearman_low"], row["spearman_high"], tasks=row["tasks"])
         name = LABELS[row["name"]]
         rows.append((name, f"{row['trained']:.3f}", f"{row['random_weights']:.3f}", lead, order, f"{row['tasks']:.0f}"))
     header = ("", "trained", "random weights", "difference", "Spearman of the two over tasks", "tasks")

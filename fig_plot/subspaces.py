@@ -8,7 +8,7 @@ import pandas as pd
 
 from fig_plot.correlations import Draws, bootstrap_interval, spearman
 from fig_plot.fixed_rule import is_known
-from fig_plot.tables import FEATURE_SCORES, HELD_OUT, KEYS, MEASURES, NAMES, RANDOM_MODELS
+from fig_plot.tables import FEATURE_SCORES, HELD_OUT, KEYS, MEASURES, NAMES, RANDOM_MODELS, without_random_weights
 
 ALL = "all"  # of the rows over all trained models
 AFTER_LORA = (*NAMES, "retained_lead", HELD_OUT)  # what is compared before and after LoRA
@@ -58,11 +58,10 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
         draws: of the intervals, over tasks.
     """
     options = {"num_draws": draws.num_draws, "seed": draws.seed}
-    changes = {name: f"{name}_change" for name in AFTER_LORA if is_known(after, name)}
-    changed = after.assign(**{column: after[name] - after[f"{name}_before"] for name, column in changes.items()})
-    changed = changed[[*KEYS, *changes.values()]].groupby(KEYS, as_index=False).mean()
-    cells = cells.merge(changed, on=KEYS, how="left")
-    names = (*NAMES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changes.values())
+    changes = changes_by_lora(after)
+    changed = [name for name in changes if name.endswith("_change")]
+    cells = cells.merge(changes[[*KEYS, *changed]], on=KEYS, how="left")
+    names = (*NAMES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changed)
     for twin, model in RANDOM_MODELS.items():
         both = (cells[cells["model"] == name].set_index("dataset") for name in (model, twin))
         trained, random = (table.dropna(axis=1, how="all") for table in both)
@@ -78,6 +77,13 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
                    "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
 
 
+def changes_by_lora(after: pd.DataFrame) -> pd.DataFrame:
+    """`after` averaged over seeds, and as `<score>_change` what LoRA adds to each score that is known."""
+    means = after.groupby(KEYS, as_index=False).mean(numeric_only=True)
+    names = [name for name in AFTER_LORA if is_known(means, name)]
+    return means.assign(**{f"{name}_change": means[name] - means[f"{name}_before"] for name in names})
+
+
 def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
     """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
 
@@ -87,18 +93,13 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> I
         draws: of the intervals, over tasks; where there are several models the mean over them is taken first, without
             those of random weights.
     """
-    after = (
-        after.groupby(KEYS, as_index=False)
-        .mean(numeric_only=True)
-        .merge(cells[[*KEYS, "lora_gain"]], on=KEYS, how="left")
-    )
-    scores = [name for name in AFTER_LORA if is_known(after, name)]
-    trained = after[~after["model"].isin(list(RANDOM_MODELS))]
+    after = changes_by_lora(after).merge(cells[[*KEYS, "lora_gain"]], on=KEYS, how="left")
+    trained = without_random_weights(after)
     for model, rows in (*after.groupby("model"), (ALL, trained)):
         if model == ALL and trained["model"].nunique() == 1:
             continue
-        for name in scores:
-            known = rows.assign(change=rows[name] - rows[f"{name}_before"]).dropna(subset="change")
+        for name in [name for name in AFTER_LORA if f"{name}_change" in after]:
+            known = rows.assign(change=rows[f"{name}_change"]).dropna(subset="change")
             change, gain = (known.pivot(index="dataset", columns="model", values=v) for v in ("change", "lora_gain"))
             options = {"num_draws": draws.num_draws, "seed": draws.seed}
             mean = bootstrap_interval(np.nanmean, change.to_numpy(float), **options)

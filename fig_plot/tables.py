@@ -288,6 +288,11 @@ def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
     return (table.sum() - table.fillna(0)) / count.where(count > 0)
 
 
+def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all models but those with random weights."""
+    return rows[~rows["model"].isin(list(RANDOM_MODELS))]
+
+
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all models but those with random weights, smallest model first."""
-    return cells[~cells["model"].isin(list(RANDOM_MODELS))].sort_values(["num_parameters", *KEYS], kind="stable")
+    """The same, smallest model first."""
+    return without_random_weights(cells).sort_values(["num_parameters", *KEYS], kind="stable")

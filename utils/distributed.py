@@ -119,9 +119,10 @@ def processes() -> Processes:
         store, rank, size = next(iter(rendezvous("env://")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))  # fmt: skip
-    except (ValueError, RuntimeError) as error:  # of torch; behind its first line there may be a trace of its own
-        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet"
-        raise SystemExit(f"error: {told} ({str(error).splitlines()[0]}). Start them with torchrun.") from None
+    except (ValueError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]  # torch puts a trace of its own behind it
+        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet ({why})"
+        raise SystemExit(f"error: {told}. Start them with torchrun.") from None
     met = Processes(rank, size, dist.PrefixStore("run", store))
     met.wait()  # the first, which may keep what the others still need to join, is not to fail and go before they have
     return met
