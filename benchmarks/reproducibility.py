@@ -172,9 +172,9 @@ def baseline_values(rows: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, s
 
 
 def compare(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """A row per score and variant: the largest difference over datasets and draws, and the spread over datasets."""
+    """A row per score and variant: the largest difference over datasets and draws, beside the spread over tasks."""
     values, source = baseline_values(rows, config)
-    spread = values.max() - values.min()
+    spread = values.std()
     spread["ntps_released"] = spread["ntps_smallest"]  # the same score but for the basis
     compared = []
     for score, of_score in rows.groupby("score", sort=False):
@@ -182,14 +182,12 @@ def compare(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
         difference = of_score["value"] - of_score["dataset"].map(baseline)
         by_variant = difference.groupby(of_score["variant"], sort=False)
         table = pd.DataFrame({"largest_difference": by_variant.agg(lambda d: d.abs().max()), "sd": by_variant.std()})
-        table = table.drop("baseline").assign(spread_over_datasets=spread[score], spread_of=source)
+        table = table.drop("baseline").assign(sd_over_tasks=spread[score], spread_of=source)
         compared.append(table.reset_index().assign(score=score))
     table = pd.concat(compared)
     table.loc[table["variant"] != "drawn basis", "sd"] = np.nan  # of three numbers it says nothing
-    table["share_of_spread"] = table["largest_difference"] / table["spread_over_datasets"]
-    return table[
-        ["score", "variant", "largest_difference", "sd", "spread_over_datasets", "share_of_spread", "spread_of"]
-    ]
+    table["share"] = table["largest_difference"] / table["sd_over_tasks"]
+    return table[["score", "variant", "largest_difference", "sd", "sd_over_tasks", "share", "spread_of"]]
 
 
 def main(config: Config) -> None:
@@ -203,9 +201,7 @@ def main(config: Config) -> None:
         table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
     compared = compare(table, config)
     print(compared.drop(columns="spread_of").to_string(index=False, float_format="%.3g", na_rep=""))
-    print(
-        f"differences over {', '.join(config.tasks)}; spread: largest minus smallest of {compared['spread_of'].iloc[0]}"
-    )
+    print(f"differences over {', '.join(config.tasks)}; spread: standard deviation of {compared['spread_of'].iloc[0]}")
     summary = config.output.with_name(f"{config.output.stem}_summary.csv")
     with write_atomically(summary) as temporary:
         compared.to_csv(temporary, index=False, float_format="%.3g", lineterminator="\n")

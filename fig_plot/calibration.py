@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.collect import parse_size, save_csv
-from fig_plot.correlations import bootstrap_interval
+from fig_plot.correlations import bootstrap_interval, mean_cell
 from fig_plot.evidence import closed_form_cells
 from fig_plot.import_published import COLUMNS, published_rows
 from fig_plot.tables import DATA_DIR, SCORES
@@ -42,7 +42,7 @@ class Config:
     data_dir: Path = DATA_DIR  # the tables of a study
     study: str = "docstring"  # its name in the file
     output_dir: Path = DATA_DIR  # where the file is; prescreen.py reads it in fig_plot/data/
-    num_draws: int = 2000  # bootstrap samples of the tasks
+    num_draws: int = 10_000  # bootstrap samples of the tasks
     seed: int = 0  # of the bootstrap
 
 
@@ -74,9 +74,9 @@ def fit(source: str, predictor: str, cells: pd.DataFrame, config: Config) -> Lin
     residual, of_mean = left_out(x[:, None], gain, task), left_out(nothing, gain, task)
     new_model, mean_new_model = (np.abs(left_out(of, gain, model)) for of in (x[:, None], nothing))
     model_lead = pd.Series(mean_new_model - new_model).groupby(model).mean().to_numpy()
-    model_bounds = bootstrap_interval(np.mean, model_lead, num_draws=config.num_draws, seed=config.seed)
+    model_bounds = bootstrap_interval(mean_cell, model_lead, num_draws=config.num_draws, seed=config.seed)
     lead = pd.Series(np.abs(of_mean) - np.abs(residual)).groupby(task).mean().to_numpy()
-    bounds = bootstrap_interval(np.mean, lead, num_draws=config.num_draws, seed=config.seed)
+    bounds = bootstrap_interval(mean_cell, lead, num_draws=config.num_draws, seed=config.seed)
     slope, intercept = np.polyfit(x, gain, 1)
     low, high = np.quantile(residual, [0.05, 0.95])
     return Line(

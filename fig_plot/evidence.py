@@ -30,7 +30,17 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.collect import dataset_of, result_files, save_csv, shown_name
-from fig_plot.correlations import Correlation, auc, bootstrap_interval, mean_correlation, spearman, weighted_tau
+from fig_plot.correlations import (
+    Statistic,
+    bootstrap_interval,
+    drawn_auc,
+    mean_cell,
+    mean_correlation,
+    mean_spearman,
+    spearman_rows,
+    value_of,
+    weighted_tau,
+)
 from fig_plot.gains import WORTHWHILE_GAIN
 from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, mean_of_others, trained_models
 from utils import closed_form
@@ -42,7 +52,6 @@ BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_ac
 # of a task, the same for every model but for its seeds; or in step with the measure by its making
 NOT_ACROSS_MODELS = ("bag_of_words_accuracy", "majority_accuracy", "mean_of_others")
 CLOSED_FORM = (*closed_form.SEEING, "layer_lead")
-CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "weighted_tau": weighted_tau}
 FILE = "closed_form.csv"
 
 
@@ -52,7 +61,7 @@ class Config:
 
     results_dir: Path | None = None  # results to add to closed_form.csv first
     data_dir: Path = DATA_DIR  # read and written
-    num_draws: int = 200  # bootstrap samples of the tasks; weighted tau takes a quarter
+    num_draws: int = 10_000  # bootstrap samples of the tasks
     seed: int = 0  # of the bootstrap
 
 
@@ -92,41 +101,59 @@ def closed_form_cells(data_dir: Path) -> pd.DataFrame:
     return of_study.merge(scores, on=KEYS, how="left")
 
 
-# ------------------------------------------------------------------ statistics; all take (tasks, models)
-def across_tasks(score: np.ndarray, target: np.ndarray, kind: Correlation) -> float:
-    """Mean over models of the correlation over tasks."""
-    return mean_correlation(score.T, target.T, kind)
-
-
-def across_models(score: np.ndarray, target: np.ndarray, kind: Correlation) -> float:
+# ------------------------------------------------------------------ statistics
+def across_models(counts: np.ndarray, score: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Mean over tasks of the correlation over models."""
-    return mean_correlation(score, target, kind)
+    return mean_cell(counts, spearman_rows(score.T, target.T)[None])
 
 
-def above_two_points(score: np.ndarray, gain: np.ndarray) -> float:
+def above_two_points(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """AUC of the score for a gain above two points, all cells pooled."""
-    known = np.isfinite(gain) & np.isfinite(score)
-    return auc(score[known], gain[known] > WORTHWHILE_GAIN)
+    known = np.isfinite(gain).ravel()
+    cells = np.tile(counts, len(gain))[:, known]
+    return drawn_auc(cells, score.ravel()[known], gain.ravel()[known] > WORTHWHILE_GAIN)
+
+
+def weighted_tau_across_tasks(score: np.ndarray, target: np.ndarray) -> float:
+    """Mean over models of the weighted tau over tasks."""
+    return mean_correlation(score, target, weighted_tau)
+
+
+def weighted_tau_across_models(score: np.ndarray, target: np.ndarray) -> float:
+    """Mean over tasks of the weighted tau over models."""
+    return mean_correlation(score.T, target.T, weighted_tau)
+
+
+# direction, name -> the statistic of tables (models, tasks), and the same of resampled tasks where it has an interval
+QUESTIONS: dict[tuple[str, str], tuple[Callable[..., float], Statistic | None]] = {
+    ("across tasks", "spearman"): (partial(value_of, mean_spearman), mean_spearman),
+    ("across tasks", "weighted_tau"): (weighted_tau_across_tasks, None),
+    ("across models", "spearman"): (partial(value_of, across_models), across_models),
+    ("across models", "weighted_tau"): (weighted_tau_across_models, None),
+    ("gain > 2", "auc"): (partial(value_of, above_two_points), above_two_points),
+}
 
 
 def judged(
-    statistic: Callable[..., float], score: pd.DataFrame, target: pd.DataFrame, num_draws: int, seed: int
+    question: tuple[str, str], score: pd.DataFrame, target: pd.DataFrame, num_draws: int, seed: int
 ) -> dict[str, Any]:
     """Value, interval, range with a task left out, and how much there is of each; score and target (models, tasks)."""
+    statistic, of_draws = QUESTIONS[question]
     score, target = score.align(target, join="inner")
     known = np.isfinite(score.to_numpy(float) * target.to_numpy(float))
-    tasks, models = known.any(0), known.any(1)
-    x, y = (table.to_numpy(float)[models][:, tasks].T for table in (score, target))
-    if not np.isfinite(statistic(x, y)):
+    models, tasks = known.any(1), known.any(0)
+    x, y = (table.to_numpy(float)[models][:, tasks] for table in (score, target))
+    if not known.any() or not np.isfinite(value := statistic(x, y)):
         return {"value": np.nan}
-    found = bootstrap_interval(statistic, x, y, num_draws=num_draws, seed=seed)
-    ends: dict[str, float] = {}
-    for axis, name in enumerate(("task", "model")):
+    ends: dict[str, float] = {"low": np.nan, "high": np.nan}
+    if of_draws:
+        ends = bootstrap_interval(of_draws, x, y, num_draws=num_draws, seed=seed)._asdict()
+    for axis, name in ((1, "task"), (0, "model")):
         without = [statistic(np.delete(x, i, axis), np.delete(y, i, axis)) for i in range(x.shape[axis])]
         defined = [value for value in without if np.isfinite(value)]
         ends |= {f"without_a_{name}_low": min(defined, default=np.nan)}
         ends |= {f"without_a_{name}_high": max(defined, default=np.nan)}
-    return {**found._asdict(), **ends, "models": int(models.sum()), "tasks": int(tasks.sum())}
+    return {"value": value, **ends, "models": int(models.sum()), "tasks": int(tasks.sum())}
 
 
 def all_rows(cells: pd.DataFrame, config: Config) -> Iterator[dict[str, Any]]:
@@ -146,21 +173,16 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
         target = matrix(cells, measure)
         for name in names:
             score = mean_of_others(target) if name == "mean_of_others" else matrix(cells, name)
-            keys = {"measure": measure, "score": name}
-            for direction, of in (("across tasks", across_tasks), ("across models", across_models)):
+            for direction, statistic in QUESTIONS:
                 says_nothing = name in NOT_ACROSS_MODELS or (name, measure) == ("headroom", "probe_skill")
-                if direction == "across models" and says_nothing:
+                is_asked = {"across tasks": True, "across models": not says_nothing, "gain > 2": measure == "lora_gain"}
+                if not is_asked[direction]:
                     continue
-                for kind, correlation in CORRELATIONS.items():
-                    draws = config.num_draws // (1 if kind == "spearman" else 4)  # weighted tau is slow
-                    row = judged(partial(of, kind=correlation), score, target, draws, config.seed)
-                    if np.isfinite(row["value"]):
-                        yield {"direction": direction, **keys, "statistic": kind, **row}
-            if measure == "lora_gain":
-                row = judged(above_two_points, score, target, config.num_draws, config.seed)
+                row = judged((direction, statistic), score, target, config.num_draws, config.seed)
                 if np.isfinite(row["value"]):
-                    above = int((target[score.notna()] > WORTHWHILE_GAIN).to_numpy().sum())
-                    yield {"direction": "gain > 2", **keys, "statistic": "auc", **row, "cells_above": above}
+                    if statistic == "auc":
+                        row["cells_above"] = int((target[score.notna()] > WORTHWHILE_GAIN).to_numpy().sum())
+                    yield {"direction": direction, "measure": measure, "score": name, "statistic": statistic, **row}
 
 
 def print_summary(table: pd.DataFrame) -> None:

@@ -13,11 +13,13 @@ from scipy.stats import f
 from fig_plot.correlations import (
     CORRELATIONS,
     Draws,
+    Interval,
     bootstrap_interval,
-    bootstrap_lead,
-    bootstrap_mean_correlation,
+    mean_cell,
     mean_correlation,
-    partial_spearman,
+    mean_partial_spearman,
+    mean_spearman,
+    spearman_lead,
     spearman_rows,
 )
 from fig_plot.tables import CONTROLS, FEATURE_SCORES, MEASURES, SCORES, matrix, mean_of_others
@@ -55,19 +57,23 @@ def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, An
 def direction_rows(
     direction: str, name: str, measure: str, score: pd.DataFrame, target: pd.DataFrame, draws: Draws
 ) -> Iterator[dict[str, Any]]:
-    """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group."""
+    """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group.
+
+    Spearman's has an interval, the others are values.
+    """
     score, target = score.align(target, join="inner")
     x, y = score.to_numpy(float), target.to_numpy(float)
     groups = int(np.isfinite(spearman_rows(x, y)).sum())
     if not groups:
         return
+    options = {"num_draws": draws.num_draws, "seed": draws.seed}
     for kind, correlation in CORRELATIONS.items():
-        num_draws = draws.num_draws if kind == "spearman" else draws.num_draws // 4
-        if direction == "tasks":
-            interval = bootstrap_mean_correlation(x, y, correlation, num_draws=num_draws, seed=draws.seed)
+        if kind != "spearman":
+            interval = Interval(mean_correlation(x, y, correlation), np.nan, np.nan)
+        elif direction == "tasks":
+            interval = bootstrap_interval(mean_spearman, x, y, **options)
         else:  # groups are the tasks here
-            within = np.array([correlation(*rows) for rows in zip(x, y, strict=True)])
-            interval = bootstrap_interval(np.mean, within[np.isfinite(within)], num_draws=num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_cell, spearman_rows(x, y), **options)
         yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
                **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
@@ -94,17 +100,12 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
             if not sizes or not np.isfinite(mean_correlation(tables[name], target)):
                 continue
             best = max(sizes, key=lambda rival: sizes[rival])
-            interval = bootstrap_lead(tables[name], tables[best], target, draws)
+            interval = bootstrap_interval(
+                spearman_lead, tables[name], tables[best], target, num_draws=draws.num_draws, seed=draws.seed
+            )
             yield {"measure": measure, "score": name, "best_baseline": best, "baseline_size": sizes[best],
                    "lead": interval.value, "low": interval.low, "high": interval.high,
                    "tasks": target.shape[1]}  # fmt: skip
-
-
-def mean_partial(score: np.ndarray, target: np.ndarray, given: np.ndarray) -> float:
-    """Mean over models of the partial Spearman over tasks; all three are (tasks, models)."""
-    values = [partial_spearman(*model) for model in zip(score.T, target.T, given.T, strict=True)]
-    defined = [value for value in values if np.isfinite(value)]
-    return float(np.mean(defined)) if defined else float("nan")
 
 
 def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -117,8 +118,8 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
         pairs += [(measure, "num_classes") for measure in ("probe_skill", "probe_mse") if is_known(cells, measure)]
     for measure, given in pairs:
         for name in [name for name in scores if is_known(cells, name)]:
-            tables = [matrix(cells, column).to_numpy(float).T for column in (name, measure, given)]
-            interval = bootstrap_interval(mean_partial, *tables, num_draws=draws.num_draws // 4, seed=draws.seed)
+            tables = [matrix(cells, column).to_numpy(float) for column in (name, measure, given)]
+            interval = bootstrap_interval(mean_partial_spearman, *tables, num_draws=draws.num_draws, seed=draws.seed)
             yield {"measure": measure, "score": name, "given": given, **interval._asdict()}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fig_plot.correlations import Draws, auc, bootstrap_interval
+from fig_plot.correlations import Draws, bootstrap_interval, drawn_auc, mean_cell, mean_over_models
 from fig_plot.fixed_rule import is_known, known_gains
 from fig_plot.tables import SCORES, matrix
 
@@ -21,18 +21,17 @@ def candidates(cells: pd.DataFrame) -> list[str]:
     return [name for name in names if is_known(cells, name)]
 
 
-def mean_auc(score: np.ndarray, gain: np.ndarray) -> float:
-    """AUC of "the gain is above two points" over the tasks of a model, mean over models; both are (tasks, models).
+def mean_auc(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """AUC of "the gain is above two points" over the tasks of a model, mean over models: a statistic.
 
     Within a model: pooled over models it would compare the levels of their scores, and not tasks. A model whose gains
     are all on one side is left out.
     """
-    found = []
-    for x, y in zip(score.T, gain.T, strict=True):
-        known = np.isfinite(x) & np.isfinite(y)
-        if 0 < (y[known] > WORTHWHILE_GAIN).sum() < known.sum():
-            found.append(auc(x[known], y[known] > WORTHWHILE_GAIN))
-    return float(np.mean(found)) if found else float("nan")
+    of_each = []
+    for x, y in zip(score, gain, strict=True):
+        known = np.isfinite(y)
+        of_each.append(drawn_auc(counts[:, known], x[known], y[known] > WORTHWHILE_GAIN))
+    return mean_over_models(of_each)
 
 
 def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
@@ -43,11 +42,11 @@ def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]
     for measure in known_gains(cells):
         for name in candidates(cells):
             known = cells.dropna(subset=[measure, name])
-            tables = [matrix(known, column).to_numpy(float).T for column in (name, measure)]
-            interval = bootstrap_interval(mean_auc, *tables, num_draws=draws.num_draws // 4, seed=draws.seed)
+            tables = [matrix(known, column).to_numpy(float) for column in (name, measure)]
+            interval = bootstrap_interval(mean_auc, *tables, num_draws=draws.num_draws, seed=draws.seed)
             if np.isfinite(interval.value):
                 yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
-                       "high": interval.high, "cells": len(known), "tasks": len(tables[0]),
+                       "high": interval.high, "cells": len(known), "tasks": tables[0].shape[1],
                        "above": int((known[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
 
 
@@ -78,7 +77,7 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, An
                 continue
             errors, of_mean = (100 * without_each_task(rows, used, measure) for used in (columns, []))
             lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
-            interval = bootstrap_interval(np.mean, lead, num_draws=draws.num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
             yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
                    "error_of_mean_points": np.abs(of_mean).mean(), "lead": interval.value, "low": interval.low,
                    "high": interval.high, "rmse_points": np.sqrt(np.mean(errors**2)),

@@ -13,12 +13,14 @@ import pandas as pd
 from fig_plot.correlations import (
     Draws,
     bootstrap_interval,
-    bootstrap_mean_correlation,
     mean_correlation,
+    mean_partial_spearman,
+    mean_spearman,
     spearman,
     spearman_rows,
+    value_of,
 )
-from fig_plot.fixed_rule import is_known, mean_partial
+from fig_plot.fixed_rule import is_known
 from fig_plot.selection import joint_p_value, leave_one_out_selection, selection_null
 from fig_plot.tables import CLAIMED, NAMES, RANDOM_MODELS, matrix
 
@@ -85,7 +87,7 @@ def step_rows(
 
     for step, which in zip(STEPS[:2], (np.ones(len(sweep.maps), bool), sweep.last), strict=True):
         maps, outcome = sweep.maps[which], target[which]
-        found = selection_null(maps, outcome, draws.num_draws, draws.seed, direction)
+        found = selection_null(maps, outcome, draws.num_permutations, draws.seed, direction)
         place = np.flatnonzero(which)[found.configuration]
         yield row(
             step, sweep.maps[place], target[place], noise=found.null_mean, noise_quantile=found.null_quantile,
@@ -148,15 +150,15 @@ def twin_rows(
 
 def without_vectors(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `step_rows` with the partial Spearman of its vectors in their place."""
-    x, y, given = (row[name][:, None] for name in ("x", "y", "given"))
     kept = {name: value for name, value in row.items() if name not in VECTORS}
-    return kept | {"given_classes": mean_partial(x, y, given)}
+    return kept | {"given_classes": value_of(mean_partial_spearman, row["x"], row["y"], row["given"])}
 
 
 def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) -> dict[str, Any]:
     """The mean over models of one step."""
     x, y, given = (np.array([row[name] for row in rows]) for name in ("x", "y", "given"))
-    partial = bootstrap_interval(mean_partial, x.T, y.T, given.T, num_draws=draws.num_draws // 4, seed=draws.seed)
+    options = {"num_draws": draws.num_draws, "seed": draws.seed}
+    partial = bootstrap_interval(mean_partial_spearman, x, y, given, **options)
     row = {"model": "mean", "measure": measure, "step": step, "spearman": mean_correlation(x, y),
            "tasks": max(row["tasks"] for row in rows), "models": len(rows)}  # fmt: skip
     if "noise" in rows[0]:
@@ -166,7 +168,7 @@ def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) 
             row["p"] = joint_p_value([each["spearman"] for each in rows], [each["null"] for each in rows],
                                      CLAIMED[measure])  # fmt: skip
     else:
-        interval = bootstrap_mean_correlation(x, y, num_draws=draws.num_draws, seed=draws.seed)
+        interval = bootstrap_interval(mean_spearman, x, y, **options)
         row |= {"low": interval.low, "high": interval.high}
     names = ("given_classes", "given_classes_low", "given_classes_high")
     return row | dict(zip(names, partial, strict=True))
@@ -183,9 +185,8 @@ def published_rows(tables: dict[str, pd.DataFrame], draws: Draws) -> Iterator[di
         for model in score.index:
             r = spearman(score.loc[model], target.loc[model])
             yield {"model": model, "measure": measure, "step": STEPS[0], "spearman": r, "tasks": score.shape[1]}
-        interval = bootstrap_mean_correlation(
-            score.to_numpy(), target.to_numpy(), num_draws=draws.num_draws, seed=draws.seed
-        )
+        tables_of_models = score.to_numpy(), target.to_numpy()
+        interval = bootstrap_interval(mean_spearman, *tables_of_models, num_draws=draws.num_draws, seed=draws.seed)
         yield {"model": "mean", "measure": measure, "step": STEPS[0], "spearman": interval.value, "low": interval.low,
                "high": interval.high, "tasks": score.shape[1], "models": len(score)}  # fmt: skip
 
@@ -204,7 +205,7 @@ def selection_rows(
                     target = target_of[measure].reindex(sweep.tasks).to_numpy(float)
                     if np.isfinite(target).sum() < 4:
                         continue
-                    options = (draws.num_draws, draws.seed, CLAIMED[measure])
+                    options = (draws.num_permutations, draws.seed, CLAIMED[measure])
                     best = selection_null(sweep.maps, target, *options)
                     without = leave_one_out_selection(sweep.maps, target, *options)
                     yield {"model": model, "measure": measure, "eigenvectors": order, "score": score,

@@ -18,14 +18,18 @@ CLAIMS = {
 }
 
 
-LABELS = {"chosen": "same procedure", "fixed_rule": "fixed rule, held-out rows", "baseline": "best simple baseline"}
+LABELS = {
+    "chosen": "same procedure",
+    "fixed_rule": "fixed rule, test rows",
+    "baseline": "best simple baseline, its size",
+}
 
 
 class Claim(NamedTuple):
     """What a study says to one claim; each row with value, low and high."""
 
     chosen: pd.Series  # layer and K chosen on training rows, mean over models; also noise and p
-    fixed_rule: pd.Series  # last layer, mean over K, held-out rows
+    fixed_rule: pd.Series  # last layer, mean over K, test rows
     baseline: pd.Series
     baseline_name: str
 

@@ -105,10 +105,12 @@ def claims(data_dir: Path) -> list[str]:
             for row in (of_paper.chosen, said.chosen)
         )
         baseline = with_interval(said.baseline, 1 if said.baseline["value"] > 0 else -1)
-        rows.append((claim, signed(sign * theirs.loc[measure, "mean"]), *chosen, with_interval(said.fixed_rule, sign),
+        low, high = sorted(sign * theirs.loc[measure, ["min", "max"]])
+        range_of_models = f"{signed(sign * theirs.loc[measure, 'mean'])} ({signed(low)} to {signed(high)})"
+        rows.append((claim, range_of_models, *chosen, with_interval(said.fixed_rule, sign),
                      f"{NAMES[said.baseline_name]} {baseline}"))  # fmt: skip
-    header = ("a higher NTPS goes with a", "published", "same procedure, the paper's ten", "same procedure, all",
-              "fixed rule, held-out rows", "best simple baseline")  # fmt: skip
+    header = ("a higher NTPS goes with a", "published (range)", "same procedure, the paper's ten",
+              "same procedure, all", "fixed rule, test rows", "best simple baseline, its size")  # fmt: skip
     return markdown(header, rows)
 
 
@@ -235,6 +237,16 @@ def seeds(data_dir: Path) -> list[str]:
     return markdown(("model", "score", "between seeds", "over tasks", "share", "tasks"), rows)
 
 
+def layer_choice(data_dir: Path) -> list[str]:
+    """Test accuracy of the probe of the layer that each score chooses."""
+    table, rows = read_table("findings_layer_choice", data_dir), []
+    for _, row in table.sort_values("accuracy", ascending=False, kind="stable").iterrows():
+        is_last = row["chosen_by"] == "last layer"
+        lead = "" if is_last else interval(100 * row["lead"], 100 * row["low"], 100 * row["high"], digits=1)
+        rows.append((NAMES.get(row["chosen_by"], row["chosen_by"]), f"{row['accuracy']:.3f}", lead))
+    return markdown(("layer", "probe accuracy on test rows", "lead over the last layer, points"), rows)
+
+
 def shared_tasks(data_dir: Path) -> list[str]:
     """Each score and measure of the study beside that of the docstring LMs, over the tasks of both."""
     table, rows = read_table("findings_shared_tasks", data_dir), []
@@ -272,6 +284,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
         after_lora,
         gains,
         seeds,
+        layer_choice,
         shared_tasks,
         tasks,
     )

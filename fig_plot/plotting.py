@@ -1,5 +1,7 @@
 """One pure function per kind of panel of the study's figures: tables in, matplotlib figure out."""
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,6 +13,8 @@ from utils import scores
 from utils.pictures import STYLE
 
 LABELS = scores.LABELS | {"lora_gain": "LoRA gain", "mse": "MSE", "probe_mse": "probe MSE / variance"}
+LABELS |= {"retained_lead": "retained - that of random V"}
+OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # behind a text
 
 
 def draw_rank_scatter(
@@ -37,10 +41,11 @@ def draw_rank_scatter(
         style = numeral if names and not beside else {"marker": "o", "s": 8}
         axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, label=names[position] if names else None, **style)
         if names and beside:
-            name, right = names[position].rsplit("/")[-1], rank_x[i] > 0.7 * len(x)
+            name, right = names[position].rsplit("/")[-1], rank_x[i] > 0.7 * complete.sum()
             side, shift = ("right", -0.3) if right else ("left", 0.3)
-            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=6, ha=side, va="center")
-    limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
+            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=6, ha=side, va="center", bbox=OVER_LINES)
+    num_places = int(complete.sum()) if beside else len(x)  # panels side by side share their axes
+    limits, ticks = (0, num_places + 1), sorted({1, (num_places + 1) // 2, num_places})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     axes.set_title(f"{title}\n" + (f"r = {r:.2f}" if np.isfinite(r) else "r undefined"), fontsize=8)
 
@@ -89,26 +94,37 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     return figure
 
 
-def plot_before_after(scores: pd.DataFrame, names: tuple[str, ...]) -> Figure:
+def mean_changes(scores: pd.DataFrame, name: str) -> str:
+    """`+0.121 smollm2, +0.144 smollm2-random (10 tasks)`: the mean changes over the datasets that all models have."""
+    change = (scores[name] - scores[f"{name}_before"]).groupby([scores["dataset"], scores["model"]], sort=False).mean()
+    of_both = change.unstack().dropna()
+    means = of_both.mean()
+    if len(means) > 2:
+        return f"mean change {means.mean():+.3f}"
+    shown = ", ".join(f"{mean:+.3f} {str(model).rsplit('/')[-1]}" for model, mean in means.items())
+    return f"{shown} ({len(of_both)} tasks)"
+
+
+def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """The paper's Figure 4, left: scores after LoRA over the same before it, a panel per score, a colour per model.
 
-    Each title has the mean change: of each model in the order of the legend where there are one or two, else over all.
+    Each title has the mean change over the datasets that all models have: of each model where there are one or two,
+    else of all.
 
     Args:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
         names: the scores.
     """
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.2, 2.7), squeeze=False)
+        figure, axes = plt.subplots(1, len(names), figsize=(2.7 * len(names) + 1.2, 2.7), squeeze=False)
         for panel, name in zip(axes[0], names, strict=True):
             for model, rows in scores.groupby("model", sort=False):
                 panel.scatter(rows[f"{name}_before"], rows[name], s=10, label=str(model).rsplit("/")[-1])
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
             panel.plot(ends, ends, color="0.5", lw=1, ls="--", label="no change")
-            changes = (scores[name] - scores[f"{name}_before"]).groupby(scores["model"], sort=False).mean()
-            shown = ", ".join(f"{change:+.3f}" for change in changes) if len(changes) < 3 else f"{changes.mean():+.3f}"
-            panel.set(title=f"{LABELS[name]}\nmean change {shown}", xlabel="before LoRA", ylabel="after LoRA")
+            panel.set_title(f"{LABELS[name]}\n{mean_changes(scores, name)}", fontsize=8)
+            panel.set(xlabel="before LoRA", ylabel="after LoRA")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -160,7 +176,7 @@ def plot_sensitivity(table: pd.DataFrame, names: tuple[str, ...], title: str) ->
 
 
 def plot_forest(table: pd.DataFrame, scores: dict[str, str], measures: dict[str, str]) -> Figure:
-    """Correlation of each score (a row) with each measure (a panel), with its 95 % interval.
+    """Correlation of each score (a row) with each measure (a panel), with its 95 % interval where there is one.
 
     Args:
         table: a row per score and measure, with columns score, measure, value, low, high.
@@ -181,6 +197,7 @@ def plot_forest(table: pd.DataFrame, scores: dict[str, str], measures: dict[str,
             panel.axvline(0, color="black", lw=0.6)
             panel.set(title=title, xlabel="Spearman", xlim=(-1.02, 1.02))
         axes[0, 0].set_yticks(range(len(scores)), list(reversed(scores.values())))
+        figure.suptitle("bars: 95 % intervals over tasks; blue: above 0, red: below", fontsize=7)
     return figure
 
 
@@ -193,7 +210,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.29 * len(labels) + 1.1), sharey=True)
+        figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.32 * len(labels) + 1.1), sharey=True)
         for panel, claim in zip(axes, claims, strict=True):
             for _, row in rows[rows["claim"] == claim].iterrows():
                 height = -labels.index(row["label"])
@@ -203,12 +220,14 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
                 if pd.notna(row["noise"]):
                     panel.plot(row["noise"], height, "|", ms=9, color="tab:red")
                 if pd.notna(row["note"]):
-                    panel.text(row["value"], height + 0.18, row["note"], fontsize=5.5, ha="center", color="0.4")
+                    at = min(row["value"], 0.72)  # inside the panel
+                    panel.text(at, height + 0.2, row["note"], fontsize=6.5, ha="center", color="0.3", bbox=OVER_LINES)
             panel.axvline(0, color="black", lw=0.6)
             panel.set(title=f"higher NTPS:\n{claim}", xlabel="Spearman", xlim=(-1.02, 1.15))
         axes[0].set_yticks([-height for height in range(len(labels))], labels)
         axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="what the procedure reaches in noise")
-        figure.legend(loc="outside lower right", fontsize=7, title="positive: as the paper claims", title_fontsize=7)
+        title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none where chosen"
+        figure.legend(loc="outside lower right", fontsize=7, title=title, title_fontsize=7)
     return figure
 
 

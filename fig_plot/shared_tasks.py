@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fig_plot.correlations import Draws, bootstrap_mean_correlation, mean_correlation
+from fig_plot.correlations import Draws, bootstrap_interval, mean_correlation, mean_spearman
 from fig_plot.fixed_rule import is_known
 from fig_plot.tables import FEATURE_SCORES, MEASURES, SCORES, matrix
 
@@ -32,6 +32,7 @@ def shared_task_rows(cells: pd.DataFrame, others: pd.DataFrame, draws: Draws) ->
         here, there = (table[np.isfinite(table).any(1)] for table in (here, there))
         x, y = (np.array(side) for side in zip(*itertools.product(here, there), strict=True))
         first, second = np.array(list(itertools.combinations(range(len(there)), 2)), int).reshape(-1, 2).T
-        yield {"name": name, **bootstrap_mean_correlation(x, y, num_draws=draws.num_draws, seed=draws.seed)._asdict(),
+        interval = bootstrap_interval(mean_spearman, x, y, num_draws=draws.num_draws, seed=draws.seed)
+        yield {"name": name, **interval._asdict(),
                "between_others": mean_correlation(there[first], there[second]),
                "pairs": len(x), "tasks": len(shared)}  # fmt: skip

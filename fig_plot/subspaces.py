@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from fig_plot.correlations import Draws, bootstrap_interval, spearman
+from fig_plot.correlations import Draws, bootstrap_interval, mean_cell, mean_spearman
 from fig_plot.fixed_rule import is_known
 from fig_plot.tables import FEATURE_SCORES, HELD_OUT, KEYS, MEASURES, NAMES, RANDOM_MODELS, without_random_weights
 
@@ -25,7 +24,7 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
                 lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
                 if not len(lead):
                     continue
-                interval = bootstrap_interval(np.mean, lead, num_draws=draws.num_draws, seed=draws.seed)
+                interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
                 row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression"}
                 row |= {"value": rows[score + v].mean(), "lead_over_random": interval.value}
                 row |= {"low": interval.low, "high": interval.high, "tasks": len(lead)}
@@ -70,8 +69,8 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
             if len(pairs) < 3:
                 continue
             x, y = pairs.T
-            lead = bootstrap_interval(np.mean, x - y, **options)
-            order = bootstrap_interval(spearman, x, y, **options)
+            lead = bootstrap_interval(mean_cell, x - y, **options)
+            order = bootstrap_interval(mean_spearman, x, y, **options)
             yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(), "lead": lead.value,
                    "low": lead.low, "high": lead.high, "spearman": order.value, "spearman_low": order.low,
                    "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
@@ -101,17 +100,11 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> I
         for name in [name for name in AFTER_LORA if f"{name}_change" in after]:
             known = rows.assign(change=rows[f"{name}_change"]).dropna(subset="change")
             change, gain = (known.pivot(index="dataset", columns="model", values=v) for v in ("change", "lora_gain"))
+            tables = [table.to_numpy(float).T for table in (change, gain)]
             options = {"num_draws": draws.num_draws, "seed": draws.seed}
-            mean = bootstrap_interval(np.nanmean, change.to_numpy(float), **options)
-            follows = bootstrap_interval(_mean_spearman, change.to_numpy(float), gain.to_numpy(float), **options)
+            mean = bootstrap_interval(mean_cell, tables[0], **options)
+            follows = bootstrap_interval(mean_spearman, *tables, **options)
             yield {"model": model, "score": name, "before": known[f"{name}_before"].mean(), "after": known[name].mean(),
                    "change": mean.value, "low": mean.low, "high": mean.high, "raised": int((known["change"] > 0).sum()),
                    "cells": len(known), "tasks": known["dataset"].nunique(), "spearman_with_gain": follows.value,
                    "spearman_low": follows.low, "spearman_high": follows.high}  # fmt: skip
-
-
-def _mean_spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean over models of the Spearman over tasks; both are (tasks, models)."""
-    values = [spearman(*pair) for pair in zip(x.T, y.T, strict=True)]
-    defined = [value for value in values if np.isfinite(value)]
-    return float(np.mean(defined)) if defined else float("nan")

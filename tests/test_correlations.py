@@ -8,17 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import sklearn.metrics
 
 from fig_plot.correlations import (
     CORRELATIONS,
-    auc,
     bootstrap_interval,
-    bootstrap_mean_correlation,
+    draw_tasks,
+    drawn_auc,
+    mean_cell,
     mean_correlation,
-    partial_spearman,
+    mean_partial_spearman,
+    mean_spearman,
     rank,
     spearman,
+    spearman_lead,
+    value_of,
 )
+from fig_plot.gains import WORTHWHILE_GAIN, mean_auc
 from fig_plot.import_published import published_rows
 from fig_plot.plotting import plot_rank_grid
 from fig_plot.selection import expected_maximum, joint_p_value, leave_one_out_selection, selection_null
@@ -59,39 +65,92 @@ def test_rank_one_is_the_smallest():
     np.testing.assert_array_equal(rank([[np.inf, 1, 0], [-np.inf, 0, 0]]), [[np.nan, 2, 1], [np.nan, 1.5, 1.5]])
 
 
-def test_partial_equals_the_formula_for_one_covariate():
+def regressed_partial(x, y, z):
+    """Correlation of what least squares on the ranks of z leaves of the ranks of x and y."""
+    ranks = scipy.stats.rankdata([x, y, z], axis=1)
+    design = np.column_stack([np.ones(len(x)), ranks[2]])
+    left = ranks[:2].T - design @ np.linalg.lstsq(design, ranks[:2].T)[0]
+    return np.corrcoef(left.T)[0, 1] if (left.std(0) > 1e-9).all() else math.nan  # not the rounding of nothing left
+
+
+def test_partial_is_the_correlation_of_what_regression_leaves():
     x, y = correlated_pairs(25, seed=2)
     z = x + np.random.default_rng(3).normal(size=25).round()
-    xy, xz, yz = spearman(x, y), spearman(x, z), spearman(y, z)
-    expected = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
-    assert partial_spearman(x, y, z) == pytest.approx(expected, abs=1e-12)
-
-
-def test_partial_of_two_covariates_is_the_recursion():
-    random = np.random.default_rng(4)
-    x, y, z, w = random.normal(size=(4, 40)) + random.normal(size=40)
-    xy, xw, yw = (partial_spearman(a, b, z) for a, b in ((x, y), (x, w), (y, w)))
-    expected = (xy - xw * yw) / math.sqrt((1 - xw**2) * (1 - yw**2))
-    assert partial_spearman(x, y, np.column_stack([z, w])) == pytest.approx(expected, abs=1e-12)
+    expected = regressed_partial(x, y, z)
+    assert value_of(mean_partial_spearman, x, y, z) == pytest.approx(expected, abs=1e-12)
+    with_missing = (np.insert(side, [0, 7, 9], gap) for side, gap in zip((x, y, z), np.diag([np.nan] * 3), strict=True))
+    x, y, z = (np.where(side == 0, 0.25, side) for side in with_missing)  # a missing side each, elsewhere 0
+    assert math.isfinite(value_of(mean_partial_spearman, x, y, z))
 
 
 def test_partial_is_undefined_where_the_covariate_explains_all():
     x, y = np.arange(6.0), np.array([3.0, 1, 2, 6, 5, 4])
-    assert math.isnan(partial_spearman(x, y, x**3))
-    assert math.isnan(partial_spearman(x[:3], y[:3], [1, 3, 2]))
+    assert math.isnan(value_of(mean_partial_spearman, x, y, x**3))
+    assert math.isnan(value_of(mean_partial_spearman, x[:3], y[:3], [1, 3, 2]))
+    constant = np.ones(6)  # takes nothing away
+    assert value_of(mean_partial_spearman, x, y, constant) == pytest.approx(spearman(x, y))
 
 
 def test_auc_is_the_chance_that_a_positive_scores_higher():
     """By hand: of 2 x 3 pairs 4 are in order and one ties; a missing score takes no part."""
-    assert auc([3, 1, 1, 2, 0, np.nan], [True, True, False, False, False, False]) == pytest.approx(4.5 / 6)
-    assert math.isnan(auc([1, 2, np.nan], [True, True, False]))
+    score, positive = np.array([3, 1, 1, 2, 0, np.nan]), np.array([True, True, False, False, False, False])
+    assert drawn_auc(np.ones((1, 6)), score, positive) == pytest.approx(4.5 / 6)
+    assert np.isnan(drawn_auc(np.ones((1, 3)), score[[0, 1, 5]], positive[[0, 1, 5]]))
+    gains = np.where(positive, 2 * WORTHWHILE_GAIN, 0)
+    assert value_of(mean_auc, [score, score], [gains, 0 * gains]) == pytest.approx(4.5 / 6)  # the second has no gain
+
+
+# ------------------------------------------------------------------ resampled tasks
+def mean_of_each(statistic):
+    """Mean over models of a function of the complete rows, for tables (models, tasks) with repeated tasks."""
+
+    def of_tables(*tables):
+        values = []
+        for model in zip(*tables, strict=True):
+            rows = np.array(model)
+            with np.errstate(all="ignore"):
+                values.append(statistic(*rows[:, np.isfinite(rows).all(0)]))
+        return np.nanmean(values)
+
+    return of_tables
+
+
+def auc_by_hand(x, gain):
+    is_positive = gain > WORTHWHILE_GAIN
+    return sklearn.metrics.roc_auc_score(is_positive, x) if len(set(is_positive)) == 2 else math.nan
+
+
+BY_HAND = {
+    mean_cell: lambda table: np.nanmean(table),
+    mean_spearman: mean_of_each(lambda x, y: scipy.stats.spearmanr(x, y).statistic),
+    mean_partial_spearman: mean_of_each(regressed_partial),
+    mean_auc: mean_of_each(auc_by_hand),
+    spearman_lead: lambda a, b, y: abs(BY_HAND[mean_spearman](a, y)) - abs(BY_HAND[mean_spearman](b, y)),
+}
+NUM_TABLES = {mean_cell: 1, mean_spearman: 2, mean_partial_spearman: 3, mean_auc: 2, spearman_lead: 3}
+
+
+@pytest.mark.parametrize("statistic", BY_HAND)
+def test_statistics_of_counts_are_those_of_tables_with_repeated_tasks(statistic):
+    """Every draw again with its tasks written out, by scipy, scikit-learn and least squares."""
+    random = np.random.default_rng(8)
+    tables = random.normal(size=(3, 3, 12)).round(1)[: NUM_TABLES[statistic]]
+    tables += tables[:1].copy()
+    for i, table in enumerate(tables):
+        table[i, 2 * i] = np.nan
+    counts = draw_tasks(12, 60, seed=1)
+    assert (counts.sum(1) == 12).all()
+    expected = [BY_HAND[statistic](*(np.repeat(table, row.astype(int), axis=1) for table in tables)) for row in counts]
+    np.testing.assert_allclose(statistic(counts, *tables), expected, atol=1e-10)
+    found = bootstrap_interval(statistic, *tables, num_draws=60, seed=1)
+    assert found == pytest.approx((BY_HAND[statistic](*tables), *np.quantile(expected, [0.025, 0.975])), abs=1e-10)
 
 
 # ------------------------------------------------------------------ intervals
 def test_bootstrap_of_a_mean_is_the_standard_error():
     values = np.random.default_rng(6).normal(size=400)
-    value, low, high = bootstrap_interval(np.mean, values)
-    assert value == values.mean()
+    value, low, high = bootstrap_interval(mean_cell, values)
+    assert value == pytest.approx(values.mean(), abs=1e-15)
     half = 1.96 * values.std() / 20
     assert (low, high) == (pytest.approx(value - half, abs=0.02), pytest.approx(value + half, abs=0.02))
 
@@ -105,30 +164,14 @@ def test_bootstrap_covers_the_truth():
     for trial in range(200):
         x = random.normal(size=40)
         y = 0.5 * x + math.sqrt(0.75) * random.normal(size=40)
-        _, low, high = bootstrap_mean_correlation(x[None], y[None], num_draws=200, seed=trial)
+        _, low, high = bootstrap_interval(mean_spearman, x, y, num_draws=200, seed=trial)
         covered.append(low < truth < high)
     assert 0.88 < np.mean(covered) < 0.99
 
 
-@pytest.mark.parametrize("name", CORRELATIONS)
-def test_joint_bootstrap_equals_the_bootstrap_over_columns(name):
-    random = np.random.default_rng(8)
-    x = random.normal(size=(3, 10))
-    y = x + random.normal(size=(3, 10))
-    x[1, 2] = y[2, 5] = np.nan
-
-    def mean_of_scipy(columns_x, columns_y):
-        pairs = [(a, b, np.isfinite(a) & np.isfinite(b)) for a, b in zip(columns_x.T, columns_y.T, strict=True)]
-        return np.mean([SCIPY[name](a[kept], b[kept]).statistic for a, b, kept in pairs])
-
-    joint = bootstrap_mean_correlation(x, y, CORRELATIONS[name], num_draws=50)
-    assert joint == pytest.approx(bootstrap_interval(mean_of_scipy, x.T, y.T, num_draws=50), abs=1e-12)
-    assert joint.value == pytest.approx(mean_correlation(x, y, CORRELATIONS[name]), abs=1e-12)
-
-
 def test_models_that_agree_do_not_narrow_the_interval():
     x, y = np.random.default_rng(9).normal(size=(2, 1, 12)).cumsum(0)
-    alone, copied = (bootstrap_mean_correlation(np.repeat(x, n, 0), np.repeat(y, n, 0)) for n in (1, 8))
+    alone, copied = (bootstrap_interval(mean_spearman, np.repeat(x, n, 0), np.repeat(y, n, 0)) for n in (1, 8))
     assert copied == pytest.approx(alone, abs=1e-12)
 
 

@@ -11,6 +11,7 @@ from fig_plot import findings, import_published, tables
 from fig_plot.correlations import Draws
 from fig_plot.fixed_rule import seed_rows
 from fig_plot.gains import decision_rows
+from fig_plot.layer_choice import layer_choice_rows
 from fig_plot.like_for_like import STEPS, twin_rows
 from fig_plot.shared_tasks import shared_task_rows
 from fig_plot.subspaces import after_lora_rows, random_weights_rows
@@ -75,7 +76,9 @@ def study(tmp_path_factory):
     """The tables of a made-up study in which NTPS ranks tasks perfectly, by the command a user types."""
     folder = tmp_path_factory.mktemp("study")
     write_study(folder)
-    done = run_command("-m", "fig_plot.findings", "--data_dir", folder, "--num_draws", "200")
+    done = run_command(
+        "-m", "fig_plot.findings", "--data_dir", folder, "--num_draws", "200", "--num_permutations", "200"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return {
@@ -341,3 +344,21 @@ def test_published_values_are_judged_too(tmp_path):
         assert correlation(whole, "across tasks", "ntps", measure).value == pytest.approx(printed, abs=0.006)
     assert correlation(whole, "across models", "ntps", "probe_accuracy").value < 0
     assert correlation(whole, "across tasks", "mean of the others", "probe_accuracy").value > 0.95
+
+
+def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
+    """`retained` finds the best layer of every task, `ntps` the worst; seeds of a task count once."""
+    random = np.random.default_rng(2)
+    accuracy = random.random((4, 5))  # tasks, layers
+    rows = [
+        {"model": "one", "dataset": f"task{task}", "seed": seed, "layer": layer, "test_accuracy": accuracy[task, layer],
+         "retained": accuracy[task, layer], "ntps": -accuracy[task, layer], "ridge_r2": float(layer)}
+        for task in range(4) for layer in range(5) for seed in range(1 + (task == 0))
+    ]  # fmt: skip
+    found = pd.DataFrame(layer_choice_rows(pd.DataFrame(rows), Draws(100))).set_index("chosen_by")
+    expected = {"retained": accuracy.max(1), "best on test rows": accuracy.max(1), "ntps": accuracy.min(1),
+                "ridge_r2": accuracy[:, -1], "middle layer": accuracy[:, 2], "any layer": accuracy.mean(1)}  # fmt: skip
+    for name, values in expected.items():
+        assert found.accuracy[name] == pytest.approx(values.mean())
+        assert found.lead[name] == pytest.approx((values - accuracy[:, -1]).mean())
+    assert found.low["retained"] >= 0 >= found.high["ntps"] and set(found.tasks) == {4}

@@ -75,7 +75,8 @@ def test_first_table_of_the_readme():
     for claim, published, of_paper, of_all, fixed, baseline in rows:
         published_as, chosen_on, measure = CLAIMS[claim]
         sign = 1 if measure == "probe_accuracy" else -1
-        assert is_rounded([published], [sign * theirs[theirs.measure == published_as].spearman.mean()])
+        of_models = sign * theirs[theirs.measure == published_as].spearman
+        assert is_rounded(re.findall(NUMBER, published), [of_models.mean(), of_models.min(), of_models.max()])
         for same, table in ((of_paper, steps_of_paper), (of_all, steps)):
             [chosen] = table[table.measure == chosen_on].itertuples()
             assert is_rounded(re.findall(NUMBER, same), [sign * chosen.spearman, sign * chosen.noise, chosen.p])
@@ -88,6 +89,37 @@ def test_first_table_of_the_readme():
         assert is_rounded(re.findall(NUMBER, shown), [value, *sorted(ends)])
         rivals = ["num_classes", "bag_of_words_accuracy", *(["headroom"] if measure == "lora_gain" else [])]
         assert abs(here.value[SCORES[name]]) == here.value[rivals].abs().max()
+
+
+def test_numbers_in_the_words_of_the_readme():
+    words = " ".join(README.split())
+    rule = read("smollm2-docstrings", "correlations").query("correlation == 'spearman' and measure == 'probe_mse'")
+    values = rule[rule.direction == "across tasks"].set_index("score").value
+    shown = re.search(r"SmolLM2's error \((-\.\d+)\).*?nearly as well \((-\.\d+)\), a random.*? \((-\.\d+)\)", words)
+    assert shown and is_rounded(list(shown.groups()), values[["ntps", "num_classes", "retained_random"]])
+    layers = read("smollm2", "layer_choice").set_index("chosen_by")[["lead", "low", "high"]] * 100
+    shown = re.search(
+        r"read (\d\.\d) points better than the last one, .*? no better \((-\d\.\d) \[(-\d\.\d), (\+\d\.\d)\]\), "
+        r"the middle layer, .*? (\d\.\d) better",
+        words,
+    )
+    expected = [layers.lead["ridge_r2"], *layers.loc["ntps"], layers.lead["middle layer"]]
+    assert shown and is_rounded(list(shown.groups()), expected)
+    assert layers.low["ridge_r2"] > 0 and layers.low["middle layer"] > 0 and layers.low["ntps"] < 0
+    real = read("smollm2", "correlations").query("correlation == 'spearman' and score == 'ntps'").set_index("measure")
+    claimed = pd.Series(CLAIMED)[["probe_accuracy", "probe_mse", "lora_gain"]]
+    assert (real.value[claimed.index] * claimed < 0).all(), "all three point the other way"
+    ladder = read("", "like_for_like").query("step == 'layer and K chosen' and model == 'mean'").set_index("measure")
+    of_docstrings = read("smollm2-docstrings", "like_for_like").query(
+        "step == 'layer and K chosen' and model == 'mean'"
+    )
+    for table in (ladder, of_docstrings.set_index("measure")):
+        assert (table.p[["train_accuracy", "train_mse"]] < 0.05).all()
+    controls = (
+        read(study, "controls").set_index(["model", "score", "v"]) for study in ("smollm2", "smollm2-docstrings")
+    )
+    real, docstrings = (table.loc[("smollm2", "retained", "autoregression")] for table in controls)
+    assert real.low < 0 < real.high and docstrings.high < 0
 
 
 @pytest.mark.parametrize("study", ["smollm2", "docstrings"])
@@ -136,17 +168,22 @@ def test_numbers_in_the_words_of_the_findings():
         list(shown.groups()), [at[(0, "U")], at[(0, "V")], apart.leave_one_out_p[(0, "U")], at[(30, "U")]]
     )
     assert at[(30, "U")] == at[(30, "V")]
-    released = []
+    released, shares = [], []
     for study in ("", "smollm2"):
         moves = pd.read_csv(DATA / study / "reproducibility_summary.csv").set_index(["score", "variant"])
-        moves = moves.largest_difference.unstack()
-        same = moves.loc[
-            ["ntps", "ntps_label", "ntps_whitened", "retained"], ["float64 products", "4096 tokens a batch"]
-        ]
-        assert same.min(axis=None) > 0 and same.max(axis=None) < 2e-6
+        share, moves = moves.share.unstack(), moves.largest_difference.unstack()
+        ours = ["ntps", "ntps_label", "ntps_whitened", "retained"], ["float64 products", "4096 tokens a batch"]
+        assert moves.loc[ours].min(axis=None) > 0 and moves.loc[ours].max(axis=None) < 2e-6
+        assert share.loc[ours].max(axis=None) < 6e-5
         released.append(moves.loc["ntps_released"].max())
-    shown = re.search(r"moves by \.003 to (\.\d+), and by up to (\.\d+) on SmolLM2", words)
-    assert shown and is_rounded(list(shown.groups()), released)
+        shares.append(share.loc["ntps_released"].max())
+    shown = re.search(
+        r"moves by \.003 to (\.\d+), and by up to (\.\d+) on SmolLM2: .*? to (\d\.\d+) and (\.\d+),", words
+    )
+    assert shown and is_rounded(list(shown.groups()), [*released, *shares])
+    of_bfloat16 = "ntps_label", "bfloat16 model"  # of SmolLM2, the last one
+    shown = re.search(r"`ntps_label` differs by up to (\.\d+), a share of (\.\d+)\.", words)
+    assert shown and is_rounded(list(shown.groups()), [moves.loc[of_bfloat16], share.loc[of_bfloat16]])
     for study, of in (("smollm2", "tasks, of which"), ("", "runs on 12 tasks, of which")):
         row = read(study, "decision").query("measure == 'lora_gain' and score == 'ntps'").iloc[0]
         assert f"{row.cells} {of} {row.above} gain" in words and row.tasks in (12, row.cells)
@@ -203,13 +240,35 @@ def test_answers_of_the_findings_are_those_of_their_tables():
     assert f"{of_tiny.trained:.3f}" == f"{of_tiny.random_weights:.3f}" and of_tiny.low < 0 < of_tiny.high
     changes = read("smollm2", "after_lora").query("model == 'smollm2'").set_index("score")
     assert changes.high["ntps"] < 0 < changes.low["retained"] and changes.high["retained_lead"] < 0
+    of_docstrings = read("", "after_lora").query("model == 'all'").set_index("score")
+    assert of_docstrings.high["ntps"] < 0 < of_docstrings.low["retained"]
+    assert of_docstrings.spearman_with_gain["retained"] < 0
+    of_gain = rule[(rule.measure == "lora_gain") & rule.score.isin(["ntps", "retained", "ridge_r2", "logme", "h_oas"])]
+    assert len(of_gain) == 5 and (of_gain.low * of_gain.high < 0).all(), "no score has an interval off 0"
     of_seeds = read("smollm2", "seeds").set_index("name")
     shown = re.search(r"by (\.\d+) \[(\.\d+), (\.\d+)\] of its spread over nine", " ".join(FINDINGS.split()))
     assert shown and is_rounded(list(shown.groups()), of_seeds.loc["ntps", ["share", "low", "high"]])
     assert (of_seeds.high[["ntps", "ridge_r2", "probe_accuracy"]] < 0.1).all()
-    assert (of_seeds.share[["retained_lead", "lora_gain"]] > 0.1).all()
+    assert of_seeds.share["retained"] < 0.1 < of_seeds.high["retained"]
+    assert (of_seeds.share[["retained_lead", "lora_gain", "retained_z", "ntps_label"]] > 0.1).all()
     assert of_seeds.tasks[["ntps", "lora_gain"]].tolist() == [9, 8]
-    assert (read("", "seeds").query("name in ('ntps', 'ntps_label', 'retained', 'retained_z')").share > 0.1).all()
+    of_ladder = read("", "seeds")
+    named = ["ntps", "ntps_label", "retained", "retained_z", "retained_lead", "lora_gain"]
+    assert (of_ladder[of_ladder.name.isin(named)].share > 0.1).all()
+    assert (of_ladder.query("name == 'probe_accuracy'").share < 0.1).all()
+    for gain in ("lora_gain", "lora_gain_paper"):  # over a converged probe on neither set of datasets
+        for table, is_within in (("like_for_like_paper", gain.endswith("paper")), ("like_for_like", False)):
+            found = read("smollm2", table).query(
+                f"step == 'layer and K chosen' and model == 'mean' and measure == '{gain}'"
+            )
+            assert (found.spearman.abs() >= weakest["lora_gain"]).all() == is_within
+    shown = re.search(r"over a converged probe on neither \((-\.\d+), (-\.\d+)\)", " ".join(FINDINGS.split()))
+    tables = (
+        read("smollm2", name).set_index(["measure", "model", "step"])
+        for name in ("like_for_like_paper", "like_for_like")
+    )
+    expected = [table.spearman[("lora_gain", "mean", "layer and K chosen")] for table in tables]
+    assert shown and is_rounded(list(shown.groups()), expected)
 
 
 def test_what_is_said_of_lora_on_random_weights():
@@ -320,7 +379,7 @@ def test_overview_points_where_the_paper_points():
     assert (
         rows.value[[("smaller gain of LoRA", label) for label in rows.loc["smaller gain of LoRA"].index[:1]]] > 0
     ).all()
-    fixed = "fixed rule, held-out rows: SmolLM2-135M"
+    fixed = "fixed rule, test rows: SmolLM2-135M"
     rule = read("smollm2", "correlations").query("correlation == 'spearman' and score == 'ntps'").set_index("measure")
     for claim, measure, sign in (
         ("more accurate probe", "probe_accuracy", 1),

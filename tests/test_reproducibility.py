@@ -124,11 +124,12 @@ def test_spread_is_the_studys_where_it_is_there(tmp_path):
     config = reproducibility.Config(scores=tmp_path / "scores.csv")
     compared = reproducibility.compare(pd.DataFrame(rows), config)
     assert len(compared) == 6 and set(compared["spread_of"]) == {"the 2 datasets"}
-    assert np.allclose(compared["spread_over_datasets"], 0.1) and np.allclose(compared["share_of_spread"], 0.1)
+    sd = 0.1 / 2**0.5  # of two values .1 apart
+    assert np.allclose(compared["sd_over_tasks"], sd) and np.allclose(compared["share"], 0.01 / sd)
     pd.DataFrame(study).to_csv(config.scores, index=False)
     compared = reproducibility.compare(pd.DataFrame(rows), config)
     assert compared["spread_of"].str.startswith("3 tasks of").all()
-    assert np.allclose(compared["spread_over_datasets"], 0.4) and np.allclose(compared["share_of_spread"], 0.025)
+    assert np.allclose(compared["sd_over_tasks"], 0.2) and np.allclose(compared["share"], 0.05)
 
 
 @pytest.mark.parametrize(
