@@ -128,6 +128,11 @@ def mean_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
     return mean_over_models([_drawn_spearman(counts, *model) for model in zip(x, y, strict=True)])
 
 
+def spearman_lead(counts: np.ndarray, score: np.ndarray, baseline: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """|mean Spearman of the score with the target| less that of the baseline: a statistic."""
+    return np.abs(mean_spearman(counts, score, target)) - np.abs(mean_spearman(counts, baseline, target))
+
+
 def mean_partial_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Mean over models of Spearman's correlation of x and y with the ranks of `given` regressed out of both.
 
@@ -166,7 +171,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray, smallest: float = TO
 def _drawn_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's correlation of the complete pairs of x and y, (n,) each, in each draw: (draws,).
 
-    The rank of a task less the mean rank is half of how many of those drawn it is above, less how many it is below.
+    A task's rank less the mean rank is half of how many of those drawn are below it, less how many are above.
     """
     known = np.isfinite(x) & np.isfinite(y)
     counts = counts[:, known]
@@ -224,8 +229,3 @@ def bootstrap_interval(
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
-
-
-def spearman_lead(counts: np.ndarray, score: np.ndarray, baseline: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """|mean Spearman of the score with the target| less that of the baseline: a statistic."""
-    return np.abs(mean_spearman(counts, score, target)) - np.abs(mean_spearman(counts, baseline, target))

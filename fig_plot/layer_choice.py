@@ -46,11 +46,11 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Iterator[dict[str, A
         chosen = {"last layer": accuracy.iloc[:, -1], "middle layer": accuracy[middle],
                   "any layer": accuracy.mean(axis=1), "best on test rows": accuracy.max(axis=1)}  # fmt: skip
         for name in [name for name in CHOOSERS if name in rows and rows[name].notna().any()]:
-            at = rows.loc[rows.groupby(["dataset", "seed"])[name].idxmax()]
+            at = rows.loc[rows.dropna(subset=name).groupby(["dataset", "seed"])[name].idxmax()]
             chosen[name] = at.set_index(["dataset", "seed"])["test_accuracy"]
         of_task = pd.DataFrame(chosen).groupby("dataset").mean()
         for name, values in of_task.items():
             lead = values - of_task["last layer"]
             interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
             yield {"model": model, "chosen_by": name, "accuracy": values.mean(), "lead": interval.value,
-                   "low": interval.low, "high": interval.high, "tasks": len(of_task)}  # fmt: skip
+                   "low": interval.low, "high": interval.high, "tasks": int(values.notna().sum())}  # fmt: skip

@@ -94,37 +94,31 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     return figure
 
 
-def mean_changes(scores: pd.DataFrame, name: str) -> str:
-    """`+0.121 smollm2, +0.144 smollm2-random (10 tasks)`: the mean changes over the datasets that all models have."""
-    change = (scores[name] - scores[f"{name}_before"]).groupby([scores["dataset"], scores["model"]], sort=False).mean()
-    of_both = change.unstack().dropna()
-    means = of_both.mean()
-    if len(means) > 2:
-        return f"mean change {means.mean():+.3f}"
-    shown = ", ".join(f"{mean:+.3f} {str(model).rsplit('/')[-1]}" for model, mean in means.items())
-    return f"{shown} ({len(of_both)} tasks)"
-
-
 def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """The paper's Figure 4, left: scores after LoRA over the same before it, a panel per score, a colour per model.
 
-    Each title has the mean change over the datasets that all models have: of each model where there are one or two,
-    else of all.
+    Each title has the mean change over the datasets that all models have: of each model in the order of the legend
+    where there are one or two, else of all.
 
     Args:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
         names: the scores.
     """
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, len(names), figsize=(2.7 * len(names) + 1.2, 2.7), squeeze=False)
+        figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.2, 2.8), squeeze=False)
         for panel, name in zip(axes[0], names, strict=True):
             for model, rows in scores.groupby("model", sort=False):
                 panel.scatter(rows[f"{name}_before"], rows[name], s=10, label=str(model).rsplit("/")[-1])
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
             panel.plot(ends, ends, color="0.5", lw=1, ls="--", label="no change")
-            panel.set_title(f"{LABELS[name]}\n{mean_changes(scores, name)}", fontsize=8)
-            panel.set(xlabel="before LoRA", ylabel="after LoRA")
+            change = scores.assign(change=scores[name] - scores[f"{name}_before"])
+            of_all = change.pivot_table(index="dataset", columns="model", values="change", sort=False).dropna()
+            means = list(of_all.mean()) if of_all.shape[1] < 3 else [of_all.to_numpy().mean()]
+            shown = ", ".join(f"{mean:+.3f}" for mean in means)
+            panel.set(title=f"{LABELS[name]}\nmean change {shown}", xlabel="before LoRA", ylabel="after LoRA")
+        order = ", in the order of the legend" if 1 < of_all.shape[1] < 3 else ""
+        figure.suptitle(f"a dot is a dataset; means over the {len(of_all)} that every model has{order}", fontsize=7)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 

@@ -362,3 +362,9 @@ def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
         assert found.accuracy[name] == pytest.approx(values.mean())
         assert found.lead[name] == pytest.approx((values - accuracy[:, -1]).mean())
     assert found.low["retained"] >= 0 >= found.high["ntps"] and set(found.tasks) == {4}
+    table = pd.DataFrame(rows)
+    table.loc[table.dataset == "task1", "retained"] = np.nan  # a score that one task does not have
+    found = pd.DataFrame(layer_choice_rows(table, Draws(100))).set_index("chosen_by")
+    assert found.tasks["retained"] == 3 and found.accuracy["retained"] == pytest.approx(
+        accuracy.max(1)[[0, 2, 3]].mean()
+    )
