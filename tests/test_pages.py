@@ -100,12 +100,17 @@ def test_numbers_in_the_words_of_the_readme():
     layers = read("smollm2", "layer_choice").set_index("chosen_by")[["lead", "low", "high"]] * 100
     shown = re.search(
         r"read (\d\.\d) points better than the last one, .*? no better \((-\d\.\d) \[(-\d\.\d), (\+\d\.\d)\]\), "
-        r"the middle layer, .*? (\d\.\d) better",
+        r"the middle layer, .*? (\d\.\d) better; on the docstring tasks (\d\.\d), (\d\.\d) and (\d\.\d) points",
         words,
     )
+    of_docstrings = read("smollm2-docstrings", "layer_choice").set_index("chosen_by")[["lead", "low", "high"]] * 100
     expected = [layers.lead["ridge_r2"], *layers.loc["ntps"], layers.lead["middle layer"]]
+    expected += [*of_docstrings.lead[["ridge_r2", "ntps", "middle layer"]]]
     assert shown and is_rounded(list(shown.groups()), expected)
-    assert layers.low["ridge_r2"] > 0 and layers.low["middle layer"] > 0 and layers.low["ntps"] < 0
+    for table in (layers, of_docstrings):
+        assert (table.low[["ridge_r2", "logme", "middle layer"]] > 0).all() and table.low["ntps"] < 0 < table.high[
+            "ntps"
+        ]
     real = read("smollm2", "correlations").query("correlation == 'spearman' and score == 'ntps'").set_index("measure")
     claimed = pd.Series(CLAIMED)[["probe_accuracy", "probe_mse", "lora_gain"]]
     assert (real.value[claimed.index] * claimed < 0).all(), "all three point the other way"
