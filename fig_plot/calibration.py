@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.collect import parse_size, save_csv
-from fig_plot.correlations import bootstrap_interval, mean_cell
+from fig_plot.correlations import Draws, bootstrap_interval, mean_cell
 from fig_plot.evidence import closed_form_cells
 from fig_plot.import_published import COLUMNS, published_rows
 from fig_plot.tables import DATA_DIR, SCORES
@@ -74,9 +74,10 @@ def fit(source: str, predictor: str, cells: pd.DataFrame, config: Config) -> Lin
     residual, of_mean = left_out(x[:, None], gain, task), left_out(nothing, gain, task)
     new_model, mean_new_model = (np.abs(left_out(of, gain, model)) for of in (x[:, None], nothing))
     model_lead = pd.Series(mean_new_model - new_model).groupby(model).mean().to_numpy()
-    model_bounds = bootstrap_interval(mean_cell, model_lead, num_draws=config.num_draws, seed=config.seed)
+    draws = Draws(config.num_draws, config.seed)
+    model_bounds = bootstrap_interval(mean_cell, model_lead, draws=draws)
     lead = pd.Series(np.abs(of_mean) - np.abs(residual)).groupby(task).mean().to_numpy()
-    bounds = bootstrap_interval(mean_cell, lead, num_draws=config.num_draws, seed=config.seed)
+    bounds = bootstrap_interval(mean_cell, lead, draws=draws)
     slope, intercept = np.polyfit(x, gain, 1)
     low, high = np.quantile(residual, [0.05, 0.95])
     return Line(

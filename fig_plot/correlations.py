@@ -206,10 +206,8 @@ def draw_tasks(num_tasks: int, num_draws: int, seed: int) -> np.ndarray:
     return counts
 
 
-def bootstrap_interval(
-    statistic: Statistic, *tables: ArrayLike, num_draws: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap of a statistic over tasks: `num_draws` samples of the tasks with replacement.
+def bootstrap_interval(statistic: Statistic, *tables: ArrayLike, draws: Draws) -> Interval:
+    """95 % percentile bootstrap of a statistic over tasks, from samples of the tasks with replacement.
 
     The interval says what another sample of such tasks would give. Models see the same tasks, so their correlations err
     together: tasks are the clusters, and more models narrow the interval only as far as they disagree. Models are not
@@ -221,11 +219,13 @@ def bootstrap_interval(
     Args:
         statistic: called with the counts of the draws and the tables.
         tables: (models, tasks), missing cells nan; or (tasks,).
+        draws: how many samples, from which seed.
     """
     whole = [np.atleast_2d(np.asarray(table, float)) for table in tables]
-    value, draws = value_of(statistic, *whole), statistic(draw_tasks(whole[0].shape[1], num_draws, seed), *whole)
-    draws = draws[np.isfinite(draws)]
-    if not len(draws) or not np.isfinite(value):
+    value = value_of(statistic, *whole)
+    drawn = statistic(draw_tasks(whole[0].shape[1], draws.num_draws, draws.seed), *whole)
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn) or not np.isfinite(value):
         return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(value, float(low), float(high))

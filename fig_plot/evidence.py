@@ -31,6 +31,7 @@ import pandas as pd
 
 from fig_plot.collect import dataset_of, result_files, save_csv, shown_name
 from fig_plot.correlations import (
+    Draws,
     Statistic,
     bootstrap_interval,
     drawn_auc,
@@ -134,9 +135,7 @@ QUESTIONS: dict[tuple[str, str], tuple[Callable[..., float], Statistic | None]] 
 }
 
 
-def judged(
-    question: tuple[str, str], score: pd.DataFrame, target: pd.DataFrame, num_draws: int, seed: int
-) -> dict[str, Any]:
+def judged(question: tuple[str, str], score: pd.DataFrame, target: pd.DataFrame, draws: Draws) -> dict[str, Any]:
     """Value, interval, range with a task left out, and how much there is of each; score and target (models, tasks)."""
     statistic, of_draws = QUESTIONS[question]
     score, target = score.align(target, join="inner")
@@ -147,7 +146,7 @@ def judged(
         return {"value": np.nan}
     ends: dict[str, float] = {"low": np.nan, "high": np.nan}
     if of_draws:
-        ends = bootstrap_interval(of_draws, x, y, num_draws=num_draws, seed=seed)._asdict()
+        ends = bootstrap_interval(of_draws, x, y, draws=draws)._asdict()
     for axis, name in ((1, "task"), (0, "model")):
         without = [statistic(np.delete(x, i, axis), np.delete(y, i, axis)) for i in range(x.shape[axis])]
         defined = [value for value in without if np.isfinite(value)]
@@ -178,7 +177,7 @@ def evidence_rows(cells: pd.DataFrame, names: list[str], config: Config) -> Iter
                 is_asked = {"across tasks": True, "across models": not says_nothing, "gain > 2": measure == "lora_gain"}
                 if not is_asked[direction]:
                     continue
-                row = judged((direction, statistic), score, target, config.num_draws, config.seed)
+                row = judged((direction, statistic), score, target, Draws(config.num_draws, config.seed))
                 if np.isfinite(row["value"]):
                     if statistic == "auc":
                         row["cells_above"] = int((target[score.notna()] > WORTHWHILE_GAIN).to_numpy().sum())

@@ -66,14 +66,13 @@ def direction_rows(
     groups = int(np.isfinite(spearman_rows(x, y)).sum())
     if not groups:
         return
-    options = {"num_draws": draws.num_draws, "seed": draws.seed}
     for kind, correlation in CORRELATIONS.items():
         if kind != "spearman":
             interval = Interval(mean_correlation(x, y, correlation), np.nan, np.nan)
         elif direction == "tasks":
-            interval = bootstrap_interval(mean_spearman, x, y, **options)
+            interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
         else:  # groups are the tasks here
-            interval = bootstrap_interval(mean_cell, spearman_rows(x, y), **options)
+            interval = bootstrap_interval(mean_cell, spearman_rows(x, y), draws=draws)
         yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
                **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
@@ -100,9 +99,7 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
             if not sizes or not np.isfinite(mean_correlation(tables[name], target)):
                 continue
             best = max(sizes, key=lambda rival: sizes[rival])
-            interval = bootstrap_interval(
-                spearman_lead, tables[name], tables[best], target, num_draws=draws.num_draws, seed=draws.seed
-            )
+            interval = bootstrap_interval(spearman_lead, tables[name], tables[best], target, draws=draws)
             yield {"measure": measure, "score": name, "best_baseline": best, "baseline_size": sizes[best],
                    "lead": interval.value, "low": interval.low, "high": interval.high,
                    "tasks": target.shape[1]}  # fmt: skip
@@ -119,7 +116,7 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
     for measure, given in pairs:
         for name in [name for name in scores if is_known(cells, name)]:
             tables = [matrix(cells, column).to_numpy(float) for column in (name, measure, given)]
-            interval = bootstrap_interval(mean_partial_spearman, *tables, num_draws=draws.num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_partial_spearman, *tables, draws=draws)
             yield {"measure": measure, "score": name, "given": given, **interval._asdict()}
 
 

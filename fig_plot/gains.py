@@ -43,7 +43,7 @@ def decision_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]
         for name in candidates(cells):
             known = cells.dropna(subset=[measure, name])
             tables = [matrix(known, column).to_numpy(float) for column in (name, measure)]
-            interval = bootstrap_interval(mean_auc, *tables, num_draws=draws.num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_auc, *tables, draws=draws)
             if np.isfinite(interval.value):
                 yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
                        "high": interval.high, "cells": len(known), "tasks": tables[0].shape[1],
@@ -77,7 +77,7 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, An
                 continue
             errors, of_mean = (100 * without_each_task(rows, used, measure) for used in (columns, []))
             lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
-            interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_cell, lead, draws=draws)
             yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
                    "error_of_mean_points": np.abs(of_mean).mean(), "lead": interval.value, "low": interval.low,
                    "high": interval.high, "rmse_points": np.sqrt(np.mean(errors**2)),

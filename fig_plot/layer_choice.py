@@ -51,6 +51,6 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Iterator[dict[str, A
         of_task = pd.DataFrame(chosen).groupby("dataset").mean()
         for name, values in of_task.items():
             lead = values - of_task["last layer"]
-            interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
+            interval = bootstrap_interval(mean_cell, lead, draws=draws)
             yield {"model": model, "chosen_by": name, "accuracy": values.mean(), "lead": interval.value,
                    "low": interval.low, "high": interval.high, "tasks": int(values.notna().sum())}  # fmt: skip

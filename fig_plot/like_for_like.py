@@ -157,8 +157,7 @@ def without_vectors(row: dict[str, Any]) -> dict[str, Any]:
 def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) -> dict[str, Any]:
     """The mean over models of one step."""
     x, y, given = (np.array([row[name] for row in rows]) for name in ("x", "y", "given"))
-    options = {"num_draws": draws.num_draws, "seed": draws.seed}
-    partial = bootstrap_interval(mean_partial_spearman, x, y, given, **options)
+    partial = bootstrap_interval(mean_partial_spearman, x, y, given, draws=draws)
     row = {"model": "mean", "measure": measure, "step": step, "spearman": mean_correlation(x, y),
            "tasks": max(row["tasks"] for row in rows), "models": len(rows)}  # fmt: skip
     if "noise" in rows[0]:
@@ -168,7 +167,7 @@ def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) 
             row["p"] = joint_p_value([each["spearman"] for each in rows], [each["null"] for each in rows],
                                      CLAIMED[measure])  # fmt: skip
     else:
-        interval = bootstrap_interval(mean_spearman, x, y, **options)
+        interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
         row |= {"low": interval.low, "high": interval.high}
     names = ("given_classes", "given_classes_low", "given_classes_high")
     return row | dict(zip(names, partial, strict=True))
@@ -186,7 +185,7 @@ def published_rows(tables: dict[str, pd.DataFrame], draws: Draws) -> Iterator[di
             r = spearman(score.loc[model], target.loc[model])
             yield {"model": model, "measure": measure, "step": STEPS[0], "spearman": r, "tasks": score.shape[1]}
         tables_of_models = score.to_numpy(), target.to_numpy()
-        interval = bootstrap_interval(mean_spearman, *tables_of_models, num_draws=draws.num_draws, seed=draws.seed)
+        interval = bootstrap_interval(mean_spearman, *tables_of_models, draws=draws)
         yield {"model": "mean", "measure": measure, "step": STEPS[0], "spearman": interval.value, "low": interval.low,
                "high": interval.high, "tasks": score.shape[1], "models": len(score)}  # fmt: skip
 

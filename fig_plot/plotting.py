@@ -117,7 +117,7 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
             means = list(of_all.mean()) if of_all.shape[1] < 3 else [of_all.to_numpy().mean()]
             shown = ", ".join(f"{mean:+.3f}" for mean in means)
             panel.set(title=f"{LABELS[name]}\nmean change {shown}", xlabel="before LoRA", ylabel="after LoRA")
-        order = ", in the order of the legend" if 1 < of_all.shape[1] < 3 else ""
+        order = ", in the order of the legend" if of_all.shape[1] == 2 else ""
         figure.suptitle(f"a dot is a dataset; means over the {len(of_all)} that every model has{order}", fontsize=7)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure

@@ -32,7 +32,7 @@ def shared_task_rows(cells: pd.DataFrame, others: pd.DataFrame, draws: Draws) ->
         here, there = (table[np.isfinite(table).any(1)] for table in (here, there))
         x, y = (np.array(side) for side in zip(*itertools.product(here, there), strict=True))
         first, second = np.array(list(itertools.combinations(range(len(there)), 2)), int).reshape(-1, 2).T
-        interval = bootstrap_interval(mean_spearman, x, y, num_draws=draws.num_draws, seed=draws.seed)
+        interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
         yield {"name": name, **interval._asdict(),
                "between_others": mean_correlation(there[first], there[second]),
                "pairs": len(x), "tasks": len(shared)}  # fmt: skip

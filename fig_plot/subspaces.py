@@ -24,7 +24,7 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
                 lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
                 if not len(lead):
                     continue
-                interval = bootstrap_interval(mean_cell, lead, num_draws=draws.num_draws, seed=draws.seed)
+                interval = bootstrap_interval(mean_cell, lead, draws=draws)
                 row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression"}
                 row |= {"value": rows[score + v].mean(), "lead_over_random": interval.value}
                 row |= {"low": interval.low, "high": interval.high, "tasks": len(lead)}
@@ -56,7 +56,6 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
         after: of `tables.load_after_lora`.
         draws: of the intervals, over tasks.
     """
-    options = {"num_draws": draws.num_draws, "seed": draws.seed}
     changes = changes_by_lora(after)
     changed = [name for name in changes if name.endswith("_change")]
     cells = cells.merge(changes[[*KEYS, *changed]], on=KEYS, how="left")
@@ -69,8 +68,8 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
             if len(pairs) < 3:
                 continue
             x, y = pairs.T
-            lead = bootstrap_interval(mean_cell, x - y, **options)
-            order = bootstrap_interval(mean_spearman, x, y, **options)
+            lead = bootstrap_interval(mean_cell, x - y, draws=draws)
+            order = bootstrap_interval(mean_spearman, x, y, draws=draws)
             yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(), "lead": lead.value,
                    "low": lead.low, "high": lead.high, "spearman": order.value, "spearman_low": order.low,
                    "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
@@ -101,9 +100,8 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> I
             known = rows.assign(change=rows[f"{name}_change"]).dropna(subset="change")
             change, gain = (known.pivot(index="dataset", columns="model", values=v) for v in ("change", "lora_gain"))
             tables = [table.to_numpy(float).T for table in (change, gain)]
-            options = {"num_draws": draws.num_draws, "seed": draws.seed}
-            mean = bootstrap_interval(mean_cell, tables[0], **options)
-            follows = bootstrap_interval(mean_spearman, *tables, **options)
+            mean = bootstrap_interval(mean_cell, tables[0], draws=draws)
+            follows = bootstrap_interval(mean_spearman, *tables, draws=draws)
             yield {"model": model, "score": name, "before": known[f"{name}_before"].mean(), "after": known[name].mean(),
                    "change": mean.value, "low": mean.low, "high": mean.high, "raised": int((known["change"] > 0).sum()),
                    "cells": len(known), "tasks": known["dataset"].nunique(), "spearman_with_gain": follows.value,
