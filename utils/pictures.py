@@ -130,7 +130,8 @@ def draw_words(axes: Axes, words: pd.DataFrame, boundary: dict) -> None:
         axes.plot([], [], ls="", label=category)  # a heading in the legend
         shades = plt.get_cmap(colours)(np.linspace(0.4, 1, len(in_category)))
         for shade, row in zip(shades, in_category.itertuples(), strict=True):
-            style = {"ls": "", "marker": marker, "ms": 4.5, "color": shade, "mfc": (*shade[:3], 0.4)}  # seen through
+            seen_through = {"mec": shade, "mfc": (*shade[:3], 0.4)}  # words may lie on one another
+            style = {"ls": "", "marker": marker, "ms": 4.5, "color": shade, **seen_through}
             axes.plot(row.component_1, row.component_2, label=row.word, **style)
     axes.margins(0.1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim(), xlabel="component 1", ylabel="component 2")  # fixed: it clips
