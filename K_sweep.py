@@ -32,10 +32,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cache
-from utils.closed_form import layer_scores
-from utils.io import UserError, environment, pick_device, run_script, save_json
-from utils.linalg import NestedBasis, Noise, captured, rounding, whiten
-from utils.moments import (
+from utils.algebra.features import layer_scores
+from utils.algebra.linalg import NestedBasis, Noise, captured, rounding, whiten
+from utils.algebra.moments import (
     LayerMoments,
     last_layer,
     load_layer,
@@ -44,12 +43,13 @@ from utils.moments import (
     probe_scores,
     stored_layers,
 )
-from utils.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
+from utils.algebra.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
+from utils.algebra.random_subspaces import random_scores
+from utils.algebra.ridge import load_folds
+from utils.algebra.scores import option_suffix, print_table, summarize, to_json
 from utils.pictures import plot_sweep, save_figure
-from utils.random_subspaces import random_scores
 from utils.results import find_result, result_path
-from utils.ridge import load_folds
-from utils.scores import option_suffix, print_table, summarize, to_json
+from utils.script import UserError, environment, pick_device, run_script, save_json
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
 from utils.tensor_files import open_tensors
 

@@ -41,14 +41,14 @@ from torch import Tensor
 
 import cache
 from K_sweep import solve_generalized_eigenproblem
-from utils.hidden_states import pool, visit_hidden_states
-from utils.identity import load_config
-from utils.io import UserError, environment, pick_device, run_script, save_json, write_atomically
-from utils.models import load_base_model, load_tokenizer, tokenize
-from utils.moments import LayerMoments, last_layer, load_layer
+from utils.algebra.moments import LayerMoments, last_layer, load_layer
+from utils.models.check import self_check
+from utils.models.identity import load_config
+from utils.models.load import load_base_model, load_tokenizer, tokenize
+from utils.models.states import pool, visit_hidden_states
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, result_path
-from utils.self_check import self_check
+from utils.script import UserError, environment, pick_device, run_script, save_json, write_atomically
 from utils.separability import describe_subspace
 from utils.settings import Data, Model, Run, result_settings
 from utils.tensor_files import open_tensors

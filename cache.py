@@ -35,16 +35,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from utils.batches import Batch, assign_folds, one_hot, one_hot_targets, share_of, token_batches, token_steps
-from utils.data import LabelledTexts, load_splits, load_texts
-from utils.distributed import processes
-from utils.hidden_states import input_device, layer_devices, pool, visit_hidden_states
-from utils.identity import load_config, model_fingerprint, stored_as
-from utils.io import UserError, check_writable, environment, pick_device, run_script
-from utils.memory import Need, check_fits, keep_on_host, num_parameters
-from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.moment_sums import MomentSums, Sizes
-from utils.moments import (
+from utils.algebra.memory import Need, check_fits, keep_on_host, num_parameters
+from utils.algebra.moment_sums import MomentSums, Sizes
+from utils.algebra.moments import (
     check_embedded,
     describe,
     is_complete,
@@ -54,8 +47,15 @@ from utils.moments import (
     settings_as_stored,
     settings_found,
 )
-from utils.products import Precision, ProductDtype
-from utils.self_check import self_check
+from utils.algebra.products import Precision, ProductDtype
+from utils.data.load import LabelledTexts, load_splits, load_texts
+from utils.models.batches import Batch, assign_folds, one_hot, one_hot_targets, share_of, token_batches, token_steps
+from utils.models.check import self_check
+from utils.models.identity import load_config, model_fingerprint, stored_as
+from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
+from utils.parallel import processes
+from utils.script import UserError, check_writable, environment, pick_device, run_script
 from utils.settings import (
     Data,
     Model,

@@ -23,15 +23,15 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.data import load_splits
-from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
-from utils.hidden_states import decoder_of
+from utils.data.load import load_splits
 from utils.hub import hub_errors
-from utils.identity import load_config
-from utils.io import replace_folder, run_script
-from utils.model_table import repository
-from utils.models import load_causal_lm, load_tokenizer
+from utils.models.identity import load_config
+from utils.models.load import load_causal_lm, load_tokenizer
+from utils.models.states import decoder_of
+from utils.models.table import repository
+from utils.script import replace_folder, run_script
 from utils.settings import Unrecorded, with_values
+from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 
 
 @dataclass(frozen=True)

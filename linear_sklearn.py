@@ -32,18 +32,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import cache
-from utils.baselines import text_baselines
-from utils.data import LabelledTexts, load_splits
-from utils.identity import load_config, model_fingerprint, stored_as
-from utils.io import UserError, environment, load_json, pick_device, run_script, save_json
-from utils.linalg import whiten, without_constants
-from utils.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.moments import pooled_path
+from utils.algebra.linalg import whiten, without_constants
+from utils.algebra.moments import pooled_path
+from utils.algebra.products import ProductDtype
+from utils.algebra.ridge import load_folds, ridge_path
+from utils.data.load import LabelledTexts, load_splits
+from utils.models.identity import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
-from utils.probes import as_array, fit_logistic, num_processes
-from utils.products import ProductDtype
 from utils.results import find_result, result_path
-from utils.ridge import load_folds, ridge_path
+from utils.script import UserError, environment, load_json, pick_device, run_script, save_json
 from utils.settings import (
     Data,
     Model,
@@ -56,6 +53,9 @@ from utils.settings import (
     with_values,
 )
 from utils.tensor_files import open_tensors
+from utils.training.baselines import text_baselines
+from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
+from utils.training.probes import as_array, fit_logistic, num_processes
 
 ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 

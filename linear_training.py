@@ -29,16 +29,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
-from utils.data import LabelledTexts, load_splits, stratified_rows
-from utils.distributed import processes
-from utils.identity import load_config, stored_as
-from utils.io import UserError, run_script, set_seed
-from utils.moments import pooled_path
-from utils.objectives import BatchOrder, Head, Objective, save_head
+from utils.algebra.moments import pooled_path
+from utils.data.load import LabelledTexts, load_splits, stratified_rows
+from utils.models.identity import load_config, stored_as
+from utils.parallel import processes
 from utils.results import result_path
+from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.tensor_files import open_tensors
-from utils.training import (
+from utils.training.loop import (
     Place,
     TrainingRun,
     find_finished,
@@ -48,6 +47,7 @@ from utils.training import (
     save_result,
     train,
 )
+from utils.training.objective import BatchOrder, Head, Objective, save_head
 
 
 @dataclass(frozen=True)

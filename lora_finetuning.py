@@ -29,18 +29,18 @@ from transformers.pytorch_utils import Conv1D
 import cache
 import K_sweep
 import linear_training
-from utils.adapters import save_base_model
-from utils.before_after import compare, print_comparison
-from utils.data import LabelledTexts, load_splits
-from utils.distributed import processes
-from utils.finetuning import FinetuningConfig, Hyperparameters, Trainable, finetune
-from utils.hidden_states import decoder_layers, decoder_of
-from utils.identity import load_config, model_fingerprint
-from utils.io import UserError, load_json, replace_folder, run_script, save_json
-from utils.model_table import FAMILIES, MODELS
-from utils.models import load_causal_lm
+from utils.data.load import LabelledTexts, load_splits
+from utils.models.adapters import save_base_model
+from utils.models.identity import load_config, model_fingerprint
+from utils.models.load import load_causal_lm
+from utils.models.states import decoder_layers, decoder_of
+from utils.models.table import FAMILIES, MODELS
+from utils.parallel import processes
 from utils.results import read_identity, result_path
+from utils.script import UserError, load_json, replace_folder, run_script, save_json
 from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
+from utils.training.before_after import compare, print_comparison
+from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 
 
 @dataclass(frozen=True)

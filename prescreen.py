@@ -32,23 +32,23 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import cache
 import K_sweep
-from utils.baselines import bag_of_words_folds, text_baselines
+from utils.algebra.features import layer_scores
+from utils.algebra.memory import num_parameters
+from utils.algebra.moment_sums import Sizes
+from utils.algebra.moments import LayerMoments, check_has_every_layer, load_layer
+from utils.algebra.ridge import check_several, load_folds
+from utils.algebra.scores import SCORES, summarize
 from utils.calibration import Gain, expected_gain, read_lines
-from utils.closed_form import layer_scores
-from utils.data import LabelledTexts, load_splits
-from utils.identity import read_config
-from utils.io import UserError, environment, pick_device, run_script, save_json
-from utils.memory import num_parameters
-from utils.model_table import MODELS, model_source
-from utils.moment_sums import Sizes
-from utils.moments import LayerMoments, check_has_every_layer, load_layer
+from utils.data.load import LabelledTexts, load_splits
+from utils.models.identity import read_config
+from utils.models.table import MODELS, model_source
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
-from utils.ridge import check_several, load_folds
-from utils.scores import SCORES, summarize
+from utils.script import UserError, environment, pick_device, run_script, save_json
 from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
 from utils.tensor_files import open_tensors
+from utils.training.baselines import bag_of_words_folds, text_baselines
 
 EMBEDDED = ("micro", "tiny", "small", "medium", "large", "smollm2")  # compared by default where they are installed
 LEVEL = 0.9  # of the intervals

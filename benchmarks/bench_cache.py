@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Qwen2Config
 
 import cache
-from utils.batches import token_batches
-from utils.data import LabelledTexts, load_texts
-from utils.hidden_states import run_base_model
-from utils.identity import load_config
-from utils.io import environment, path_name, pick_device, run_script, save_json
-from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.products import Precision
+from utils.algebra.products import Precision
+from utils.data.load import LabelledTexts, load_texts
+from utils.models.batches import token_batches
+from utils.models.identity import load_config
+from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.models.states import run_base_model
+from utils.script import environment, path_name, pick_device, run_script, save_json
 from utils.settings import Data, Dtype, Model, Run, all_settings
 
 NUM_FOLDS = 5  # as in cache.py

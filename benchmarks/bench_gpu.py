@@ -26,12 +26,12 @@ import cache
 import K_sweep
 from benchmarks.bench_cache import NUM_FOLDS, make_folds, make_labels, make_tokens, plain_forward, seconds
 from benchmarks.bench_products import DECODERS, Decoder
-from utils.io import environment, pick_device, run_script, save_json
-from utils.memory import Need
-from utils.moment_sums import MomentSums, Sizes
-from utils.moments import NORMS, PER_LAYER, SHARED, LayerMoments
-from utils.products import Precision
-from utils.scores import SCORES
+from utils.algebra.memory import Need
+from utils.algebra.moment_sums import MomentSums, Sizes
+from utils.algebra.moments import NORMS, PER_LAYER, SHARED, LayerMoments
+from utils.algebra.products import Precision
+from utils.algebra.scores import SCORES
+from utils.script import environment, pick_device, run_script, save_json
 from utils.settings import Run, all_settings
 
 VOCABULARY = {"SmolLM2-135M": 49_152, "Qwen2-0.5B": 151_936, "Qwen2-7B": 152_064, "Llama-3-8B": 128_256}

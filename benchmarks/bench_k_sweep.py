@@ -20,9 +20,9 @@ import torch
 
 import K_sweep
 from benchmarks.bench_cache import seconds
-from utils.closed_form import layer_scores
-from utils.io import environment, pick_device, run_script, save_json
-from utils.moments import LayerMoments
+from utils.algebra.features import layer_scores
+from utils.algebra.moments import LayerMoments
+from utils.script import environment, pick_device, run_script, save_json
 from utils.settings import all_settings
 
 

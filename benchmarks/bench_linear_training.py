@@ -19,14 +19,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import linear_training
-from utils.data import LabelledTexts, load_splits
-from utils.hidden_states import pool, run_base_model
-from utils.identity import load_config
-from utils.io import environment, pick_device, run_script, save_json
-from utils.models import TokenizedTexts, load_base_model, load_tokenizer, tokenize
-from utils.objectives import BatchOrder, Head, Objective
+from utils.data.load import LabelledTexts, load_splits
+from utils.models.identity import load_config
+from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.models.states import pool, run_base_model
+from utils.script import environment, pick_device, run_script, save_json
 from utils.settings import all_settings, with_values
-from utils.training import make_identity, make_place, train
+from utils.training.loop import make_identity, make_place, train
+from utils.training.objective import BatchOrder, Head, Objective
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ from transformers import AutoModelForCausalLM
 
 import linear_sklearn
 from prescreen import is_installed
-from utils.closed_form import layer_scores
-from utils.data import LabelledTexts, load_splits
-from utils.identity import read_config
-from utils.io import ROOT, UserError, environment, load_json, run_script, save_json
-from utils.model_table import model_source
-from utils.models import load_causal_lm, load_tokenizer
-from utils.moments import LayerMoments
+from utils.algebra.features import layer_scores
+from utils.algebra.moments import LayerMoments
+from utils.data.load import LabelledTexts, load_splits
+from utils.models.identity import read_config
+from utils.models.load import load_causal_lm, load_tokenizer
+from utils.models.table import model_source
 from utils.results import result_path
+from utils.script import ROOT, UserError, environment, load_json, run_script, save_json
 from utils.settings import Data, Model, Run, all_settings, with_values
 
 PEER = ("transformer-ranker==0.2.0", "torchmetrics==1.8.2", "lightning-utilities==0.15.2")

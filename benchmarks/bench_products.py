@@ -25,10 +25,10 @@ from typing import NamedTuple, get_args
 
 import cache
 import K_sweep
-from utils.io import environment, load_json, run_script, save_json
-from utils.moment_sums import NUM_STRIPES
-from utils.products import Precision
-from utils.scores import SCORES
+from utils.algebra.moment_sums import NUM_STRIPES
+from utils.algebra.products import Precision
+from utils.algebra.scores import SCORES
+from utils.script import environment, load_json, run_script, save_json
 from utils.settings import all_settings, with_values
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -37,10 +37,10 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import cache
-from utils.identity import load_config
-from utils.io import environment, run_script, save_json, write_atomically
-from utils.models import load_tokenizer
+from utils.models.identity import load_config
+from utils.models.load import load_tokenizer
 from utils.pictures import STYLE, save_figure
+from utils.script import environment, run_script, save_json, write_atomically
 from utils.settings import Model, Run, all_settings, with_values
 from utils.tensor_files import open_tensors
 

@@ -25,12 +25,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import linear_sklearn
-from utils.data import load_texts
-from utils.io import environment, run_script, save_json
-from utils.moments import pooled_path
-from utils.probes import fit_logistic
+from utils.algebra.moments import pooled_path
+from utils.data.load import load_texts
+from utils.script import environment, run_script, save_json
 from utils.settings import all_settings, with_values
 from utils.tensor_files import open_tensors
+from utils.training.probes import fit_logistic
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ import torch
 import from_scratch
 import lora_finetuning
 from benchmarks.bench_cache import seconds
-from utils.data import load_splits, load_texts
-from utils.finetuning import build_run
-from utils.identity import load_config
-from utils.io import environment, path_name, pick_device, run_script, save_json, set_seed
-from utils.models import TokenizedTexts, load_tokenizer, tokenize
-from utils.objectives import BatchOrder
+from utils.data.load import load_splits, load_texts
+from utils.models.identity import load_config
+from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
+from utils.script import environment, path_name, pick_device, run_script, save_json, set_seed
 from utils.settings import Dtype, all_settings, with_values
-from utils.training import Progress, TrainingRun, make_identity, make_place, train_step
+from utils.training.finetune import build_run
+from utils.training.loop import Progress, TrainingRun, make_identity, make_place, train_step
+from utils.training.objective import BatchOrder
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils import moments as stored
-from utils.io import run_script, write_atomically
-from utils.linalg import NestedBasis, captured
-from utils.moments import LayerMoments, load_layer
-from utils.scores import SCORES
+from utils.algebra import moments as stored
+from utils.algebra.linalg import NestedBasis, captured
+from utils.algebra.moments import LayerMoments, load_layer
+from utils.algebra.scores import SCORES
+from utils.script import run_script, write_atomically
 from utils.settings import with_values
 from utils.tensor_files import open_tensors
 

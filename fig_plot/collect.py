@@ -29,9 +29,9 @@ from typing import Any
 import pandas as pd
 
 from fig_plot.tables import DATA_DIR, WORDS, read_csv
-from utils.io import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
-from utils.model_table import MODELS
-from utils.scores import SCORES, option_suffix
+from utils.algebra.scores import SCORES, option_suffix
+from utils.models.table import MODELS
+from utils.script import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
 
 TABLES = ("scores", "layers", "features", "probes", "training", "datasets", "models", "alignment", "separability")
 KEYS = (  # what tells rows of a table apart, and sorts them

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.collect import dataset_of, result_files, save_csv, shown_name
-from fig_plot.correlations import (
+from fig_plot.findings.correlations import (
     Draws,
     Statistic,
     bootstrap_interval,
@@ -42,11 +42,11 @@ from fig_plot.correlations import (
     value_of,
     weighted_tau,
 )
-from fig_plot.gains import WORTHWHILE_GAIN
+from fig_plot.findings.gains import WORTHWHILE_GAIN
 from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, mean_of_others, trained_models
-from utils import closed_form
-from utils.before_after import ADAPTED
-from utils.io import UserError, load_json, run_script
+from utils.algebra import features as closed_form
+from utils.script import UserError, load_json, run_script
+from utils.training.before_after import ADAPTED
 
 MEASURES = ("probe_skill", "lora_gain")
 BASELINES = ("headroom", "num_parameters", "bag_of_words_accuracy", "majority_accuracy", "mean_of_others")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from utils.io import ROOT, UserError, run_script, write_atomically
+from utils.script import ROOT, UserError, run_script, write_atomically
 
 WORDS = {  # the files hold no words; these are the figure's, in its order
     "Joy": ("lovely", "enjoyable", "amazing", "delighted"),

@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fig_plot.correlations import rank, spearman
-from utils import scores
+from fig_plot.findings.correlations import rank, spearman
+from utils.algebra import scores
 from utils.pictures import STYLE
 
 LABELS = scores.LABELS | {"lora_gain": "LoRA gain", "mse": "MSE", "probe_mse": "probe MSE / variance"}

@@ -5,14 +5,14 @@ from pathlib import Path
 import pandas as pd
 
 from fig_plot.collect import parse_size
-from fig_plot.correlations import Draws
-from fig_plot.fixed_rule import direction_rows, others_rows, partial_rows
-from fig_plot.gains import decision_rows
-from fig_plot.like_for_like import published_rows
-from fig_plot.selection import expected_maximum
+from fig_plot.findings.correlations import Draws
+from fig_plot.findings.fixed_rule import direction_rows, others_rows, partial_rows
+from fig_plot.findings.gains import decision_rows
+from fig_plot.findings.like_for_like import published_rows
+from fig_plot.findings.selection import expected_maximum
 from fig_plot.tables import matrix
-from utils.io import UserError
-from utils.model_table import MODELS
+from utils.models.table import MODELS
+from utils.script import UserError
 
 
 def read_published(data_dir: Path) -> dict[str, pd.DataFrame]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.before_after import ADAPTED, pair
-from utils.io import UserError
-from utils.scores import NULL_SCORES
-from utils.scores import SCORES as NAMES  # SCORES here has their labels
+from utils.algebra.scores import NULL_SCORES
+from utils.algebra.scores import SCORES as NAMES  # SCORES here has their labels
+from utils.script import UserError
+from utils.training.before_after import ADAPTED, pair
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PUBLISHED_DIR = Path(__file__).resolve().parent / "published"

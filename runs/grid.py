@@ -24,7 +24,7 @@ DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
 def folder_name(name: str) -> str:
-    """The name under results of a model or dataset, as utils/io.py gives it once the model is there."""
+    """The name under results of a model or dataset, as utils/script.py gives it once the model is there."""
     path = Path(name)
     if path.suffix in DATA_FILES:
         return path.stem

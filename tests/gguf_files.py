@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from utils.gguf import ARCHITECTURES
+from utils.models.gguf import ARCHITECTURES
 
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,

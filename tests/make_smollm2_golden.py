@@ -1,4 +1,4 @@
-"""Makes tests/data/smollm2_golden.json with nothing but transformers: what tests/test_smollm2_states.py compares with.
+"""Makes tests/data/smollm2_golden.json with nothing but transformers, for tests/models/test_smollm2_states.py.
 
     python -m demo.smollm2 && python -m tests.make_smollm2_golden
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.gguf import SMOLLM2, models_dir
+from utils.models.gguf import SMOLLM2, models_dir
 
 SENTENCES = (
     "A feast of images, and not one idea that survives the ride home.",

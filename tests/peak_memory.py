@@ -4,7 +4,7 @@ import contextlib
 import sys
 
 import cache
-from utils.io import parse
+from utils.script import parse
 
 
 def status(name: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from utils.distributed import one_voice, processes
+from utils.parallel import one_voice, processes
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.io import ROOT
+from utils.script import ROOT
 
 PATH = ROOT / "fig_plot" / "data" / "prescreen_calibration.csv"
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 
-from utils.io import CANNOT_WRITE, UserError
+from utils.script import CANNOT_WRITE, UserError
 
 
 @dataclass(frozen=True)

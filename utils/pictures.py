@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils.io import write_atomically
-from utils.scores import LABELS
+from utils.algebra.scores import LABELS
+from utils.script import write_atomically
 from utils.separability import separating_line
 
 STYLE = Path(__file__).with_name("paper.mplstyle")

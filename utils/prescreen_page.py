@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from utils import closed_form, scores
-from utils.io import UserError, pick_device, write_atomically
-from utils.memory import num_parameters
+from utils.algebra import features as closed_form
+from utils.algebra import scores
+from utils.algebra.memory import num_parameters
+from utils.script import UserError, pick_device, write_atomically
 from utils.settings import Model, Run
 
 # scores that should order models, each at the last layer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.io import NO_PLACE, UserError, check_writable, load_json
+from utils.script import NO_PLACE, UserError, check_writable, load_json
 from utils.settings import Data, Model, Run
 from utils.tensor_files import FORMAT_VERSION, open_tensors, save_tensors
 

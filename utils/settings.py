@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from utils.io import path_name
+from utils.script import path_name
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Track = Literal["none", "tensorboard", "trackio", "wandb"]

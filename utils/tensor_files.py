@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.io import UserError, parse_stored, remedy, write_atomically
+from utils.script import UserError, parse_stored, remedy, write_atomically
 
 FORMAT_VERSION = 3
 DTYPES = {

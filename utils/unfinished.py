@@ -26,10 +26,10 @@ try:
 except ImportError:  # not on this system: nobody is told that another run writes the same file
     fcntl = None  # type: ignore[assignment]
 
-from utils.batches import Step
-from utils.distributed import Processes, processes
-from utils.io import UserError, remove_abandoned
+from utils.models.batches import Step
+from utils.parallel import Processes, processes
 from utils.results import check_state, state_if_there_is_place
+from utils.script import UserError, remove_abandoned
 from utils.tensor_files import FORMAT_VERSION, map_tensors, open_tensors, save_tensors, start_tensors, tensor_header
 
 Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis

@@ -1,0 +1,230 @@
+"""utils/data/docstrings.py: what the parser reads, the split that keeps test texts apart, and determinism."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import run_in_process
+from utils.data import docstrings
+from utils.data.docstrings import TASKS, Row, Task, is_test_side, load_rows, load_task, pretraining_corpus
+from utils.script import ROOT, UserError
+
+pytestmark = pytest.mark.slow
+
+CLASSIFICATION = [name for name, task in TASKS.items() if not task.regression]
+FAKE_MODULE = '''"""What the module is for.
+
+Second paragraph.
+"""
+raise RuntimeError("this module was imported")
+
+
+def plain(first, /, second, *rest, third=None, **others):
+    """Adds up
+    two things.
+
+    >>> plain(1, 2)
+    """
+    # a comment is no code
+
+    def nested():
+        """A function inside a function."""
+        raise ValueError
+
+    return first + second
+
+
+class Thing:
+    """A thing that has parts."""
+
+    @property
+    def size(self):
+        """The number of parts."""
+        if self is None:
+            raise ValueError
+        return 3
+
+    def _grow(self, amount):
+        """Makes the thing larger."""
+        self.amount = amount
+        return None
+
+    @staticmethod
+    def make(amount):
+        """Makes a thing from nothing."""
+        yield amount
+
+
+try:
+    import something
+except ImportError:
+
+    def something():
+        """Stands in for what is missing."""
+'''
+
+
+@pytest.fixture
+def fake_package(tmp_path, monkeypatch):
+    """A package that can be parsed and cannot be imported, with a test folder and a file that is not Python."""
+    for name, content in {
+        "__init__.py": FAKE_MODULE,
+        "part/inner.py": '"""Some inner module text."""',
+        "part/broken.py": "print 'two'",
+        "tests/test_it.py": '"""Docstring of a test module."""',
+        "test_more.py": '"""Docstring of another test module."""',
+    }.items():
+        path = tmp_path / "fakelib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "fakelib"
+
+
+# ------------------------------------------------------------------ parser
+def test_rows_hold_the_facts_of_the_code(fake_package):
+    rows = {row.name or row.module: row for row in docstrings.parse_libraries(["fakelib"])}
+    expected = {
+        "fakelib",
+        "fakelib.part.inner",
+        "plain",
+        "Thing",
+        "Thing.size",
+        "Thing._grow",
+        "Thing.make",
+        "something",
+    }
+    assert set(rows) == expected
+    assert rows["fakelib"].text == "What the module is for." and rows["fakelib"].kind == "module"
+    assert "Second paragraph." in rows["fakelib"].docstring and rows["fakelib"].returns is None
+    facts = {name: (row.returns, row.raises, row.property, row.decorated, row.parameters) for name, row in rows.items()}
+    assert rows["plain"].text == "Adds up two things."
+    assert facts["plain"] == (True, False, False, False, 5)  # what the nested function raises is not its own
+    assert rows["plain"].lines == 4 and rows["something"].lines == 0  # neither docstring nor comment nor blank line
+    assert facts["Thing.size"] == (True, True, True, True, 0)
+    assert facts["Thing._grow"] == (False, False, False, False, 1)  # `return None` returns nothing
+    assert facts["Thing.make"] == (True, False, False, True, 1)
+    assert [rows[name].kind for name in ("plain", "Thing", "Thing.size")] == ["function", "class", "method"]
+
+
+def test_nothing_is_imported(fake_package):
+    docstrings.parse_libraries(["fakelib"])
+    assert "fakelib" not in sys.modules
+    with pytest.raises(RuntimeError, match="was imported"):
+        __import__("fakelib")
+
+
+def test_order_depends_on_the_texts_alone(fake_package):
+    script = (
+        "import dataclasses, json, sys; from utils.data import docstrings; sys.path.insert(0, sys.argv[1]);"
+        "print(json.dumps([dataclasses.astuple(row) for row in docstrings.parse_libraries(['fakelib'])]))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "4321"}
+    command = [sys.executable, "-c", script, str(fake_package.parent)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    rows = [Row(*values) for values in json.loads(done.stdout)]
+    assert rows == docstrings.parse_libraries(["fakelib"])
+    hashes = [docstrings.text_hash(row.text) for row in rows]
+    assert hashes == sorted(hashes)
+
+
+def test_missing_package_names_the_command_that_fixes_it():
+    with pytest.raises(UserError, match=r"'no_such_package'.*pip install -r requirements\.txt"):
+        docstrings.source_files("no_such_package")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Return the sum.", True),
+        ("Two words", False),
+        (">>> import this that", False),
+        ("=== 1 2 3 4 5 ===", False),
+        ("Größe des Feldes", True),
+    ],
+)
+def test_what_counts_as_text(text, expected):
+    assert docstrings.is_text(text) is expected
+
+
+# ------------------------------------------------------------------ cache
+def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monkeypatch):
+    rows = [Row("numpy", "numpy.linalg", "function", "norm", "Norm of a vector.", "Norm of a vector.\n\x85\n\nMore.")]
+    calls = []
+
+    def parse_libraries(libraries):
+        calls.append(libraries)
+        return rows
+
+    monkeypatch.setattr(docstrings, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(docstrings, "parse_libraries", parse_libraries)
+    load = load_rows.__wrapped__
+    first, digest = load()
+    assert first == tuple(rows) and load() == (first, digest) and len(calls) == 1
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert load() == (first, digest) and len(calls) == 2
+    monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "0.0")
+    assert load() == (first, digest) and len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
+
+
+# ------------------------------------------------------------------ tasks
+@pytest.mark.slow
+def test_family_of_tasks():
+    assert len(CLASSIFICATION) >= 12 and sum(task.regression for task in TASKS.values()) == 1
+    for name in CLASSIFICATION:
+        (texts, labels), (test_texts, test_labels) = load_task(name, "train"), load_task(name, "test")
+        assert 2 <= len(set(labels)) <= 14 and set(test_labels) == set(labels), name
+        assert 500 <= len(texts) == len(labels) <= 8000 and 100 <= len(test_texts) == len(test_labels) <= 2000, name
+    labels = load_task("lines", "train")[1]
+    assert all(isinstance(label, float) and math.isfinite(label) and label >= 0 for label in labels)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_text_is_on_both_sides(name):
+    train, test = load_task(name, "train")[0], load_task(name, "test")[0]
+    folded = [text.casefold() for text in train + test]
+    assert len(set(folded)) == len(folded)
+    assert not any(map(is_test_side, train)) and all(map(is_test_side, test))  # hence the same side in every task
+    everything = load_task(name, "all")[0]
+    assert sorted(everything) == sorted(train + test)
+    for texts in (train, test, everything):
+        assert all(docstrings.text_hash(a) < docstrings.text_hash(b) for a, b in itertools.pairwise(texts))
+
+
+def test_pretraining_never_sees_a_test_text():
+    corpus = pretraining_corpus()
+    paragraphs = {docstrings.first_paragraph(docstring).casefold() for docstring in corpus}
+    assert len(corpus) == len(set(corpus)) > 20_000
+    for name in TASKS:
+        assert paragraphs.isdisjoint(text.casefold() for text in load_task(name, "test")[0])
+
+
+def test_duplicates_take_the_most_frequent_label_then_the_first():
+    def rows(text, *labels):
+        return [Row("numpy", "numpy", label, "", text, text) for label in labels]
+
+    task = Task("kind", "?", lambda row: row.kind)
+    given = rows("Text of one kind", "b", "b", "a") + rows("text OF one kind", "a", "b") + rows("A tied text", "d", "c")
+    assert docstrings.label_texts(given, task) == (["Text of one kind", "A tied text"], ["b", "c"])
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(UserError, match=r"'raise'.*Did you mean raises"):
+        load_task("raise", "train")
+    with pytest.raises(UserError, match="train, test and all"):
+        load_task("raises", "validation")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_command_line_prints_the_table(monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "utils/data/docstrings.py", "--task", "raises", "--num_examples", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line} >= set(TASKS)
+    assert any(line.startswith(f"fingerprint {docstrings.fingerprint()}") for line in lines)
+    assert lines[-1] == str(docstrings.cache_path(docstrings.cache_key()))

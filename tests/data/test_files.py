@@ -1,0 +1,373 @@
+"""What real files hold: quotation marks, missing labels, cells that are no text, encodings, copies of hub datasets."""
+
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.data.test_data import load
+from utils.script import UserError
+
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_labels(folder: Path, labels: list[Any], name: str = "rows.jsonl") -> Path:
+    rows = [json.dumps({"text": f"text {row}", "label": label}) for row, label in enumerate(labels)]
+    return write(folder / name, "\n".join(rows))
+
+
+def csv_labels(folder: Path, labels: list[str]) -> Path:
+    return write(folder / "rows.csv", "text,label\n" + "".join(f"text {n},{word}\n" for n, word in enumerate(labels)))
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+# ------------------------------------------------------------------ JSON lines
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_keys_of_json_lines_may_come_late_or_be_missing(end: str, tmp_path: Path) -> None:
+    lines = ['{"text": "one"}', '{"text": "two\u2028three", "label": "a"}', "", '{"label": "b", "text": "four"}']
+    found = load(write(tmp_path / "rows.jsonl", end.join(lines)), "all")
+    assert found.texts == ["two\u2028three", "four"] and found.labels.tolist() == [0, 1]
+    lines[2] = "[1, 2]"
+    with pytest.raises(UserError, match="row 3: '\\[1, 2\\]' is not an object"):
+        load(write(tmp_path / "list.jsonl", end.join(lines)), "all")
+
+
+# ------------------------------------------------------------------ tab-separated
+def test_quotation_marks_of_glue_are_characters(tmp_path: Path) -> None:
+    lines = ["label\ttext", 'a\t"green red', "b\tplain", 'a\tmusic "', 'b\t"all"', 'a\tsay ""hm"" now']
+    found = load(write(tmp_path / "glue.tsv", "\n".join(lines) + "\n"), "all")
+    assert found.texts == ['"green red', "plain", 'music "', '"all"', 'say ""hm"" now']
+    assert found.labels.tolist() == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tsv_that_shows_its_quoting_is_read_so(end: str, tmp_path: Path) -> None:
+    everything = end.join(['"text"\t"label"', '"one ""two"""\t"a"', '"three"\t"b"'])
+    assert load(write(tmp_path / "all.tsv", everything), "all").texts == ['one "two"', "three"]
+    needed = end.join(["text\tlabel", '"one ""two"""\ta', "three\tb"])
+    assert load(write(tmp_path / "doubled.tsv", needed), "all").texts == ['one "two"', "three"]
+    cells = end.join(["text\tlabel", '"one\ttwo"\ta', f'"three{end}four"\tb'])
+    assert load(write(tmp_path / "cells.tsv", cells), "all").texts == ["one\ttwo", f"three{end}four"]
+
+
+def test_tsv_that_may_lose_rows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "two.tsv", 'label\ttext\na\t"one\nb\ttwo\na\tthree"\nb\n')
+    with pytest.raises(UserError, match=r"two\.tsv, line 5: 1 cells under 2 columns"):
+        load(path)
+    path = write(tmp_path / "two.tsv", 'text\tlabel\n"one\ta\nextra\ttwo\tb\n three"\tb\n"four\tx"\ta\n')
+    with pytest.raises(UserError, match=r"holds tabs and line breaks.*\.jsonl"):
+        load(path)
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no shared/cases beside the repository")
+def test_shared_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("label_first.tsv", "text_first.tsv"):
+        assert len(load(CASES / name, "all").texts) == 24
+    assert load(CASES / "words.csv", "all").label_names == ["neg", "pos"]
+    assert load(CASES / "numbers.csv", "all").label_names == ["0", "1"]
+    assert load(CASES / "blank.csv", "all").label_names == ["angry", "calm", "glad"]
+    found = load(CASES / "regression.csv", "all", label_column="score")
+    assert found.is_regression and len(found.texts) == 23
+    assert "blanks around them" in (err := capsys.readouterr().err) and "written 'NaN'" in err
+
+
+# ------------------------------------------------------------------ cells that are text, and that are not
+RENDERED = [
+    ([{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "(0) red (1) blue"),
+    ([{"text": "red"}, {"text": "blue"}], "(0) red (1) blue"),
+    ({"label": ["A", "B"], "text": ["red", "blue"]}, "(0) red (1) blue"),
+    ({"text": "red"}, "red"),
+    (["red", 7], "(0) red (1) 7"),
+    (1999, "1999"),
+]
+REFUSED = [
+    ({"stem": "Why?", "choices": []}, r"an object with the keys 'stem', 'choices'"),
+    ({"text": "Why?", "context": "long"}, r"an object with the keys 'text', 'context'"),
+    ([{"role": "user", "content": "hi"}], r"a list with an object with the keys 'role', 'content'"),
+    ([["red"], ["blue"]], r"a list with a list"),
+    (True, r"true, which is no text"),
+    (float("inf"), r"float: inf"),
+]
+
+
+@pytest.mark.parametrize(("cell", "text"), RENDERED)
+def test_cell_that_is_evidently_text(cell: Any, text: str, tmp_path: Path) -> None:
+    rows = [{"body": cell, "label": label} for label in "abab"]
+    path = write(tmp_path / "rows.json", json.dumps(rows))
+    assert load(path, "all", text_column="body").texts == [text] * 4
+
+
+@pytest.mark.parametrize(("cell", "found"), REFUSED)
+def test_cell_that_is_no_text_is_named(cell: Any, found: str, tmp_path: Path) -> None:
+    rows = [{"body": "good", "label": "a"}, {"body": cell, "label": "b"}]
+    path = write(tmp_path / "rows.json", json.dumps(rows))
+    with pytest.raises(UserError, match=f"Column 'body' of .*, train row 2, holds {found}"):
+        load(path, text_column="body")
+
+
+def test_nan_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 0}\n{"text": NaN, "label": 1}\n')
+    with pytest.raises(UserError, match=r"1 train texts .* are empty: rows 2"):
+        load(path)
+
+
+def test_bytes_and_other_types_of_parquet(tmp_path: Path) -> None:
+    columns = {"text": [b"caf\xc3\xa9", b"tea"] * 2, "label": ["a", "b"] * 2}
+    assert load(write_parquet(tmp_path / "bytes.parquet", columns), "all").texts[0] == "café"
+    columns["text"] = [b"caf\xc3\xa9", b"tea", b"\xff", b"tea"]
+    with pytest.raises(UserError, match="train row 3, holds bytes that are not UTF-8"):
+        load(write_parquet(tmp_path / "bytes.parquet", columns))
+    pairs = pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    path = write_parquet(tmp_path / "map.parquet", {"text": ["one", "two"], "extra": pairs, "label": ["a", "b"]})
+    assert load(path, "all").texts == ["one", "two"]
+    with pytest.raises(UserError, match=r"Column 'extra' .* row 1, holds a list with tuple"):
+        load(path, text_column="extra")
+    nested = {"text": [{"en": "one"}, {"en": "two"}], "label": ["a", "b"]}
+    with pytest.raises(UserError, match="an object with the keys 'en'"):
+        load(write_parquet(tmp_path / "nested.parquet", nested))
+    days = {"text": ["one", "two"], "day": [datetime.date(2020, 1, 2)] * 2, "label": ["a", "b"]}
+    path = write_parquet(tmp_path / "days.parquet", days)
+    assert load(path, "all", text_template="{day} {text}").texts[0] == "2020-01-02 one"
+
+
+def test_texts_written_as_python_bytes_are_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["b'one'", 'b"it\'s"', r"b'caf\xc3\xa9'", "b'four'"]
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, "abab", strict=True)]
+    assert load(write(tmp_path / "rows.jsonl", "\n".join(rows)), "all").texts == ["one", "it's", "café", "four"]
+    assert "written as Python bytes" in capsys.readouterr().out
+    rows[1] = json.dumps({"text": "plain", "label": "b"})
+    assert load(write(tmp_path / "rows.jsonl", "\n".join(rows)), "all").texts[0] == "b'one'"
+
+
+def test_line_break_that_ends_every_text_is_taken_off(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"text {n}\nmore \n", "label": n % 2}) for n in range(4)]
+    assert load(write(tmp_path / "rows.jsonl", "\n".join(rows)), "all").texts[0] == "text 0\nmore "
+
+
+# ------------------------------------------------------------------ labels
+@pytest.mark.parametrize("word", ["nan", "NaN", "NAN", "NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "", " "])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_missing_label_is_no_class(word: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["pos", "neg", word, "pos"]
+    rows = [{"text": f"text {row}", "label": label} for row, label in enumerate(labels)]
+    tab = "\t" if suffix == "tsv" else ","
+    path = tmp_path / f"rows.{suffix}"
+    if suffix in ("csv", "tsv"):
+        write(path, f"text{tab}label\n" + "".join(f"{row['text']}{tab}{row['label']}\n" for row in rows))
+    elif suffix == "parquet":
+        write_parquet(path, {"text": [row["text"] for row in rows], "label": labels})
+    else:
+        write(path, json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    found = load(path, "all")
+    assert found.label_names == ["neg", "pos"] and found.texts == ["text 0", "text 1", "text 3"]
+    err = capsys.readouterr().err
+    assert "1 train rows" in err and "left out: rows 3" in err
+    assert not word.strip() or f"written {word!r}: a class called so needs another name" in err
+
+
+@pytest.mark.parametrize("word", ["nan", "NA", "null", "None", ""])
+def test_missing_target_is_no_class(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load(csv_labels(tmp_path, ["0.5", word, "-1", "2.25"]), "all")
+    assert (f"written {word!r}" if word else "rows 2") in capsys.readouterr().err
+    assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
+    found = load(write_labels(tmp_path, ["0.5", word, "-1", "2.25"]), "all")
+    assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
+
+
+def test_word_among_numbers_is_named(tmp_path: Path) -> None:
+    path = csv_labels(tmp_path, ["0.5", "1.25", "?", "2.5"])
+    with pytest.raises(UserError, match=r"train row 3 is '\?'.*--task classification"):
+        load(path)
+    assert load(path, "all", task="classification").label_names == ["0.5", "1.25", "2.5", "?"]
+    with pytest.raises(UserError, match=r"train row 3, is not a number: '\?'"):
+        load(path, task="regression")
+
+
+@pytest.mark.parametrize("word", ["inf", "-Infinity", "1e999", "9" * 400])
+def test_infinite_target_is_named_by_row(word: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train row 3, is infinite"):
+        load(csv_labels(tmp_path, ["0.5", "", word, "2.5"]), task="regression")
+
+
+def test_none_in_small_letters_is_a_class_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(csv_labels(tmp_path, ["none", "joy", "none", "joy"]), "all").label_names == ["joy", "none"]
+    assert "'none' is a class" in capsys.readouterr().err
+
+
+def test_blanks_and_case_of_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load(csv_labels(tmp_path, ["calm ", "calm", "\tglad", "glad"]), "all")
+    assert found.label_names == ["calm", "glad"] and found.labels.tolist() == [0, 0, 1, 1]
+    assert "2 labels" in (err := capsys.readouterr().err) and "blanks around them" in err
+    assert load(csv_labels(tmp_path, ["Calm", "calm", "glad"]), "all").label_names == ["Calm", "calm", "glad"]
+    assert "'Calm' and 'calm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "encoded"),
+    [
+        (["1", 1, "2", 2], ["1", "2"], [0, 0, 1, 1]),
+        ([1, "1.0", 2.0, "2"], ["1", "2"], [0, 0, 1, 1]),
+        ([1, 1.0, "b", "1"], ["1", "b"], [0, 0, 1, 0]),
+        ([["x"], ["y"], ["x"]], ["x", "y"], [0, 1, 0]),
+        ([True, False, True], ["False", "True"], [1, 0, 1]),
+        ([2**63 + 2, 2**63 + 1, 2**63 + 2], ["9223372036854775809", "9223372036854775810"], [1, 0, 1]),
+        ([int("1" * 400), int("2" * 400)], ["1" * 400, "2" * 400], [0, 1]),
+        (["1" * 5000, "2" * 5000], ["1" * 5000, "2" * 5000], [0, 1]),
+        (["10", "9", "10"], ["9", "10"], [1, 0, 1]),
+    ],
+)
+def test_labels_of_json(labels: list[Any], names: list[str], encoded: list[int], tmp_path: Path) -> None:
+    found = load(write_labels(tmp_path, labels), "all")
+    assert found.label_names == names and found.labels.tolist() == encoded
+
+
+def test_lists_of_one_label_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load(write_labels(tmp_path, [[2], [1], [2]]), "all")
+    assert found.label_names == ["1", "2"] and "each label is a list of one" in capsys.readouterr().out
+    assert load(write_labels(tmp_path, [2.5, [1], 0.5]), "all").labels.tolist() == [2.5, 1.0, 0.5]
+    assert "1 labels of" in capsys.readouterr().err
+
+
+def test_labels_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mix true or false with numbers"):
+        load(write_labels(tmp_path, [True, 1, 0]))
+    with pytest.raises(UserError, match="mix true or false with numbers"):  # False is no target of 0 beside 2.5
+        load(write_labels(tmp_path, [False, 2.5, [1]]), "all", task="regression")
+    with pytest.raises(UserError, match=r"Label 2 of .* is an object with the keys name"):
+        load(write_labels(tmp_path, ["a", {"name": "b"}]))
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "1" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 holds a number of thousands of digits"):
+        load(path)
+
+
+def test_long_numbers_of_csv_stay_apart(tmp_path: Path) -> None:
+    words = [str(2**63 + 1), str(2**63 + 2), "9" * 400, "8" * 5000]
+    assert sorted(load(csv_labels(tmp_path, words), "all").label_names) == sorted(words)
+    assert load(csv_labels(tmp_path, ["1.0", *words[:2]]), "all").num_labels == 3
+
+
+def test_decimals_dates_and_numpy_types_of_parquet(tmp_path: Path) -> None:
+    texts = ["one", "two", "three"]
+    whole = {"text": texts, "label": [decimal.Decimal("1.00"), decimal.Decimal("2.00"), None]}
+    assert load(write_parquet(tmp_path / "whole.parquet", whole), "all").label_names == ["1", "2"]
+    targets = {"text": texts, "label": [decimal.Decimal(word) for word in ("1.25", "2.50", "-1.00")]}
+    found = load(write_parquet(tmp_path / "targets.parquet", targets), "all")
+    assert found.is_regression and found.labels.tolist() == [1.25, 2.5, -1.0]
+    days = {"text": texts, "label": [datetime.date(2020, 1, day) for day in (1, 2, 1)]}
+    assert load(write_parquet(tmp_path / "days.parquet", days), "all").label_names == ["2020-01-01", "2020-01-02"]
+    small = {"text": texts, "label": np.array([3, 5, 3], np.uint8)}
+    assert load(write_parquet(tmp_path / "small.parquet", small), "all").label_names == ["3", "5"]
+    half = {"text": texts, "label": np.array([0.5, np.nan, 1.5], np.float32)}
+    assert load(write_parquet(tmp_path / "half.parquet", half), "all").labels.tolist() == [0.5, 1.5]
+
+
+def test_number_beyond_the_class_names_is_its_own_name(tmp_path: Path) -> None:
+    schema = pyarrow.schema({"text": pyarrow.string(), "label": pyarrow.int64()})
+    names = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"text": list("abc"), "label": [0, 1, 7]}, schema)
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert load(tmp_path / "rows.parquet", "all").label_names == ["no", "yes", "7"]
+
+
+def test_class_names_that_differ_between_files_are_refused(tmp_path: Path) -> None:
+    for split, names in (("train", ["no", "yes"]), ("test", ["yes", "no"])):
+        metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"class names of column 'label' differ .*: no, yes and yes, no"):
+        load(tmp_path)
+
+
+# ------------------------------------------------------------------ whole files
+ROWS = [{"text": f"naïve {row}", "label": word} for row, word in enumerate("abab")]
+WHOLE_FILES = {
+    "columns.json": json.dumps({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}),
+    "index.json": json.dumps({str(n): row for n, row in enumerate(ROWS)}),
+    "list.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "mark.jsonl": "\ufeff" + "\n".join(map(json.dumps, ROWS)),
+    "ends.jsonl": "\r".join(map(json.dumps, ROWS)),
+    "ends.csv": "text,label\r" + "".join(f"{row['text']},{row['label']}\r" for row in ROWS),
+    "header.csv": "\ufeff\ufefftext , label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS),
+    "UPPER.CSV": "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_FILES)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_whole_file_is_read(name: str, encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, WHOLE_FILES[name].encode(encoding))
+    for found in (load(path, "all"), load(tmp_path, "all")):
+        assert found.texts == [row["text"] for row in ROWS] and found.labels.tolist() == [0, 1, 0, 1]
+
+
+REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
+    "empty": ("rows.csv", "", r"rows\.csv has no rows: it is empty"),
+    "header only": ("rows.tsv", "text\tlabel\n", r"has no rows: only the columns text, label"),
+    "blank lines": ("rows.jsonl", "\n\n", r"has no rows"),
+    "a string": ("rows.json", '"text"', r"'text' is not an object"),
+    "equal keys": (
+        "rows.jsonl",
+        '{"text": "a", "text": "b", "label": 1}',
+        r"line 1 has an object with two keys 'text'",
+    ),
+    "a number": ("rows.json", "3", r"'3' is not an object"),
+    "split orientation": ("rows.json", '{"columns": ["text"], "data": [["a"]]}', r"keys 'columns', 'data'.*lines=True"),
+    "wrapped": ("rows.json", '{"data": [{"text": "a"}]}', r"one object with the keys 'data'.*lines=True"),
+    "zero bytes": ("rows.csv", "text,label\na\0b,1\n", r"line 2 holds zero bytes"),
+    "UTF-16 without mark": ("rows.csv", "text,label\na,1\n".encode("utf-16-le"), r"iconv -f UTF-16LE"),
+    "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"not UTF-16, as its first bytes say"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_FILES)
+def test_whole_file_is_refused(case: str, tmp_path: Path) -> None:
+    name, content, message = REFUSED_FILES[case]
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path / name, content))
+
+
+def test_parquet_without_rows_or_with_equal_names(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "none.parquet", {"text": pyarrow.array([], pyarrow.string()), "label": []})
+    with pytest.raises(UserError, match="has no rows: only the columns text, label"):
+        load(path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="two columns 'text'"):
+        load(tmp_path / "twice.parquet")
+
+
+def test_empty_test_file_is_named_and_an_empty_part_is_not(tmp_path: Path) -> None:
+    write_labels(tmp_path, list("abab"), "train-0.jsonl")
+    write(tmp_path / "train-1.jsonl", "")
+    assert len(load(tmp_path, "all").texts) == 4
+    write(tmp_path / "test.jsonl", "")
+    with pytest.raises(UserError, match=r"test\.jsonl has no rows: it is empty"):
+        load(tmp_path)
+
+
+def test_folder_of_mixed_formats(tmp_path: Path) -> None:
+    write_labels(tmp_path, [1, 2, 1], "train.jsonl")
+    write(tmp_path / "test.csv", "text,label\nx,1\ny,2\n")
+    assert load(tmp_path).labels.tolist() == [0, 1, 0] and load(tmp_path, "test").labels.tolist() == [0, 1]
+    write(tmp_path / "test.jsonl", '{"text": "x", "label": 1}')
+    with pytest.raises(UserError, match=r"test\.csv and .*test\.jsonl may be the same rows in two formats"):
+        load(tmp_path)

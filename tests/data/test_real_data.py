@@ -1,0 +1,150 @@
+"""Real copies of hub datasets beside the repository: labels and texts as a person reads them in the files, and scores.
+
+The expectations were written down from the files: rows of each class, and one text, the first where it can be printed.
+Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import cache
+import K_sweep
+from tests.conftest import ROOT, configure
+from utils.data.load import load_splits
+from utils.settings import Data, Run
+
+DATASETS = Path(os.environ.get("NTPS_REAL_DATASETS_DIR") or ROOT.parent / "shared" / "data")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository"),
+]
+
+
+class Expected(NamedTuple):
+    """What a copy holds."""
+
+    classes: dict[str, int] | int  # rows of each class, or how many classes of whatever size
+    text: str  # of one row, or its beginning
+    label: str | float  # of that row
+    whole: bool = False  # `text` is all of it
+    row: int = 0
+    split: str = "train"  # "all": the table divides the rows, which is not the files' order
+    label_column: str | None = None
+
+
+EXPECTED = {
+    "ag_news": Expected(
+        {"World": 1259, "Sports": 1257, "Business": 1281, "Sci/Tech": 1203}, "BEA buzzing about Beehive", "Sci/Tech"
+    ),
+    "climatebert/climate_sentiment": Expected(
+        {"risk": 342, "neutral": 408, "opportunity": 250}, "− Scope 3: Optional scope that includes", "neutral"
+    ),
+    "common_sense": Expected(
+        {"A": 1909, "B": 1973, "C": 1946, "D": 1985, "E": 1928},
+        "The sanctions against the school were a punishing blow, and they seemed to what the efforts the school had "
+        "made to change? (0) ignore (1) enforce (2) authoritarian (3) yell at (4) avoid",
+        "A",
+        whole=True,
+    ),
+    "emotion": Expected(
+        {"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
+        "i didnt feel humiliated",  # codespell:ignore didnt
+        "sadness",
+        whole=True,
+    ),
+    "imdb": Expected({"neg": 5000, "pos": 5000}, "If you like to see animals being skinned alive", "neg"),
+    "legacy-datasets/banking77": Expected(77, "I am still waiting on my card?", "card_arrival", whole=True),
+    "marksverdhei/clickbait_title_classification": Expected(
+        {"0": 10009, "1": 9991},
+        "27 Ways To Create The Perfect Travel-Inspired Nursery",
+        "1",
+        whole=True,
+        split="all",
+    ),
+    "medical": Expected(
+        {"0": 1524, "1": 1524},
+        "After how many hour from drinking an antibiotic can I drink alcohol? I have a party tonight and I took my "
+        "last dose of Azithromycin this morning. Can I have a few drinks?",
+        "1",
+        whole=True,
+        split="all",
+    ),
+    "rotten_tomatoes": Expected(
+        {"neg": 4265, "pos": 4265}, 'the rock is destined to be the 21st century\'s new " conan "', "pos"
+    ),
+    "snli": Expected(
+        {"entailment": 6667, "neutral": 6562, "contradiction": 6771},
+        "An older gentleman stands along the shore of an immense lake with a cityscape across the water. The man is "
+        "gazing over the water thinking about his life.",
+        "neutral",
+        whole=True,
+    ),
+    "sst2": Expected({"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative", whole=True),
+    "toxigen": Expected({}, "the pueblo are a federally recognized tribe", 4 / 3, whole=True, split="all", row=16),
+    "trec": Expected(
+        {"ABBR": 86, "ENTY": 1250, "DESC": 1162, "HUM": 1223, "LOC": 835, "NUM": 896},  # codespell:ignore enty
+        "How did serfdom develop in and then leave Russia ?",
+        "DESC",
+        whole=True,
+        label_column="coarse_label",
+    ),
+    "ucirvine/sms_spam": Expected(
+        {"ham": 4827, "spam": 747},
+        "Go until jurong point, crazy.. Available only in bugis n great world la e buffet... Cine there got amore "
+        "wat...",
+        "ham",
+        whole=True,
+        split="all",
+    ),
+    "wiki_toxic": Expected(
+        {"0": 5090, "1": 5090}, "Removed that section on August 12, 2010.", "0", whole=True, row=136
+    ),
+}
+
+
+def test_every_copy_is_expected():
+    folders = {path.name for path in DATASETS.iterdir() if path.is_dir()}
+    assert folders <= {name.replace("/", "__") for name in EXPECTED}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_texts_and_classes_are_those_of_the_file(name):
+    if not (DATASETS / name.replace("/", "__")).is_dir():
+        pytest.skip(f"no copy of {name}")
+    expected = EXPECTED[name]
+    settings = Data(dataset_name=name, label_column=expected.label_column)
+    rows = load_splits(settings, Run(datasets_dir=DATASETS), expected.split)[expected.split]
+    text, label = rows.texts[expected.row], rows.labels[expected.row]
+    assert text == expected.text if expected.whole else text.startswith(expected.text)
+    if rows.is_regression:
+        assert label == pytest.approx(expected.label, abs=1e-6) and 1 <= rows.labels.min() <= rows.labels.max() <= 5
+        return
+    counts = dict(zip(rows.label_names, np.bincount(rows.labels).tolist(), strict=True))
+    assert counts == expected.classes if isinstance(expected.classes, dict) else len(counts) == expected.classes
+    assert rows.label_names[label] == expected.label
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_sixty_rows_get_a_score(name, tmp_path):
+    if not (DATASETS / name.replace("/", "__")).is_dir():
+        pytest.skip(f"no copy of {name}")
+    options = {
+        "dataset_name": name, "datasets_dir": DATASETS, "label_column": EXPECTED[name].label_column,
+        "max_samples": 60, "max_length": 32, "results_dir": tmp_path, "device": "cpu", "split": EXPECTED[name].split,
+    }  # fmt: skip
+    cache.main(configure(cache, **options))
+    K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=5))
+    [path] = (tmp_path / "ntps" / "tiny").glob("*.json")
+    result = json.loads(path.read_text())
+    classes = EXPECTED[name].classes
+    assert result["num_samples"] == 60
+    if isinstance(classes, dict) and classes:  # a stratified sample keeps the shares
+        stored = result["moments"]["class_counts"]
+        shares = np.array(list(classes.values())) / sum(classes.values())
+        assert np.abs(np.array(stored) - 60 * shares).max() <= 1
+    assert 0 < result["score"]["ntps"]["value"] < 1

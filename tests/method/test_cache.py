@@ -1,0 +1,347 @@
+"""cache.py: the streamed moments equal the definition, whatever the batches; and its command line."""
+
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+import cache
+from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, stacked, write_rows
+from utils.data.load import LabelledTexts, load_texts
+from utils.models.load import tokenize
+from utils.script import UserError
+from utils.settings import with_values
+
+
+def dense_moments(model, token_ids: list[list[int]], targets: torch.Tensor, pooling: str) -> dict[str, torch.Tensor]:
+    """The moments text by text from the definition, with the triangular matrices L1, L2 of the paper, in float64."""
+    num_layers, d, c = model.config.num_hidden_layers + 1, model.config.hidden_size, targets.shape[1]
+    shapes = {"M": (d, d), "B": (d, c), "C0": (d, d), "C1": (d, d)}
+    total = {name: torch.zeros(num_layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for ids, y in zip(token_ids, targets, strict=True):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        length = len(ids)
+        prefix_sum = torch.ones(length, length - 1, dtype=torch.float64).triu()
+        shift = torch.cat([torch.zeros(1, length - 1), torch.eye(length - 1)]).double()
+        for layer, state in enumerate(states):
+            x = state[0].double().T  # (d, T)
+            m = x[:, -1] if pooling == "last" else x.mean(1)
+            total["M"][layer] += torch.outer(m, m)
+            total["B"][layer] += torch.outer(m, y)
+            total["C0"][layer] += x @ prefix_sum @ prefix_sum.T @ x.T
+            total["C1"][layer] += x @ prefix_sum @ shift.T @ x.T
+    return {name: value / len(token_ids) for name, value in total.items()}
+
+
+NAMES = {
+    "M": "pooled_second_moment",
+    "B": "pooled_label_cross_moment",
+    "C0": "prefix_second_moment",
+    "C1": "prefix_next_cross_moment",
+}
+
+
+def setup(model_dir, texts: list[str], regression: bool = False):
+    """A model in float64, so that a difference is a mistake and not rounding; tokens; labels; their folds, of 3."""
+    model = AutoModel.from_pretrained(model_dir, dtype=torch.float64).eval()
+    tokens = tokenize(texts, AutoTokenizer.from_pretrained(model_dir), model.config)
+    random = np.random.default_rng(1)
+    labels = random.normal(size=len(texts)) if regression else random.integers(0, 3, len(texts))
+    names = [] if regression else ["a", "b", "c"]
+    data = LabelledTexts(texts=texts, labels=labels, label_names=names, fingerprint="")
+    return model, tokens, data, cache.assign_folds(texts, 3)
+
+
+def token_lists(tokens) -> list[list[int]]:
+    return [part.tolist() for part in np.split(tokens.token_ids, tokens.offsets[1:-1])]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("texts_per_batch", [1, 3, 7])
+def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_per_batch):
+    texts = [*make_texts(20, seed=3, longest=12), "a", "e", "the"]  # one-token texts among them
+    model, tokens, data, folds = setup(model_dirs[architecture], texts, regression=pooling == "last")
+    assert tokens.lengths.min() == 1 and tokens.lengths.max() > 10
+    budget = texts_per_batch * int(tokens.lengths.max())
+    config = configure(cache, num_folds=3, pooling=pooling, product_dtype="float64", tokens_per_batch=budget)
+    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, config).averages())
+    dense = dense_moments(model, token_lists(tokens), cache.one_hot_targets(data), pooling)
+    for symbol, name in NAMES.items():
+        scale = dense[symbol].abs().max()
+        torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-12)
+
+
+def test_every_further_sum_equals_the_definition(model_dirs):
+    texts = make_texts(30, seed=5)
+    model, tokens, data, folds = setup(model_dirs["qwen2"], texts)
+    config = configure(cache, num_folds=3, folds="all", product_dtype="float64", tokens_per_batch=64)
+    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, config).averages())
+    targets = cache.one_hot_targets(data)
+    pooled, prefixes, following = [], [], []
+    for ids in token_lists(tokens):
+        with torch.no_grad():
+            x = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        pooled.append(x.mean(0))
+        prefixes.append(x.cumsum(0)[:-1].sum(0))
+        following.append(x[1:].sum(0))
+    m = torch.stack(pooled)
+    expected = {
+        "pooled_mean": m.mean(0),
+        "prefix_mean": torch.stack(prefixes).mean(0),
+        "next_mean": torch.stack(following).mean(0),
+        "pooled_norm_fourth_power": m.norm(dim=1).pow(4).mean(),
+        "pooled_norm_squared_pooled": (m.norm(dim=1).square()[:, None] * m).mean(0),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(averages[name][-1], value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(averages["label_mean"], targets.mean(0))
+    torch.testing.assert_close(averages["label_second_moment"], targets.T @ targets / len(texts))
+    for fold in range(3):
+        inside = torch.from_numpy(folds == fold)
+        assert averages["fold_num_samples"][fold] == inside.sum()
+        m_fold, y_fold = m[inside], targets[inside]
+        torch.testing.assert_close(averages["fold_pooled_second_moment"][-1, fold], m_fold.T @ m_fold / len(m_fold))
+        torch.testing.assert_close(
+            averages["fold_pooled_label_cross_moment"][-1, fold], m_fold.T @ y_fold / len(m_fold)
+        )
+        torch.testing.assert_close(averages["fold_pooled_mean"][-1, fold], m_fold.mean(0))
+        torch.testing.assert_close(averages["fold_label_mean"][fold], y_fold.mean(0))
+
+
+def test_equal_texts_share_a_fold_in_any_order():
+    texts = make_texts(50)
+    folds = cache.assign_folds(texts + texts[::-1], 5)
+    assert (folds[:50] == folds[50:][::-1]).all() and len(set(folds)) == 5
+
+
+def test_half_precision_model_is_summed_in_float64(model_dirs):
+    """bfloat16 states of known value: their float32 products and float64 sums lose nothing."""
+    model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(12, seed=8))
+    model = model.to(torch.bfloat16)
+    one_by_one = configure(cache, num_folds=3, tokens_per_batch=1)
+    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, one_by_one).averages())
+    targets = cache.one_hot_targets(data)
+    dense = dense_moments(model, token_lists(tokens), targets, "mean")  # the same states, one text at a time
+    for symbol, name in NAMES.items():
+        assert averages[name].dtype == torch.float64
+        scale = dense[symbol].abs().max()
+        torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-6)
+
+
+def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path, tmp_path):
+    config = configure(
+        cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path,
+        save_pooled="all", tokens_per_batch=200,
+    )  # fmt: skip
+    cache.main(config)
+    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
+    features, data = load_file(path), load_texts(config.data, config.run, "train")
+    assert features["labels"].tolist() == data.labels.tolist()
+    model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
+    assert features["pooled"].shape == (3, 168, 32)
+    for row in range(0, 168, 12):
+        with torch.no_grad():
+            states = model(**tokenizer(data.texts[row], return_tensors="pt"), output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):
+            torch.testing.assert_close(features["pooled"][layer, row], state[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, tmp_path):
+    """Moments recomputed without pooled states leave the old states beside them: those must not be taken for theirs."""
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    config = configure(cache, **names, save_pooled="last")
+    cache.main(config)
+    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
+    mean = load_file(path)["pooled"]
+    of_last = with_values(config, pooling="last")
+    cache.main(with_values(of_last, save_pooled="none", overwrite=True))
+    cache.main(of_last)
+    last = load_file(path)["pooled"]
+    assert (mean - last).abs().max() > 0.1
+    written = path.stat().st_mtime_ns
+    cache.main(of_last)  # now they fit
+    assert path.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_texts(model_dirs):
+    """The largest number of bytes of tensors that are alive at the end of a batch, for eight times the texts."""
+    peaks = []
+    for num_texts in (40, 320):
+        gc.collect()
+        model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9, longest=5))
+        alive: list[int] = []
+        add_labels = cache.MomentSums.add_labels
+
+        def add_and_count(sums, *rest, alive=alive, add_labels=add_labels):
+            add_labels(sums, *rest)
+            tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+            alive.append(sum(found.nbytes for found in tensors))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache.MomentSums, "add_labels", add_and_count)
+            cache.accumulate_moments(model, tokens, data, folds, configure(cache, num_folds=3, tokens_per_batch=64))
+        peaks.append(max(alive))
+    assert len(alive) > 10
+    assert peaks[1] < 1.1 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
+
+
+# ------------------------------------------------------------------ command line
+def arguments(model_dir, rows, results_dir, *more):
+    return ["cache.py", "--model_name", model_dir, "--dataset_name", rows, "--results_dir", results_dir, *more]
+
+
+def moments_file(model_dir, results_dir):
+    return results_dir / "moments" / model_dir.name / "rows" / "train.safetensors"
+
+
+@pytest.mark.slow
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
+    first = run_command(*call)  # once as a user types it
+    assert first.returncode == 0, first.stderr
+    path = moments_file(model_dirs["qwen2"], tmp_path)
+    assert first.stdout.strip().splitlines()[-1] == str(path)
+    written = path.stat().st_mtime_ns
+    assert run_in_process(monkeypatch, *call) == 0
+    assert "reused" in capsys.readouterr().out and path.stat().st_mtime_ns == written
+    other = run_in_process(monkeypatch, *call, "--pooling", "last", "--max_length", "9")
+    assert other.startswith("error: ") and "pooling: 'mean' there, 'last' now" in other and "max_length" in other
+    assert path.stat().st_mtime_ns == written
+    assert run_in_process(monkeypatch, *call, "--pooling", "last", "--overwrite") == 0
+    assert path.stat().st_mtime_ns != written
+    assert sorted(file.name for file in path.parent.iterdir()) == ["train.safetensors"]
+
+
+def test_a_retrained_model_under_the_same_path_is_noticed(model_dirs, rows_path, tmp_path):
+    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
+    config = configure(cache, model_name=str(folder), dataset_name=str(rows_path), results_dir=tmp_path)
+    cache.main(config)
+    retrain(folder)
+    with pytest.raises(UserError, match=r"other weights of the model.*--overwrite"):
+        cache.main(config)
+    path = moments_file(folder, tmp_path)
+    before = load_file(path)["pooled_second_moment"]
+    cache.main(with_values(config, overwrite=True))
+    assert not torch.equal(load_file(path)["pooled_second_moment"], before)
+
+
+def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
+    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    cache.main(configure(cache, **names, split="all"))
+    [path] = tmp_path.glob("moments/*/*/all.safetensors")
+    with open(path, "rb") as file:  # the header, read without the library
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = json.loads(header["__metadata__"]["json"])
+    assert metadata["num_samples"] == 240 == sum(metadata["class_counts"])
+    assert metadata["label_names"] == ["class 0", "class 1", "class 2"]
+    assert metadata["environment"]["packages"]["torch"] == torch.__version__
+    assert metadata["config"]["split"] == "all" and metadata["num_pairs"] == metadata["num_tokens"] - 240
+    assert header["prefix_second_moment"]["dtype"] == "F64" and len(metadata["model_fingerprint"]) == 16
+
+
+def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
+    def rows(labels):
+        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
+
+    texts = make_texts(40)
+    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows("ab")), results_dir=tmp_path)
+    cache.main(config)
+    rows("ac")
+    with pytest.raises(UserError, match="other rows"):
+        cache.main(config)
+
+
+def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
+    model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
+    rare = tokenizer("quickly")["input_ids"][0]
+    broken = tmp_path / "broken"
+    tokenizer.save_pretrained(broken)
+    with torch.no_grad():
+        model.embed_tokens.weight[rare] = torch.inf
+    model.save_pretrained(broken)
+    config = configure(cache, model_name=str(broken), dataset_name=str(rows_path), results_dir=tmp_path)
+    with pytest.raises(UserError, match=r"layer 0, row (\d+) of the split") as raised:
+        cache.main(config)
+    row = int(re.search(r"row (\d+)", str(raised.value))[1])
+    text = load_texts(config.data, config.run, "train").texts[row]
+    assert rare in tokenizer(text)["input_ids"]
+    assert not list(tmp_path.glob("moments/**/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model_name", "tinny"], "Did you mean tiny?"),
+        (["--model_name", "tests"], "config.json"),
+        (["--device", "cuda:7"], "Try --device cpu"),
+        (["--tokens_per_batch", "0"], "at least 1"),
+        (["--dtype", "float8"], "float8"),
+        (["--split", "dev"], "dev"),
+        (["--text_column", "body"], "body"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, capsys, change, message):
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path)
+    for flag, value in zip(change[::2], change[1::2], strict=True):
+        if flag in call:
+            call[call.index(flag) + 1] = value
+        else:
+            call += [flag, value]
+    code, printed = run_in_process(monkeypatch, *call), capsys.readouterr()
+    assert code == 2 or code.startswith("error: "), code  # what no flag takes, or what cannot be done
+    assert message in f"{code}{printed.err}{printed.out}"
+    assert not list(tmp_path.glob("moments/**/*.safetensors"))
+
+
+def test_damaged_and_foreign_files_are_named(model_dirs, rows_path, tmp_path):
+    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path)
+    path = moments_file(model_dirs["qwen2"], tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a tensor file")
+    with pytest.raises(UserError, match=f"{path} is damaged.*--overwrite"):
+        cache.main(config)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=f"{path} was not written by this version"):
+        cache.main(config)
+
+
+def test_a_pass_that_breaks_off_leaves_no_file(model_dirs, rows_path, tmp_path, monkeypatch):
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    seen = []
+
+    def interrupt(*_):
+        seen.extend(tmp_path.rglob("*.tmp"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.MomentSums, "add_labels", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.main(configure(cache, **names, save_pooled="all"))
+    assert len(seen) == 1  # the pooled states were being written
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("save_pooled", ["none", "all"])
+def test_a_full_disk_is_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, save_pooled):
+    """What the system raises on a full disk, raised where it raises it."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    call = arguments(model_dirs["qwen2"], rows_path, tmp_path, "--save_pooled", save_pooled)
+    code = run_in_process(monkeypatch, *call)
+    assert code.startswith("error: cannot write") and "--results_dir" in code
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

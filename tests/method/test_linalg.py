@@ -1,0 +1,88 @@
+"""utils/algebra/linalg.py: whitening, cuts and nested bases against scipy's decompositions."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from utils.algebra.linalg import NestedBasis, captured, inverse_root, whiten, without_constants
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(array), dtype=torch.float64)
+
+
+def covariance_of(spectrum, seed=0) -> np.ndarray:
+    """A matrix of unit diagonal's order with this spectrum in a random basis."""
+    axes = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(spectrum), len(spectrum))))[0]
+    return axes * spectrum @ axes.T
+
+
+@pytest.mark.parametrize("spectrum", [np.linspace(1, 2, 9), np.logspace(0, -12, 9), np.r_[np.ones(5), np.zeros(4)]])
+def test_whitener_gives_scipy_s_inverse(spectrum):
+    """W W' is the inverse on the range: full rank (the Cholesky way), badly conditioned, and rank-deficient."""
+    matrix = covariance_of(spectrum)
+    whitener = whiten(tensor(matrix)).numpy()
+    rank = int((spectrum > 0).sum())
+    assert whitener.shape == (9, rank)
+    loss = 1e-15 * spectrum.max() / spectrum[spectrum > 0].min()  # of digits, by the condition number
+    np.testing.assert_allclose(whitener.T @ matrix @ whitener, np.eye(rank), atol=1e-12 + 100 * loss)
+    projector = matrix @ whitener @ whitener.T  # onto the range
+    expected = scipy.linalg.orth(matrix, rcond=1e-14)
+    np.testing.assert_allclose(projector @ expected, expected, atol=1e-10 + 100 * loss)
+
+
+@pytest.mark.parametrize(("tolerance", "rank"), [(1e-9, 4), (1e-5, 3), (1e-3, 2), (0.5, 1)])
+def test_tolerance_cuts_the_spectrum_of_the_correlations(tolerance, rank):
+    """Eigenvalues of the matrix scaled to unit diagonal, whatever the units of its coordinates."""
+    axes = scipy.linalg.hadamard(4) / 2  # any spectrum in this basis has a constant diagonal
+    spectrum = np.array([1, 1e-2, 1e-4, 1e-7])
+    correlations = axes * spectrum @ axes.T
+    for units in (np.ones(4), np.array([1e-3, 1, 1e4, 7])):
+        matrix = correlations * units * units[:, None]
+        whitener = whiten(tensor(matrix), tolerance).numpy()
+        assert whitener.shape[1] == rank
+        kept = axes[:, :rank] / units[:, None] / np.sqrt(spectrum[:rank])
+        np.testing.assert_allclose(whitener @ whitener.T, kept @ kept.T, rtol=1e-6, atol=1e-6 * np.abs(kept).max() ** 2)
+
+
+def test_a_coordinate_that_is_always_zero_is_left_out():
+    matrix = np.zeros((5, 5))
+    matrix[:4, :4] = covariance_of([1, 2, 3, 4])
+    whitener = whiten(tensor(matrix)).numpy()
+    assert whitener.shape == (5, 4) and not whitener[4].any()
+    np.testing.assert_allclose(whitener.T @ matrix @ whitener, np.eye(4), atol=1e-12)
+
+
+def test_inverse_root_is_scipy_s_and_zero_on_the_null_space():
+    full, deficient = covariance_of([1, 2, 3, 4]), covariance_of([5, 2, 0, 0], seed=1)
+    roots = inverse_root(torch.stack([tensor(full), tensor(deficient)])).numpy()
+    np.testing.assert_allclose(roots[0], scipy.linalg.inv(scipy.linalg.sqrtm(full)), atol=1e-12)
+    np.testing.assert_allclose(roots[1] @ roots[1], scipy.linalg.pinvh(deficient, rtol=1e-12), atol=1e-12)
+
+
+def test_constant_features_are_taken_out_by_their_spread_and_not_by_their_unit():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(50, 4)) * [1, 1e-9, 1e-9, 1] + [0, 1e3, 0, 5]  # only the second is constant
+    covariance, mean = np.cov(features.T, bias=True), features.mean(0)
+    found = without_constants(tensor(covariance), tensor(mean), 1e-6).numpy()
+    assert not found[1].any() and not found[:, 1].any()
+    kept = np.ix_([0, 2, 3], [0, 2, 3])
+    np.testing.assert_array_equal(found[kept], covariance[kept])
+
+
+@pytest.mark.parametrize("num_vectors", [1, 5, 12])
+def test_nested_basis_spans_what_qr_spans_at_every_k(num_vectors):
+    random = np.random.default_rng(num_vectors)
+    vectors = random.normal(size=(12, num_vectors)) * np.logspace(0, 6, num_vectors)
+    points, matrix = random.normal(size=(12, 7)), random.normal(size=(3, 12))
+    basis = NestedBasis.of(tensor(vectors))
+    coordinates = basis.coordinates(tensor(points)).numpy()
+    q = np.linalg.qr(vectors)[0]
+    np.testing.assert_allclose(np.abs(coordinates[:num_vectors]), np.abs(q.T @ points), atol=1e-12)
+    np.testing.assert_allclose(np.square(coordinates).sum(0), np.square(points).sum(0))  # Q is square and orthogonal
+    np.testing.assert_allclose(np.abs(basis.change_of(tensor(matrix))[:, :num_vectors]), np.abs(matrix @ q), atol=1e-12)
+    ks = [1, num_vectors, 12]
+    inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks[:2]]
+    found = captured(tensor(coordinates), ks).numpy()
+    np.testing.assert_allclose(found, [*inside, np.square(points).sum(0)], atol=1e-12)

@@ -1,0 +1,84 @@
+"""utils/algebra/random_subspaces.py: what random V give, against regressions on dense random projections."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+from sklearn.linear_model import LinearRegression
+
+import cache
+import K_sweep
+from tests.conftest import configure, run_in_process
+from tests.method.test_K_sweep import make_data, moments_of
+from utils.script import load_json
+
+NUM_DRAWS = 400
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Scores of random V by their definition, (draws, fractions) each, and what K_sweep.py says of the same layer."""
+    features, targets, states = make_data(80, 12, 3, decades=1.0)
+    moments = moments_of(features, targets, states)
+    config = configure(K_sweep, fractions=(0.25, 0.5, 0.75), num_null_draws=2)
+    found = K_sweep.sweep_layer(moments, None, config, 0, num_random_draws=NUM_DRAWS)
+    ks = K_sweep.num_directions(config.fractions, 12)
+    second, cross = features.T @ features / 80, features.T @ targets / 80
+    u = scipy.linalg.eigh(cross @ cross.T, second)[1][:, -3:]
+    whole = LinearRegression().fit(features, targets)
+    explained = np.square(whole.predict(features) - targets.mean(0)).sum()
+    random, draws = np.random.default_rng(5), dict[str, list]({"ntps_label": [], "retained": []})
+    for _ in range(NUM_DRAWS):
+        v = random.normal(size=(12, 12))
+        inside, euclidean = [], []
+        for k in ks:
+            part = features @ v[:, :k]
+            predicted = LinearRegression().fit(part, targets).predict(part)
+            inside.append(np.square(predicted - targets.mean(0)).sum() / explained)
+            euclidean.append(np.square(scipy.linalg.orth(v[:, :k]).T @ u).sum() / np.square(u).sum())
+        draws["retained"].append(inside)
+        draws["ntps_label"].append(euclidean)
+    return {name: np.array(rows) for name, rows in draws.items()}, found
+
+
+@pytest.mark.parametrize("name", ["ntps_label", "retained"])
+def test_random_subspaces_equal_dense_projections(dense, name):
+    """Means and deviations within four standard errors of the draws."""
+    draws, found = dense[0][name], dense[1]["random"][name]
+    deviation = draws.std(0) / np.sqrt(NUM_DRAWS)
+    assert (np.abs(np.array(found["fractions"]) - draws.mean(0)) < 4 * np.sqrt(2) * deviation + 1e-12).all()
+    whole = draws.mean(1)
+    assert found["mean"] == pytest.approx(whole.mean(), abs=4 * np.sqrt(2 / NUM_DRAWS) * whole.std())
+    assert found["std"] == pytest.approx(whole.std(), rel=4 / np.sqrt(NUM_DRAWS))
+
+
+def test_a_full_random_subspace_keeps_everything():
+    features, targets, states = make_data(80, 12, 3)
+    moments = moments_of(features, targets, states)
+    config = configure(K_sweep, fractions=(1.0,), num_null_draws=2)
+    found = K_sweep.sweep_layer(moments, None, config, 0, num_random_draws=2)["random"]
+    for name in ("ntps_label", "ntps_whitened", "retained"):
+        assert found[name]["mean"] == pytest.approx(1) and found[name]["std"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+    """At the last layer only, not for a control of V, and not where none are asked for."""
+    flags = ("--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path)
+    cache.main(configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path))
+
+    def run(*options: str) -> dict:
+        assert run_in_process(monkeypatch, "K_sweep.py", *flags, "--no_picture", "--overwrite", *options) == 0
+        return load_json(Path(capsys.readouterr().out.strip().splitlines()[-1]))
+
+    result = run()
+    assert [("random" in layer) for layer in result["layers"]] == [False, False, True]
+    for name in ("ntps_label", "ntps_whitened", "retained"):
+        score = result["score"][name]
+        assert score["random_z"] == pytest.approx((score["value"] - score["random_mean"]) / score["random_std"])
+        assert score["random_mean"] == pytest.approx(np.mean(result["layers"][-1]["random"][name]["fractions"]))
+    assert run()["score"] == result["score"]  # the same for a seed
+    assert "random_z" not in run("--subspace", "pca")["score"]["retained"]
+    assert "random_z" not in run("--num_random_draws", "0")["score"]["retained"]
+    with pytest.raises(ValueError, match="at least 2"):
+        K_sweep.Config(num_random_draws=1)

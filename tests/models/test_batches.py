@@ -1,0 +1,76 @@
+"""Batches of texts: every text once, within the budget, with little padding, no worse than any other cut; counts."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.algebra.moments import rounding_statistics
+from utils.models.batches import BATCH_COST, token_batches
+from utils.models.load import TokenizedTexts
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
+
+
+def padded(lengths: np.ndarray, batches: list[np.ndarray]) -> int:
+    return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 500))
+def test_every_text_once_within_the_budget_longest_first(lengths, budget):
+    batches = token_batches(lengths, budget)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+    assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.sampled_from([64, 1024, 8192]))
+def test_padding_is_a_twentieth_at_most(lengths, budget):
+    assert padded(lengths, token_batches(lengths, budget)) <= 1.05 * lengths.sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(200, 209), min_size=1, max_size=7, unique=True).map(np.array), st.integers(1, 6))
+def test_no_other_cut_is_cheaper(lengths, texts_per_batch):
+    """Against all cuts of sorted texts; different lengths, but so close that the limit on padding never acts."""
+    budget = 209 * texts_per_batch
+    batches, ordered = token_batches(lengths, budget), np.sort(lengths)[::-1]
+    cuts = itertools.product([False, True], repeat=len(lengths) - 1)
+    splits = [np.split(ordered, np.flatnonzero(cut) + 1) for cut in cuts]
+    fitting = [parts for parts in splits if all(len(part) * part[0] <= budget for part in parts)]
+    cheapest = min(sum(len(part) * part[0] + BATCH_COST for part in parts) for parts in fitting)
+    assert padded(lengths, batches) + BATCH_COST * len(batches) <= cheapest
+
+
+@pytest.mark.parametrize("num_texts", [200, 500, 2000, 8000])
+def test_lengths_like_those_of_film_reviews_need_few_batches(num_texts):
+    """And no more than a few beyond the fewest that the budget admits."""
+    lengths = np.random.default_rng(0).gamma(5, 5, num_texts).astype(int) + 2
+    batches = token_batches(lengths, 1024)
+    assert padded(lengths, batches) <= 1.05 * lengths.sum()
+    ordered, fewest = np.sort(lengths)[::-1], 0
+    while len(ordered):
+        ordered, fewest = ordered[1024 // ordered[0] :], fewest + 1
+    assert len(batches) <= 1.15 * fewest + 12
+
+
+def test_equal_lengths_fill_whole_batches():
+    batches = token_batches(np.full(100, 7), 70)
+    assert [len(batch) for batch in batches] == [10] * 10
+    assert [len(batch) for batch in token_batches(np.full(3, 7), 2)] == [1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=60))
+def test_distinct_texts_and_their_pairs_are_counted(texts):
+    tokens = TokenizedTexts(
+        np.concatenate(texts).astype(np.int32), np.concatenate([[0], np.cumsum([len(text) for text in texts])]), None
+    )
+    found, distinct = rounding_statistics(tokens), set(map(tuple, texts))
+    assert found["num_distinct_texts"] == len(distinct)
+    assert found["num_distinct_pairs"] == sum(len(text) - 1 for text in distinct)

@@ -1,0 +1,164 @@
+"""Models in one GGUF file, against what transformers itself reads from the same file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.conftest import make_texts, make_tokenizer
+from tests.gguf_files import write_gguf
+from utils.models.gguf import is_gguf, load_config, load_model, load_tokenizer, models_dir, quantisation, read_header
+from utils.script import ROOT, UserError
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_theta=5e4),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=8),
+}
+
+
+def random_model(architecture: str):
+    """A model whose biases and norms are random too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", random_model("llama"), make_tokenizer())
+
+
+def theirs(auto_class, path: Path, **options):
+    """What transformers reads from the file."""
+    return auto_class.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+
+
+# ------------------------------------------------------------------ what is read
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_path):
+    model = random_model(architecture)
+    extra = {"qwen3.attention.key_length": 8} if architecture == "qwen3" else {}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), extra=extra)
+    input_ids = torch.randint(0, 300, (2, 17))
+    with torch.no_grad():
+        expected = model(input_ids, output_hidden_states=True)
+        causal = load_model(path, torch.float32)(input_ids)
+        states = load_model(path, torch.float32)(input_ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(causal.logits, expected.logits, rtol=0, atol=1e-5)
+    for ours, original in zip(states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, original, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_quantised_file_gives_what_transformers_reads(architecture, kind, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), kind)
+    ours, reference = load_model(path, torch.float32), theirs(AutoModelForCausalLM, path)
+    assert ours.state_dict().keys() == reference.state_dict().keys()
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight.float()), name
+    assert quantisation(path) == kind
+    assert load_model(path, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_configuration_and_tokens_are_those_that_transformers_reads(architecture, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer())
+    ours, reference = load_config(path).to_dict(), theirs(AutoConfig, path).to_dict()
+    for name in ("_name_or_path", "_model_name_or_path"):
+        ours.pop(name, None), reference.pop(name, None)
+    assert ours == reference
+    tokenizer, original = load_tokenizer(path), theirs(AutoTokenizer, path)
+    texts = [*make_texts(20), "<|endoftext|> x  12\n\n", "ünï ☃"]
+    assert tokenizer(texts)["input_ids"] == original(texts)["input_ids"] == make_tokenizer()(texts)["input_ids"]
+    assert (tokenizer.padding_side, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("right", 0, None)
+
+
+def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
+    """As its own tokenizer.json and llama.cpp do: white space before a digit then stays together."""
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"), make_tokenizer(), pre_tokenizer="smollm")
+    pieces = load_tokenizer(path).backend_tokenizer.pre_tokenizer.pre_tokenize_str("see  12\n\n3 red")
+    assert [piece for piece, _ in pieces] == ["see", "ĠĠ", "1", "2", "ĊĊ", "3", "Ġred"]
+
+
+def test_the_model_is_saved_as_an_ordinary_folder(llama_file, tmp_path):
+    model, tokenizer = load_model(llama_file, torch.float32), load_tokenizer(llama_file)
+    model.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+    texts = make_texts(20)
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder")(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert "quantization_config" not in json.loads((tmp_path / "folder" / "config.json").read_text())
+
+
+def test_names_and_places(monkeypatch):
+    assert is_gguf("a/b.gguf") and is_gguf("B.GGUF") and not is_gguf("gguf") and not is_gguf("a/gguf-models")
+    monkeypatch.setenv("NTPS_MODELS_DIR", "/elsewhere")
+    assert models_dir() == Path("/elsewhere")
+    monkeypatch.delenv("NTPS_MODELS_DIR")
+    assert models_dir() == ROOT / "demo" / "runs"
+
+
+# ------------------------------------------------------------------ what cannot be read
+def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
+    whole = llama_file.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    weights = min(tensor.start for tensor in read_header(llama_file).tensors.values())
+    for size in (0, 3, 4, 20, 40, 200, weights // 2, weights - 100, weights + 1, len(whole) - 5000):
+        cut.write_bytes(whole[:size])
+        for read in (load_config, load_tokenizer, quantisation, read_header):
+            with pytest.raises(UserError, match=r"cut off|not a readable GGUF file"):
+                read(cut)
+        with pytest.raises(UserError, match=r"cut off|not a readable GGUF file"):
+            load_model(cut, torch.float32)
+
+
+def test_other_files_are_named(llama_file, tmp_path):
+    with pytest.raises(UserError, match=r"No file .*absent\.gguf.*python -m demo\.smollm2"):
+        load_config(tmp_path / "absent.gguf")
+    page = tmp_path / "page.gguf"
+    page.write_text("<!doctype html>" * 100)
+    with pytest.raises(UserError, match="does not start with the GGUF magic bytes"):
+        load_config(page)
+    damaged = bytearray(llama_file.read_bytes())
+    damaged[24:32] = b"\xff" * 8  # the length of the first key
+    page.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cut off|not a readable"):
+        load_config(page)
+
+
+def test_models_that_would_be_read_wrongly_are_refused(tmp_path):
+    model, tokenizer = random_model("llama"), make_tokenizer()
+    cases = {
+        r"architecture 'mamba'.*llama, qwen2, qwen3": {"architecture": "mamba"},
+        "does not state num_hidden_layers, hidden_size": {"without": ("block_count", "embedding_length")},
+        "settings that do not fit together.*head_dim": {"extra": {"llama.attention.key_length": 8.5}},
+        "has nothing for blk.1.ffn_up.weight": {"without": ("blk.1.ffn_up.weight",)},
+        r"scales its positions \(llama.rope.scaling.factor\)": {"extra": {"llama.rope.scaling.factor": 8.0}},
+    }
+    for message, options in cases.items():
+        path = write_gguf(tmp_path / "model.gguf", model, tokenizer, **options)
+        with pytest.raises(UserError, match=message):
+            load_model(path, torch.float32)
+    path = write_gguf(tmp_path / "model.gguf", random_model("qwen2"), tokenizer, architecture="llama")
+    with pytest.raises(UserError, match=r"holds blk\.0\.attn_k\.bias, which a llama model here would not use"):
+        load_model(path, torch.float32)

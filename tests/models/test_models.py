@@ -1,0 +1,318 @@
+"""The eight models of the paper, as small random models of their architecture, and what can go wrong in loading one."""
+
+import dataclasses
+import json
+import shutil
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    LlamaConfig,
+    MambaConfig,
+    Qwen2Config,
+    XLNetConfig,
+)
+
+from tests.conftest import make_texts, make_tokenizer, retrain, run_in_process
+from utils.hub import hub_errors
+from utils.models.identity import load_config, model_fingerprint
+from utils.models.load import TokenizedTexts, load_base_model, load_causal_lm, load_tokenizer, tokenize
+from utils.models.openelm import OpenELMConfig
+from utils.models.states import decoder_layers, visit_hidden_states
+from utils.models.table import FAMILIES, MODELS, repository
+from utils.script import UserError
+from utils.settings import Model, Run
+
+CPU, RUN = torch.device("cpu"), Run()
+
+
+def qwen2(heads: int, key_value_heads: int, tied: bool) -> Qwen2Config:
+    """Qwen2 with the published ratio of heads, rope base and tying."""
+    return Qwen2Config(
+        vocab_size=300, hidden_size=8 * heads, intermediate_size=43 * heads, num_hidden_layers=2, rope_theta=1e6,
+        num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=tied, eos_token_id=0,
+        max_position_embeddings=64, pad_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+
+
+def openelm(model_dim: int, head_dim: int = 8) -> OpenELMConfig:
+    """OpenELM whose heads and feed-forward width grow over three layers; published multipliers and groups of four."""
+    options = {
+        "vocab_size": 300, "max_context_length": 64, "num_transformer_layers": 3, "model_dim": model_dim,
+        "head_dim": head_dim, "num_gqa_groups": 4, "qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 4.0],
+        "ffn_dim_divisor": 16, "normalize_qk_projections": True, "share_input_output_layers": True,
+        "eos_token_id": 0, "bos_token_id": None,
+    }  # fmt: skip
+    return OpenELMConfig(**options)
+
+
+CONFIGS = {
+    "Qwen/Qwen2-0.5B": qwen2(14, 2, tied=True),
+    "Qwen/Qwen2-1.5B": qwen2(12, 2, tied=True),
+    "Qwen/Qwen2-7B": qwen2(28, 4, tied=False),
+    "apple/OpenELM-270M": openelm(160),
+    "apple/OpenELM-450M": openelm(192),
+    "apple/OpenELM-1_1B": openelm(256),
+    "apple/OpenELM-3B": openelm(384, head_dim=16),
+    "meta-llama/Meta-Llama-3-8B": LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=224, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=0, pad_token_id=None, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random model and a tokenizer for each of the eight names."""
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("family") / name.split("/")[1]
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(made[name])
+        make_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def states_of(model, input_ids) -> list[torch.Tensor]:
+    seen = {}
+    visit_hidden_states(model, input_ids, lambda layer, states: seen.__setitem__(layer, states.clone()))
+    return [seen[layer] for layer in sorted(seen)]
+
+
+def test_the_table_names_the_eight_models_of_the_paper():
+    assert set(CONFIGS) == {name for name in MODELS if "/" in name}
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_are_those_of_the_library(folders, name):
+    """Layer count + 1 states, the last after the final norm, and one layer alive at a time changes nothing."""
+    settings = Model(str(folders[name]))
+    model = load_base_model(settings, RUN, CPU)
+    input_ids = torch.randint(0, 300, (3, 11))
+    states = states_of(model, input_ids)
+    assert len(states) == model.config.num_hidden_layers + 1
+    with torch.no_grad():
+        expected = model(input_ids=input_ids, output_hidden_states=True)
+    for ours, theirs in zip(states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(states[-1], expected.last_hidden_state, rtol=0, atol=1e-6)
+    root_mean_square = states[-1].square().mean(-1).sqrt()
+    torch.testing.assert_close(root_mean_square, torch.ones(3, 11), rtol=0, atol=0.05)  # its norm weights are 1 here
+    causal = load_causal_lm(settings, RUN, CPU)  # the base model holds the weights of the causal LM, not fresh ones
+    with torch.no_grad():
+        logits = causal(input_ids=input_ids).logits
+        from_states = states[-1] @ causal.get_output_embeddings().weight.T
+    torch.testing.assert_close(logits, from_states, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_know_neither_padding_nor_company(folders, name):
+    model = load_base_model(Model(str(folders[name])), RUN, CPU)
+    random = np.random.default_rng(0)
+    lengths = np.array([1, 9, 4, 17, 2])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = TokenizedTexts(random.integers(0, 300, offsets[-1]).astype(np.int32), offsets, 64)
+    together = states_of(model, tokens.pad(np.arange(5))[0])
+    for row, length in enumerate(lengths):
+        alone = states_of(model, tokens.pad(np.array([row]))[0])
+        for batch_state, single_state in zip(together, alone, strict=True):
+            torch.testing.assert_close(batch_state[row, :length], single_state[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_model_goes_from_rows_to_score(folders, rows_path, name, tmp_path, monkeypatch, capsys):
+    common = ["--model_name", folders[name], "--dataset_name", rows_path, "--results_dir", tmp_path]
+    assert run_in_process(monkeypatch, "cache.py", *common, "--max_samples", 90) == 0
+    assert run_in_process(monkeypatch, "K_sweep.py", *common, "--num_null_draws", 5, "--no_picture") == 0
+    path = tmp_path / "ntps" / folders[name].name / "rows.json"
+    assert capsys.readouterr().out.strip().endswith(str(path))
+    result = json.loads(path.read_text())
+    assert len(result["layers"]) == CONFIGS[name].num_hidden_layers + 1
+    assert all(0 <= value <= 1 for layer in result["layers"] for value in layer["ntps"])
+
+
+def test_any_other_causal_lm_works_by_the_defaults(tmp_path):
+    """GPT-2: learned positions, other module names, no row in any table."""
+    config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config.bos_token_id = config.eos_token_id = 0
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = load_base_model(Model(str(tmp_path)), RUN, CPU)
+    input_ids = torch.randint(0, 300, (2, 7))
+    with torch.no_grad():
+        expected = model(input_ids=input_ids, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(states_of(model, input_ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert len(decoder_layers(model)) == 2
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2-0.5B", "apple/OpenELM-270M", "meta-llama/Meta-Llama-3-8B"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_the_one_asked_for(folders, name, dtype):
+    model = load_base_model(Model(str(folders[name]), dtype=dtype), RUN, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2-0.5B", "apple/OpenELM-270M"])
+def test_a_merged_adapter_changes_the_states_as_the_unmerged_one_does(folders, name, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    settings = Model(str(folders[name]))
+    causal = load_causal_lm(settings, RUN, CPU)
+    targets = FAMILIES[causal.config.model_type].lora_target_modules
+    torch.manual_seed(1)
+    peft_model = get_peft_model(causal, LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)).eval()
+    peft_model.save_pretrained(tmp_path)
+    input_ids = torch.randint(0, 300, (2, 9))
+    with torch.no_grad():
+        expected = peft_model(input_ids=input_ids, output_hidden_states=True).hidden_states
+    merged = load_base_model(dataclasses.replace(settings, adapter_dir=tmp_path), RUN, CPU)
+    plain = load_base_model(settings, RUN, CPU)
+    for ours, theirs in zip(states_of(merged, input_ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (states_of(plain, input_ids)[-1] - expected[-1]).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------ identity
+def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp_path):
+    original = model_fingerprint(Model(str(model_dirs["qwen2"])), RUN)
+    copy = shutil.copytree(model_dirs["qwen2"], tmp_path / "copy", copy_function=shutil.copyfile)  # other file times
+    (copy / "training_args.bin").write_bytes(b"decides nothing")
+    assert model_fingerprint(Model(str(copy)), RUN) == original
+    retrain(copy)
+    retrained = model_fingerprint(Model(str(copy)), RUN)
+    assert retrained != original
+    both = model_fingerprint(Model(str(copy), adapter_dir=model_dirs["llama"]), RUN)
+    assert both.startswith(retrained) and both != retrained
+
+
+# ------------------------------------------------------------------ tokens
+def test_a_long_text_loses_its_end_whatever_the_tokenizer_has_saved(folders, tmp_path):
+    folder = tmp_path / "left"
+    shutil.copytree(folders["Qwen/Qwen2-0.5B"], folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    left = {"truncation_side": "left", "padding_side": "left", "pad_token": None, "eos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | left))
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Left", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    config = load_config(Model(str(folder)), RUN)
+    texts = make_texts(6, seed=2, longest=60)
+    tokens = tokenize(texts, load_tokenizer(Model(str(folder)), RUN, config), config, max_length=10)
+    for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
+        assert ids.tolist() == make_tokenizer()(text)["input_ids"][:10]
+
+
+def test_a_length_that_the_model_cannot_read_is_refused_and_no_limit_is_none(folders):
+    config = load_config(Model(str(folders["Qwen/Qwen2-0.5B"])), RUN)
+    with pytest.raises(UserError, match="--max_length 65 is more than the model can read: 64 tokens"):
+        tokenize(["a"], make_tokenizer(), config, max_length=65)
+    for unlimited in (MambaConfig(vocab_size=300), XLNetConfig(vocab_size=300), BloomConfig(vocab_size=300)):
+        tokens = tokenize(["the river " * 1000], make_tokenizer(), unlimited)
+        assert tokens.max_length is None and tokens.lengths[0] >= 2000
+
+
+def test_tokens_are_those_of_the_tokenizer_truncated(folders):
+    settings = Model(str(folders["Qwen/Qwen2-0.5B"]))
+    config = load_config(settings, RUN)
+    tokenizer, texts = load_tokenizer(settings, RUN, config), make_texts(20, seed=2, longest=60)
+    tokens = tokenize(texts, tokenizer, config, max_length=10)
+    for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
+        assert ids.tolist() == tokenizer(text)["input_ids"][:10]
+    assert tokenize(texts, tokenizer, config).lengths.max() == 64  # the model's context
+
+
+def test_mistaken_tokenizer_and_empty_text_are_named(folders):
+    settings = Model(str(folders["Qwen/Qwen2-0.5B"]))
+    config = load_config(settings, RUN)
+    tokenizer = load_tokenizer(settings, RUN, config)
+    with pytest.raises(UserError, match="row 1"):
+        tokenize(["a", "", "b"], tokenizer, config)
+    config.vocab_size = 20
+    with pytest.raises(UserError, match="--tokenizer_name"):
+        tokenize(["the river"], tokenizer, config)
+
+
+# ------------------------------------------------------------------ what the hub can answer
+def response(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub.example"))
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (errors.GatedRepoError("gated", response=response(403)), "Accept its terms"),
+        (errors.RevisionNotFoundError("none", response=response(404)), "no revision 'v9'"),
+        (errors.RepositoryNotFoundError("none", response=response(404)), "Did you mean Qwen/Qwen2-0.5B"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers_becomes_a_sentence(cause, message):
+    with pytest.raises(UserError, match=message), hub_errors(repository("Qwen/Qwen2-0.5", "v9")):
+        try:
+            raise cause
+        except Exception as error:
+            raise OSError("wrapped, as transformers does") from error
+
+
+def test_no_code_of_a_repository_runs_unasked(tmp_path):
+    """A folder whose config points to code of its own: refused, and the code has not run."""
+    folder, sign = tmp_path / "remote", tmp_path / "it_ran"
+    folder.mkdir()
+    code = (
+        f"open({str(sign)!r}, 'w').close()\nfrom transformers import PretrainedConfig\nclass C(PretrainedConfig): ...\n"
+    )
+    (folder / "configuration_remote.py").write_text(code)
+    auto_map = {"AutoConfig": "configuration_remote.C", "AutoModelForCausalLM": "configuration_remote.C"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "remote", "auto_map": auto_map}))
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        load_config(Model(str(folder)), RUN)
+    assert not sign.exists()
+
+
+def test_offline_hub_model_says_so():
+    with pytest.raises(UserError, match=r"Qwen/Qwen2-0\.5B .*cannot be reached"):
+        load_config(Model("Qwen/Qwen2-0.5B"), RUN)
+
+
+def test_model_of_the_ladder_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.models.table.ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"python -m demo\.pretrain --size large"):
+        load_config(Model("large"), RUN)
+
+
+def test_tokenizer_of_another_repository(folders):
+    """OpenELM's own repository has no tokenizer: an ungated copy is named by --tokenizer_name."""
+    settings = Model(str(folders["apple/OpenELM-270M"]), tokenizer_name=str(folders["Qwen/Qwen2-0.5B"]))
+    ours = load_tokenizer(settings, RUN, load_config(settings, RUN))
+    theirs = AutoTokenizer.from_pretrained(folders["Qwen/Qwen2-0.5B"])
+    assert ours("the river")["input_ids"] == theirs("the river")["input_ids"]
+    (folders["apple/OpenELM-270M"] / "tokenizer_config.json").rename(folders["apple/OpenELM-270M"] / "away")
+    try:
+        with pytest.raises(UserError, match="meta-llama/Llama-2-7b-hf"):
+            load_tokenizer(Model(str(folders["apple/OpenELM-270M"])), RUN, load_config(settings, RUN))
+    finally:
+        (folders["apple/OpenELM-270M"] / "away").rename(folders["apple/OpenELM-270M"] / "tokenizer_config.json")
+
+
+def test_missing_weights_are_refused_not_made_up(folders, tmp_path):
+    name = "Qwen/Qwen2-7B"
+    tensors = load_file(folders[name] / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    shutil.copytree(folders[name], tmp_path / "partial")
+    save_file(tensors, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_base_model, load_causal_lm):
+        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
+            load(Model(str(tmp_path / "partial")), RUN, CPU)

@@ -1,0 +1,104 @@
+"""The README and the Makefile: what they name exists, and what they tell a user to type works."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run_command
+from utils.data.table import SPECS
+from utils.models.table import MODELS
+from utils.script import parse
+from utils.settings import flatten
+
+README = (ROOT / "README.md").read_text()
+PROGRAM = r"python (?:-m \w+\.\w+|\S+\.py)"  # a module of a package, or a script
+BLOCKS = re.findall(rf"^ {{4}}({PROGRAM}.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
+COMMANDS = sorted({*BLOCKS, *re.findall(rf"`({PROGRAM}[^`]*)`", README)})
+SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")})
+
+
+def makefile_commands(target: str) -> list[list[str]]:
+    """The python commands of a target, as `make` would run them."""
+    printed = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [shlex.split(line)[1:] for line in printed.splitlines() if re.match(rf"\S*{PROGRAM}", line)]
+
+
+def test_every_file_the_readme_names_exists():
+    named = set(re.findall(r"\b((?:[\w-]+/)*[\w-]+\.(?:py|txt|toml|ipynb|mplstyle))\b", README))
+    modules = re.findall(r" -m (\w+\.\w+)", README + (ROOT / "Makefile").read_text())
+    named |= {module.replace(".", "/") + ".py" for module in modules}
+    assert {"cache.py", "K_sweep.py", "fig_plot/findings/__main__.py"} <= named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_script_stands_in_the_readme():
+    assert not [script for script in SCRIPTS if f"`{script}`" not in README and f"    {script}" not in README]
+
+
+def test_tables_name_every_dataset_and_model():
+    assert not [spec.key for spec in SPECS if f"`{spec.key}`" not in README]
+    for name in MODELS:
+        assert f"`{name}`" in README or f"`-{name.split('-', 1)[1]}`" in README, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_parse(command):
+    """Every flag exists: the command is parsed by its script's own Config."""
+    script, *arguments = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "Config"):
+        parse(module.Config, arguments)
+    else:
+        assert not arguments
+
+
+@pytest.mark.parametrize(
+    "module", [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.smollm2", "demo.random_twin"]
+)
+def test_help_explains_every_field(module, capsys):
+    """Every setting has a flag, and the comment beside it is what the help says of it."""
+    config_class = importlib.import_module(module).Config
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"])
+    shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out.replace("_", "-")).split())
+    groups = [type(value) for value in vars(config_class()).values() if dataclasses.is_dataclass(value)]
+    for settings in [config_class, *groups]:
+        source = "".join(inspect.getsource(base) for base in settings.__mro__ if dataclasses.is_dataclass(base))
+        for field in dataclasses.fields(settings):
+            if field.name in flatten(config_class()):
+                comment = re.search(rf"^    {field.name}: .*?# (.*)", source, flags=re.MULTILINE)
+                assert comment, f"{field.name} has no comment"
+                assert f"--{field.name}".replace("_", "-") in shown
+                assert " ".join(comment[1].replace("_", "-").split())[:25] in shown, field.name
+
+
+@pytest.mark.slow
+def test_make_demo_ends_with_the_readme_numbers(tmp_path):
+    """The commands of `make demo`, and the table the README shows, where this machine has the same docstrings."""
+    commands = makefile_commands("demo")
+    assert [command[0] for command in commands] == ["cache.py", "cache.py", "K_sweep.py"]
+    for command in commands:
+        result = run_command(*command, "--results_dir", tmp_path)
+        assert result.returncode == 0, result.stderr
+    path = tmp_path / "ntps" / "tiny" / "docstrings__library.json"
+    assert result.stdout.strip().splitlines()[-1] == str(path)
+    assert path.with_suffix(".png").is_file()
+    of_tiny = README[README.index("`make demo` ends with") : README.index("    make demo MODEL=smollm2")]
+    readme_scores = re.findall(r"^ {6}(ntps\w*|retained) +(0\.\d{4})", of_tiny, flags=re.MULTILINE)
+    assert len(readme_scores) == 4
+    for name, value in readme_scores:
+        shown = re.search(rf"^  {name} +(0\.\d{{4}})", result.stdout, flags=re.MULTILINE)
+        same_rows = sys.version_info[:3] == (3, 11, 7)  # the standard library's docstrings are rows
+        # the numbers are the same on any machine with these rows, and near with another Python's docstrings
+        assert shown and abs(float(shown[1]) - float(value)) < (1e-3 if same_rows else 0.03), name
+
+
+def test_makefile_and_ci_call_the_documented_commands():
+    assert "make demo" in README and "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,136 @@
+"""from_scratch.py: random and pretrained starts, float32 weights, the saved model, the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cache
+import from_scratch
+import linear_training
+import lora_finetuning
+from tests.conftest import configure, run_in_process
+from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps
+from utils.script import UserError
+from utils.settings import with_values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def settings(model_dirs, rows_path, tmp_path) -> dict:
+    """A few steps on made-up rows."""
+    return {
+        "model_name": str(model_dirs["qwen2"]),
+        "dataset_name": str(rows_path),
+        "results_dir": tmp_path,
+        "device": "cpu",
+        "num_steps": 8,
+        "steps_per_evaluation": 4,
+        "batch_size": 4,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_falls_and_every_weight_is_trained_in_float32(settings, model_dirs, architecture, dtype):
+    folder = model_folder(architecture, model_dirs)
+    changes = {"model_name": str(folder), "dtype": dtype, "learning_rate": 3e-3, "num_steps": 40}
+    run, _ = make_run(from_scratch, configure(from_scratch, **settings | changes))
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert len(run.trained_parameters()) == len(list(run.model.parameters()))
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    losses = take_steps(run, 40)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in run.model.named_parameters())
+
+
+def test_what_cannot_fit_is_refused_before_the_model_is_made(settings, model_dirs, monkeypatch, capsys):
+    """Float32 weights and gradients, where LoRA needs weights of its dtype alone."""
+    model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen2"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("utils.algebra.memory.free_host_memory", lambda: 5 * parameters)
+    with pytest.raises(UserError, match=r"cpu has 0 MB free and about 0 MB would be needed. Try lora_finetuning"):
+        from_scratch.main(configure(from_scratch, **settings))
+    lora_finetuning.main(configure(lora_finetuning, **settings, dtype="float32"))
+    monkeypatch.setattr("utils.algebra.memory.free_host_memory", lambda: 3 * parameters)
+    lora_finetuning.main(configure(lora_finetuning, **settings, dtype="bfloat16", overwrite=True))
+    with pytest.raises(UserError, match="--dtype bfloat16"):
+        lora_finetuning.main(configure(lora_finetuning, **settings, dtype="float32", overwrite=True))
+    assert "needs about 0 MB for weights and 0 MB for gradients; what a batch keeps" in capsys.readouterr().out
+
+
+def test_random_weights_follow_the_seed_and_are_not_the_pretrained_ones(settings):
+    def weights(**changes):
+        run, _ = make_run(from_scratch, configure(from_scratch, **settings, **changes))
+        return run.model.decoder.layers[0].self_attn.q_proj.weight.detach()
+
+    pretrained = AutoModelForCausalLM.from_pretrained(settings["model_name"], dtype=torch.float32)
+    stored = pretrained.get_decoder().layers[0].self_attn.q_proj.weight
+    assert torch.equal(weights(seed=3), weights(seed=3)) and not torch.equal(weights(seed=3), weights(seed=4))
+    assert not torch.equal(weights(seed=3), stored)
+    assert torch.equal(weights(init="pretrained"), stored)
+
+
+def test_full_finetuning_starts_from_the_pretrained_weights_and_changes_them(settings):
+    from_scratch.main(configure(from_scratch, **settings, init="pretrained"))
+    [folder] = settings["results_dir"].glob("full_finetuning/*/*/*+full_finetuning+rows")
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_decoder().state_dict()
+    pretrained = AutoModelForCausalLM.from_pretrained(settings["model_name"], dtype=torch.float32)
+    for name, weight in pretrained.get_decoder().state_dict().items():
+        assert 0 < (trained[name] - weight).abs().max() < 8 * 1e-4 * 20  # Adafactor: at most some rates a step
+    assert not list(settings["results_dir"].glob("from_scratch/*"))
+
+
+def test_command_line_writes_a_model_for_the_other_scripts(settings, monkeypatch, capsys):
+    call: list = ["from_scratch.py"]
+    for name, value in settings.items():
+        call += [f"--{name}", value]
+    assert run_in_process(monkeypatch, *call) == 0
+    [path] = settings["results_dir"].glob("from_scratch/*/*/metrics.json")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
+    metrics = json.loads(path.read_text())
+    assert metrics["last"]["step"] == 8 and metrics["config"]["init"] == "random"
+    name = f"{path.parent.parent.name}+from_scratch+rows"
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        *("head.safetensors", "history.csv", "metrics.json", name),
+    ]  # fmt: skip
+    shared = {"dataset_name": settings["dataset_name"], "results_dir": settings["results_dir"], "num_epochs": 1}
+    linear_training.main(configure(linear_training, model_name=str(path.parent / name), **shared))
+    assert list(settings["results_dir"].glob(f"moments/{name}/rows/train.safetensors"))
+    assert list(settings["results_dir"].glob(f"linear_training/{name}/rows/metrics.json"))
+    message = str(run_in_process(monkeypatch, *call, "--init", "random", "--num_steps", "9"))
+    assert message.startswith("error: ") and "num_steps: 8 there, 9 now" in message
+
+
+def test_two_trained_models_do_not_share_a_results_path(settings, rows_path, tmp_path):
+    """Trained on two datasets, and by the two kinds of start: each has results of its own on the same texts."""
+    other_rows = shutil.copy(rows_path, tmp_path / "other.jsonl")
+    settings |= {"num_steps": 1}
+    for change in ({}, {"init": "pretrained"}, {"dataset_name": str(other_rows)}):
+        from_scratch.main(configure(from_scratch, **settings | change))
+    folders = [path.parent for path in settings["results_dir"].glob("f*/*/*/*/config.json")]
+    assert len(folders) == 3
+    for folder in folders:
+        moments = {"model_name": str(folder), "dataset_name": settings["dataset_name"]}
+        cache.main(configure(cache, **moments, results_dir=settings["results_dir"], max_samples=20))
+    found = list(settings["results_dir"].glob("moments/*/rows/train.safetensors"))
+    assert len({path.read_bytes() for path in found}) == 3
+
+
+def test_the_model_need_not_be_saved(settings):
+    from_scratch.main(configure(from_scratch, **settings, save_model=False))
+    [path] = settings["results_dir"].glob("from_scratch/*/*/metrics.json")
+    assert not list(path.parent.glob("*/config.json"))
+
+
+def test_a_second_run_gives_the_same_history(settings):
+    histories = []
+    for place in ("one", "two"):
+        config = configure(from_scratch, **settings | {"results_dir": settings["results_dir"] / place})
+        from_scratch.main(with_values(config, tokens_per_batch=100 if place == "one" else 8192))
+        [path] = config.run.results_dir.glob("from_scratch/*/*/history.csv")
+        histories.append([line.split(",")[:4] for line in path.read_text().splitlines()])
+    assert histories[0] == histories[1]

@@ -1,0 +1,498 @@
+"""linear_sklearn.py: its solvers equal scikit-learn's and the moments', its scores the formulas; its command line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import cache
+import K_sweep
+import linear_sklearn
+from tests.conftest import ROOT, configure, make_texts, run_command, run_in_process, write_rows
+from utils.algebra.ridge import ridge_path
+from utils.data import load as data_module
+from utils.data.load import LabelledTexts, load_texts
+from utils.script import UserError
+from utils.settings import with_values
+from utils.training.baselines import bag_of_words_folds, text_baselines
+from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
+from utils.training.probes import fit_logistic, num_processes, preconditioned_start
+
+pytestmark = pytest.mark.slow
+
+
+def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Standardised float32 features with strong correlations, and labels that they predict in part."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(width, width)) * np.logspace(0, -2, width)[:, None]
+    features = random.normal(size=(num, width)) @ mixing
+    logits = features @ random.normal(size=(width, num_classes)) + random.gumbel(size=(num, num_classes)) * 8
+    return torch.tensor(StandardScaler().fit_transform(features)).float(), logits.argmax(1)
+
+
+def objective(features, labels, weights, intercept, inverse_penalty: float = 1.0) -> float:
+    """Mean log-loss plus penalty of softmax weights (c, d), written out in float64."""
+    logits = features.double().numpy() @ weights.T + intercept
+    logits = logits - logits.max(1, keepdims=True)
+    log_shares = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    loss = -log_shares[np.arange(len(labels)), labels].mean()
+    return loss + np.square(weights).sum() / (2 * inverse_penalty * len(labels))
+
+
+# ------------------------------------------------------------------ solvers
+@pytest.mark.parametrize("inverse_penalty", [0.1, 1.0, 100.0])
+def test_start_lies_near_the_optimum(inverse_penalty):
+    features, labels = make_features(600, 40, 4)
+    start = preconditioned_start(features, torch.from_numpy(labels), 4, inverse_penalty).numpy()
+    exact = LogisticRegression(C=inverse_penalty, tol=1e-9, max_iter=10_000).fit(features.double().numpy(), labels)
+    optimum = objective(features, labels, exact.coef_, exact.intercept_, inverse_penalty)
+    reached = objective(features, labels, start[:, :-1], start[:, -1], inverse_penalty)
+    at_zero = np.log(4)
+    assert optimum - 1e-7 <= reached < optimum + 2e-3 * (at_zero - optimum)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_lbfgs_finds_what_scikit_learn_finds_from_zero(num_classes):
+    features, labels = make_features(500, 30, num_classes)
+    model, solver = fit_logistic(features, labels, linear_sklearn.Config())
+    exact = LogisticRegression(tol=1e-9, max_iter=10_000).fit(features.double().numpy(), labels)
+    cold = LogisticRegression(max_iter=10_000).fit(features.numpy(), labels)
+    assert solver["converged"] and solver["num_iterations"] < cold.n_iter_[0] / 2
+    probabilities = exact.predict_proba(features.double().numpy())
+    np.testing.assert_allclose(model.predict_proba(features.numpy()), probabilities, atol=5e-3)
+    assert model.coef_.shape == exact.coef_.shape
+
+
+def test_saga_is_the_paper_s_and_never_silently_capped():
+    features, labels = make_features(200, 10, 3)
+    config = configure(linear_sklearn, solver="saga", seed=3)
+    model, solver = fit_logistic(features, labels, config)
+    paper = LogisticRegression(max_iter=1000, solver="saga", tol=0.01, random_state=3).fit(features.numpy(), labels)
+    np.testing.assert_array_equal(model.coef_, paper.coef_)
+    assert solver == {"num_iterations": paper.n_iter_[0], "converged": True}
+    for name in ("saga", "lbfgs"):
+        capped = with_values(config, solver=name, max_iter=2, tolerance=1e-9)
+        assert fit_logistic(features, labels, capped)[1]["converged"] is False
+
+
+@pytest.mark.parametrize(("num", "width"), [(300, 20), (60, 80)])
+def test_least_squares_equals_scikit_learn(num, width):
+    features, labels = make_features(2 * num, width, 3)
+    features = features * torch.logspace(-2, 3, width) + 5 * (torch.arange(width) == 3)
+    features[:, 5] = 7.7
+    train, targets = features[:num].double().numpy(), np.eye(3)[labels[:num]]
+    weights, intercept = linear_sklearn.least_squares(features[:num], torch.from_numpy(targets))
+    reference = make_pipeline(StandardScaler(), LinearRegression()).fit(train, targets)
+    for part in (features[:num], features[num:]):
+        predictions = linear_sklearn.predict(part, weights, intercept)
+        np.testing.assert_allclose(predictions, reference.predict(part.double().numpy()), atol=1e-6)
+
+
+def test_least_squares_survives_a_massive_coordinate():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(2000, 40))
+    features[:, 0] = 1000 + 8 * features[:, 0]
+    targets = (features[:, :1] - 1000) / 8 + random.normal(size=(2000, 1))
+    rounded = torch.from_numpy(features).float()  # as cache.py saves them
+    predictions = linear_sklearn.predict(rounded, *linear_sklearn.least_squares(rounded, torch.from_numpy(targets)))
+    exact = LinearRegression().fit(features, targets).predict(features)
+    assert squared_error_scores(targets, predictions)["mse"] == pytest.approx(
+        np.square(exact - targets).mean(), abs=1e-6
+    )
+
+
+def test_ridge_from_moments_equals_scikit_learn_on_the_same_folds():
+    random = np.random.default_rng(0)
+    features, labels = make_features(240, 30, 3)
+    x = features.double().numpy() * np.logspace(2, -2, 30) + random.normal(size=30) * 10
+    x[:, 7] = 4.2  # constant: it must stay out
+    y, fold = np.eye(3)[labels], random.choice(5, 240, p=[0.3, 0.3, 0.25, 0.15, 0])  # ragged, one fold empty
+    moments: dict[str, torch.Tensor] = {}
+    counts = np.bincount(fold, minlength=5).astype(float)
+
+    def average(values):
+        return torch.tensor(np.stack([values[fold == f].sum(0) / max(1, (fold == f).sum()) for f in range(5)]))
+
+    moments["fold_pooled_second_moment"] = average(np.einsum("ni,nj->nij", x, x))
+    moments["fold_pooled_label_cross_moment"] = average(np.einsum("ni,nj->nij", x, y))
+    moments["fold_label_second_moment"] = average(np.einsum("ni,nj->nij", y, y))
+    moments["fold_pooled_mean"], moments["fold_label_mean"] = average(x), average(y)
+    alphas = (0.1, 10.0, 1000.0)
+    path = ridge_path(moments, torch.tensor(counts), alphas)
+    baseline = sum(np.square(y[fold == f] - y[fold != f].mean(0)).sum() for f in range(4))
+    for alpha, r2 in zip(alphas, path["r2"], strict=True):
+        pipeline = make_pipeline(StandardScaler(), Ridge(alpha))
+        predictions = cross_val_predict(pipeline, x, y, cv=PredefinedSplit(fold))
+        assert r2 == pytest.approx(1 - np.square(y - predictions).sum() / baseline, abs=1e-9)
+    assert (
+        path["best_r2"] == max(path["r2"]) and path["alphas"][path["r2"].index(path["best_r2"])] == path["best_alpha"]
+    )
+    with pytest.raises(UserError, match="one fold"):
+        ridge_path(moments, torch.tensor([240.0, 0, 0, 0, 0]).double(), alphas)
+
+
+@pytest.mark.slow
+def test_array_api_gives_the_same_fit():
+    """The GPU's path, on CPU tensors; in a process of its own, as scipy reads its switch when it is imported."""
+    script = """
+import linear_sklearn, sklearn, torch
+from sklearn.linear_model import LogisticRegression
+from tests.scripts.test_linear_sklearn import make_features
+from utils.training.probes import fit_logistic
+for num_classes in (2, 4):
+    features, labels = make_features(400, 20, num_classes)
+    expected, _ = fit_logistic(features, labels, linear_sklearn.Config())
+    with sklearn.config_context(array_api_dispatch=True):
+        model, solver = fit_logistic(features, labels, linear_sklearn.Config())
+        probabilities = model.predict_proba(features)
+    assert isinstance(model.coef_, torch.Tensor) and solver["converged"]
+    torch.testing.assert_close(probabilities, torch.tensor(expected.predict_proba(features.numpy())), atol=1e-3, rtol=0)
+print("equal")
+"""
+    result = run_command("-c", script)
+    assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_processes_follow_memory_cores_and_size():
+    job: dict[str, Any] = {"num_layers": 25, "rows": (100_000, 10_000), "width": 1000, "num_classes": 20}
+    one_layer = (4 * 110_000 + 8 * 100_000) * 1000 / 2**30  # float32 features, those of train also in float64
+    assert num_processes(8, 1000.0, **job) == 8
+    assert num_processes(99, 1000.0, **job) == 25
+    assert num_processes(8, 3.2 * one_layer, **job) == 2  # logits and matrices take their share
+    with pytest.raises(UserError, match="memory_gb"):
+        num_processes(8, one_layer, **job)
+    assert num_processes(None, 1000.0, 5, (800, 200), 100, 10) == 1
+
+
+# ------------------------------------------------------------------ scores and baselines
+def test_scores_equal_their_formulas():
+    labels = np.array([0, 0, 0, 2])  # class 1 is absent
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.3, 0.3, 0.4]], dtype=np.float32)
+    scores = classification_scores(labels, probabilities)
+    assert scores["accuracy"] == 0.75
+    assert scores["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["macro_f1"] == pytest.approx((0.8 + 0 + 1) / 3)
+    assert scores["log_loss"] == pytest.approx(-np.log([0.7, 0.2, 0.6, 0.4]).mean(), rel=1e-6)
+    targets, predictions = np.array([1.0, 2.0, 4.0]), np.array([1.5, 1.5, 3.5])
+    scores = regression_scores(targets, predictions)
+    assert scores["mse"] == 0.25 and scores["r2"] == pytest.approx(1 - 0.75 / (14 / 3))
+    assert scores["mse_over_variance"] == pytest.approx(0.75 / (14 / 3))
+    assert scores["pearson"] == pytest.approx(np.corrcoef(targets, predictions)[0, 1])
+    constant = regression_scores(np.array([0.1] * 3), predictions)
+    assert constant["r2"] is None and constant["pearson"] is None
+
+
+def labelled(texts, labels, names) -> LabelledTexts:
+    return LabelledTexts(texts, np.array(labels), names, "")
+
+
+def test_baselines_of_classes():
+    train = labelled(["good fine", "good nice", "bad awful", "good nice"] * 5, [1, 1, 0, 1] * 5, ["no", "yes", "rare"])
+    test = labelled(["bad", "fine good", "awful bad"], [0, 1, 0], train.label_names)
+    baselines = text_baselines(train, test)
+    prior = DummyClassifier(strategy="prior").fit(np.zeros((20, 1)), train.labels)
+    assert baselines["majority"]["accuracy"] == prior.score(np.zeros((3, 1)), test.labels) == pytest.approx(1 / 3)
+    assert baselines["majority"]["train"]["accuracy"] == 0.75
+    assert baselines["majority"]["log_loss"] == pytest.approx(-np.log([0.25, 0.75, 0.25]).mean())
+    assert baselines["bag_of_words"]["accuracy"] == 1.0 and baselines["bag_of_words"]["train"]["accuracy"] == 1.0
+    wordless = labelled(["..", "!", "?", "."] * 5, train.labels, train.label_names)
+    assert text_baselines(wordless, test)["bag_of_words"]["train"]["accuracy"] == 0.75
+
+
+def test_baselines_of_numbers():
+    train = labelled(["one", "two", "three"] * 8, [1.0, 2.0, 3.0] * 8, [])
+    test = labelled(["three", "one"], [3.5, 1.0], [])
+    baselines = text_baselines(train, test)
+    assert baselines["majority"]["mse"] == pytest.approx((1.5**2 + 1) / 2) and baselines["majority"]["pearson"] is None
+    assert baselines["bag_of_words"]["r2"] > 0.8 and baselines["bag_of_words"]["pearson"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e7])
+def test_targets_far_from_zero_have_the_scores_of_the_same_targets_around_it(offset):
+    texts, random = make_texts(90), np.random.default_rng(0)
+    values = np.array([text.count("red") + 0.5 * text.count("stone") for text in texts]) + random.normal(size=90) / 10
+    around, far = (
+        (labelled(texts[:60], values[:60] + shift, []), labelled(texts[60:], values[60:] + shift, []))
+        for shift in (0.0, offset)
+    )
+    expected, found = text_baselines(*around)["bag_of_words"], text_baselines(*far)["bag_of_words"]
+    assert expected["r2"] > 0.5 and expected["pearson"] > 0.7
+    for name in ("r2", "pearson"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+        assert found["train"][name] == pytest.approx(expected["train"][name], abs=1e-6)
+    folds = np.arange(60) % 3
+    near_r2, far_r2 = (bag_of_words_folds(train, train.labels[:, None], folds) for train, _ in (around, far))
+    assert far_r2 == pytest.approx(near_r2, abs=1e-6)
+
+
+# ------------------------------------------------------------------ the script
+@pytest.fixture(scope="module")
+def made(model_dirs, rows_path, tmp_path_factory):
+    """Folder with moments and features of both splits, and those of K_sweep.py; tests work on copies."""
+    results_dir = tmp_path_factory.mktemp("made")
+    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": results_dir}
+    for split in ("train", "test"):
+        cache.main(configure(cache, **base, split=split, save_pooled="all", folds="all"))
+    K_sweep.main(configure(K_sweep, **base, picture=False))
+    return results_dir
+
+
+@pytest.fixture
+def config(made, model_dirs, rows_path, tmp_path):
+    shutil.copytree(made, tmp_path / "results")
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "num_workers": 1}
+    return configure(linear_sklearn, **names, picture=False, results_dir=tmp_path / "results")
+
+
+def command(config, *more):
+    names = {"model_name": config.model.model_name, "dataset_name": config.data.dataset_name}
+    names["results_dir"] = config.run.results_dir
+    return ["linear_sklearn.py", *(word for name, value in names.items() for word in (f"--{name}", value)), *more]
+
+
+def result_of(config) -> dict:
+    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
+    return json.loads(path.read_text())
+
+
+def features_path(config, split):
+    [path] = config.run.results_dir.glob(f"moments/*/*/{split}.pooled.safetensors")
+    return path
+
+
+def test_result_equals_scikit_learn_and_k_sweep(config):
+    linear_sklearn.main(with_values(config, ridge=True))
+    result = result_of(config)
+    parts = {split: load_file(features_path(config, split)) for split in ("train", "test")}
+    [ntps_path] = config.run.results_dir.glob("ntps/*/rows.json")
+    sweep = json.loads(ntps_path.read_text())
+    for entry, swept in zip(result["layers"], sweep["layers"], strict=True):
+        x = {split: part["pooled"][entry["layer"]].astype(np.float64) for split, part in parts.items()}
+        y = {split: part["labels"].astype(int) for split, part in parts.items()}
+        exact = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-9, max_iter=10_000)).fit(
+            x["train"], y["train"]
+        )
+        linear = make_pipeline(StandardScaler(), LinearRegression()).fit(x["train"], np.eye(3)[y["train"]])
+        for split in parts:
+            shares = exact.predict_proba(x[split])
+            log_loss = -np.log(shares[np.arange(len(shares)), y[split]]).mean()
+            assert entry[split]["log_loss"] == pytest.approx(log_loss, abs=2e-3)
+            assert entry[split]["accuracy"] == pytest.approx(exact.score(x[split], y[split]), abs=1.5 / len(shares))
+            error = np.square(linear.predict(x[split]) - np.eye(3)[y[split]]).mean()
+            assert entry[split]["mse"] == pytest.approx(error, abs=1e-6)
+        assert entry["train"]["mse"] == pytest.approx(swept["probe_mse"], abs=1e-6)
+        assert entry["train"]["r2"] == pytest.approx(swept["probe_r2"], abs=1e-5)
+        assert entry["test"]["mse"] == pytest.approx(swept["probe_mse_held_out"], abs=1e-6)
+        texts = load_texts(config.data, config.run, "train").texts
+        fold = cache.assign_folds(texts, 5)
+        for alpha, r2 in zip(entry["ridge"]["alphas"], entry["ridge"]["r2"], strict=True):
+            pipeline, one_hot = make_pipeline(StandardScaler(), Ridge(alpha)), np.eye(3)[y["train"]]
+            predictions = cross_val_predict(pipeline, x["train"], one_hot, cv=PredefinedSplit(fold))
+            centres = np.stack([one_hot[fold != f].mean(0) for f in fold])
+            expected = 1 - np.square(one_hot - predictions).sum() / np.square(one_hot - centres).sum()
+            assert r2 == pytest.approx(expected, abs=1e-5)
+        assert entry["solver"]["converged"]
+    assert result["num_samples"] == {"train": 168, "test": 72} and result["samples_per_feature"] == 168 / 32
+    assert 0.3 < result["baselines"]["majority"]["accuracy"] < 0.4 < result["baselines"]["bag_of_words"]["accuracy"]
+
+
+def test_ridge_uses_the_folds_that_are_kept_and_says_which_are_missing(config, capsys):
+    """cache.py keeps the folds of the last layer unless told otherwise."""
+    names = {name: getattr(config, name) for name in ("model", "data", "run")}
+    last = with_values(cache.Config(**names), save_pooled="all", overwrite=True)
+    cache.main(last)
+    linear_sklearn.main(with_values(config, ridge=True))
+    entries = result_of(config)["layers"]
+    assert [entry["ridge"] is None for entry in entries] == [True, True, False]
+    assert "no folds are stored of layer 0, 1: python cache.py --folds all" in capsys.readouterr().out
+
+
+def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, *command(config, "--num_workers", "1")) == 0
+    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
+    assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
+    first = result_of(config)
+    linear_sklearn.main(with_values(config, score_split="train", picture=True))  # the same result, shown otherwise
+    assert result_of(config) == first and path.with_name("rows.train.png").is_file()
+    with pytest.raises(UserError, match="solver: 'lbfgs' there, 'saga' now; inverse_penalty: "):
+        linear_sklearn.main(with_values(config, solver="saga", inverse_penalty=2.0))
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers(config, capsys):
+    linear_sklearn.main(config)
+    expected = result_of(config)
+    linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
+    assert "2 at a time" in capsys.readouterr().out
+    assert result_of(config)["layers"] == expected["layers"]
+
+
+def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
+    model, retrained = model_twins
+    names = {"model_name": str(model), "dataset_name": str(rows_path), "num_workers": 1, "picture": False}
+    config = configure(linear_sklearn, **names, results_dir=tmp_path / "results")
+    linear_sklearn.main(config)
+    before = result_of(config)
+    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
+    with pytest.raises(UserError, match=r"rows\.json was made with other weights of the model"):
+        linear_sklearn.main(config)
+    linear_sklearn.main(with_values(config, overwrite=True))
+    after = result_of(config)
+    assert after["model_fingerprint"] != before["model_fingerprint"]
+    assert after["layers"][1]["test"]["log_loss"] != before["layers"][1]["test"]["log_loss"]
+
+
+def test_a_run_reads_the_splits_once(config, tmp_path, monkeypatch, capsys):
+    calls, real = [], data_module.find_source
+    monkeypatch.setattr(data_module, "find_source", lambda *arguments: calls.append(arguments) or real(*arguments))
+    linear_sklearn.main(with_values(config, results_dir=tmp_path / "new"))
+    assert len(calls) == 1 and capsys.readouterr().out.count("168 train and 72 test texts") == 1
+
+
+def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
+    shutil.rmtree(config.run.results_dir / "ntps")
+    linear_sklearn.main(with_values(config, score_split="train", solver="saga", max_iter=1, picture=True))
+    printed = capsys.readouterr().out
+    assert "scores on train" in printed and "bag_of_words" in printed and "No NTPS at" in printed
+    assert "warning: saga has not converged at layer 0, 1, 2" in printed
+    result = result_of(config)
+    assert [layer["solver"] for layer in result["layers"]] == [{"num_iterations": 1, "converged": False}] * 3
+    linear_sklearn.main(with_values(config, solver="saga", max_iter=1))
+    assert "has not converged" in capsys.readouterr().out  # also where the result is reused
+
+
+def test_few_texts_are_warned_of(config, capsys, tmp_path):
+    linear_sklearn.main(with_values(config, max_samples=20, results_dir=tmp_path / "few"))
+    assert "n / d = 20 / 32 < 1: least squares interpolates" in capsys.readouterr().out
+    [path] = tmp_path.glob("few/linear_sklearn/*/rows.json")
+    for layer in json.loads(path.read_text())["layers"][1:]:
+        assert layer["train"]["mse"] < 1e-6 and layer["test"]["mse"] > 1e-3
+
+
+def test_missing_features_are_made_and_stale_ones_made_anew(config, capsys):
+    path = features_path(config, "train")
+    path.unlink()
+    linear_sklearn.main(config)
+    assert path.is_file()
+    expected = result_of(config)["layers"]
+    moments = cache.Config(model=config.model, data=config.data, run=config.run)
+    cache.main(with_values(moments, pooling="last", save_pooled="all", overwrite=True))
+    cache.main(with_values(moments, overwrite=True))  # moments of the mean beside features of the last token
+    linear_sklearn.main(with_values(config, overwrite=True))
+    assert result_of(config)["layers"] == expected
+
+
+def test_features_of_other_settings_are_refused_by_name(config):
+    with pytest.raises(UserError, match="pooling: 'mean' there, 'last' now"):
+        linear_sklearn.main(with_values(config, pooling="last"))
+    assert not (config.run.results_dir / "linear_sklearn").exists()
+    linear_sklearn.main(with_values(config, pooling="last", overwrite=True))
+    assert result_of(config)["config"]["pooling"] == "last"
+
+
+def test_non_finite_features_name_the_layer(config):
+    path = features_path(config, "train")
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    states = np.memmap(path, np.float32, "r+", offset=header, shape=(3, 168, 32))
+    states[1, 5, 7] = np.inf
+    states.flush()
+    with pytest.raises(UserError, match="layer 1, row 5"):
+        linear_sklearn.main(config)
+    assert not (config.run.results_dir / "linear_sklearn").exists()
+
+
+def test_classes_without_texts_are_refused(config):
+    with pytest.raises(UserError, match="2 train texts are fewer than the 3 classes"):
+        linear_sklearn.main(with_values(config, max_samples=2))
+    with pytest.raises(UserError, match="No train text of class b"):
+        linear_sklearn.check_labels(labelled(["x"] * 4, [0, 0, 2, 0], ["a", "b", "c"]))
+    linear_sklearn.check_labels(labelled(["x"], [0.5], []))
+
+
+def test_regression(model_dirs, tmp_path, capsys):
+    texts = make_texts(150)
+    rows = [{"text": text, "label": len(text) / 7} for text in texts]
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    config = configure(
+        linear_sklearn, **names, results_dir=tmp_path / "results", ridge=True, num_workers=1, picture=False
+    )
+    linear_sklearn.main(config)
+    result, features = result_of(config), load_file(features_path(config, "test"))
+    train = load_file(features_path(config, "train"))
+    reference = LinearRegression().fit(train["pooled"][2].astype(np.float64), train["labels"])
+    predictions = reference.predict(features["pooled"][2].astype(np.float64))
+    scores = result["layers"][2]["test"]
+    assert set(scores) == {"mse", "mse_over_variance", "r2", "pearson"} and "solver" not in result["layers"][2]
+    assert scores["r2"] == pytest.approx(
+        reference.score(features["pooled"][2].astype(np.float64), features["labels"]), abs=1e-3
+    )
+    assert scores["pearson"] == pytest.approx(np.corrcoef(predictions, features["labels"])[0, 1], abs=1e-4)
+    assert "pearson" in capsys.readouterr().out and len(result["layers"][2]["ridge"]["r2"]) == 8
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_nothing_half_written(config):
+    call = command(config, "--solver", "saga", "--max_iter", "100000000", "--tolerance", "1e-300")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process: Any = subprocess.Popen(
+        [sys.executable, *map(str, call)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "at a time" not in process.stdout.readline():  # the fits begin
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (config.run.results_dir / "linear_sklearn").exists() and not list(
+        config.run.results_dir.glob("**/*.tmp")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ridge": True, "num_folds": 1}, "num_folds"),
+        ({"inverse_penalty": 0}, "inverse_penalty"),
+        ({"alphas": (0.0,)}, "alphas"),
+        ({"memory_gb": -1.0}, "memory_gb"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        configure(linear_sklearn, **change)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_gpu_is_one_sentence(config):
+    with pytest.raises(UserError, match="Try --device cpu"):
+        linear_sklearn.main(with_values(config, device="cuda"))
+    assert not (config.run.results_dir / "linear_sklearn").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_gives_the_same_result(config):
+    linear_sklearn.main(with_values(config, device="cpu"))
+    on_cpu = result_of(config)["layers"]
+    linear_sklearn.main(with_values(config, device="cuda", overwrite=True))
+    for ours, theirs in zip(result_of(config)["layers"], on_cpu, strict=True):
+        assert ours["test"]["log_loss"] == pytest.approx(theirs["test"]["log_loss"], abs=2e-3)
+        assert ours["test"]["mse"] == pytest.approx(theirs["test"]["mse"], abs=1e-6)

@@ -1,0 +1,366 @@
+"""linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoTokenizer
+
+import cache
+import linear_training
+from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
+from tests.processes import exit_codes, start
+from utils import tensor_files
+from utils.data.load import load_texts
+from utils.script import UserError
+from utils.settings import Run, with_values
+from utils.training import loop as training
+
+pytestmark = pytest.mark.slow
+
+
+def settings(model_dirs, rows, results_dir, **changes):
+    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows), "results_dir": results_dir}
+    return configure(linear_training, **{**base, "device": "cpu", "num_epochs": 4, **changes})
+
+
+def result(results_dir):
+    [path] = results_dir.glob("linear_training/*/*/metrics.json")
+    return path.parent, json.loads(path.read_text())
+
+
+def history(folder):
+    return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+
+
+def train_through_the_model(config) -> list[float]:
+    """Plain loop: every batch of every epoch goes through the frozen LM; mean training loss of each epoch.
+
+    Written without utils/training/loop.py, but for the two conventions that make runs comparable: a permutation per
+    (seed, epoch), dropout masks per (seed, step, process).
+    """
+    model = AutoModel.from_pretrained(config.model.model_name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.model_name, padding_side="right")
+    tokenizer.pad_token = tokenizer.eos_token
+    data = load_texts(config.data, config.run, "train")
+    labels = torch.from_numpy(data.labels)
+    torch.manual_seed(config.data.seed)
+    head = torch.nn.Linear(model.config.hidden_size, data.num_labels)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
+    losses, step = [], 0
+    for epoch in range(config.num_epochs):
+        order = np.random.default_rng((config.data.seed, epoch)).permutation(len(labels))
+        of_epoch = []
+        for first in range(0, len(order), config.batch_size):
+            rows = order[first : first + config.batch_size]
+            batch = tokenizer([data.texts[row] for row in rows], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None]
+            pooled = (states * mask).sum(1) / mask.sum(1)
+            torch.manual_seed(int(np.random.SeedSequence((config.data.seed, step, 0)).generate_state(1)[0]))
+            loss = cross_entropy(head(torch.dropout(pooled, config.dropout, train=True)), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            of_epoch.append(loss.item())
+            step += 1
+        losses.append(float(np.mean(of_epoch)))
+    return losses
+
+
+def test_epochs_over_stored_states_equal_epochs_through_the_model(model_dirs, rows_path, tmp_path):
+    config = settings(model_dirs, rows_path, tmp_path, dropout=0.2, learning_rate=1e-2)
+    expected = train_through_the_model(config)
+    linear_training.main(config)
+    folder, _ = result(tmp_path)
+    losses = [float(row["train_loss"]) for row in history(folder)]
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses[0] - losses[-1] > 0.05  # and something has been learned
+    without = settings(model_dirs, rows_path, tmp_path, dropout=0.0, learning_rate=1e-2, overwrite=True)
+    linear_training.main(without)
+    others = [float(row["train_loss"]) for row in history(folder)]
+    assert abs(others[-1] - expected[-1]) > 1e-3  # the comparison can tell two runs apart
+
+
+def test_the_model_runs_once(model_dirs, rows_path, tmp_path, monkeypatch):
+    calls = []
+    real = cache.accumulate_moments
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(cache, "accumulate_moments", counted)
+    linear_training.main(settings(model_dirs, rows_path, tmp_path))
+    assert len(calls) == 2  # train and test
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, learning_rate=1e-3, overwrite=True))
+    assert len(calls) == 2
+
+
+def test_stored_states_of_every_layer_serve_too(model_dirs, rows_path, tmp_path):
+    linear_training.main(settings(model_dirs, rows_path, tmp_path / "one"))
+    for split in ("train", "test"):
+        one_run = settings(model_dirs, rows_path, tmp_path / "two")
+        moments = cache.Config(split, num_folds=3, model=one_run.model, data=one_run.data, run=one_run.run)
+        cache.main(with_values(moments, save_pooled="all"))
+    linear_training.main(settings(model_dirs, rows_path, tmp_path / "two"))
+    one, two = (history(result(tmp_path / folder)[0]) for folder in ("one", "two"))
+    assert len(one) == len(two) > 1
+    for row, other in zip(one, two, strict=True):  # two passes of the model: equal but for the last bit
+        assert {name: float(value) for name, value in row.items() if value} == pytest.approx(
+            {name: float(value) for name, value in other.items() if value}, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_saved_head_scores_as_reported_on_raw_states(model_dirs, rows_path, tmp_path, standardize):
+    linear_training.main(
+        settings(model_dirs, rows_path, tmp_path, standardize=standardize, learning_rate=1e-2, num_epochs=20)
+    )
+    folder, metrics = result(tmp_path)
+    head = load_file(folder / "head.safetensors")
+    [pooled_path] = tmp_path.glob("moments/*/*/test.pooled.safetensors")
+    pooled = load_file(pooled_path)
+    outputs = pooled["pooled"][-1] @ head["weight"].T + head["bias"]
+    accuracy = (outputs.argmax(1) == pooled["labels"]).float().mean().item()
+    assert accuracy == pytest.approx(metrics["last"]["test_accuracy"], abs=1e-6)
+    assert cross_entropy(outputs, pooled["labels"].long()).item() == pytest.approx(
+        metrics["last"]["test_loss"], abs=1e-4
+    )
+    assert accuracy > metrics["baselines"]["majority"]["accuracy"] + 0.1
+    assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.5
+
+
+def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_path, tmp_path):
+    linear_training.main(
+        settings(
+            model_dirs,
+            rows_path,
+            tmp_path,
+            validation_share=0.2,
+            patience=2,
+            num_epochs=500,
+            learning_rate=0.1,
+            standardize=True,
+        )
+    )
+    folder, metrics = result(tmp_path)
+    losses = [float(row["validation_loss"]) for row in history(folder)]
+    assert len(losses) < 500 and int(np.argmin(losses)) == len(losses) - 3
+    assert metrics["best"]["validation_loss"] == min(losses) and metrics["best_rule"] == "validation loss"
+
+
+def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):
+    data = load_texts(settings(model_dirs, rows_path, tmp_path).data, Run(), "train")
+    kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
+    assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
+    assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
+
+
+def test_cosine_ends_at_zero(model_dirs, rows_path, tmp_path):
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, schedule="cosine", warmup=0.25))
+    rates = [float(row["learning_rate"]) for row in history(result(tmp_path)[0])]
+    assert rates[0] <= 1e-4 and rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 2e-5
+
+
+def test_regression_reports_the_unit_of_the_labels(model_dirs, tmp_path):
+    random = np.random.default_rng(0)
+    rows = [{"text": t, "label": 100 + 3.5 * len(t.split()) + random.normal()} for t in make_texts(200)]
+    path = write_rows(tmp_path / "lengths.jsonl", rows)
+    linear_training.main(
+        settings(model_dirs, path, tmp_path, standardize=True, learning_rate=3e-2, num_epochs=60, pooling="last")
+    )
+    folder, metrics = result(tmp_path)
+    assert metrics["last"]["test_r2"] > 0.2 and metrics["last"]["test_mse"] < metrics["baselines"]["majority"]["mse"]
+    assert load_file(folder / "head.safetensors")["bias"].shape == (1,)
+
+
+# ------------------------------------------------------------------ command line
+def arguments(model_dirs, rows, results_dir, *more):
+    call = ["linear_training.py", "--model_name", model_dirs["qwen2"], "--dataset_name", rows]
+    return [*call, "--results_dir", results_dir, "--num_epochs", "3", *more]
+
+
+def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, capsys, monkeypatch):
+    call = arguments(model_dirs, rows_path, tmp_path)
+    assert run_in_process(monkeypatch, *call) == 0
+    folder, metrics = result(tmp_path)
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
+    assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
+    assert metrics["config"]["num_epochs"] == 3 and metrics["environment"]["packages"]["torch"] == torch.__version__
+    assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=3))
+    assert "reused" in capsys.readouterr().out
+    message = str(run_in_process(monkeypatch, *call, "--learning_rate", "0.5", "--dropout", "0"))
+    assert (
+        message.startswith("error: ")
+        and "dropout: 0.05 there, 0.0 now; learning_rate: 0.0001 there, 0.5 now" in message
+    )
+    assert run_in_process(monkeypatch, *call, "--standardize") == 0  # beside it, and not in its place
+    assert (folder.parent / f"{folder.name}.standardized" / "metrics.json").is_file()
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
+    model, retrained = model_twins
+    config = settings({"qwen2": model}, rows_path, tmp_path / "results")
+    linear_training.main(config)
+    _, before = result(tmp_path / "results")
+    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
+    with pytest.raises(UserError, match=r"metrics\.json was made with other weights of the model"):
+        linear_training.main(config)
+    linear_training.main(with_values(config, overwrite=True))  # the stale pooled states are made anew as well
+    _, after = result(tmp_path / "results")
+    assert after["model_fingerprint"] != before["model_fingerprint"]
+    assert after["last"]["test_loss"] != before["last"]["test_loss"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_path, capsys):
+    def config(place):
+        return settings(model_dirs, rows_path, tmp_path / place, num_epochs=150, validation_share=0.1)
+
+    more = ("--num_epochs", "150", "--minutes_per_state", "0.001", "--validation_share", "0.1", "--device", "cpu")
+    call = arguments(model_dirs, rows_path, tmp_path / "killed", *more)
+    kill_at(lambda: list(tmp_path.glob("killed/linear_training/*/*/state.safetensors")), *call)
+    assert not list((tmp_path / "killed").glob("linear_training/*/*/metrics.json"))
+    for place in ("killed", "whole"):
+        linear_training.main(config(place))
+        assert ("going on from step" in capsys.readouterr().out) == (place == "killed")
+    whole, killed = result(tmp_path / "whole")[0], result(tmp_path / "killed")[0]
+    assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
+    for name, tensor in load_file(whole / "head.safetensors").items():
+        assert torch.equal(tensor, load_file(killed / "head.safetensors")[name])
+    assert not (killed / "state.safetensors").exists()
+
+
+def terminated_at_step_5(config, rank):
+    """What a process runs: one of this rank gets SIGTERM in its fifth step."""
+
+    def run(own):
+        step, seen = training.train_step, []
+
+        def terminated(*arguments):
+            seen.append(0)
+            if own == rank and len(seen) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        training.train_step = terminated
+        linear_training.main(with_values(config, minutes_per_state=60.0))
+
+    return run
+
+
+def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_path, capsys):
+    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+
+    assert exit_codes(start(terminated_at_step_5(ended, rank=0))) == [143]
+    capsys.readouterr()
+    for config in (ended, whole):
+        linear_training.main(config)
+    assert "going on from step 5 of" in capsys.readouterr().out
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
+    assert histories[0] == histories[1]
+
+
+def test_sigterm_at_one_of_two_processes_ends_both_with_a_state(model_dirs, rows_path, tmp_path, capsys):
+    """As across machines, where it does not come to all at once: else one would wait for the gradients of the other."""
+    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
+
+    assert exit_codes(start(terminated_at_step_5(ended, rank=1), 2)) == [143, 143]
+    for config in (ended, whole):
+        assert exit_codes(start(lambda rank, config=config: linear_training.main(config), 2)) == [0, 0]
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
+    assert histories[0] == histories[1]
+
+
+def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(
+    model_dirs, rows_path, tmp_path, monkeypatch, capsys
+):
+    config = settings(model_dirs, rows_path, tmp_path / "results", num_epochs=4)
+    linear_training.main(config)
+    folder, old = result(tmp_path / "results")
+    again = with_values(config, learning_rate=1e-2, overwrite=True)
+    step = training.train_step
+
+    def interrupted(run, progress, model):
+        if progress.step == 6:
+            raise KeyboardInterrupt
+        return step(run, progress, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            linear_training.main(with_values(again, minutes_per_state=0.0))
+    assert result(tmp_path / "results")[1] == old and (folder / "state.safetensors").is_file()
+    capsys.readouterr()
+    linear_training.main(again)
+    assert "going on from step 6 of" in capsys.readouterr().out
+    linear_training.main(with_values(again, overwrite=False, results_dir=tmp_path / "whole"))
+    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "results")]
+    assert histories[0] == histories[1]
+
+
+def test_a_state_of_other_settings_goes_with_overwrite(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+    config = settings(model_dirs, rows_path, tmp_path, num_epochs=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_training, "save_result", lambda *arguments: pytest.fail("killed before the end"))
+        with pytest.raises(pytest.fail.Exception):
+            linear_training.main(with_values(config, minutes_per_state=0.0))
+    with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
+        linear_training.main(with_values(config, learning_rate=1e-2))
+    linear_training.main(with_values(config, learning_rate=1e-2, overwrite=True))
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_without_space_for_a_state_training_goes_on(model_dirs, rows_path, tmp_path, monkeypatch):
+    reserve = tensor_files.reserve
+
+    def full(file, num_bytes):
+        if "state.safetensors." in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        reserve(file, num_bytes)
+
+    monkeypatch.setattr(tensor_files, "reserve", full)
+    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=2, minutes_per_state=0.0))
+    assert result(tmp_path)[1]["num_steps"] > 0 and not list(tmp_path.rglob("state.*"))
+
+
+def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
+    texts = make_texts(60)
+
+    def rows(labels):
+        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
+
+    linear_training.main(settings(model_dirs, rows("ab"), tmp_path))
+    with pytest.raises(UserError, match="other rows"):
+        linear_training.main(settings(model_dirs, rows("ba"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patience": 3}, "validation_share"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"weight_decay": -1.0}, "--weight_decay must be at least 0"),
+        ({"validation_share": 0.999}, "--validation_share 0.999 leaves none of the 168 train texts"),
+        ({"track": "wandb"}, "pip install wandb"),
+        ({"model_name": "tinny"}, "Did you mean tiny"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        linear_training.main(settings(model_dirs, rows_path, tmp_path, **change))
+    assert not list(tmp_path.glob("linear_training/**/*.json"))

@@ -1,0 +1,271 @@
+"""lora_finetuning.py: what is trained and what is not, the saved adapter, resuming, and NTPS before and after."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lora_finetuning
+from tests.conftest import configure, kill_at, run_in_process
+from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps
+from utils.data import load as data_module
+from utils.models.load import load_base_model
+from utils.models.states import run_base_model
+from utils.models.table import FAMILIES
+from utils.script import UserError
+from utils.settings import with_values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def settings(model_dirs, rows_path, tmp_path) -> dict:
+    """A few steps on made-up rows, in float32."""
+    return {
+        "model_name": str(model_dirs["qwen2"]),
+        "dataset_name": str(rows_path),
+        "results_dir": tmp_path,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_steps": 12,
+        "steps_per_evaluation": 6,
+        "batch_size": 4,
+    }
+
+
+def result(results_dir):
+    [path] = results_dir.glob("lora/*/*/metrics.json")
+    return path.parent, json.loads(path.read_text())
+
+
+# ------------------------------------------------------------------ what is trained
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_adapter_and_head_have_gradients_and_change(settings, model_dirs, architecture):
+    folder = model_folder(architecture, model_dirs)
+    config = configure(lora_finetuning, **settings | {"model_name": str(folder), "learning_rate": 1e-2, "warmup": 0.0})
+    run, _ = make_run(lora_finetuning, config)
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    take_steps(run, 3)
+    trained = run.trained_parameters()
+    assert {name.rsplit(".", 1)[-1] for name in trained if name.startswith("head.")} == {"weight", "bias"}
+    for name, parameter in run.model.named_parameters():
+        is_new = ".lora_A." in name or ".lora_B." in name or name.startswith("head.")
+        assert (name in trained) == parameter.requires_grad == is_new
+        assert torch.equal(parameter, before[name]) != is_new, name
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name}
+    assert adapted == set(FAMILIES[architecture].lora_target_modules)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inside = dict(original.get_decoder().named_parameters())
+    for name, parameter in run.model.decoder.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(parameter, inside[name.replace(".base_layer", "")])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, model_dirs, architecture):
+    """Trained in place, loaded by plain PEFT, and merged by cache.py's loader: three times the same hidden states."""
+    folder = model_folder(architecture, model_dirs)
+    changes = {"model_name": str(folder), "learning_rate": 1e-2, "num_steps": 60}
+    config = configure(lora_finetuning, **settings | changes)
+    run, made_of = make_run(lora_finetuning, config)
+    losses = take_steps(run, 60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    run.model.eval()
+    made_of["trainable"].save(config.run.results_dir)
+    adapter_dir = config.run.results_dir / "adapter"
+    input_ids, _ = made_of["tokens"]["test"].pad(torch.arange(5).numpy())
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        trained = run.model.decoder(input_ids=input_ids).last_hidden_state
+        before = original.get_decoder()(input_ids=input_ids).last_hidden_state
+        loaded = PeftModel.from_pretrained(original, adapter_dir)(input_ids, output_hidden_states=True).hidden_states[
+            -1
+        ]
+    merged = run_base_model(
+        load_base_model(replace(config.model, adapter_dir=adapter_dir), config.run, torch.device("cpu")), input_ids
+    )
+    assert (trained - before).abs().max() > 1e-2
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-4)
+
+
+def test_start_layer_and_targets(settings):
+    config = configure(lora_finetuning, **settings, start_layer=1, target_modules=("v_proj", "down_proj"), rank=4)
+    run, _ = make_run(lora_finetuning, config)
+    adapted = {name.split(".lora_")[0] for name in run.trained_parameters() if ".lora_" in name}
+    assert adapted == {"decoder.layers.1.self_attn.v_proj", "decoder.layers.1.mlp.down_proj"}
+    assert {parameter.shape[0] for name, parameter in run.trained_parameters().items() if ".lora_A." in name} == {4}
+
+
+def test_dtype_is_of_the_frozen_weights_and_what_is_trained_is_float32(settings):
+    run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings | {"dtype": "bfloat16"}))
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in run.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    exact, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings))
+    losses = [take_steps(each, 3) for each in (run, exact)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_gradient_checkpointing_changes_no_number(settings, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        config = configure(lora_finetuning, **settings, gradient_checkpointing=checkpointing)
+        run, _ = make_run(lora_finetuning, config)
+        found.append(take_steps(run, 6))
+        assert getattr(run.model.decoder, "is_gradient_checkpointing", checkpointing) == checkpointing
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": ("q_proj", "query")}, "has no query; --target_modules can name .*q_proj"),
+        ({"start_layer": 2}, "has layers 0 to 1"),
+        ({"rank": 0}, "rank must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(settings, change, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        lora_finetuning.main(configure(lora_finetuning, **settings | change))
+
+
+def test_an_unknown_family_needs_targets(settings, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "qwen2")
+    with pytest.raises(UserError, match=r"--target_modules; it has down_proj, .*q_proj"):
+        make_run(lora_finetuning, configure(lora_finetuning, **settings))
+    run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
+    assert len(run.trained_parameters()) == 2 * 2 + 2
+
+
+# ------------------------------------------------------------------ command line
+def arguments(settings, *more):
+    call = ["lora_finetuning.py"]
+    for name, value in settings.items():
+        call += [f"--{name}", value]
+    return [*call, *more]
+
+
+def test_command_line_writes_reuses_and_refuses(settings, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, *arguments(settings, "--gradient_accumulation", "2")) == 0
+    folder, metrics = result(settings["results_dir"])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
+    names = ["adapter", "head.safetensors", "history.csv", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["bias"]) == (32, 32, "none")
+    rows = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["6", "12"]
+    assert metrics["last"]["step"] == 12 and metrics["best"]["step"] in (6, 12) and metrics["texts_per_step"] == 8
+    assert {"test_loss", "test_accuracy", "test_balanced_accuracy", "test_macro_f1"} <= set(metrics["last"])
+    assert {"majority", "bag_of_words"} <= set(metrics["baselines"])
+    lora_finetuning.main(configure(lora_finetuning, **settings, gradient_accumulation=2))
+    assert "reused" in capsys.readouterr().out
+    message = str(run_in_process(monkeypatch, *arguments(settings, "--rank", "8")))
+    assert message.startswith("error: ") and "rank: 32 there, 8 now" in message
+    assert "gradient_accumulation: 2 there, 1 now" in message
+
+
+def test_a_retrained_model_of_the_same_name_is_noticed(settings, model_twins):
+    model, retrained = model_twins
+    config = configure(lora_finetuning, **settings | {"model_name": str(model), "num_steps": 2})
+    lora_finetuning.main(config)
+    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
+    with pytest.raises(UserError, match=r"metrics\.json was made with other weights of the model"):
+        lora_finetuning.main(config)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
+    settings |= {"num_steps": 60, "steps_per_evaluation": 15}
+    killed, whole = settings["results_dir"] / "killed", settings["results_dir"] / "whole"
+    call = arguments(settings | {"results_dir": killed}, "--minutes_per_state", "0.003")
+    kill_at(lambda: list(killed.glob("lora/*/*/state.safetensors")), *call)
+    assert not list(killed.glob("lora/*/*/metrics.json"))
+    for place in (killed, whole):
+        lora_finetuning.main(configure(lora_finetuning, **settings | {"results_dir": place}))
+        assert ("going on from step" in capsys.readouterr().out) == (place == killed)
+    folders = result(killed)[0], result(whole)[0]
+    assert len({(folder / "history.csv").read_text() for folder in folders}) == 1
+    for name in ("head.safetensors", "adapter/adapter_model.safetensors"):
+        tensors = [load_file(folder / name) for folder in folders]
+        assert tensors[0] and all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
+# ------------------------------------------------------------------ NTPS before and after
+def scores_of(results, model) -> dict:
+    """What K_sweep.py wrote of a model."""
+    [path] = results.glob(f"ntps/{model}/*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
+    """Settings of a run with --ntps_after, what it printed, and how often it read the dataset; tests work on copies."""
+    settings = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
+    settings |= {"results_dir": tmp_path_factory.mktemp("compared"), "dtype": "float32", "num_steps": 30}
+    settings |= {"batch_size": 4, "learning_rate": 1e-2}
+    calls, real, printed = [], data_module.find_source, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(data_module, "find_source", lambda *given: calls.append(given) or real(*given))
+        assert run_in_process(patch, *arguments(settings, "--ntps_after")) == 0
+    return {"settings": settings, "printed": printed.getvalue(), "num_reads": len(calls)}
+
+
+@pytest.mark.slow
+def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
+    results = compared["settings"]["results_dir"]
+    folder, metrics = result(results)
+    assert compared["printed"].strip().splitlines()[-1] == str(folder / "before_after.json")
+    table = json.loads((folder / "before_after.json").read_text())
+    for row, model in (("before", folder.parent.name), ("after", f"{folder.parent.name}+lora")):
+        scores = scores_of(results, model)["score"]
+        assert table["ntps"]["retained"][row] == scores["retained"] and table["ntps"]["ntps"][row] == scores["ntps"]
+    assert abs(table["ntps"]["ntps"]["difference"]) > 1e-6
+    [probe] = results.glob("linear_training/*/*/metrics.json")
+    assert table["linear_probe"] == json.loads(probe.read_text())["last"]["test_accuracy"]
+    assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
+    assert "difference" in compared["printed"] and "retained" in compared["printed"]
+
+
+def test_a_run_with_ntps_after_reads_the_splits_once(compared):
+    assert compared["num_reads"] == 1 and compared["printed"].count("168 train and 72 test texts") == 1
+
+
+@pytest.mark.slow
+def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
+    """Another adapter is copied to the same place, with its times, which are older than those of the first's scores."""
+    settings = compared["settings"] | {"results_dir": tmp_path / "results"}
+    other = compared["settings"] | {"results_dir": tmp_path / "other", "learning_rate": 3e-2}
+    lora_finetuning.main(configure(lora_finetuning, **other))
+    old = time.time() - 10_000
+    for path in (tmp_path / "other").rglob("*"):
+        os.utime(path, (old, old))
+    shutil.copytree(compared["settings"]["results_dir"], settings["results_dir"])
+    folder, _ = result(settings["results_dir"])
+    model = folder.parent.name
+    before, after = scores_of(settings["results_dir"], model), scores_of(settings["results_dir"], f"{model}+lora")
+    [moments] = settings["results_dir"].glob(f"moments/{model}+lora/*/train.safetensors")
+    stale = moments.read_bytes()
+    shutil.copytree(result(tmp_path / "other")[0], folder, dirs_exist_ok=True)
+    lora_finetuning.main(configure(lora_finetuning, **settings | {"learning_rate": 3e-2}, ntps_after=True))
+    renewed = scores_of(settings["results_dir"], f"{model}+lora")
+    assert moments.read_bytes() != stale
+    assert renewed["score"]["ntps"]["value"] != after["score"]["ntps"]["value"]
+    assert scores_of(settings["results_dir"], model) == before
+    table = json.loads((folder / "before_after.json").read_text())
+    assert table["ntps"]["ntps"]["after"] == renewed["score"]["ntps"]
+
+    # once more with --overwrite, which trains the first adapter again: its scores are back
+    again = with_values(configure(lora_finetuning, **settings), ntps_after=True, overwrite=True)
+    lora_finetuning.main(again)
+    assert scores_of(settings["results_dir"], f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]

@@ -1,0 +1,177 @@
+"""demo/pretrain.py: a short run through the command line, resuming, and the committed checkpoint."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from demo import pretrain
+from demo.pretrain import Config, cut_windows, learning_rate_at, split_documents
+from tests.conftest import configure, run_in_process
+from utils.data.docstrings import pretraining_corpus
+from utils.script import ROOT, UserError
+from utils.settings import with_values
+
+pytestmark = pytest.mark.slow
+
+CHECKPOINT = ROOT / "demo" / "tiny-lm"
+SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
+FIELDS = {"fingerprint", "environment", "corpus_tokens", "tokens_seen", "epochs", "held_out_loss", "unigram_loss"}
+FIELDS |= {"num_parameters", "seconds", "command", "config", "step", "history"}
+
+
+def report_of(folder):
+    return json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a short uninterrupted run through the real command line, and what it printed."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    flags = [f"--{name}={value}" for name, value in SHORT.items()]
+    places = [f"--output_dir={folder / 'model'}", f"--results_dir={folder / 'runs'}"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        assert run_in_process(patch, "demo/pretrain.py", *flags, *places) == 0
+    return folder, printed.getvalue()
+
+
+def short_config(folder, **changes):
+    places = {"output_dir": folder / "model", "results_dir": folder / "runs"}
+    return configure(pretrain, **SHORT | places | changes)
+
+
+# ------------------------------------------------------------------ a short run
+def test_short_run_writes_a_model_that_loads(finished_run):
+    folder, printed = finished_run
+    report = report_of(folder / "model")
+    assert printed.splitlines()[-1] == str(folder / "model")
+    assert set(report) >= FIELDS and report["step"] == 6 and report["tokens_seen"] == 6 * 4 * 64
+    assert not list((folder / "runs").rglob("*.safetensors"))  # nothing is left to resume
+    model, tokenizer = AutoModel.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    assert len(tokenizer) <= model.config.vocab_size == 4096 and model.dtype == torch.bfloat16
+
+
+def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path):
+    pretrain.main(short_config(tmp_path, stop_at_step=3))
+    with pytest.raises(UserError, match=r"state\.safetensors was made .*learning_rate: None there, 0\.5 now"):
+        pretrain.main(short_config(tmp_path, learning_rate=0.5))
+    assert not (tmp_path / "model").exists() and (tmp_path / "runs" / "tiny" / "state.safetensors").exists()
+    pretrain.main(short_config(tmp_path))
+    resumed, whole = report_of(tmp_path / "model"), report_of(finished_run[0] / "model")
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4)
+    assert resumed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-4)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, finished_run[0])]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=2e-3, rtol=2e-2)  # one step of bfloat16
+
+
+def test_other_settings_are_refused_and_named(finished_run, capsys):
+    folder, _ = finished_run
+    with pytest.raises(UserError, match=r"seed: 0 there, 7 now"):
+        pretrain.main(short_config(folder, seed=7))
+    pretrain.main(short_config(folder, minutes_per_state=9.0))  # changes only speed: the finished model is kept
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_other_docstrings_are_refused(finished_run, monkeypatch):
+    """A model that saw other texts is not taken for the one asked for."""
+    folder, _ = finished_run
+    monkeypatch.setattr(pretrain, "fingerprint", lambda: "0123456789abcdef")
+    with pytest.raises(UserError, match=r"pretraining\.json was made from other rows or docstrings"):
+        pretrain.main(short_config(folder))
+
+
+def test_overwrite_replaces_a_finished_model(finished_run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run[0], folder)
+    (folder / "model" / "stray.txt").write_text("of the first run")
+    pretrain.main(short_config(folder, seed=7, max_steps=1, overwrite=True))
+    report = report_of(folder / "model")
+    assert (report["config"]["seed"], report["step"]) == (7, 1)
+    assert not (folder / "model" / "stray.txt").exists() and not list(folder.glob("*.tmp"))
+
+
+def test_too_little_text_is_a_users_mistake(tmp_path):
+    config = short_config(tmp_path)
+    with pytest.raises(UserError, match="Lower --batch_size"):
+        pretrain.main(with_values(config, batch_size=100_000))
+    with pytest.raises(UserError, match="Raise --max_documents"):
+        pretrain.main(with_values(config, max_documents=1))
+
+
+# ------------------------------------------------------------------ parts
+def test_every_token_of_an_epoch_is_seen_once_and_resuming_keeps_the_order():
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, 4096, size, dtype=np.uint16) for size in (40, 7, 61, 33, 90)]
+    config = Config(batch_size=2, window=8)
+    steps = pretrain.steps_per_epoch(documents, config)
+    stream = pretrain.batches(documents, config, 0)
+    taken = [next(stream) for _ in range(2 * steps + 1)]
+    assert all(batch.shape == (2, 9) for batch in taken)
+    inputs = torch.cat([batch[:, :-1].flatten() for batch in taken[:steps]])
+    assert (
+        torch.bincount(inputs, minlength=4096)
+        .le(torch.from_numpy(np.bincount(np.concatenate(documents), minlength=4096)))
+        .all()
+    )
+    assert not all(torch.equal(a, b) for a, b in zip(taken[:steps], taken[steps : 2 * steps], strict=True))
+    for first in (1, steps, steps + 3):
+        assert torch.equal(next(pretrain.batches(documents, config, first)), taken[first])
+
+
+def test_windows_share_their_border_token():
+    windows = cut_windows(np.arange(11, dtype=np.uint16), 4)
+    assert windows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0 and rates[100] == pytest.approx(0.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ------------------------------------------------------------------ the committed checkpoint
+def test_committed_checkpoint_is_small_and_says_where_it_comes_from():
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 4_000_000
+    report = report_of(CHECKPOINT)
+    assert set(report) >= FIELDS
+    assert report["config"]["size"] == "tiny" and report["config"]["max_steps"] is None
+    assert re.match(r"python (-m demo\.pretrain|demo/pretrain\.py) ", report["command"])
+    assert report["held_out_loss"] < report["unigram_loss"] - 2
+
+
+def test_committed_tokenizer_is_the_one_it_was_trained_with():
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    assert (tokenizer.padding_side, tokenizer.bos_token, len(tokenizer)) == ("right", None, 4096)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    text = "Return the µ-law of 12,345 values.\n\n    >>> mu(x)  # ünïcode 漢字\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    stored = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer", "model"):  # AutoTokenizer rebuilds them by the model's type
+        assert loaded[part] == stored[part]
+
+
+def test_committed_checkpoint_predicts_held_out_docstrings():
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    documents = [text for text in split_documents(pretraining_corpus())[1] if len(text) > 200][:60]
+    losses = []
+    for text in documents:  # one by one, every document from its first token, by the definition of the cross-entropy
+        input_ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
+        with torch.no_grad():
+            log_probabilities = model(input_ids).logits[0, :-1].log_softmax(-1)
+        losses.append(-log_probabilities[torch.arange(input_ids.shape[1] - 1), input_ids[0, 1:]])
+    loss, report = torch.cat(losses).mean().item(), report_of(CHECKPOINT)
+    assert loss < report["unigram_loss"] - 2 < math.log(4096)
+    assert loss == pytest.approx(report["held_out_loss"], abs=0.5)  # other documents cut elsewhere: the same magnitude

@@ -1,0 +1,327 @@
+"""cache.py and training in many processes: the numbers of one, every text once, and one sentence for a mistake."""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cache
+import from_scratch
+import K_sweep
+import lora_finetuning
+from tests.conftest import configure, make_texts, run_command, write_rows
+from tests.processes import exit_codes, free_port, start
+from utils.algebra.scores import SCORES
+from utils.models.batches import share_of, token_steps
+from utils.models.load import TokenizedTexts
+from utils.parallel import processes
+from utils.script import UserError
+from utils.settings import with_values
+from utils.training import finetune as finetuning
+from utils.training import loop as training
+
+
+def settings(model_dirs, rows, folder, **more):
+    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows), "results_dir": folder}
+    options = {"tokens_per_batch": 96, "product_dtype": "float64", "save_pooled": "all", "folds": "all"}
+    return configure(cache, **names, **options, **more)
+
+
+def moments(folder) -> dict[str, torch.Tensor]:
+    [path] = folder.rglob("train.safetensors")
+    return load_file(path)
+
+
+def sweep(config) -> dict:
+    settings = {"model": config.model, "data": config.data, "run": config.run}
+    return K_sweep.run(with_values(K_sweep.Config(**settings), num_null_draws=2, picture=False))
+
+
+def run_cache(config, size: int, counts=None) -> list[int | None]:
+    """cache.py in so many processes; the texts that each ran are written as <counts>/<rank>.json."""
+
+    def run(rank: int) -> None:
+        rows, pad = [], TokenizedTexts.pad
+
+        def counted(tokens, indices):
+            rows.extend(indices.tolist())
+            return pad(tokens, indices)
+
+        TokenizedTexts.pad = counted
+        cache.main(config)
+        if counts is not None:
+            (counts / f"{rank}.json").write_text(json.dumps(rows))
+
+    return exit_codes(start(run, size))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Blocks so small that each process gets some of the few texts of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "PAIRS_PER_BLOCK", 300)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(model_dirs, rows_path, tmp_path_factory):
+    """The result of one process, and its config."""
+    config = settings(model_dirs, rows_path, tmp_path_factory.mktemp("alone"))
+    cache.main(config)
+    return config
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_many_processes_give_the_numbers_of_one(alone, model_dirs, rows_path, tmp_path, size):
+    config = settings(model_dirs, rows_path, tmp_path)
+    assert run_cache(config, size, tmp_path) == [0] * size
+    expected, found = moments(alone.run.results_dir), moments(tmp_path)
+    assert expected.keys() == found.keys()
+    largest = expected["prefix_second_moment"].abs().amax((1, 2), keepdim=True)
+    for name, value in expected.items():
+        # the errors of the products are rounding themselves: measured by what they are errors of
+        scale = largest if name.endswith("_error") else value.abs().amax()
+        assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
+    folders = (alone.run.results_dir, tmp_path)
+    expected, found = (load_file(next(folder.rglob("*.pooled.safetensors"))) for folder in folders)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    ran = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
+    scores = [sweep(c) for c in (alone, config)]
+    for one, other in zip(*(result["layers"] for result in scores), strict=True):
+        for name in SCORES:
+            np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_them_too(alone, model_dirs, rows_path, tmp_path):
+    """The README's command, through accelerate's own launcher; moments equal to rounding."""
+    names = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--results_dir", tmp_path]
+    options = ["--tokens_per_batch", "96", "--product_dtype", "float64", "--folds", "all"]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    port = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    done = run_command("-m", *launch, *port, "cache.py", *names, *options)
+    assert done.returncode == 0, done.stderr
+    expected, found = moments(alone.run.results_dir), moments(tmp_path)
+    for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_process_without_texts_changes_nothing(model_dirs, tmp_path):
+    rows = [{"text": text, "label": f"class {i % 2}"} for i, text in enumerate(make_texts(12, longest=4))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    one, three = (settings(model_dirs, path, tmp_path / name, split="all") for name in ("one", "three"))
+    cache.main(one)
+    assert run_cache(three, 3, tmp_path) == [0, 0, 0]
+    assert sorted(len(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(3)) == [0, 0, 12]
+    expected, found = (load_file(next((tmp_path / name).rglob("all.safetensors"))) for name in ("one", "three"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_shares_hold_every_text_once_and_are_of_like_size(size):
+    lengths = np.random.default_rng(0).integers(1, 200, 3000)
+    blocks = token_steps(lengths, 1024, 2048)
+    assert all((lengths[np.concatenate([step.rows for step in block])] - 1).sum() >= 2048 for block in blocks[:-1])
+    shares = [share_of(blocks, lengths, rank, size) for rank in range(size)]
+    rows = [np.concatenate([step.rows for step in share] or [np.arange(0)]) for share in shares]
+    assert sorted(np.concatenate(rows)) == list(range(3000))
+    tokens = [int(lengths[of].sum()) for of in rows]
+    assert max(tokens) - min(tokens) < 2 * 3100  # two blocks
+    assert all(share[-1].ends_block for share in shares if share)
+
+
+def test_float32_products_are_those_of_one_process(model_dirs, rows_path, tmp_path):
+    """Whole blocks are dealt out, so that each sum in float32 is the same number wherever it is taken."""
+    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "tokens_per_batch": 96}
+    one, two = (configure(cache, **names, product_dtype="float32", results_dir=tmp_path / n) for n in ("one", "two"))
+    cache.main(one)
+    assert run_cache(two, 2) == [0, 0]
+    expected, found = (moments(tmp_path / name)["prefix_second_moment"] for name in ("one", "two"))
+    assert ((found - expected).abs() <= 1e-12 * expected.abs().amax()).all()
+
+
+# ------------------------------------------------------------------ mistakes
+def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_path, tmp_path):
+    def run(rank: int) -> None:
+        def fail(*_):
+            raise UserError("the states of this process are gone")
+
+        if rank == 1:
+            cache.visit_hidden_states = fail
+        arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--tokens_per_batch", 96]
+        sys.argv = ["cache.py", *map(str, arguments), "--results_dir", str(tmp_path / "results")]
+        cache.run_script(cache.main, cache.Config, None, share_work=True)
+
+    codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
+    said = (tmp_path / "said").read_text()
+    assert codes == [1, 1] and said.count("error") == 1 and "the states of this process are gone" in said, said
+    assert "Traceback" not in said and not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["together", "one joins late"])
+def test_a_mistake_of_all_is_said_once(model_dirs, tmp_path, late):
+    join = torch.distributed.init_process_group
+
+    def join_late(*args, store, **kwargs):
+        join(*args, store=store, **kwargs)
+        time.sleep(2)  # where the first process is through already
+        store.check(["what others have said"])
+
+    def run(rank: int) -> None:
+        if late and rank == 2:
+            torch.distributed.init_process_group = join_late
+        sys.argv = ["cache.py", "--model_name", str(model_dirs["llama"]), "--dataset_name", "no_such_rows.jsonl"]
+        cache.run_script(cache.main, cache.Config, None, share_work=True)
+
+    codes = exit_codes(start(run, 3, tmp_path / "said", whole=True))
+    said = (tmp_path / "said").read_text()
+    assert codes == [1, 1, 1] and said.count("\n") == 1 and said.startswith("error: "), said
+    assert "no_such_rows.jsonl" in said
+
+
+def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
+    def run(rank: int) -> None:
+        sys.argv = ["K_sweep.py"]
+        K_sweep.run_script(K_sweep.main, K_sweep.Config, None)
+
+    codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
+    assert sorted(codes) == [0, 1]
+    said = (tmp_path / "said").read_text()
+    assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"
+
+
+# ------------------------------------------------------------------ training
+def train(script, size: int, folder, *flags, ready=lambda rank: None, **options) -> list[int | None]:
+    """A training script in so many processes; into `folder` goes what they print and say, and <rank>.json.
+
+    That file holds the rows that the process evaluated.
+    """
+    options |= {"results_dir": folder / "results", "device": "cpu", "dtype": "float32", "dropout": 0.0}
+    options |= {"batch_size": 4, "num_steps": 7, "steps_per_evaluation": 4, "tokens_per_batch": 96}
+    options |= {"learning_rate": 1e-3}
+    flags = [*itertools.chain(*((f"--{name}", str(value)) for name, value in options.items())), *flags]
+    folder.mkdir(exist_ok=True)
+
+    def run(rank: int) -> None:
+        rows, pad, predict = [], TokenizedTexts.pad, finetuning.predict
+
+        def counting(model, tokens, *rest):
+            def counted(tokens, indices):
+                rows.extend(indices.tolist())
+                return pad(tokens, indices)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(TokenizedTexts, "pad", counted)
+                return predict(model, tokens, *rest)
+
+        finetuning.predict = counting
+        ready(rank)
+        sys.argv = [f"{script.__name__}.py", *flags]
+        with open(folder / "printed", "a", buffering=1) as printed, contextlib.redirect_stdout(printed):
+            script.run_script(script.main, script.Config, None, share_work=True)
+        (folder / f"{rank}.json").write_text(json.dumps(rows))
+
+    return exit_codes(start(run, size, folder / "said", whole=True), 120)
+
+
+@pytest.fixture(scope="module")
+def names(model_dirs, rows_path):
+    """Model and texts."""
+    return {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+
+
+@pytest.fixture(scope="module")
+def trained(names, tmp_path_factory):
+    """The folders of a LoRA run in one process, and in two that also take NTPS before and after."""
+    folders = [tmp_path_factory.mktemp(f"lora{size}") for size in (1, 2)]
+    for size, folder, flags in zip((1, 2), folders, ((), ("--ntps_after",)), strict=True):
+        codes = train(lora_finetuning, size, folder, *flags, lora_dropout=0.0, **names)
+        assert codes == [0] * size, (folder / "said").read_text()
+    return folders
+
+
+def read(folder, pattern: str):
+    """The one result of this name."""
+    [path] = (folder / "results").glob(pattern)
+    return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+
+
+def test_two_processes_train_the_adapter_of_one(trained):
+    for name in ("adapter/adapter_model.safetensors", "head.safetensors"):
+        expected, found = (read(folder, f"lora/*/*/{name}") for folder in trained)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    expected, found = (read(folder, "lora/*/*/metrics.json") for folder in trained)
+    assert found["last"] == pytest.approx(expected["last"], rel=1e-4)
+    assert (found["num_processes"], found["texts_per_step"], found["num_steps"]) == (2, 4, 7)
+
+
+def test_evaluation_runs_every_text_once_over_all_processes(trained):
+    ran = [json.loads((trained[1] / f"{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(itertools.chain(*ran)) == sorted([*range(72)] * 2) and all(ran)  # at steps 4 and 7
+
+
+def test_ntps_after_is_made_and_printed_once(trained):
+    table = read(trained[1], "lora/*/*/before_after.json")
+    assert all(0 < row[when]["value"] < 1 for row in table["ntps"].values() for when in ("before", "after"))
+    printed = (trained[1] / "printed").read_text().splitlines()
+    assert printed[-1].endswith("before_after.json")
+    paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
+    names = ["before_after.json", "metrics.json", "metrics.json", "rows.json", "rows.json"]
+    assert len(set(paths)) == 5 and sorted(path.rsplit("/", 1)[-1] for path in paths) == names
+    assert not list(trained[1].rglob("*.tmp"))
+
+
+def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained, names, tmp_path):
+    def fail_at_step_5(rank: int) -> None:
+        step = training.train_step
+
+        def fail(run, progress, model):
+            if rank == 1 and progress.step == 5:
+                raise UserError("this process has had enough")
+            return step(run, progress, model)
+
+        training.train_step = fail
+
+    options = {"minutes_per_state": 0, "lora_dropout": 0.0, **names}
+    assert train(lora_finetuning, 2, tmp_path, ready=fail_at_step_5, **options) == [1, 1]
+    said = (tmp_path / "said").read_text()
+    assert said.count("error:") == 1 and "had enough" in said and "Traceback" not in said, said
+    assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert train(lora_finetuning, 2, tmp_path, **options) == [0, 0]
+    assert "going on from step 5 of 7" in (tmp_path / "printed").read_text()
+    expected, found = (read(folder, "lora/*/*/adapter/adapter_model.safetensors") for folder in (trained[1], tmp_path))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_two_processes_train_all_weights(names, tmp_path):
+    assert train(from_scratch, 2, tmp_path, **names) == [0, 0]
+    [path] = (tmp_path / "results").glob("from_scratch/*/*/metrics.json")
+    assert (tmp_path / "printed").read_text().count(str(path)) == 1
+    assert json.loads(path.read_text())["last"]["step"] == 7 and len(list(path.parent.glob("*/model.safetensors"))) == 1
+
+
+def test_what_torch_says_of_a_meeting_is_one_line(monkeypatch):
+    def fail(url):
+        raise torch.distributed.DistNetworkError("The socket has failed to connect to node0:1.\nException raised")
+
+    monkeypatch.setattr("utils.parallel.rendezvous", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as said:
+        processes.__wrapped__()
+    assert re.fullmatch(r"error: .* cannot meet \(The socket .* node0:1\.\)\. .* torchrun\.", str(said.value))
+
+
+def test_processes_that_cannot_meet_say_so():
+    done = run_command("cache.py", env={**os.environ, "WORLD_SIZE": "2"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: WORLD_SIZE says that there are 2 processes, and they cannot")

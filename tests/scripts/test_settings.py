@@ -1,0 +1,111 @@
+"""utils/settings.py: a config as flags, as one flat dictionary and back; what cannot be is refused."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import alignment_vis
+import cache
+import from_scratch
+import K_sweep
+import linear_sklearn
+import linear_training
+import lora_finetuning
+from tests.conftest import configure, run_in_process
+from utils.script import parse
+from utils.settings import all_settings, command_line, flatten, result_settings, with_values
+
+SCRIPTS = (cache, K_sweep, alignment_vis, linear_sklearn, linear_training, lora_finetuning, from_scratch)
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(lambda s: s[0] != "-")
+SHARED = {
+    "model_name": TEXT,
+    "dataset_name": TEXT,
+    "adapter_dir": st.none() | st.just(Path("my results/adapter")),
+    "text_template": st.none() | TEXT,
+    "max_samples": st.none() | st.integers(1, 10**6),
+    "seed": st.integers(-5, 99),
+    "ungrouped_split": st.booleans(),
+    "overwrite": st.booleans(),
+    "results_dir": st.sampled_from([Path("results"), Path("a b")]),
+}
+OWN = {
+    cache: {"dtype": st.sampled_from(["float32", "bfloat16"]), "save_pooled": st.sampled_from(["none", "all"])},
+    K_sweep: {
+        "fractions": st.lists(st.floats(0.01, 1), min_size=1, max_size=4).map(tuple),
+        "picture": st.booleans(),
+        "center": st.booleans(),
+    },
+    alignment_vis: {"words": st.none() | st.lists(TEXT, min_size=1, max_size=3).map(tuple)},
+}
+
+
+@pytest.mark.parametrize("module", OWN, ids=lambda module: module.__name__)
+@given(st.data())
+@settings(max_examples=8, deadline=None)
+def test_the_command_of_a_config_gives_that_config(module, data):
+    """Also where values hold spaces, quotes and braces: what the command says is what a shell would pass."""
+    values = {name: data.draw(strategy, name) for name, strategy in (SHARED | OWN[module]).items()}
+    config = configure(module, **values)
+    python, script, *arguments = shlex.split(command_line(f"{module.__name__}.py", config))
+    assert (python, script) == ("python", f"{module.__name__}.py")
+    assert parse(module.Config, arguments) == config
+
+
+def test_a_command_names_only_what_differs_and_what_is_asked_for():
+    config = configure(cache, model_name="me/mine", max_samples=5, overwrite=True)
+    assert command_line("cache.py", config) == "python cache.py --model_name me/mine --max_samples 5 --overwrite"
+    assert command_line("cache.py", config, {"max_samples"}) == "python cache.py --max_samples 5"
+    assert command_line("-m demo.pretrain", configure(cache)) == "python -m demo.pretrain"
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_no_two_settings_of_a_script_have_one_name(module):
+    """The groups leave no trace in the flags, so that their names must differ."""
+
+    def names(config):
+        for name, value in vars(config).items():
+            yield from names(value) if hasattr(value, "__dataclass_fields__") else [name]
+
+    found = list(names(module.Config()))
+    assert len(found) == len(set(found)) and set(found) == set(flatten(module.Config()))
+
+
+def test_a_result_stores_what_changes_it_and_nothing_else():
+    here = configure(K_sweep, device="cuda", results_dir=Path("there"), overwrite=True, picture=False, split="test")
+    stored = result_settings(here)
+    assert stored == result_settings(configure(K_sweep, split="test"))
+    assert stored["split"] == "test" and stored["dtype"] == "float32" and stored["seed"] == 0
+    assert not {"device", "results_dir", "overwrite", "tokens_per_batch", "picture", "trust_remote_code"} & set(stored)
+    assert json.loads(json.dumps(stored)) == stored and isinstance(stored["fractions"], list)
+    assert all_settings(here)["results_dir"] == "there"
+
+
+def test_values_go_to_whatever_group_has_them():
+    config = configure(cache, pooling="last", dtype="bfloat16", seed=3, device="cpu")
+    assert (config.pooling, config.model.dtype, config.data.seed, config.run.device) == ("last", "bfloat16", 3, "cpu")
+    again = with_values(config, seed=4)
+    assert again.data.seed == 4 and again.model is config.model and config.data.seed == 3
+    with pytest.raises(TypeError, match="Config has no setting pooling_of, sed"):
+        with_values(config, dtype="float32", pooling_of="mean", sed=1)
+
+
+def test_no_layer_is_refused_where_layers_are_asked_for(monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "cache.py", "--layers") == 2
+    assert "--layers needs the number of a layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["-1", "0", "nan"])
+@pytest.mark.parametrize("script", ["linear_training.py", "lora_finetuning.py", "from_scratch.py", "demo/pretrain.py"])
+def test_a_learning_rate_that_is_not_positive_is_refused(script, rate, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, script, "--learning_rate", rate) == 2
+    assert f"--learning_rate must be positive, not {float(rate)}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_samples", "tokens_per_batch", "num_folds"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"--{name} must be at least 1, not 0"):
+        configure(cache, **{name: 0})

@@ -1,0 +1,169 @@
+"""Which texts go through the model together: batches of like length, so that little of them is padding.
+
+Batches are dealt out to processes by blocks, the units in which products are added up in their own dtype: every sum
+over a block is then the same number, in whatever process it is taken.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data.load import LabelledTexts
+
+BATCH_COST = 64  # what a batch costs by itself, in tokens
+MAX_PADDED = 1.05  # padded tokens over tokens
+
+
+def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
+
+    Of all cuts between texts of different lengths the one with the fewest padded tokens plus `BATCH_COST` for each
+    batch; where that still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
+
+    Args:
+        lengths: tokens of each text, (n,).
+        tokens_per_batch: most padded tokens of a batch; a longer text is a batch of its own.
+
+    Returns:
+        Arrays of indices; every text is in exactly one.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(-lengths, return_counts=True)
+    values, ends = -values, np.concatenate([[0], np.cumsum(counts)])
+    cost = float(BATCH_COST)
+    while True:
+        groups = cheapest_groups(values, ends, tokens_per_batch, cost)
+        padded = sum(int(values[i]) * int(ends[j] - ends[i]) for i, j in groups)
+        if padded <= MAX_PADDED * lengths.sum():
+            break
+        cost /= 2
+    batches = []
+    for i, j in groups:
+        size = max(1, tokens_per_batch // int(values[i]))
+        batches += [order[start : min(start + size, ends[j])] for start in range(ends[i], ends[j], size)]
+    return batches
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    ends_block: bool
+
+
+def token_steps(lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int) -> list[list[Step]]:
+    """The batches of `token_batches`, in blocks of at least so many pairs of neighbouring tokens; the last has fewer.
+
+    Args:
+        lengths: tokens of each text, (n,).
+        tokens_per_batch: as in `token_batches`.
+        pairs_per_block: fewest pairs (t, t+1) of a block.
+    """
+    blocks: list[list[Step]] = []
+    block: list[Step] = []
+    batches, num_pairs = token_batches(lengths, tokens_per_batch), 0
+    for number, rows in enumerate(batches, 1):
+        num_pairs += int((lengths[rows] - 1).sum())
+        ends = num_pairs >= pairs_per_block or number == len(batches)
+        block.append(Step(rows, ends))
+        if ends:
+            blocks.append(block)
+            block, num_pairs = [], 0
+    return blocks
+
+
+def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_processes: int) -> list[Step]:
+    """The steps of one of the processes: each block, longest texts first, goes to the process with the least to do.
+
+    The first block is that of process 0. Every text is in exactly one share; with few blocks a share can be empty.
+
+    Args:
+        blocks: of `token_steps`.
+        lengths: tokens of each text, (n,).
+        rank: number of the process.
+        num_processes: how many there are.
+    """
+    load, own = np.zeros(num_processes, dtype=np.int64), []
+    for block in blocks:
+        least = int(load.argmin())
+        load[least] += sum(int(lengths[step.rows].max()) * len(step.rows) + BATCH_COST for step in block)
+        own += block if least == rank else []
+    return own
+
+
+def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
+    """The cut of the different lengths `values` (descending) with the fewest padded tokens plus `cost` a batch.
+
+    Every text of a group is padded to its first length. Solved from the shortest lengths on: the best cut of what is
+    left after the first group is known by then.
+
+    Args:
+        values: the m different lengths, descending.
+        ends: texts before each of them, (m + 1,).
+        tokens_per_batch: as in `token_batches`.
+        cost: of a batch, in tokens.
+
+    Returns:
+        `(i, j)` for each group, of the lengths `values[i:j]`.
+    """
+    best, cut = np.zeros(len(values) + 1), np.zeros(len(values), dtype=int)
+    for i in range(len(values) - 1, -1, -1):
+        texts = ends[i + 1 :] - ends[i]
+        batches = -(-texts // max(1, tokens_per_batch // int(values[i])))
+        total = values[i] * texts + cost * batches + best[i + 1 :]
+        cut[i] = i + 1 + int(total.argmin())
+        best[i] = total.min()
+    groups, i = [], 0
+    while i < len(values):
+        groups.append((i, int(cut[i])))
+        i = int(cut[i])
+    return groups
+
+
+# ------------------------------------------------------------------ what belongs to the texts
+def one_hot(numbers: Tensor, num_classes: int) -> Tensor:
+    """Rows of one 1 each, (n, c) float64; that of torch is int64, a second copy."""
+    return torch.zeros(len(numbers), num_classes, dtype=torch.float64).scatter_(1, numbers[:, None], 1)
+
+
+def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None)) -> Tensor:
+    """Labels of some rows as y, (b, c) float64: one-hot rows of classes, or the regression target as it is."""
+    labels = torch.from_numpy(np.asarray(data.labels)[rows])
+    if data.is_regression:
+        return labels.double().reshape(len(labels), -1)
+    return one_hot(labels.long(), data.num_labels)
+
+
+def assign_folds(texts: list[str], num_folds: int) -> np.ndarray:
+    """Number of the fold of each text, (n,) int64, by a hash of the text: equal texts share a fold in any order."""
+    return np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer's states are added up with: b texts of one forward pass."""
+
+    rows: np.ndarray  # (b,) numbers of the texts
+    lengths: Tensor  # (b,) tokens per text
+    targets: Tensor  # (b, c) float64
+    folds: Tensor  # (b, f) float64, one-hot
+    elsewhere: dict[torch.device, "Batch"] = field(default_factory=dict)  # where layers are on other devices
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        if device == self.lengths.device:
+            return self
+        if device not in self.elsewhere:
+            lengths, targets, folds = (tensor.to(device) for tensor in (self.lengths, self.targets, self.folds))
+            self.elsewhere[device] = Batch(self.rows, lengths, targets, folds)
+        return self.elsewhere[device]
+
+    @functools.cached_property
+    def rows_of_folds(self) -> list[Tensor]:
+        """The texts of each fold, as positions within the batch."""
+        return [column.nonzero()[:, 0] for column in self.folds.T]

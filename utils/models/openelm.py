@@ -1,0 +1,441 @@
+"""OpenELM (Mehta et al. 2024, arXiv 2404.14619) as a native `transformers` model.
+
+Importing this module registers it with the Auto classes: the checkpoints published as
+apple/OpenELM-{270M,450M,1_1B,3B} and their -Instruct variants load unchanged and without remote code, although their
+config.json names some in `auto_map`. Give `from_pretrained` a dtype: the published weights are float32, config.json
+says bfloat16.
+
+Written from the paper, the published names and shapes, and the measured behaviour of the published model; tested
+against its numbers (tests/models/test_openelm.py). What is special: heads and feed-forward width grow from the first
+layer to the last ("layer-wise scaling", section 2.1 there).
+
+Shapes: b batch, t tokens, s tokens seen (cached + new), d `hidden_size`, h `head_dim`, v `vocab_size`; in one layer
+q query heads, k key/value heads, feed-forward width f.
+"""
+
+# ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+RMS_NORM_EPS = 1e-6  # not in the published config.json
+
+
+# ------------------------------------------------------------------ configuration
+class OpenELMConfig(PreTrainedConfig):
+    """The fields of the published config.json, under their names, with the published class defaults.
+
+    `hidden_size`, `num_hidden_layers`, `max_position_embeddings`, `hidden_act` and `tie_word_embeddings` are other
+    names for fields below (`attribute_map`). `num_query_heads` and `num_kv_heads`, lists with one entry per layer, are
+    derived where the file leaves them out.
+
+    Raises:
+        ValueError: a list in the file does not belong to the other fields.
+    """
+
+    model_type = "openelm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "model_dim",
+        "num_hidden_layers": "num_transformer_layers",
+        "max_position_embeddings": "max_context_length",
+        "hidden_act": "activation_fn_name",
+        "tie_word_embeddings": "share_input_output_layers",
+    }
+
+    vocab_size: int = 32000
+    max_context_length: int = 2048
+    num_transformer_layers: int = 12
+    model_dim: int = 2048
+    head_dim: int = 128
+    qkv_multipliers: float | list[float] = 1.0  # q h / d: one number, or [first layer, last layer]
+    num_gqa_groups: int = 1  # query heads per key/value head, whatever the name says
+    num_query_heads: list[int] | None = None
+    num_kv_heads: list[int] | None = None
+    ffn_multipliers: float | list[float] = 4.0  # f / d: one number, [first layer, last layer], or one per layer
+    ffn_dim_divisor: int = 256
+    ffn_with_glu: bool = True
+    activation_fn_name: str = "swish"
+    normalization_layer_name: str = "rms_norm"  # informative: there is no other
+    normalize_qk_projections: bool = False
+    share_input_output_layers: bool = False
+    rope_freq_constant: float = 10000
+    rope_max_length: int = 4096  # informative: it sized a table, and here there is none
+    initializer_range: float = 0.02  # informative: see OpenELMPreTrainedModel
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # first, because it sets the fields that were given under another name
+        super().__post_init__(**kwargs)
+        sizes = self.layer_sizes()
+        self.num_query_heads = [query_heads for query_heads, _, _ in sizes]
+        self.num_kv_heads = [kv_heads for _, kv_heads, _ in sizes]
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the widest layer, for library code that expects one number."""
+        return max(query_heads for query_heads, _, _ in self.layer_sizes())
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads of the widest layer."""
+        return max(kv_heads for _, kv_heads, _ in self.layer_sizes())
+
+    def layer_sizes(self) -> list[tuple[int, int, int]]:
+        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1).
+
+        Raises:
+            ValueError: `num_query_heads` or `num_kv_heads` disagrees, or a list of multipliers has a wrong length.
+        """
+        num_layers = self.num_transformer_layers
+        # a multiple of the group, so that every key/value head serves the same number of query heads
+        heads = [
+            _round_to_multiple(multiplier * self.model_dim, self.head_dim * self.num_gqa_groups) // self.head_dim
+            for multiplier in _multiplier_per_layer("qkv_multipliers", self.qkv_multipliers, num_layers)
+        ]
+        widths = [
+            _round_to_multiple(multiplier * self.model_dim, self.ffn_dim_divisor)
+            for multiplier in _multiplier_per_layer("ffn_multipliers", self.ffn_multipliers, num_layers)
+        ]
+        kv_heads = [count // self.num_gqa_groups for count in heads]
+        for name, derived in (("num_query_heads", heads), ("num_kv_heads", kv_heads)):
+            stated = getattr(self, name)
+            if stated is not None and list(stated) != derived:
+                raise ValueError(
+                    f"OpenELM configuration: {name} is {list(stated)}, but qkv_multipliers, model_dim, head_dim, "
+                    f"num_gqa_groups and num_transformer_layers give {derived}. Leave {name} out to have it derived."
+                )
+        return list(zip(heads, kv_heads, widths, strict=True))
+
+
+def _multiplier_per_layer(name: str, multipliers: float | list[float], num_layers: int) -> list[float]:
+    """One multiplier per layer; two numbers are a range, also in a model of two layers."""
+    if isinstance(multipliers, int | float):
+        return [multipliers] * num_layers
+    if len(multipliers) == 2:
+        first, last = multipliers
+        # two decimals as published: unrounded, three of the four published models get other head counts
+        return [round(first + (last - first) * layer / max(num_layers - 1, 1), 2) for layer in range(num_layers)]
+    if len(multipliers) == num_layers:
+        return list(multipliers)
+    raise ValueError(
+        f"OpenELM configuration: {name} has {len(multipliers)} entries; it takes a number, [first, last], or one entry "
+        f"for each of the {num_layers} layers."
+    )
+
+
+def _round_to_multiple(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, at least one, and the next one up if that is below 0.9 `value`."""
+    nearest = max(divisor, int((value + divisor / 2) // divisor) * divisor)
+    return nearest + divisor if nearest < 0.9 * value else nearest
+
+
+# ------------------------------------------------------------------ parts of a layer
+class OpenELMRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, any leading axes: (..., size) -> (..., size)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # The function works in float32 and rounds once. The weight stays outside: in bfloat16 the published model
+        # multiplies after the rounding, which shows in the last bit of every third element.
+        return F.rms_norm(hidden_states, self.weight.shape, eps=RMS_NORM_EPS) * self.weight
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1 (RoPE, arXiv 2104.09864, section 3.2.2).
+
+    Args:
+        position_ids: the integers p, (b, t) or (1, t).
+
+    Returns:
+        Two tensors (b or 1, t, 1, h/2), float32 on the device of `position_ids`; the third axis is for the heads.
+    """
+    # Computed once per forward for all layers, in no buffer: from_pretrained builds on the meta device and leaves
+    # buffers uninitialised, and model.to(bfloat16) would round them. On the CPU, so that every device has the same
+    # bits: the position multiplies a difference by up to 2047.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    # a broadcast product: autocast and TF32 would round a matrix product
+    angles = position_ids[..., None, None].float() * frequencies.to(position_ids.device)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_j, x_{j + h/2}) in float32: (b, t, heads, h) -> the same, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out, for `attn_implementation="eager"`; it alone returns the weights.
+
+    query (b, q, t, h), key, value (b, k, s, h), mask (b, 1, t, s) to add -> output (b, t, q, h), weights (b, q, t, s)
+    """
+    # query head n reads key/value head n // (q/k): each one repeated in place, not the whole row
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    logits = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        logits = logits + mask
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ResidualLinear(nn.Linear):
+    """A Linear that closes a residual branch; a class of its own because it is initialised smaller."""
+
+
+class OpenELMAttention(nn.Module):
+    """Causal grouped-query attention with normalised queries and keys: (b, t, d) -> (b, t, d), and the weights."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+        super().__init__()
+        query_heads, kv_heads, _ = config.layer_sizes()[layer_idx]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.split_sizes = [query_heads, kv_heads, kv_heads]
+        # the names that the library's attention functions read
+        self.num_key_value_groups = config.num_gqa_groups
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+
+        # output features: all query heads, then all key heads, then all value heads
+        self.qkv_proj = nn.Linear(config.model_dim, sum(self.split_sizes) * config.head_dim, bias=False)
+        normalize = config.normalize_qk_projections
+        self.q_norm = OpenELMRMSNorm(config.head_dim) if normalize else nn.Identity()
+        self.k_norm = OpenELMRMSNorm(config.head_dim) if normalize else nn.Identity()
+        self.out_proj = ResidualLinear(query_heads * config.head_dim, config.model_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, q + 2k, h)
+        query, key, value = heads.split(self.split_sizes, dim=2)
+        # the dtype of the values: under autocast, the float32 weight of the norm has made the other two float32
+        query = apply_rotary(self.q_norm(query), *rotary).to(value.dtype).transpose(1, 2)
+        key = apply_rotary(self.k_norm(key), *rotary).to(value.dtype).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        name = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.out_proj(output.flatten(2)), weights
+
+
+class OpenELMFeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with one fused input projection, or the plain two matrices: (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+        super().__init__()
+        _, _, width = config.layer_sizes()[layer_idx]
+        self.gated = config.ffn_with_glu
+        self.activation = ACT2FN[config.activation_fn_name]
+        self.proj_1 = nn.Linear(config.model_dim, 2 * width if self.gated else width, bias=False)
+        self.proj_2 = ResidualLinear(width, config.model_dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inner = self.proj_1(hidden_states)
+        if not self.gated:
+            return self.proj_2(self.activation(inner))
+        gate, up = inner.chunk(2, dim=-1)
+        return self.proj_2(self.activation(gate) * up)
+
+
+class OpenELMDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + ffn(norm(x)): (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attn_norm = OpenELMRMSNorm(config.model_dim)
+        self.attn = OpenELMAttention(config, layer_idx)
+        self.ffn_norm = OpenELMRMSNorm(config.model_dim)
+        self.ffn = OpenELMFeedForward(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.attn(self.attn_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.ffn(self.ffn_norm(hidden_states))
+
+
+# ------------------------------------------------------------------ models
+class OpenELMPreTrainedModel(PreTrainedModel):
+    """What the library needs to know of both models, and the initialisation for training from scratch."""
+
+    config: OpenELMConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "token_embeddings"
+    _no_split_modules = ["OpenELMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # saved by the published code for untied models, never read
+    _keys_to_ignore_on_load_unexpected = [r"transformer\.classifier\.weight"]
+    _can_record_outputs = {"hidden_states": OpenELMDecoderLayer, "attentions": OpenELMAttention}
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Standard deviation d^-1/2, in the matrices that close a residual branch (2 layers d)^-1/2; norms 1.
+
+        The published scheme; `initializer_range` has no part in it.
+        """
+        std = self.config.model_dim**-0.5
+        if isinstance(module, ResidualLinear):
+            nn.init.normal_(module.weight, std=std * (2 * self.config.num_transformer_layers) ** -0.5)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, OpenELMRMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class OpenELMModel(OpenELMPreTrainedModel):
+    """The decoder without output head (arXiv 2404.14619, section 2.1)."""
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__(config)
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(
+            [OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_transformer_layers)]
+        )
+        self.norm = OpenELMRMSNorm(config.model_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every position. Right padding needs no mask, and without one attention is faster.
+
+        Args:
+            input_ids: (b, t), or instead `inputs_embeds` (b, t, d).
+            attention_mask: (b, s), 0 at padding; a (b, 1, t, s) mask is used as it is.
+            position_ids: (b, t); by default the place in the sequence.
+            use_cache: by default as in the configuration; give False where only hidden states are wanted.
+
+        Returns:
+            `last_hidden_state` (b, t, d), after the final norm. With `output_hidden_states=True`, `hidden_states`:
+            layers + 1 tensors (b, t, d), the first the embeddings, the last `last_hidden_state`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.token_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        # given position_ids are searched for packed sequences; the default ones, made below, need not be
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen)[None]
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_freq_constant)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, rotary=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
+    """`OpenELMModel` and next-token logits, in the published models from the embedding matrix (arXiv 2404.14619)."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__(config)
+        self.transformer = OpenELMModel(config)
+        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss if `labels` is given; arguments as in `OpenELMModel.forward`.
+
+        Args:
+            labels: (b, t), the input ids with -100 at padding; shifted by one here.
+            logits_to_keep: the number of last positions whose logits are wanted, or their indices; 0 is all.
+
+        Returns:
+            `logits` (b, t or the number kept, v); `loss`, averaged over the labels that are not -100.
+        """
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def register() -> None:
+    """Makes the Auto classes build these classes for `model_type` "openelm"; importing the module has done it."""
+    AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
+    AutoModel.register(OpenELMConfig, OpenELMModel, exist_ok=True)
+    AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)
+
+
+register()

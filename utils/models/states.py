@@ -1,0 +1,115 @@
+"""The decoder of a causal LM, and its hidden states: visited one layer at a time, and pooled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from utils.script import UserError
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The decoder inside a causal LM: what gives the hidden states that its head reads.
+
+    Raises:
+        UserError: it is not apart from the head.
+    """
+    base = causal_lm.base_model
+    if base is causal_lm:
+        parts = [module for module in causal_lm.children() if isinstance(module, PreTrainedModel)]
+        if len(parts) != 1:
+            raise UserError(f"{type(causal_lm).__name__} has no decoder apart from its head; it cannot be used.")
+        base = parts[0]
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if num_layers := getattr(decoder.config, "decoder_layers", None):  # BART: `num_hidden_layers` is the encoder's
+        decoder.config.num_hidden_layers = num_layers
+    return decoder
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a base model: of the lists of that length the one that holds most of the weights.
+
+    `self_check` finds out whether they are what they seem.
+
+    Raises:
+        UserError: no list of `num_hidden_layers` modules is found.
+    """
+    num_layers = model.config.num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no list of {num_layers} decoder layers to read hidden states from."
+        )
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+@torch.inference_mode()
+def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+    """Runs the model on right-padded `input_ids` (b, t) and calls `visit(layer, hidden_states)` as each layer appears.
+
+    Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
+    the final norm; no more than one of them, (b, t, d), is held. For most models these are the entries of
+    `output_hidden_states=True`; that list is shifted by one for Mamba and RWKV. `self_check` tries the model.
+    """
+    layers = decoder_layers(model)
+
+    def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        visit(0, args[0] if args else kwargs["hidden_states"])
+
+    def inner(layer: int) -> Callable:
+        return lambda module, args, output: visit(layer, output if isinstance(output, Tensor) else output[0])
+
+    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [layers[k - 1].register_forward_hook(inner(k)) for k in range(1, len(layers))]
+    try:
+        visit(len(layers), run_base_model(model, input_ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where tokens go in: the device of the first weights that are on one; those on disk have none."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device that the states of each layer are on, layer 0 first; one token is run where they can differ."""
+    device = input_device(model)
+    if all(parameter.device == device for parameter in model.parameters()):
+        return [device] * (len(decoder_layers(model)) + 1)
+    found: dict[int, torch.device] = {}
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    visit_hidden_states(model, token, lambda layer, states: found.__setitem__(layer, states.device))
+    return [found[layer] for layer in sorted(found)]
+
+
+@torch.inference_mode()
+def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The last hidden states, (b, t, d), of right-padded `input_ids`.
+
+    No mask tensor: behind right padding the causal mask alone hides the padding from every valid token, and without a
+    mask tensor the fast attention kernels apply. The states of the padding itself are meaningless.
+    """
+    return model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """The pooled state m of each text: mean over its tokens, or its last token.
+
+    Args:
+        hidden_states: (b, t, d), right-padded.
+        lengths: tokens per text, (b,).
+        pooling: "mean" or "last".
+
+    Returns:
+        (b, d), in the dtype of `hidden_states`.
+    """
+    if pooling == "last":
+        return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+    positions = torch.arange(hidden_states.shape[1], device=lengths.device)
+    inside = (positions < lengths[:, None]).to(hidden_states.dtype)
+    return torch.bmm(inside[:, None], hidden_states)[:, 0] / lengths[:, None].to(hidden_states.dtype)

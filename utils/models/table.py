@@ -1,0 +1,84 @@
+"""The models the repository knows by name, the families with settings of their own, and what a name stands for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.hub import Repository, nearest
+from utils.models import gguf
+from utils.script import ROOT, UserError
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What one architecture needs beyond the AutoModel defaults."""
+
+    lora_target_modules: tuple[str, ...]  # the attention input projections
+    tokenizer_name: str | None = None  # None: the tokenizer of the model's own repository
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One row of the table of models the repository knows by name."""
+
+    path: str  # hub id, or folder relative to the repository root
+    parameters: str
+    access: str  # what a user has to accept before the download, and where
+
+
+FAMILIES = {  # keyed by `config.model_type`
+    "qwen2": ModelFamily(("q_proj", "k_proj", "v_proj")),
+    "llama": ModelFamily(("q_proj", "k_proj", "v_proj")),
+    "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
+}
+OPEN = "open"
+LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
+MODELS = {
+    "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
+    "micro": ModelSpec("demo/runs/micro", "0.4M", "python -m demo.pretrain --size micro"),
+    "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
+    "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
+    "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
+    "smollm2": ModelSpec(f"demo/runs/{gguf.SMOLLM2}", "135M", "python -m demo.smollm2"),
+    "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
+    "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
+    "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
+    "apple/OpenELM-270M": ModelSpec("apple/OpenELM-270M", "270M", LLAMA_2),
+    "apple/OpenELM-450M": ModelSpec("apple/OpenELM-450M", "450M", LLAMA_2),
+    "apple/OpenELM-1_1B": ModelSpec("apple/OpenELM-1_1B", "1.1B", LLAMA_2),
+    "apple/OpenELM-3B": ModelSpec("apple/OpenELM-3B", "3B", LLAMA_2),
+    "meta-llama/Meta-Llama-3-8B": ModelSpec(
+        "meta-llama/Meta-Llama-3-8B", "8B", "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
+    ),
+}
+
+
+def model_source(model_name: str) -> str:
+    """The hub id, local folder or GGUF file that `model_name` stands for.
+
+    Raises:
+        UserError: a model of the demo that is not there yet, or a folder without a model.
+    """
+    if model_name == "smollm2":
+        if not (path := gguf.models_dir() / gguf.SMOLLM2).is_file():
+            raise UserError(f"No model at {path}. Run: python -m demo.smollm2")
+        return str(path)
+    if gguf.is_gguf(model_name):
+        return model_name
+    spec = MODELS.get(model_name)
+    if spec and spec.path.startswith("demo/"):
+        if not (ROOT / spec.path / "config.json").is_file():
+            raise UserError(f"No model at {spec.path}. Run: python -m demo.pretrain --size {model_name}")
+        return str(ROOT / spec.path)
+    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
+        raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
+    if (model_name.startswith((".", "/", "~")) or model_name.count("/") > 1) and not Path(model_name).is_dir():
+        raise UserError(f"There is no folder {model_name}.{nearest(model_name, MODELS)} See --model_name.")
+    return spec.path if spec else model_name
+
+
+def repository(name: str, revision: str | None = None) -> Repository:
+    """A model or tokenizer, for the sentence about what goes wrong with it."""
+    source = MODELS[name].path if name in MODELS else name
+    folder = ROOT / source if source.startswith("demo/") else Path(source)
+    known = (*MODELS, "gpt2", "distilgpt2")
+    return Repository(name, "Model", known, "a local folder, or --model_name tiny", revision, folder=folder)

@@ -1,0 +1,83 @@
+"""What can be had without a language model: the majority class and a bag of words (or the mean, for regression)."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from utils.data.load import LabelledTexts
+from utils.training.metrics import classification_scores, regression_scores
+
+
+def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
+    """TF-IDF of the words of train, sparse (n, words); one column of zeros where train has no word at all."""
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True, dtype=np.float32)
+    try:
+        return vectorizer.fit_transform(train), vectorizer.transform(test)
+    except ValueError:  # empty vocabulary: texts of punctuation only
+        return np.zeros((len(train), 1)), np.zeros((len(test), 1))
+
+
+def centred_ridge() -> TransformedTargetRegressor:
+    """Ridge regression (alpha = 1) of targets less their mean, unfitted.
+
+    It needs features in float64: `Ridge` rounds targets to the type of the features before it subtracts their mean.
+    """
+    return TransformedTargetRegressor(Ridge(), transformer=StandardScaler(with_std=False))
+
+
+def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
+    """Scores on `test` of two fits on the raw texts of `train`; their scores on `train` under the key `train`.
+
+    `majority` predicts the class frequencies of train, and so the most frequent class (regression: the mean).
+    `bag_of_words` is scikit-learn's TF-IDF, sublinear, with logistic regression (C = 10) or ridge (alpha = 1).
+
+    Returns:
+        {"majority": scores, "bag_of_words": scores}, scores as in utils/training/metrics.py, of all classes of `train`.
+    """
+    words, regression = tfidf_features(train.texts, test.texts), train.is_regression
+    if regression:
+        words = (words[0].astype(np.float64), words[1].astype(np.float64))
+    nothing = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
+    models = {
+        "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), nothing),
+        "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),
+    }
+    baselines = {}
+    for name, (model, (train_features, test_features)) in models.items():
+        model.fit(train_features, train.labels)
+        scores = score(model, test_features, test)
+        baselines[name] = scores | {"train": score(model, train_features, train)}
+    return baselines
+
+
+def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """R2 of ridge regression (alpha = 1) on TF-IDF on each fold that has texts, fitted on the others: (folds,).
+
+    Args:
+        train: n texts.
+        targets: one-hot labels or targets, (n, c).
+        folds: number of the fold of each text, (n,).
+    """
+    words, r2 = tfidf_features(train.texts, train.texts[:1])[0].astype(np.float64), []
+    for fold in np.unique(folds):
+        outside, inside = folds != fold, folds == fold
+        fitted = (
+            centred_ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
+        )
+        baseline = np.square(targets[inside] - targets[outside].mean(0)).sum()
+        r2.append(1 - np.square(targets[inside] - fitted).sum() / baseline)
+    return np.array(r2)
+
+
+def score(model: Any, features: Any, data: LabelledTexts) -> dict[str, Any]:
+    """Scores of a fitted model; a class it has not seen gets probability 0."""
+    if data.is_regression:
+        return regression_scores(data.labels, model.predict(features))
+    probabilities = np.zeros((len(data.labels), data.num_labels))
+    probabilities[:, model.classes_] = model.predict_proba(features)
+    return classification_scores(data.labels, probabilities)

@@ -1,0 +1,262 @@
+"""Train an LM and a linear head on labelled texts: what lora_finetuning.py and from_scratch.py share.
+
+The two scripts differ in how the model is built and in what is saved of it; settings, data, optimiser, schedule,
+evaluation and results are here. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+from transformers.optimization import Adafactor
+
+from utils.algebra.memory import check_training_fits, num_parameters
+from utils.data.load import LabelledTexts
+from utils.models.batches import token_batches
+from utils.models.check import check_gradients, self_check
+from utils.models.identity import load_config, stored_as
+from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
+from utils.models.states import pool
+from utils.parallel import processes
+from utils.results import result_path
+from utils.script import UserError, set_seed
+from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_positive, check_shares
+from utils.training.loop import (
+    Place,
+    TrainingRun,
+    find_finished,
+    make_identity,
+    make_place,
+    print_scores,
+    save_result,
+    train,
+)
+from utils.training.objective import BatchOrder, Head, Objective, save_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Of the head, the optimiser (Adafactor) and its schedule; the scripts give their values."""
+
+    pooling: Literal["mean", "last"]  # pooled state of a text: mean of its tokens, or its last token
+    dropout: float  # on the pooled state
+    num_steps: int  # optimiser steps
+    batch_size: int  # texts of one forward pass; texts of like length come together
+    gradient_accumulation: int  # forward passes of one optimiser step, shared among the processes
+    learning_rate: float  # peak
+    weight_decay: float  # as Adafactor takes it
+    warmup: float  # share of the steps in which the learning rate rises; then half a cosine down to 0
+    steps_per_evaluation: int  # on the whole test split
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
+        check_positive(self, "learning_rate")
+        check_shares(self, "dropout", "warmup")
+
+
+@dataclass(frozen=True)
+class FinetuningSession(Session):
+    """How a training run is kept and shown; these change no number."""
+
+    gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningConfig:
+    """What lora_finetuning.py and from_scratch.py have in common."""
+
+    training: Hyperparameters
+    model: Model = Model(dtype="bfloat16")
+    data: Data = Data()
+    session: FinetuningSession = FinetuningSession()
+    run: Run = Run()
+
+    def __post_init__(self) -> None:
+        if self.model.dtype == "float16":
+            raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
+
+    @property
+    def bytes_of_parameter(self) -> tuple[int, int]:
+        """Of its weight and of its gradient: weights of --dtype, of which hardly any is trained, unless all are."""
+        return getattr(torch, self.model.dtype).itemsize, 0
+
+
+@dataclass
+class Trainable:
+    """A decoder ready for training, and how to write what was trained of it."""
+
+    decoder: Any  # base model without lm_head; what requires a gradient is trained
+    save: Callable[[Path], None]  # writes it under the result folder
+    dtype: Dtype = "float32"  # of the products
+
+
+# ------------------------------------------------------------------ model
+class Classifier(nn.Module):
+    """Decoder, pooling over the tokens of the last hidden state, head: right-padded ids (b, t) -> (b, c) float32."""
+
+    def __init__(self, decoder: nn.Module, head: Head, pooling: str, dtype: str) -> None:
+        super().__init__()
+        self.decoder, self.head, self.pooling, self.dtype = decoder, head, pooling, dtype
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """No mask: behind right padding the causal mask alone hides the padding from every valid token."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            states = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
+
+
+def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[Adafactor, torch.optim.lr_scheduler.LambdaLR]:
+    """Adafactor without first moment and with a plain learning rate, and warm-up with half a cosine down to 0."""
+    optimizer = Adafactor(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        eps=(1e-30, 1e-3),
+        clip_threshold=1.0,
+        decay_rate=-0.8,
+        beta1=None,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+        warmup_init=False,
+    )
+    # counted in optimiser steps and not wrapped by accelerate, which would step it once for each process
+    num_warmup = round(config.warmup * config.num_steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, config.num_steps)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int, accelerator: Accelerator
+) -> Tensor:
+    """Outputs of all texts, (n, c) float32 on the CPU, the same whatever the batches; each text is run once.
+
+    Every process fills in the rows of its batches, and the sum over processes has them all.
+
+    Raises:
+        UserError: the device has too little memory for a batch.
+    """
+    device = next(model.parameters()).device
+    outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
+    batches = token_batches(tokens.lengths, tokens_per_batch)
+    try:
+        for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+            outputs[torch.from_numpy(rows).to(device)] = model(*(tensor.to(device) for tensor in tokens.pad(rows)))
+    except torch.OutOfMemoryError:
+        raise UserError(f"Out of memory in the evaluation. Lower --tokens_per_batch ({tokens_per_batch}).") from None
+    return accelerator.reduce(outputs, "sum").cpu()
+
+
+# ------------------------------------------------------------------ run
+def texts_per_step(config: Hyperparameters, accelerator: Accelerator) -> int:
+    """Texts of one optimiser step, over all processes.
+
+    Raises:
+        UserError: fewer than there are processes.
+    """
+    texts = config.batch_size * config.gradient_accumulation
+    if texts < accelerator.num_processes:
+        raise UserError(
+            f"A step of --batch_size {config.batch_size} x --gradient_accumulation {config.gradient_accumulation} "
+            f"texts cannot be shared by {accelerator.num_processes} processes. Raise one of them."
+        )
+    return texts
+
+
+def build_run(
+    config: FinetuningConfig,
+    trainable: Trainable,
+    data: dict[str, LabelledTexts],
+    tokens: dict[str, TokenizedTexts],
+    identity: dict[str, Any],
+    place: Place,
+) -> TrainingRun:
+    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test."""
+    training, device = config.training, place.device
+    objective = Objective.of(data["train"])
+    train_targets, test_targets = (objective.targets(data[split].labels) for split in ("train", "test"))
+    head = Head(trainable.decoder.config.hidden_size, objective.num_labels, training.dropout)
+    if config.session.gradient_checkpointing:
+        trainable.decoder.activation_checkpointing_enable({"use_reentrant": False})
+    model = Classifier(trainable.decoder, head, training.pooling, trainable.dtype).to(device)
+    optimizer, scheduler = build_optimizer(model, training)
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        most = config.run.batch_tokens(device)
+        outputs = predict(model, tokens["test"], objective.num_labels, most, place.accelerator)
+        return {f"test_{name}": value for name, value in objective.scores(outputs, test_targets).items()}
+
+    rows_per_step = texts_per_step(training, place.accelerator)
+    return TrainingRun(
+        model=model,
+        inputs=lambda rows: tuple(tensor.to(device) for tensor in tokens["train"].pad(rows)),
+        targets=train_targets.to(device),
+        objective=objective,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        order=BatchOrder(len(train_targets), rows_per_step, config.data.seed, tokens["train"].lengths),
+        evaluate=evaluate,
+        num_steps=training.num_steps,
+        steps_per_evaluation=training.steps_per_evaluation,
+        batch_size=training.batch_size,
+        seed=config.data.seed,
+        place=place,
+        identity=identity,
+        session=config.session,
+    )
+
+
+def finetune(
+    config: FinetuningConfig,
+    kind: str,
+    build: Callable[[FinetuningConfig, torch.device], Trainable],
+    data: dict[str, LabelledTexts],
+) -> dict:
+    """Trains and writes the result, unless it is there already; returns the metrics, in every process.
+
+    Args:
+        config: of the script.
+        kind: folder under `results_dir`.
+        build: makes the decoder; everything random in it follows from the seed set before.
+        data: train and test.
+    """
+    place = make_place(config, result_path(kind, config.run, config.model, config.data))
+    identity = make_identity(config, data)
+    if (stored := find_finished(config, identity, place)) is not None:
+        return stored
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    tokens = {
+        split: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for split, part in data.items()
+    }
+    of_weights, of_gradients = config.bytes_of_parameter
+    parameters = num_parameters(config.model, config.run)
+    check_training_fits(of_weights * parameters, of_gradients * parameters, place.device)
+    set_seed(config.data.seed)
+    trainable = build(config, place.device)
+    trainable.decoder.to(place.device)
+    self_check(trainable.decoder, tokens["train"], config.model.model_name)
+    run = build_run(config, trainable, data, tokens, identity, place)
+    check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    progress = train(run)
+
+    def save_weights() -> None:
+        trainable.save(place.folder)  # the largest, and in one piece: where it does not fit, what was there stays
+        place.metrics_path.unlink(missing_ok=True)  # of an earlier run
+        save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
+
+    def write() -> dict:
+        extra: dict[str, Any] = stored_as(config.model)
+        extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
+        metrics = save_result(run, progress, data, extra, save_weights)
+        print_scores(metrics)
+        print(place.metrics_path)
+        return metrics
+
+    return processes().object_of_first(write)
