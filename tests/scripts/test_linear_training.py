@@ -140,23 +140,32 @@ def test_the_saved_head_scores_as_reported_on_raw_states(model_dirs, rows_path, 
     assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.5
 
 
-def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_path, tmp_path):
+def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_path, tmp_path, monkeypatch):
+    """Planted losses: one epoch without progress is no reason to stop, two are; on test another epoch is the best."""
+    losses, accuracies = iter([3, 2, 2.5, 1, 4, 5, 0.1, 0.1]), iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1])
+
+    def planted(*_):
+        return {"validation_loss": next(losses), "test_loss": 1.0, "test_accuracy": next(accuracies)}
+
+    monkeypatch.setattr(linear_training, "evaluate", planted)
     linear_training.main(
-        settings(
-            model_dirs,
-            rows_path,
-            tmp_path,
-            validation_share=0.2,
-            patience=2,
-            num_epochs=500,
-            learning_rate=0.1,
-            standardize=True,
-        )
+        settings(model_dirs, rows_path, tmp_path, validation_share=0.2, patience=2, num_epochs=8, batch_size=200)
     )
     folder, metrics = result(tmp_path)
-    losses = [float(row["validation_loss"]) for row in history(folder)]
-    assert len(losses) < 500 and int(np.argmin(losses)) == len(losses) - 3
-    assert metrics["best"]["validation_loss"] == min(losses) and metrics["best_rule"] == "validation loss"
+    assert [row["step"] for row in history(folder)] == ["1", "2", "3", "4", "5", "6"]
+    assert metrics["num_steps"] == metrics["last"]["step"] == 6
+    assert metrics["best"]["step"] == 4 and metrics["best_rule"] == "validation loss"
+
+
+def test_standardisation_sees_the_training_rows_alone(model_dirs, rows_path, tmp_path, monkeypatch):
+    """Not those that validate, and not those that test."""
+    runs = []
+    monkeypatch.setattr(linear_training, "train", lambda run: runs.append(run) or pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception):
+        linear_training.main(settings(model_dirs, rows_path, tmp_path, standardize=True, validation_share=0.4))
+    [states] = runs[0].inputs(np.arange(len(runs[0].targets)))
+    assert len(states) == 101 and states.mean(0).abs().max() < 1e-6
+    torch.testing.assert_close(states.std(0, correction=0), torch.ones(32), rtol=0, atol=1e-6)
 
 
 def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):

@@ -121,8 +121,12 @@ def test_gradient_checkpointing_changes_no_number(settings, tmp_path):
     for checkpointing in (False, True):
         config = configure(lora_finetuning, **settings, gradient_checkpointing=checkpointing)
         run, _ = make_run(lora_finetuning, config)
+        run.model.train()  # a model that only evaluates stores no activations
+        calls: list[int] = []  # a checkpointed layer is run once more in the backward pass
+        for projection in (layer.self_attn.q_proj for layer in run.model.decoder.layers):
+            projection.register_forward_hook(lambda *_, calls=calls: calls.append(0))
         found.append(take_steps(run, 6))
-        assert getattr(run.model.decoder, "is_gradient_checkpointing", checkpointing) == checkpointing
+        assert len(calls) == 6 * 2 * (1 + checkpointing)
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 

@@ -26,6 +26,7 @@ from utils.training.loop import (
     Progress,
     TrainingRun,
     accumulate_gradients,
+    best_row,
     make_identity,
     make_place,
     train,
@@ -305,6 +306,58 @@ def test_processes_share_a_step_without_changing_its_gradient(settings):
             found[name] += gradient / 3
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["gradients", "outputs"])
+def test_a_process_without_a_row_adds_nothing(settings, of):
+    """Two rows, three processes: the third runs a row with weight 0 in training, and none in an evaluation."""
+    run, made_of = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 3}))
+    run.model.eval()
+    real, tokens = run.place.accelerator, made_of["tokens"]["test"]
+    third: Any = SimpleNamespace(
+        process_index=2, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
+        no_sync=real.no_sync,
+    )  # fmt: skip
+    if of == "outputs":
+        few = replace(tokens, token_ids=tokens.token_ids[: tokens.offsets[2]], offsets=tokens.offsets[:3])
+        assert not predict(run.model, few, 3, 10**6, third).any() and predict(run.model, few, 3, 10**6, real).all()
+        return
+    shared = replace(run, place=replace(run.place, accelerator=third))
+    assert accumulate_gradients(shared, Progress(3), run.model, np.array([5, 7])) == 0
+    for parameter in run.trained_parameters().values():
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+# ------------------------------------------------------------------ results
+@pytest.mark.parametrize(
+    ("names", "is_regression", "best"),
+    [
+        (("validation_loss", "test_loss", "test_accuracy"), False, 2),
+        (("validation_loss", "test_loss", "test_r2"), True, 2),
+        (("test_loss", "test_accuracy"), False, 3),
+        (("test_loss", "test_r2"), True, 4),
+    ],
+)
+def test_the_best_step_is_that_of_the_lowest_validation_loss_else_of_the_best_test_score(names, is_regression, best):
+    """Each column has its best value, and its worst, at a step of its own."""
+    columns = {
+        "validation_loss": [0.9, 0.1, 0.5, 0.6, 0.7],
+        "test_accuracy": [0.1, 0.5, 0.9, 0.8, 0.7],
+        "test_loss": [0.5, 0.6, 0.4, 0.3, 0.9],
+        "test_r2": [0.3, 0.2, 0.4, 0.1, 0.9],
+    }
+    history = [{"step": step + 1} | {name: columns[name][step] for name in names} for step in range(5)]
+    assert best_row(history, is_regression)["step"] == best
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_changed_rows_of_either_split_alone_are_another_run(settings, split):
+    config = configure(from_scratch, **settings)
+    data = load_splits(config.data, config.run)
+    identity = make_identity(config, data)
+    data[split] = replace(data[split], fingerprint="of other rows")
+    changed = make_identity(config, data)
+    assert {name for name, value in identity.items() if changed[name] != value} == {f"{split}_fingerprint"}
 
 
 # ------------------------------------------------------------------ trackers
