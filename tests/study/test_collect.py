@@ -256,6 +256,35 @@ def test_options_are_not_part_of_the_datasets_name(name, dataset, options):
     assert collect.dataset_of(path, result_settings(config)) == dataset
 
 
+def test_a_closed_form_score_without_a_meaning_is_left_out():
+    found = {"ridge_r2": {"value": 0.5, "meaningless": False}, "h_oas": {"value": 9.0, "meaningless": True}}
+    config = {"seed": 3, "split": "train", "eigenvectors": "largest", "subspace": "autoregression", "center": False}
+    result = {"config": config, "layers": [{"layer": 0, "closed_form": None}, {"layer": 1, "closed_form": found}]}
+    rows = list(collect.feature_rows(Path("ntps/org__model/emotion.json"), result))
+    assert rows == [{"model": "org/model", "dataset": "emotion", "seed": 3, "layer": 1, "ridge_r2": 0.5}]
+    assert not list(collect.feature_rows(Path("ntps/org__model+lora/emotion.json"), result))
+    result["config"] = config | {"split": "test"}
+    assert not list(collect.feature_rows(Path("ntps/org__model/emotion.test.json"), result))
+
+
+@pytest.mark.parametrize(
+    ("method", "standardize", "name"),
+    [
+        ("linear_training", False, "linear_training"),
+        ("linear_training", True, "linear_training_converged"),
+        ("lora", None, "lora"),
+    ],
+)
+def test_the_converged_probe_is_a_method_of_its_own_on_the_same_dataset(method, standardize, name):
+    config = {"seed": 1, "learning_rate": 1e-3} | ({} if standardize is None else {"standardize": standardize})
+    result = {"config": config, "last": {"test_accuracy": 0.75, "train_loss": 0.5}, "seconds": 1.26}
+    result |= dict.fromkeys(("num_train", "num_steps", "texts_per_step", "num_trained_parameters"), 7)
+    folder = "emotion.standardized" if standardize else "emotion"
+    row = collect.training_row(Path(f"seed1/{method}/tiny/{folder}/metrics.json"), result)
+    assert (row["dataset"], row["method"], row["model"], row["seed"]) == ("emotion", name, "tiny", 1)
+    assert (row["test_accuracy"], row["train_loss"], row["seconds"]) == (0.75, 0.5, 1.3)
+
+
 # ------------------------------------------------------------------ what is not
 def spoil(results_dir: Path, model: str, other: str) -> list[str]:
     """Plants one problem of each kind; gives what has to be said of each."""

@@ -85,12 +85,9 @@ def test_partial_is_the_correlation_of_what_regression_leaves():
     assert value_of(mean_partial_spearman, *with_missing) == pytest.approx(expected, abs=1e-12)
 
 
-def test_partial_is_undefined_where_the_covariate_explains_all():
+def test_a_constant_covariate_takes_nothing_away():
     x, y = np.arange(6.0), np.array([3.0, 1, 2, 6, 5, 4])
-    assert math.isnan(value_of(mean_partial_spearman, x, y, x**3))
-    assert math.isnan(value_of(mean_partial_spearman, x[:3], y[:3], [1, 3, 2]))
-    constant = np.ones(6)  # takes nothing away
-    assert value_of(mean_partial_spearman, x, y, constant) == pytest.approx(spearman(x, y))
+    assert value_of(mean_partial_spearman, x, y, np.ones(6)) == pytest.approx(spearman(x, y))
 
 
 def test_auc_is_the_chance_that_a_positive_scores_higher():

@@ -107,14 +107,6 @@ def test_a_perfect_score_is_called_perfect_and_noise_is_not(study):
     assert across.value == pytest.approx(-1) and across.members == 3 and across.groups == len(TASKS)
 
 
-def test_headroom_explains_the_gain_away(study):
-    """Gain is a function of headroom alone, so that nothing is left for a score once headroom is given."""
-    assert study["partial"].query("measure == 'lora_gain'").value.isna().all()
-    table = study["calibration"].query("measure == 'lora_gain'").set_index("predictors")
-    assert table.loc["headroom", "rmse_points"] == pytest.approx(0, abs=1e-3)
-    assert table.loc["nothing", "rmse_points"] > 3
-
-
 def test_selection_finds_the_planted_configuration_and_noise_has_no_small_p(study):
     rows = study["selection"].query("measure == 'probe_accuracy' and eigenvectors == 'largest' and score == 'ntps'")
     assert set(rows.model) == set(MODELS[1:])
@@ -182,7 +174,7 @@ DAMAGES = {
     "cut within a cell": (lambda content: content[:-3], "its last line has no end"),
     "short row": (lambda content: content[: content.rindex(b",")] + b"\n", r"row \d+ has \d+ cells, the first has"),
     "long row": (lambda content: content[:-1] + b",1,2\n", r"row \d+ has \d+ cells, the first has"),
-    "open quotation": (lambda content: content[:-1] + b'"a\n', ""),
+    "open quotation": (lambda content: content[: content.rindex(b",") + 1] + b'"1\n', "has|EOF|end"),
 }
 
 

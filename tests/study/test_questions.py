@@ -1,0 +1,247 @@
+"""The statistics of the study on planted answers, and its committed tables made again."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from fig_plot import tables
+from fig_plot.findings import __main__ as findings
+from fig_plot.findings.correlations import Draws, mean_partial_spearman, spearman, value_of
+from fig_plot.findings.fixed_rule import lead_rows, partial_rows
+from fig_plot.findings.gains import calibration_rows, without_each_task
+from fig_plot.findings.like_for_like import STEPS, like_for_like_rows, selection_rows
+from fig_plot.findings.selection import selection_null
+
+DRAWS = Draws(40, 0, 200)
+TASKS = [f"task{i:02d}" for i in range(10)]
+DATA = tables.DATA_DIR
+
+
+# ------------------------------------------------------------------ question 1: the procedure
+def swept_study(models: tuple[str, ...], gain_of: dict[str, np.ndarray]) -> tuple[pd.DataFrame, ...]:
+    """Cells, layers and probes of models whose scores are noise but for one configuration, which falls with the gain.
+
+    Two layers and three fractions; the planted one is layer 0, fraction .5. `train_accuracy` of layer 1 rises with the
+    tasks' place, `test_accuracy` of layer 1 falls with it.
+    """
+    random = np.random.default_rng(0)
+    cells, layers, probes = [], [], []
+    for model in models:
+        for place, task in enumerate(TASKS):
+            keys = {"model": model, "dataset": task, "seed": 0}
+            gain = gain_of[model][place]
+            cells.append({**keys, "lora_gain": gain, "lora_gain_paper": gain, "num_classes": 2 + place % 4})
+            for layer in (0, 1):
+                probes.append({**keys, "layer": layer, "train_accuracy": place if layer else random.random(),
+                               "test_accuracy": -place if layer else random.random()})  # fmt: skip
+                for fraction in (0.25, 0.5, 0.75):
+                    is_planted = (layer, fraction) == (0, 0.5)
+                    score = -place if is_planted and np.isnan(gain) else -gain if is_planted else random.random()
+                    score = place + random.random() if layer else score  # of the last layer: rises with the place
+                    for order in ("largest", "smallest"):
+                        scores = dict.fromkeys(tables.NAMES, score)
+                        layers.append({**keys, "split": "train", "eigenvectors": order, "center": False, "layer": layer,
+                                       "fraction": fraction, **scores})  # fmt: skip
+    return tuple(map(pd.DataFrame, (cells, layers, probes)))
+
+
+def test_the_procedure_chooses_in_the_claimed_direction_and_its_joint_p_counts_in_it_too():
+    """A negative claim with a negative relation in both models: small p, of each and of both."""
+    random = np.random.default_rng(1)
+    gains = {model: random.permutation(10) / 10 for model in ("one", "two")}
+    cells, layers, probes = swept_study(("one", "two"), gains)
+    rows = pd.DataFrame(like_for_like_rows(cells, layers, probes, DRAWS)).set_index(["measure", "step", "model"])
+    for model in ("one", "two", "mean"):
+        row = rows.loc[("lora_gain", STEPS[0], model)]
+        assert row.spearman == pytest.approx(-1) and row.p < 0.02
+    assert rows.loc[("lora_gain", STEPS[0], "one"), ["layer", "fraction"]].tolist() == [0, 0.5]
+    assert rows.loc[("lora_gain", STEPS[0], "mean"), "noise"] < 0
+    best_of_last = rows.loc[("lora_gain", STEPS[1], "one")]
+    assert best_of_last.layer == 1 and best_of_last.configurations == 3
+
+
+def test_the_last_two_steps_take_the_last_layer_on_train_and_on_test_rows():
+    gains = {"one": np.linspace(0, 1, 10)}
+    cells, layers, probes = swept_study(("one",), gains)
+    rows = pd.DataFrame(like_for_like_rows(cells, layers, probes, DRAWS)).query("model == 'one'").set_index("step")
+    rows = rows[rows.measure == "train_accuracy"]
+    assert rows.spearman[STEPS[2]] == pytest.approx(1) and rows.spearman[STEPS[3]] == pytest.approx(-1)
+    mean = layers.query("layer == 1 and eigenvectors == 'largest'").groupby("dataset").ntps.mean()
+    place, classes = np.arange(10), cells["num_classes"].to_numpy()
+    assert rows.given_classes[STEPS[2]] == pytest.approx(partial_by_hand(mean, place, classes))
+    noisy = layers.assign(ntps=layers.ntps + np.random.default_rng(3).normal(scale=4, size=len(layers)))
+    rows = pd.DataFrame(like_for_like_rows(cells, noisy, probes, DRAWS)).query("model == 'one'")
+    row = rows[rows.measure == "train_accuracy"].set_index("step").loc[STEPS[2]]
+    mean = noisy.query("layer == 1 and eigenvectors == 'largest'").groupby("dataset").ntps.mean()
+    assert row.given_classes == pytest.approx(partial_by_hand(mean, place, classes))
+    assert abs(row.given_classes - partial_by_hand(mean, classes, place)) > 0.05  # it tells outcome from given
+
+
+def test_models_of_different_tasks_have_no_joint_p():
+    """Their permutations are not the same; the mean of their correlations stands all the same."""
+    random = np.random.default_rng(1)
+    gains = {"one": random.permutation(10) / 10, "two": random.permutation(10) / 10}
+    gains["two"][3] = np.nan
+    rows = pd.DataFrame(like_for_like_rows(*swept_study(("one", "two"), gains), DRAWS))
+    mean = rows[(rows.model == "mean") & (rows.step == STEPS[0])].set_index("measure")
+    assert np.isnan(mean.p["lora_gain"]) and np.isfinite(mean.spearman["lora_gain"])
+    assert mean.p["train_accuracy"] <= 1  # of the same tasks
+
+
+def test_selection_on_test_rows_follows_the_claim():
+    """The score falls with the gain at one configuration: claimed, so that it is found, with a task left out too."""
+    gains = {"one": np.random.default_rng(1).permutation(10) / 10}
+    cells, layers, _ = swept_study(("one",), gains)
+    rows = pd.DataFrame(selection_rows(cells, layers, DRAWS, ("lora_gain",)))
+    assert (rows.claimed == "-").all() and (rows.best.round(9) == -1).all() and (rows.p < 0.02).all()
+    assert (rows.leave_one_out < -0.9).all() and (rows.leave_one_out_p < 0.02).all()
+    assert (rows.null_quantile < rows.null_mean).all() and (rows.null_quantile < 0).all()
+
+
+def test_the_quantile_of_the_null_is_that_of_its_best_five_percent():
+    random = np.random.default_rng(4)
+    maps, target = random.normal(size=(6, 9)), random.normal(size=9)
+    for direction in (1, -1):
+        found = selection_null(maps, target, 400, direction=direction)
+        expected = np.quantile(found.null, 0.95 if direction == 1 else 0.05)
+        assert found.null_quantile == pytest.approx(expected) and direction * found.null_quantile > 0
+
+
+# ------------------------------------------------------------------ question 2: the fixed rule
+def partial_by_hand(x, y, z) -> float:
+    """Correlation of the residuals of the ranks of x and y on those of z."""
+    x, y, z = (scipy.stats.rankdata(side) for side in (x, y, z))
+    left = [side - np.polyval(np.polyfit(z, side, 1), z) for side in (x, y)]
+    return float(np.corrcoef(left)[0, 1])
+
+
+def made_up_cells(**columns: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"model": "one", "dataset": TASKS, **columns})
+
+
+def test_partial_holds_the_named_column_fixed_and_no_other():
+    random = np.random.default_rng(5)
+    headroom, score = random.random((2, 10))
+    gain = headroom + score + random.random(10)
+    cells = made_up_cells(lora_gain=gain, ntps=score, headroom=headroom)
+    [row] = partial_rows(cells, DRAWS, ("ntps",))
+    assert row["given"] == "headroom" and row["value"] == pytest.approx(partial_by_hand(score, gain, headroom))
+    for wrong in (partial_by_hand(score, headroom, gain), partial_by_hand(headroom, gain, score)):
+        assert abs(row["value"] - wrong) > 0.05
+
+
+def test_a_score_is_set_beside_the_best_baseline_on_the_cells_of_both():
+    """Bag of words orders the tasks, the number of classes does not; one task misses the score, another its classes."""
+    place = np.arange(10.0)
+    score = np.array([0, 1, 2, 3, 4, 6, 5, 7, 8, np.nan])
+    bag = np.array([0, 1, 2, 3, 4, 5, 6, 8, 7, -50])  # without the last task nearly perfect
+    classes = np.array([3, 2, 5, 4, np.nan, 2, 3, 5, 4, 2])
+    cells = made_up_cells(probe_accuracy=place, ntps=score, bag_of_words_accuracy=bag, num_classes=classes)
+    [row] = lead_rows(cells, DRAWS)
+    known = np.isfinite(score)
+    sizes = [spearman(side[known], place[known]) for side in (score, bag)]
+    assert row["best_baseline"] == "bag_of_words_accuracy" and row["tasks"] == 9
+    assert [row["baseline_size"], row["lead"]] == pytest.approx([sizes[1], sizes[0] - sizes[1]])
+
+
+# ------------------------------------------------------------------ question 5: a task left out
+def test_a_gain_is_predicted_without_the_task_itself():
+    """Against a fit written out for every task, with an intercept per model."""
+    random = np.random.default_rng(6)
+    rows = pd.DataFrame([{"model": model, "dataset": task, "x": random.random(), "gain": random.random()}
+                         for model in ("one", "two") for task in TASKS])  # fmt: skip
+    expected = []
+    for _, row in rows.iterrows():
+        kept = rows[rows.dataset != row.dataset]
+        design = np.column_stack([kept.model == "one", kept.model == "two", kept.x]).astype(float)
+        weights = np.linalg.lstsq(design, kept.gain.to_numpy())[0]
+        expected.append(np.dot([row.model == "one", row.model == "two", row.x], weights) - row.gain)
+    np.testing.assert_allclose(without_each_task(rows, ["x"], "gain"), expected, atol=1e-12)
+    mean = [rows[(rows.dataset != r.dataset) & (rows.model == r.model)].gain.mean() - r.gain for r in rows.itertuples()]
+    np.testing.assert_allclose(without_each_task(rows, [], "gain"), mean, atol=1e-12)
+
+
+def test_headroom_predicts_the_gain_it_makes_and_a_partial_of_nothing_left_is_undefined():
+    """Gain = .3 headroom + a little of the score. A partial correlation is nan for lack of spread, or of tasks."""
+    random = np.random.default_rng(7)
+    headroom, score = random.random((2, 10))
+    gain = 0.3 * headroom + 0.02 * score
+    cells = made_up_cells(lora_gain=gain, headroom=headroom, ntps=score)
+    errors = pd.DataFrame(calibration_rows(cells, DRAWS)).set_index("predictors")
+    assert 0 < errors.error_points["headroom"] < 1 < 5 < errors.error_points["nothing"]
+    assert errors.low["headroom"] > 0 and errors.lead["ntps"] < errors.lead["headroom"]
+    # x follows the covariate exactly and y does not: nothing of x is left, although both other correlations exist
+    given, y = np.arange(6.0), np.array([3.0, 1, 2, 6, 5, 4])
+    assert np.isnan(value_of(mean_partial_spearman, given**3, y, given))
+    assert np.isfinite(value_of(mean_partial_spearman, y, given[[1, 0, 2, 3, 5, 4]], given))
+    # four tasks at least: three with a defined plain correlation are too few
+    assert np.isnan(value_of(mean_partial_spearman, [1, 2, 3], [1, 3, 2], [2, 1, 3]))
+    assert np.isfinite(value_of(mean_partial_spearman, [1, 2, 3, 4], [1, 3, 2, 4], [2, 1, 3, 4]))
+
+
+# ------------------------------------------------------------------ the columns of tables.py
+def write_tables(folder) -> None:
+    """One model, one task and one seed, each column with a value of its own."""
+    keys = {"model": "one", "dataset": "task", "seed": 0}
+    base = {**keys, "split": "train", "center": False, "num_classes": 3, "layer": 2, "rank_v": 8}
+    values = {"ntps": 0.6, "ntps_label": 0.61, "ntps_whitened": 0.62, "retained": 0.63, "ntps_label_z": 1.0,
+              "ntps_whitened_z": 2.0, "retained_z": 3.0}  # fmt: skip
+    rows = []
+    for order, subspace, shift in (("largest", "autoregression", 0.0), ("smallest", "autoregression", 0.1),
+                                   ("largest", "pca", 0.2), ("largest", "random", 0.3)):  # fmt: skip
+        row = base | {"eigenvectors": order, "subspace": subspace}
+        row |= {name: value + shift for name, value in values.items()}
+        rows += [row, row | {"center": True, "ntps": 99.0}, row | {"split": "test", "ntps": -99.0}]
+    rows[0] |= {"retained_random_mean": 0.5, "ntps_random_mean": 0.4}
+    layer = {"train_accuracy": 0.9, "test_mse_over_variance": 0.7}
+    save = {
+        "scores": rows,
+        "probes": [{**keys, "layer": i, "test_accuracy": a, **layer} for i, a in enumerate((0.5, 0.8, 0.7))],
+        "features": [{**keys, "layer": i, "ridge_r2": r, "logme": logme, "h_oas": 1.0, "probe_r2_held_out": r / 2}
+                     for i, (r, logme) in enumerate(((0.1, 0.2), (0.3, 0.9), (0.2, 0.4)))],
+        "training": [{**keys, "method": method, "test_accuracy": accuracy} for method, accuracy in
+                     (("linear_training", 0.65), ("linear_training_converged", 0.72), ("lora", 0.9),
+                      ("full_finetuning", 0.95), ("from_scratch", 0.55))],
+        "datasets": [{"dataset": "task", "seed": 0, "majority_accuracy": 0.25, "bag_of_words_accuracy": 0.6}],
+        "models": [{"model": "one", "num_parameters": 1000}],
+    }  # fmt: skip
+    for name, table in save.items():
+        pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
+
+
+def test_every_column_of_a_cell_is_of_its_own_row(tmp_path):
+    """Centred and test results take no part; last layer, layer of the highest LogME, mean of many random V."""
+    write_tables(tmp_path)
+    [cell] = tables.load_cells(tmp_path).to_dict("records")
+    expected = {
+        "ntps": 0.6, "ntps_smallest": 0.7, "ntps_pca": 0.8, "ntps_random": 0.4, "retained": 0.63,
+        "retained_random": 0.5, "ntps_label_random": 0.91, "retained_lead": 0.13, "retained_z_pca": 3.2,
+        "probe_accuracy": 0.7, "probe_mse": 0.7, "probe_skill": 0.45, "headroom": 0.3, "ridge_r2": 0.2, "logme": 0.4,
+        "best_layer": 1, "best_layer_lead": 0.05, "best_layer_accuracy": 0.8, "lora_accuracy": 0.9, "lora_gain": 0.2,
+        "lora_gain_paper": 0.25, "full_gain": 0.25, "converged_probe_accuracy": 0.72, "scratch_accuracy": 0.55,
+        "num_classes": 3, "num_parameters": 1000,
+    }  # fmt: skip
+    assert {name: cell[name] for name in expected} == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ the committed tables
+def assert_same_tables(made, committed) -> None:
+    """The same CSV files with the same cells, to six digits."""
+    names = sorted(path.name for path in committed.glob("findings_*"))
+    assert sorted(path.name for path in made.glob("findings_*")) == names
+    for name in names:
+        pd.testing.assert_frame_equal(pd.read_csv(made / name), pd.read_csv(committed / name), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", list(tables.present_studies(among=tables.ALL_STUDIES)))
+def test_committed_findings_are_those_of_the_committed_tables(study, tmp_path, capsys):
+    """`python -m fig_plot.findings` on a copy: no cell of any table moves."""
+    for path in tables.study_dir(study).glob("*.csv*"):
+        if not path.name.startswith("findings_"):
+            shutil.copy(path, tmp_path)
+    findings.main(findings.Config(data_dir=tmp_path))
+    assert_same_tables(tmp_path, tables.study_dir(study))
