@@ -16,10 +16,12 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoConfig
 
 import cache
+import K_sweep
 import prescreen
 import utils.algebra.ridge
 import utils.prescreen_page
 from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
+from tests.method.test_K_sweep import make_data, moments_of
 from utils import calibration
 from utils.algebra.moments import pooled_path
 from utils.calibration import Line, expected_gain
@@ -125,6 +127,47 @@ def test_models_are_told_apart_fold_by_fold():
     assert not prescreen.told_apart(level + np.array([0.2, -0.2, 0.1, -0.1, 0.01]), level)
     # Student's t of five values, from a printed table: t(.95, 4) = 2.132
     assert prescreen.interval(np.array([1.0, 2, 3, 4, 5])) == pytest.approx(2.132 * np.sqrt(2.5) / np.sqrt(5), rel=1e-3)
+
+
+# ------------------------------------------------------------------ planted answers
+def screened_model(name: str, fold_r2: list[float], **changes: Any) -> dict[str, Any]:
+    """A model as `screen_model` returns it, as far as `rank_models` reads it."""
+    model = {"model": name, "r2": float(np.mean(fold_r2)), "fold_r2": fold_r2, "best_layer": 1, "z": 9.0}
+    return model | {"predictors": {"ridge_r2": 0.5}} | changes
+
+
+def test_models_are_ordered_by_r2_and_ties_are_with_the_first():
+    """`near` is behind the first on every other fold only; `far` on all of them, and told apart from `near` too."""
+    first, near, far = [0.50, 0.52, 0.48, 0.51, 0.49], [0.53, 0.46, 0.51, 0.47, 0.50], [0.20, 0.22, 0.18, 0.21, 0.19]
+    models = [screened_model("far", far), screened_model("first", first), screened_model("near", near)]
+    ranked = prescreen.rank_models(models, np.full(5, 0.3))
+    assert [model["model"] for model in ranked] == ["first", "near", "far"]
+    assert [model["rank"] for model in ranked] == [1, 2, 3]
+    assert [model["as_good_as_first"] for model in ranked] == [True, True, False]
+    assert [model["above_words"] for model in ranked] == [True, True, False]
+
+
+def test_random_v_has_the_rank_of_the_next_token_subspace():
+    """C0 of rank 4 in 12 dimensions: a random V of the share f of it holds about floor(4 f) / 12 of any direction."""
+    features, targets, states = make_data(400, 12, 3, decades=0.5)
+    states[:, 4:] = 0
+    moments = moments_of(features, targets, states)
+    scores = prescreen.ntps_scores(moments, configure(prescreen, num_random=40), 0)
+    fractions = K_sweep.Config().fractions
+    expected = np.mean([max(1, int(4 * fraction + 1e-9)) for fraction in fractions]) / 12
+    for name in ("ntps", "ntps_label"):
+        assert scores[name]["random_mean"] == pytest.approx(expected, abs=0.05), name
+
+
+def test_z_is_that_of_the_best_layer(finished):
+    for model in result_at(finished[1])["models"]:
+        best = model["layers"][model["best_layer"]]["ridge_r2"]
+        others = [
+            layer["ridge_r2"]["z"] for layer in model["layers"] if layer is not model["layers"][model["best_layer"]]
+        ]
+        assert model["z"] == best["z"] and model["z"] not in others
+        assert model["layer_lead"] == pytest.approx(best["value"] - model["layers"][-1]["ridge_r2"]["value"])
+    assert any(model["layer_lead"] > 0 for model in result_at(finished[1])["models"])
 
 
 # ------------------------------------------------------------------ the sentence
