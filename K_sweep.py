@@ -36,22 +36,19 @@ from utils.algebra.features import layer_scores
 from utils.algebra.linalg import NestedBasis, Noise, captured, rounding, whiten
 from utils.algebra.moments import (
     LayerMoments,
-    last_layer,
+    check_has_layer,
     load_layer,
     moments_path,
-    place_of,
     probe_scores,
-    stored_layers,
 )
 from utils.algebra.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
 from utils.algebra.random_subspaces import random_scores
 from utils.algebra.ridge import load_folds
 from utils.algebra.scores import option_suffix, print_table, summarize, to_json
 from utils.pictures import plot_sweep, save_figure
-from utils.results import find_result, result_path
-from utils.script import UserError, environment, pick_device, run_script, save_json
+from utils.results import find_result, open_tensors, result_path, save_json
+from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
-from utils.tensor_files import open_tensors
 
 
 @dataclass(frozen=True)
@@ -485,15 +482,15 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         }
         if stored := find_result(output_path(config), identity, config.run):
             return stored
-        hidden_size, numbers = file.get_slice("pooled_mean").get_shape()[1], stored_layers(file, metadata)
-        place_of(file, metadata, last_layer(file, metadata))  # the score is that of the last layer
+        numbers = metadata["layers"]
+        check_has_layer(metadata, metadata["num_layers"] - 1)  # the score is that of the last layer
         layers = []
         for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer, device)
             if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
             held_out = None
-            if other_metadata and layer in stored_layers(other, other_metadata):
+            if other_metadata and layer in other_metadata["layers"]:
                 held_out = load_layer(other, other_metadata, layer, device)
             # of the last layer only, for the score of the run; a control of V would repeat them
             is_compared = layer == numbers[-1] and config.subspace == "autoregression"
@@ -507,7 +504,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         "environment": environment(),
         "num_samples": metadata["num_samples"],
         "num_classes": len(metadata["label_names"]),
-        "hidden_size": hidden_size,
+        "hidden_size": len(moments.pooled_mean),
         "fractions": list(config.fractions),
         "score": summarize(layers, config.fractions),
         "layers": [to_json(layer) for layer in layers],

@@ -41,17 +41,16 @@ from torch import Tensor
 
 import cache
 from K_sweep import solve_generalized_eigenproblem
-from utils.algebra.moments import LayerMoments, last_layer, load_layer
+from utils.algebra.moments import LayerMoments, load_layer
 from utils.models.check import self_check
 from utils.models.identity import load_config
 from utils.models.load import load_base_model, load_tokenizer, tokenize
 from utils.models.states import pool, visit_hidden_states
 from utils.pictures import plot_alignment, save_figure
-from utils.results import find_result, result_path
-from utils.script import UserError, environment, pick_device, run_script, save_json, write_atomically
+from utils.results import find_result, open_tensors, result_path, save_json, write_atomically
+from utils.script import UserError, environment, pick_device, run_script
 from utils.separability import describe_subspace
 from utils.settings import Data, Model, Run, result_settings
-from utils.tensor_files import open_tensors
 
 PAPER_WORDS = (
     "Joy=lovely,enjoyable,amazing,delighted",
@@ -277,7 +276,7 @@ def main(config: Config) -> None:
     moments_at, found = cache.find_moments(wanted, splits=(config.split,))
     config = dataclasses.replace(config, model=found.model, data=found.data)
     with open_tensors(moments_at) as (file, metadata):
-        config = complete_settings(config, last_layer(file, metadata) + 1)
+        config = complete_settings(config, metadata["num_layers"])
         path = output_path(config)
         # not the environment: the same rows and settings give the same moments on any machine
         provenance = {name: value for name, value in metadata.items() if name != "environment"}

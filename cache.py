@@ -38,6 +38,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from utils.algebra.memory import Need, check_fits, keep_on_host, num_parameters
 from utils.algebra.moment_sums import MomentSums, Sizes
 from utils.algebra.moments import (
+    by_layer,
     check_embedded,
     describe,
     is_complete,
@@ -55,7 +56,8 @@ from utils.models.identity import load_config, model_fingerprint, stored_as
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.parallel import processes
-from utils.script import UserError, check_writable, environment, pick_device, run_script
+from utils.results import check_writable, save_tensors
+from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import (
     Data,
     Model,
@@ -67,7 +69,6 @@ from utils.settings import (
     result_settings,
     with_values,
 )
-from utils.tensor_files import FORMAT_VERSION, save_tensors
 from utils.unfinished import PooledFile, Unfinished, check_states, remove_unfinished, run_steps, states_beside
 
 
@@ -319,15 +320,13 @@ def make(
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
     metadata = {
-        "format_version": FORMAT_VERSION,
         **identity,
         **stored_as(config.model),
         "environment": environment(),
         **describe(data, tokens),
     }
     num_layers = model.config.num_hidden_layers + 1
-    if config.output.layers is not None:
-        metadata |= {"layers": numbers_of_layers(config.output.layers, num_layers), "num_layers": num_layers}
+    metadata |= {"layers": numbers_of_layers(config.output.layers, num_layers), "num_layers": num_layers}
     pooled_file = None
     if config.output.save_pooled != "none":
         num_saved = num_layers if config.output.save_pooled == "all" else 1
@@ -346,7 +345,7 @@ def make(
         pooled = pooled_file.tensors["pooled"] if pooled_file else None
         sums = accumulate_moments(model, tokens, data, folds, config, pooled, unfinished, advance)
         if team.rank == 0:
-            save_tensors(path, sums.averages(), metadata)
+            save_tensors(path, by_layer(sums.averages(), metadata["layers"]), metadata)
         if pooled_file:  # after the moments: whoever is stopped in between finds both, unfinished, the next time
             pooled_file.finish()
     except BaseException:

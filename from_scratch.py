@@ -29,7 +29,8 @@ from utils.models.identity import load_config
 from utils.models.load import load_causal_lm, load_tokenizer
 from utils.models.states import decoder_of
 from utils.models.table import repository
-from utils.script import replace_folder, run_script
+from utils.results import replace_folder
+from utils.script import run_script
 from utils.settings import Unrecorded, with_values
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 

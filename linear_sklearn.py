@@ -33,14 +33,14 @@ from torch import Tensor
 
 import cache
 from utils.algebra.linalg import whiten, without_constants
-from utils.algebra.moments import pooled_path
+from utils.algebra.moments import load_pooled, open_pooled, pooled_path
 from utils.algebra.products import ProductDtype
 from utils.algebra.ridge import load_folds, ridge_path
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
-from utils.results import find_result, result_path
-from utils.script import UserError, environment, load_json, pick_device, run_script, save_json
+from utils.results import find_result, load_json, result_path, save_json
+from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import (
     Data,
     Model,
@@ -52,7 +52,6 @@ from utils.settings import (
     result_settings,
     with_values,
 )
-from utils.tensor_files import open_tensors
 from utils.training.baselines import text_baselines
 from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.training.probes import as_array, fit_logistic, num_processes
@@ -129,12 +128,11 @@ def predict(features: Tensor, weights: Tensor, intercept: Tensor) -> np.ndarray:
 
 
 def load_features(path: Path, layer: int, device: torch.device) -> Tensor:
-    """Pooled states of one layer, (n, d) float32; no other layer is read."""
-    with open_tensors(path) as (file, _):
-        features = file.get_slice("pooled")[layer]
+    """Pooled states of one layer beside the moments at `path`, (n, d) float32; no other layer is read."""
+    features = load_pooled(path, layer)
     if not features.isfinite().all():
-        row = int((~features.isfinite().all(1)).nonzero()[0])
-        raise UserError(f"Non-finite features at layer {layer}, row {row}, in {path}. Delete it; it is made anew.")
+        row, pooled = int((~features.isfinite().all(1)).nonzero()[0]), pooled_path(path)
+        raise UserError(f"Non-finite features at layer {layer}, row {row}, in {pooled}. Delete it; it is made anew.")
     return features.to(device)
 
 
@@ -147,7 +145,7 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
     """Fits the probes of one layer on train: its JSON entry, with the scores on both splits; `paths` of the moments."""
     device = probe_device(config)
     entry: dict[str, Any] = {"layer": layer}
-    features = {split: load_features(pooled_path(paths[split]), layer, device) for split in data}
+    features = {split: load_features(paths[split], layer, device) for split in data}
     targets = {split: cache.one_hot_targets(part) for split, part in data.items()}
     weights, intercept = least_squares(features["train"], targets["train"].to(device))
     for split, part in data.items():
@@ -201,8 +199,8 @@ def check_labels(train: LabelledTexts) -> None:
 
 def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts]) -> dict:
     """The result of all layers, each read, fitted and forgotten by one of the processes."""
-    with open_tensors(pooled_path(paths["train"])) as (file, metadata):
-        num_layers, num_train, width = file.get_slice("pooled").get_shape()
+    with open_pooled(paths["train"]) as (pooled, metadata):
+        num_layers, num_train, width = pooled.get_shape()
     rows = (num_train, len(data["test"].texts))
     workers = config.output.num_workers if probe_device(config).type == "cpu" else 1  # they would share the one device
     num_workers = num_processes(workers, config.output.memory_gb, num_layers, rows, width, data["train"].num_labels)

@@ -29,14 +29,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
-from utils.algebra.moments import pooled_path
+from utils.algebra.moments import load_pooled
 from utils.data.load import LabelledTexts, load_splits, stratified_rows
 from utils.models.identity import load_config, stored_as
 from utils.parallel import processes
 from utils.results import result_path
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
-from utils.tensor_files import open_tensors
 from utils.training.loop import (
     Place,
     TrainingRun,
@@ -91,9 +90,7 @@ def pooled_states(config: Config, split: Literal["train", "test"], data: Labelle
         split, config.pooling, model=config.model, data=config.data, output=cache.Output("last"), run=config.run
     )
     path = cache.ensure(wanted, data, free=("num_folds", "product_dtype"))
-    with open_tensors(pooled_path(path)) as (file, _):
-        stored = file.get_slice("pooled")
-        states = stored[stored.get_shape()[0] - 1]
+    states = load_pooled(path, -1)
     if not (finite := states.isfinite().all(1)).all():
         raise UserError(f"The state of {split} row {(~finite).nonzero()[0].item()} is not finite. Try --dtype float32.")
     return states

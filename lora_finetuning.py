@@ -36,8 +36,8 @@ from utils.models.load import load_causal_lm
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
-from utils.results import read_identity, result_path
-from utils.script import UserError, load_json, replace_folder, run_script, save_json
+from utils.results import load_json, read_identity, replace_folder, result_path, save_json
+from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune

@@ -45,9 +45,9 @@ from utils.models.table import MODELS, model_source
 from utils.pictures import save_figure
 from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
 from utils.prescreen_pictures import plot_page
-from utils.script import UserError, environment, pick_device, run_script, save_json
+from utils.results import open_tensors, save_json
+from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
-from utils.tensor_files import open_tensors
 from utils.training.baselines import bag_of_words_folds, text_baselines
 
 EMBEDDED = ("micro", "tiny", "small", "medium", "large", "smollm2")  # compared by default where they are installed
@@ -226,8 +226,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts, advance: Calla
     device = pick_device(config.run.device)
     layers, judged = [], []
     with open_tensors(path) as (file, metadata):
-        check_has_every_layer(file, metadata, "prescreen.py")
-        num_layers, width = file.get_slice("pooled_mean").get_shape()
+        check_has_every_layer(metadata, "prescreen.py")
         for layer in range(num_layers):
             moments = load_layer(file, metadata, layer, device)
             found = layer_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
@@ -242,7 +241,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts, advance: Calla
     return {
         "model": name,
         "num_parameters": parameters,
-        "hidden_size": width,
+        "hidden_size": text.hidden_size,
         "num_layers": num_layers,
         "num_tokens": metadata["num_tokens"],
         "r2": errors.r2(),

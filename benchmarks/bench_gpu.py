@@ -31,7 +31,8 @@ from utils.algebra.moment_sums import MomentSums, Sizes
 from utils.algebra.moments import NORMS, PER_LAYER, SHARED, LayerMoments
 from utils.algebra.products import Precision
 from utils.algebra.scores import SCORES
-from utils.script import environment, pick_device, run_script, save_json
+from utils.results import save_json
+from utils.script import environment, pick_device, run_script
 from utils.settings import Run, all_settings
 
 VOCABULARY = {"SmolLM2-135M": 49_152, "Qwen2-0.5B": 151_936, "Qwen2-7B": 152_064, "Llama-3-8B": 128_256}

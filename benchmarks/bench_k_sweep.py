@@ -22,7 +22,8 @@ import K_sweep
 from benchmarks.bench_cache import seconds
 from utils.algebra.features import layer_scores
 from utils.algebra.moments import LayerMoments
-from utils.script import environment, pick_device, run_script, save_json
+from utils.results import save_json
+from utils.script import environment, pick_device, run_script
 from utils.settings import all_settings
 
 

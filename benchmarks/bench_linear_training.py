@@ -23,7 +23,8 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import load_config
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import pool, run_base_model
-from utils.script import environment, pick_device, run_script, save_json
+from utils.results import save_json
+from utils.script import environment, pick_device, run_script
 from utils.settings import all_settings, with_values
 from utils.training.loop import make_identity, make_place, train
 from utils.training.objective import BatchOrder, Head, Objective

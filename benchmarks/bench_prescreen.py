@@ -36,8 +36,8 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import read_config
 from utils.models.load import load_causal_lm, load_tokenizer
 from utils.models.table import model_source
-from utils.results import result_path
-from utils.script import ROOT, UserError, environment, load_json, run_script, save_json
+from utils.results import load_json, result_path, save_json
+from utils.script import ROOT, UserError, environment, run_script
 from utils.settings import Data, Model, Run, all_settings, with_values
 
 PEER = ("transformer-ranker==0.2.0", "torchmetrics==1.8.2", "lightning-utilities==0.15.2")

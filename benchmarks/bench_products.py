@@ -28,7 +28,8 @@ import K_sweep
 from utils.algebra.moment_sums import NUM_STRIPES
 from utils.algebra.products import Precision
 from utils.algebra.scores import SCORES
-from utils.script import environment, load_json, run_script, save_json
+from utils.results import load_json, save_json
+from utils.script import environment, run_script
 from utils.settings import all_settings, with_values
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

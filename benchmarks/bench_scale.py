@@ -40,9 +40,9 @@ import cache
 from utils.models.identity import load_config
 from utils.models.load import load_tokenizer
 from utils.pictures import STYLE, save_figure
-from utils.script import environment, run_script, save_json, write_atomically
+from utils.results import open_tensors, save_json, write_atomically
+from utils.script import environment, run_script
 from utils.settings import Model, Run, all_settings, with_values
-from utils.tensor_files import open_tensors
 
 NUM_LAYERS = 2  # decoder layers: what is measured is how the cost grows
 MAX_POSITIONS = 4096

@@ -25,11 +25,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import linear_sklearn
-from utils.algebra.moments import pooled_path
+from utils.algebra.moments import open_pooled
 from utils.data.load import load_texts
-from utils.script import environment, run_script, save_json
+from utils.results import save_json
+from utils.script import environment, run_script
 from utils.settings import all_settings, with_values
-from utils.tensor_files import open_tensors
 from utils.training.probes import fit_logistic
 
 
@@ -49,9 +49,9 @@ def cached_features(config: Config) -> tuple[list[Tensor], np.ndarray]:
     names = {"model_name": config.model_name, "dataset_name": config.dataset_name, "results_dir": config.results_dir}
     probe = with_values(linear_sklearn.Config(), **names)
     data = load_texts(probe.data, probe.run, "train")
-    path = pooled_path(linear_sklearn.find_features(probe, "train", data))
-    with open_tensors(path) as (file, _):
-        pooled = file.get_tensor("pooled").numpy()
+    path = linear_sklearn.find_features(probe, "train", data)
+    with open_pooled(path) as (states, _):
+        pooled = states[:].numpy()
     return [torch.from_numpy(StandardScaler().fit_transform(layer)) for layer in pooled], data.labels
 
 

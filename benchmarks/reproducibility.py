@@ -37,13 +37,12 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils.algebra import moments as stored
 from utils.algebra.linalg import NestedBasis, captured
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
-from utils.script import run_script, write_atomically
+from utils.results import open_tensors, write_atomically
+from utils.script import run_script
 from utils.settings import with_values
-from utils.tensor_files import open_tensors
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -127,7 +126,7 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 def load_last_layer(moments: cache.Config) -> LayerMoments:
     """The moments that cache.py wrote, of the last layer."""
     with open_tensors(cache.config_path(moments)) as (file, metadata):
-        return load_layer(file, metadata, stored.last_layer(file, metadata), torch.device("cpu"))
+        return load_layer(file, metadata, metadata["num_layers"] - 1, torch.device("cpu"))
 
 
 def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]:

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
-from utils.results import find_result, load_state, save_state
-from utils.script import ROOT, UserError, environment, pick_device, replace_folder, run_script, save_json, set_seed
+from utils.results import find_result, replace_folder, save_json
+from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
 from utils.settings import Run, Unrecorded, check_positive, command_line, result_settings
+from utils.training.state import load_state, save_state
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096

@@ -21,7 +21,8 @@ from utils.hub import hub_errors
 from utils.models.identity import load_config
 from utils.models.load import load_tokenizer
 from utils.models.table import repository
-from utils.script import check_writable, path_name, replace_folder, run_script, set_seed
+from utils.results import check_writable, replace_folder
+from utils.script import path_name, run_script, set_seed
 from utils.settings import Model, Run
 
 

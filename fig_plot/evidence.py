@@ -45,7 +45,8 @@ from fig_plot.findings.correlations import (
 from fig_plot.findings.gains import WORTHWHILE_GAIN
 from fig_plot.tables import DATA_DIR, KEYS, SCORES, load_cells, matrix, mean_of_others, trained_models
 from utils.algebra import features as closed_form
-from utils.script import UserError, load_json, run_script
+from utils.results import load_json
+from utils.script import UserError, run_script
 from utils.training.before_after import ADAPTED
 
 MEASURES = ("probe_skill", "lora_gain")

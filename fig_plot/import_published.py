@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from utils.script import ROOT, UserError, run_script, write_atomically
+from utils.results import write_atomically
+from utils.script import ROOT, UserError, run_script
 
 WORDS = {  # the files hold no words; these are the figure's, in its order
     "Joy": ("lovely", "enjoyable", "amazing", "delighted"),

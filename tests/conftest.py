@@ -133,6 +133,18 @@ def stacked(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.stack(value) if isinstance(value, list) else value for name, value in tensors.items()}
 
 
+def load_moments(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of moments, those of layers stacked along a first axis in their order."""
+    found: dict[str, Any] = {}
+    tensors = load_file(path)
+    for key in sorted(tensors, key=lambda key: int(key.split(".")[1]) if key.startswith("layer.") else -1):
+        if key.startswith("layer."):
+            found.setdefault(key.split(".", 2)[2], []).append(tensors[key])
+        else:
+            found[key] = tensors[key]
+    return stacked(found)
+
+
 def configure(module: ModuleType, **values: Any) -> Any:
     """The config of a script with settings by name, in whatever group they are."""
     return with_values(module.Config(), **values)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from utils.algebra.scores import LABELS
-from utils.script import write_atomically
+from utils.results import write_atomically
 from utils.separability import separating_line
 
 STYLE = Path(__file__).with_name("paper.mplstyle")

@@ -14,7 +14,8 @@ from scipy.stats import rankdata
 from utils.algebra import features as closed_form
 from utils.algebra import scores
 from utils.algebra.memory import num_parameters
-from utils.script import UserError, pick_device, write_atomically
+from utils.results import write_atomically
+from utils.script import UserError, pick_device
 from utils.settings import Model, Run
 
 # scores that should order models, each at the last layer

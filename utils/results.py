@@ -1,24 +1,41 @@
-"""Finished results: reuse, refuse or make; and the state of an unfinished training run.
+"""Files of results: written in one piece, checked when read, and reused, refused or made by their identity.
 
 A result has an identity: its settings, the fingerprint of its rows and the fingerprint of its model. The same identity
-is the same result on any machine; at the same place with another identity it is refused, and what differs is named.
+is the same result on any machine; a result of another identity at the same path is refused, and what differs is named.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
+import psutil
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from utils.script import NO_PLACE, UserError, check_writable, load_json
+from utils.parallel import rank
+from utils.script import NO_PLACE, UserError, cannot_write
 from utils.settings import Data, Model, Run
-from utils.tensor_files import FORMAT_VERSION, open_tensors, save_tensors
 
-# what a part of an identity other than its settings says, where it differs
-DIFFERENCES = {
+FORMAT_VERSION = 4
+SCRIPTS = {  # folder of results -> script that writes it
+    **{"moments": "cache.py", "ntps": "K_sweep.py", "alignment": "alignment_vis.py"},
+    **{"linear_sklearn": "linear_sklearn.py", "linear_training": "linear_training.py"},
+    **{"lora": "lora_finetuning.py", "from_scratch": "from_scratch.py", "full_finetuning": "from_scratch.py"},
+    "prescreen": "prescreen.py",
+}
+DIFFERENCES = {  # part of an identity other than its settings -> how a result that differs in it was made
     "fingerprint": "from other rows or docstrings",  # the docstrings are those that demo/pretrain.py reads
     "label_names": "from other rows",
     "train_fingerprint": "from other rows",
@@ -35,6 +52,258 @@ def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "")
     return run.results_dir / kind / model.path_name / f"{data.path_name}{ending}"
 
 
+def remedy(path: Path) -> str:
+    """The command that makes a file of results again."""
+    for kind in reversed(path.parts[:-1]):
+        if kind in SCRIPTS:
+            split = f" --split {path.name.split('.')[0]}" if kind == "moments" else ""
+            return f"Run {SCRIPTS[kind]}{split} with --overwrite, or delete the file."
+    return "Run its script with --overwrite, or delete the file."
+
+
+# ------------------------------------------------------------------ atomic writing
+def machine() -> str:
+    """The name of this machine or container, as a file name can hold it."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]
+
+
+def temporary_path(path: Path) -> Path:
+    """The name under which this process writes `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}@{machine()}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes temporary files and folders of `path` whose process on this machine is dead, as after SIGKILL."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*@{machine()}.tmp"):
+        process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def oserror_of_safetensors(path: Path) -> Iterator[None]:
+    """Turns an error of the system that safetensors reports, such as a full disk, into an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it on success, deletes it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
+    temporary = temporary_path(path)
+    try:
+        with oserror_of_safetensors(path):
+            yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`; on success it replaces `folder`, on failure it is deleted."""
+    remove_abandoned(folder)
+    temporary = temporary_path(folder)
+    temporary.mkdir(parents=True)
+    try:
+        with oserror_of_safetensors(folder):
+            yield temporary
+        if folder.is_symlink():  # the target of a link belongs to somebody else
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(path: Path) -> Iterator[None]:
+    """Locks the result at `path`: a second run of the same result waits here, and then finds it.
+
+    Enclose `find_result` and the writing of the result. The first process of a run takes the lock for all of them.
+    """
+    with contextlib.ExitStack() as stack:
+        lock = path.with_name(f".{path.name}.lock")
+        try:
+            if rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(filelock.FileLock(lock))
+                stack.callback(lock.unlink, missing_ok=True)
+        except OSError as error:  # a finished result can be read where nothing can be written
+            if error.errno not in NO_PLACE:
+                raise
+        yield
+
+
+def check_writable(path: Path) -> None:
+    """Writes and removes a temporary file beside `path`; to be called before the work.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if rank() > 0:  # the first process tries for all
+        return
+    temporary = temporary_path(path)
+    if path.suffix and path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except FileNotFoundError:  # another run that tries the same has removed the folder again
+        return
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise UserError(cannot_write(error)) from error
+    for folder in made:
+        with contextlib.suppress(OSError):  # another run has begun to write there
+            folder.rmdir()
+
+
+# ------------------------------------------------------------------ JSON
+class Stored(dict):
+    """Content of a file of results; an entry that it lacks is a ForeignError."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
+
+
+class ForeignError(UserError, KeyError):
+    """A file that no script of this version wrote."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotation marks around the sentence
+
+
+def parse_stored(path: Path, text: str) -> Any:
+    """JSON whose objects, at any depth, know the path of their file.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+
+    def stored(content: dict) -> Stored:
+        found = Stored(content)
+        found.path = path
+        return found
+
+    try:
+        return json.loads(text, object_hook=stored)
+    except RecursionError:
+        raise ValueError("thousands of nested brackets") from None
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Writes strict JSON (no NaN) atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with write_atomically(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> dict:
+    """The content of one JSON result.
+
+    Raises:
+        UserError: the file cannot be read, is not a JSON object, or (later) lacks an entry that is read.
+    """
+    try:
+        content = parse_stored(path, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not a JSON result ({error}). {remedy(path)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
+    if not isinstance(content, dict):
+        raise ForeignError(f"{path} is no result: it holds no object. {remedy(path)}")
+    return content
+
+
+# ------------------------------------------------------------------ tensors
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of dtype, shape and bytes of a tensor on the CPU."""
+    kind = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, kind)
+
+
+def on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous; a copy where it is a part of a larger one, which safetensors refuses."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> None:
+    """Writes tensors and their metadata as safetensors, atomically.
+
+    The metadata are one JSON string under the key `json`, with `format_version` and the CRC-32 of each tensor added.
+    """
+    own = {key: on_its_own(tensor) for key, tensor in tensors.items()}
+    checksums = {key: checksum(tensor) for key, tensor in own.items()}
+    content = {"format_version": FORMAT_VERSION, **metadata, "crc32": checksums}
+    with write_atomically(path) as temporary:
+        save_file(own, temporary, {"json": json.dumps(content, allow_nan=False)})
+
+
+class TensorFile:
+    """An open file of tensors, each checked as it is read."""
+
+    def __init__(self, path: Path, file: Any, checksums: dict[str, int]) -> None:
+        self.path, self.file, self.checksums = path, file, checksums
+
+    def keys(self) -> list[str]:
+        """The keys of the tensors."""
+        return list(self.checksums)
+
+    def get_tensor(self, key: str) -> Tensor:
+        """One tensor, on the CPU.
+
+        Raises:
+            UserError: the file has no such tensor, or its bytes, dtype or shape are not those that were written.
+        """
+        if key not in self.checksums:
+            raise UserError(f"{self.path} has no {key}. {remedy(self.path)}")
+        try:
+            tensor = self.file.get_tensor(key)
+        except SafetensorError:
+            tensor = None
+        if tensor is None or checksum(tensor) != self.checksums[key]:
+            raise UserError(f"{self.path} is damaged ({key} is not what was written). {remedy(self.path)}")
+        return tensor
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
+    """Yields the open file and its metadata (without the check sums).
+
+    Raises:
+        UserError: the file is damaged, foreign, or of another format version.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder, not a file of results. Remove it.") from None
+        if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path} was not written by this version. {remedy(path)}")
+        checksums = metadata["crc32"]
+        del metadata["crc32"]
+        yield TensorFile(path, file, checksums), metadata
+
+
+# ------------------------------------------------------------------ reuse, refuse or make
 def read_identity(path: Path) -> dict[str, Any]:
     """The content of a JSON result, or the metadata of a file of tensors."""
     if path.suffix == ".json":
@@ -55,7 +324,7 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path,
     differing = [
         f"{name}: {there.get(name)!r} there, {value!r} now"
         for name, value in identity["config"].items()
-        if name not in free and there.get(name) != value
+        if name not in free and (name not in there or there[name] != value)
     ]
     if differing:
         raise UserError(
@@ -63,7 +332,7 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path,
             "Recompute it with --overwrite, or write elsewhere with --results_dir."
         )
     for name, value in identity.items():
-        if name != "config" and stored.get(name) != value:
+        if name != "config" and (name not in stored or stored[name] != value):
             raise UserError(
                 f"{path} was made {DIFFERENCES[name]}. Recompute it with --overwrite, or write elsewhere with "
                 "--results_dir."
@@ -90,15 +359,17 @@ def find_result(path: Path, identity: dict[str, Any], run: Run, free: Collection
     return stored
 
 
-# ------------------------------------------------------------------ state of an unfinished run
 def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Looks at the state of an unfinished run before the work; with --overwrite one that cannot be used goes.
+    """Reads the state of an unfinished run before the work; with --overwrite one that cannot be used is removed.
 
     Raises:
         UserError: it is damaged, or of a run of another identity.
     """
     try:
-        check_identity(read_identity(path), identity, path)
+        with open_tensors(path) as (file, metadata):
+            check_identity(metadata, identity, path)
+            for key in file.keys():  # noqa: SIM118, no dict
+                file.get_tensor(key)
     except UserError:
         if not overwrite:
             raise
@@ -114,43 +385,3 @@ def state_if_there_is_place() -> Iterator[None]:
         if error.errno not in NO_PLACE:
             raise
         tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")
-
-
-def save_state(
-    path: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    progress: dict[str, Any],
-) -> None:
-    """Writes weights, optimiser and progress of a run as one safetensors file."""
-    tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in parameters.items()}
-    numbers: dict[str, dict[str, float]] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-        numbers[index] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-    save_tensors(path, tensors, {"format_version": FORMAT_VERSION, **identity, **progress, "optimizer": numbers})
-
-
-def load_state(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Puts a saved state into parameters and optimiser and returns its progress; None where there is no state.
-
-    Raises:
-        UserError: the state is damaged, or of a run of another identity.
-    """
-    if not path.is_file():
-        return None
-    with open_tensors(path) as (file, progress):
-        check_identity(progress, identity, path)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"weight.{name}"))
-        states: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in progress["optimizer"].items()}
-        for key in file.keys():  # noqa: SIM118, not a dict
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                states[int(index)][name] = file.get_tensor(key)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return progress

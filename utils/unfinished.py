@@ -5,6 +5,8 @@ and adds the same numbers in the same order as if nothing had happened.
 """
 
 import contextlib
+import json
+import math
 import os
 import signal
 import sys
@@ -28,11 +30,16 @@ except ImportError:  # not on this system: nobody is told that another run write
 
 from utils.models.batches import Step
 from utils.parallel import Processes, processes
-from utils.results import check_state, state_if_there_is_place
-from utils.script import UserError, remove_abandoned
-from utils.tensor_files import FORMAT_VERSION, map_tensors, open_tensors, save_tensors, start_tensors, tensor_header
+from utils.results import (
+    check_state,
+    open_tensors,
+    remove_abandoned,
+    save_tensors,
+    state_if_there_is_place,
+)
+from utils.script import UserError
 
-Tensors = dict[str, Tensor | list[Tensor]]  # a list is one tensor on disk, stacked along a first axis
+Tensors = dict[str, Tensor | list[Tensor]]  # a list holds one tensor of each layer
 SHARE_OF_TIME = 1 / 20  # most that the writing of states may take, where one takes long
 
 
@@ -97,17 +104,17 @@ class Unfinished:
                 why = f"was made with another {', '.join(differing)}" if differing else "has lost its pooled states"
                 print(f"{self.path} {why}: this run starts from the beginning")
                 return 0
-            for name in file.keys():  # noqa: SIM118, not a dict
-                fill(tensors[name], file.get_slice(name))
+            for name, tensor in numbered(tensors).items():
+                tensor.copy_(file.get_tensor(name))
         print(f"going on from {self.path}: {metadata['num_steps']} of {self.way['num_steps']} batches")
         return metadata["num_steps"]
 
     def save(self, tensors: Tensors, num_steps: int) -> None:
         """Writes the state after so many steps; where it cannot be written the pass goes on without."""
         start = time.monotonic()
-        metadata = {"format_version": FORMAT_VERSION, **self.identity, "way": self.way, "num_steps": num_steps}
+        metadata = {**self.identity, "way": self.way, "num_steps": num_steps}
         with state_if_there_is_place():
-            save_tensors(self.path, tensors, metadata)
+            save_tensors(self.path, numbered(tensors), metadata)
         self.saved = time.monotonic()
         self.seconds = self.saved - start
 
@@ -116,13 +123,12 @@ class Unfinished:
         return time.monotonic() - self.saved >= max(60 * self.minutes_per_state, self.seconds / SHARE_OF_TIME)
 
 
-def fill(tensor: Tensor | list[Tensor], stored: Any) -> None:
-    """Copies a tensor of a file, a stacked one layer by layer."""
-    if isinstance(tensor, Tensor):
-        tensor.copy_(stored[:])
-        return
-    for layer, part in enumerate(tensor):
-        part.copy_(stored[layer])
+def numbered(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors by name, those of a list as `<name>.<index>`."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        found |= {name: value} if isinstance(value, Tensor) else {f"{name}.{i}": part for i, part in enumerate(value)}
+    return found
 
 
 @dataclass
@@ -221,6 +227,52 @@ def share_centres(sums: RunningSums, num_steps: int) -> int:
 
 
 # ------------------------------------------------------------------ pooled states
+def tensor_header(shapes: dict[str, tuple[int, ...]], metadata: dict) -> bytes:
+    """The start of a safetensors file of float32 tensors, whose data follow in the order of `shapes`."""
+    header: dict[str, Any] = {"__metadata__": {"json": json.dumps(metadata, allow_nan=False)}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def reserve(file: Any, num_bytes: int) -> None:
+    """Gives an open file its size; a full disk shows here, and not in the middle of the work."""
+    try:
+        file.truncate(num_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+def start_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Makes an open file a safetensors file of float32 zeros; arguments as those of `map_tensors`."""
+    file.truncate(0)
+    reserve(file, len(header) + 4 * sum(map(math.prod, shapes.values())))
+    file.seek(0)
+    file.write(header)
+    file.flush()
+
+
+def map_tensors(file: BinaryIO, header: bytes, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.memmap]:
+    """The float32 tensors of an open safetensors file, mapped for writing: for what should not sit in memory.
+
+    Args:
+        file: open for reading and writing.
+        header: of `tensor_header`, with which it starts.
+        shapes: of the tensors, in the order of the header.
+    """
+    tensors, offset = {}, len(header)
+    for name, shape in shapes.items():
+        tensors[name] = np.memmap(file, np.float32, "r+", offset=offset, shape=shape)
+        offset += tensors[name].nbytes
+    return tensors
+
+
 class PooledFile:
     """The file of pooled states while it is filled, row by row, by all processes of a machine.
 
@@ -236,7 +288,7 @@ class PooledFile:
         if not team.on_one_machine:
             raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
         self.path, self.unfinished, self.team = path, unfinished_pooled(path), team
-        self.header = tensor_header({name: ("F32", shape) for name, shape in shapes.items()}, metadata)
+        self.header = tensor_header(shapes, metadata)
         self.file: BinaryIO | None = None
         self.is_old = team.object_of_first(self.open_first)  # whether an unfinished run of this kind has left rows
         if self.file and not self.is_old:

@@ -19,7 +19,8 @@ from fig_plot.findings.gains import CANDIDATES
 from fig_plot.findings.like_for_like import STEPS
 from fig_plot.findings.overview import CLAIMS, answer, published, spearmans
 from fig_plot.tables import ALL_STUDIES, CLAIMED, HELD_OUT, MEASURES, load_cells, read_table, study_dir, trained_models
-from utils.script import ROOT, UserError, run_script, write_atomically
+from utils.results import write_atomically
+from utils.script import ROOT, UserError, run_script
 
 PAGES = (Path("README.md"), Path("docs/findings.md"))
 BLOCK = re.compile(r"(<!-- table: (\w+)(?: of ([\w-]+))? -->\n).*?(<!-- end -->)", flags=re.DOTALL)

@@ -23,9 +23,9 @@ from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.permuted_labels import draw_permuted_factors
 from utils.algebra.scores import NULL_SCORES, SCORES
 from utils.data.load import load_texts
+from utils.results import open_tensors
 from utils.script import UserError, parse
 from utils.settings import with_values
-from utils.tensor_files import open_tensors
 
 CPU = torch.device("cpu")
 FRACTIONS = (0.05, 0.3, 0.6, 0.95)
@@ -498,7 +498,7 @@ def tiny_results(tmp_path_factory):
 
 def layers_of(path) -> list[dict]:
     with open_tensors(path) as (file, metadata):
-        num_layers = file.get_slice("pooled_mean").get_shape()[0]
+        num_layers = metadata["num_layers"]
         layers = [load_layer(file, metadata, layer, CPU) for layer in range(num_layers)]
     config = K_sweep.Config(num_null_draws=2)
     return [K_sweep.sweep_layer(moments, None, config, i) for i, moments in enumerate(layers)]

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import cache
-from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, stacked, write_rows
+from tests.conftest import (
+    configure,
+    load_moments,
+    make_texts,
+    retrain,
+    run_command,
+    run_in_process,
+    stacked,
+    write_rows,
+)
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.load import tokenize
 from utils.script import UserError
@@ -232,9 +241,9 @@ def test_a_retrained_model_under_the_same_path_is_noticed(model_dirs, rows_path,
     with pytest.raises(UserError, match=r"other weights of the model.*--overwrite"):
         cache.main(config)
     path = moments_file(folder, tmp_path)
-    before = load_file(path)["pooled_second_moment"]
+    before = load_moments(path)["pooled_second_moment"]
     cache.main(with_values(config, overwrite=True))
-    assert not torch.equal(load_file(path)["pooled_second_moment"], before)
+    assert not torch.equal(load_moments(path)["pooled_second_moment"], before)
 
 
 def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
@@ -248,7 +257,7 @@ def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
     assert metadata["label_names"] == ["class 0", "class 1", "class 2"]
     assert metadata["environment"]["packages"]["torch"] == torch.__version__
     assert metadata["config"]["split"] == "all" and metadata["num_pairs"] == metadata["num_tokens"] - 240
-    assert header["prefix_second_moment"]["dtype"] == "F64" and len(metadata["model_fingerprint"]) == 16
+    assert header["layer.0.prefix_second_moment"]["dtype"] == "F64" and len(metadata["model_fingerprint"]) == 16
 
 
 def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):

@@ -21,7 +21,7 @@ from tests.conftest import configure, write_rows
 from utils.algebra.features import DEFINITIONS, SHRINKAGES, layer_scores
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.ridge import Value, fold_parts, judge_ridge, load_folds, part_of, ridge
-from utils.tensor_files import open_tensors
+from utils.results import open_tensors
 
 # Made with TLL (H-score), thuml/LogME, scikit-learn (shrinkage, ridge, least squares) on data sets of scikit-learn.
 # digits50: the first 50 rows, fewer than features. iris32: the features rounded to float32.

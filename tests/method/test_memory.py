@@ -6,13 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import DistilBertConfig, LlamaConfig, LlamaForCausalLM
 
 import alignment_vis
 import cache
 import K_sweep
-from tests.conftest import WORDS, configure, make_texts, make_tokenizer, run_command, run_in_process, write_rows
+from tests.conftest import (
+    WORDS,
+    configure,
+    load_moments,
+    make_texts,
+    make_tokenizer,
+    run_command,
+    run_in_process,
+    write_rows,
+)
 from utils.algebra.memory import free_host_memory
 from utils.script import UserError
 from utils.settings import with_values
@@ -25,7 +33,7 @@ def settings(model_dirs, rows_path, folder, **more):
 
 def moments(folder) -> dict[str, torch.Tensor]:
     [path] = [path for path in folder.rglob("train.safetensors") if "moments" in path.parts]
-    return load_file(path)
+    return load_moments(path)
 
 
 # ------------------------------------------------------------------ the estimate

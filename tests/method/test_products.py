@@ -11,7 +11,7 @@ import cache
 from tests.conftest import configure
 from utils.algebra.moments import load_layer
 from utils.algebra.products import factors, num_copies, round_to_tf32_, tensor_cores
-from utils.tensor_files import open_tensors
+from utils.results import open_tensors
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 

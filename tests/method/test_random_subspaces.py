@@ -11,7 +11,7 @@ import cache
 import K_sweep
 from tests.conftest import configure, run_in_process
 from tests.method.test_K_sweep import make_data, moments_of
-from utils.script import load_json
+from utils.results import load_json
 
 NUM_DRAWS = 400
 

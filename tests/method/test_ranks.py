@@ -16,13 +16,13 @@ import cache
 import K_sweep
 from tests.conftest import make_texts, write_rows
 from utils.algebra.linalg import NestedBasis
-from utils.algebra.moments import LayerMoments, load_layer, rounding_statistics
+from utils.algebra.moments import LayerMoments, by_layer, load_layer, rounding_statistics
 from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
 from utils.models.load import TokenizedTexts
 from utils.models.states import visit_hidden_states
+from utils.results import open_tensors, save_tensors
 from utils.settings import Data, Model, Run, result_settings
-from utils.tensor_files import open_tensors, save_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -142,12 +142,12 @@ def layer_moments(model, texts, data, config: cache.Config, path) -> list[LayerM
     averages = cache.accumulate_moments(model, tokens, data, np.zeros(len(texts), int), config).averages()
     counts = {"num_samples": len(texts), "num_tokens": offsets[-1].item(), "num_pairs": offsets[-1].item() - len(texts)}
     metadata = {
-        "format_version": cache.FORMAT_VERSION,
+        "layers": list(range(len(averages["pooled_mean"]))),
         "config": result_settings(config),
         "class_counts": None,
         **counts,
     }
-    save_tensors(path, averages, metadata | {"rounding": rounding_statistics(tokens)})
+    save_tensors(path, by_layer(averages, metadata["layers"]), metadata | {"rounding": rounding_statistics(tokens)})
     with open_tensors(path) as (file, metadata):
         layers = range(len(averages["pooled_mean"]))
         return [load_layer(file, metadata, layer, torch.device("cpu")) for layer in layers]

@@ -18,10 +18,10 @@ import cache
 from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
 from utils import separability
 from utils.pictures import plot_alignment
+from utils.results import open_tensors
 from utils.script import UserError, parse
 from utils.separability import separating_line
 from utils.settings import flatten, with_values
-from utils.tensor_files import open_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ def dense_solutions(config, layer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     [path] = config.run.results_dir.glob("moments/*/*/train.safetensors")
     with open_tensors(path) as (file, metadata):
         mu, b, m, c0, c1, prefix, following = (
-            file.get_tensor(name)[layer].numpy()
+            file.get_tensor(f"layer.{layer}.{name}").numpy()
             for name in (
                 *("pooled_mean", "pooled_label_cross_moment", "pooled_second_moment"),
                 *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),

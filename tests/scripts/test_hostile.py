@@ -23,7 +23,8 @@ from fig_plot import collect
 from tests.conftest import ROOT, configure, run_in_process, write_rows
 from utils.data.load import LabelledTexts, load_splits, load_texts
 from utils.data.rows import stratified_rows
-from utils.script import UserError, load_json, replace_folder, save_json
+from utils.results import load_json, replace_folder, save_json
+from utils.script import UserError
 from utils.settings import Data, Run
 
 # ------------------------------------------------------------------ datasets
@@ -220,7 +221,7 @@ def rewrite_header(path: Path, change) -> None:
 
 
 def sizes(header: dict) -> None:
-    header["pooled_mean"]["shape"] = [2**40, 2**40]
+    header["layer.0.pooled_mean"]["shape"] = [2**40, 2**40]
 
 
 def lacks(field: str):
@@ -240,10 +241,10 @@ def lacks(field: str):
         lambda path: path.write_bytes(struct.pack("<Q", 10**9) + b"{}"),
         lambda path: path.write_bytes(path.read_bytes()[:-1000]),
         lambda path: rewrite_header(path, sizes),
-        lambda path: rewrite_header(path, lambda header: header.pop("prefix_next_cross_moment")),
+        lambda path: rewrite_header(path, lambda header: header.pop("layer.0.prefix_next_cross_moment")),
         lambda path: rewrite_header(path, lambda header: header.pop("__metadata__")),
         *(lambda path, field=field: rewrite_header(path, lacks(field)) for field in
-          ("config", "rounding", "num_pairs", "label_names", "class_counts")),
+          ("config", "rounding", "num_pairs", "label_names", "class_counts", "crc32", "layers")),
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
 
 import csv
-import errno
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer
@@ -18,7 +18,7 @@ import cache
 import linear_training
 from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
-from utils import tensor_files
+from utils import results
 from utils.data.load import load_texts
 from utils.script import UserError
 from utils.settings import Run, with_values
@@ -334,14 +334,14 @@ def test_a_state_of_other_settings_goes_with_overwrite(model_dirs, rows_path, tm
 
 
 def test_without_space_for_a_state_training_goes_on(model_dirs, rows_path, tmp_path, monkeypatch):
-    reserve = tensor_files.reserve
+    save = results.save_file
 
-    def full(file, num_bytes):
-        if "state.safetensors." in file.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-        reserve(file, num_bytes)
+    def full(tensors, path, metadata):
+        if "state.safetensors." in path.name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, metadata)
 
-    monkeypatch.setattr(tensor_files, "reserve", full)
+    monkeypatch.setattr(results, "save_file", full)
     linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=2, minutes_per_state=0.0))
     assert result(tmp_path)[1]["num_steps"] > 0 and not list(tmp_path.rglob("state.*"))
 

@@ -23,12 +23,11 @@ import utils.prescreen_page
 from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
 from tests.method.test_K_sweep import make_data, moments_of
 from utils import calibration
-from utils.algebra.moments import pooled_path
+from utils.algebra.moments import load_pooled
 from utils.calibration import Line, expected_gain
 from utils.data.load import load_splits
 from utils.results import read_identity
 from utils.script import UserError
-from utils.tensor_files import open_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -100,8 +99,7 @@ def test_r2_is_that_of_scikit_learn_on_the_pooled_states(model_dirs, rows_path, 
     cache.main(pass_config)
     train = load_splits(config.data, config.run)["train"]
     folds, targets = cache.assign_folds(train.texts, 5), cache.one_hot_targets(train).numpy()
-    with open_tensors(pooled_path(cache.config_path(pass_config))) as (file, _):
-        pooled = file.get_tensor("pooled").double().numpy()
+    pooled = [load_pooled(cache.config_path(pass_config), layer).double().numpy() for layer in range(3)]
     for layer, features in enumerate(pooled):
         error = baseline = 0.0
         for fold in range(5):

@@ -17,7 +17,7 @@ import cache
 import from_scratch
 import K_sweep
 import lora_finetuning
-from tests.conftest import configure, make_texts, run_command, write_rows
+from tests.conftest import configure, load_moments, make_texts, run_command, write_rows
 from tests.processes import exit_codes, free_port, start
 from utils.algebra.scores import SCORES
 from utils.models.batches import share_of, token_steps
@@ -37,7 +37,7 @@ def settings(model_dirs, rows, folder, **more):
 
 def moments(folder) -> dict[str, torch.Tensor]:
     [path] = folder.rglob("train.safetensors")
-    return load_file(path)
+    return load_moments(path)
 
 
 def sweep(config) -> dict:

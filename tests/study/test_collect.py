@@ -17,7 +17,8 @@ from fig_plot import collect
 from fig_plot.tables import read_table
 from tests.conftest import configure, run_in_process
 from utils.algebra.scores import SCORES
-from utils.script import UserError, save_json
+from utils.results import save_json
+from utils.script import UserError
 from utils.settings import result_settings
 
 pytestmark = pytest.mark.slow

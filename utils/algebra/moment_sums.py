@@ -289,6 +289,5 @@ class MomentSums:
         averages["fold_num_samples"] = counts
         averages |= {name: per_fold(total) for name, total in self.labels.items() if name != "fold_num_samples"}
         for name in ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"):
-            of_layers_folds = [per_fold(total) for total in self.sums[f"fold_{name}"]]
-            averages[f"fold_{name}"] = of_layers_folds or counts.new_zeros(0, len(counts), *self.sums[name][0].shape)
+            averages[f"fold_{name}"] = [per_fold(total) for total in self.sums[f"fold_{name}"]]
         return averages

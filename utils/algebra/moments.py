@@ -1,25 +1,27 @@
 """The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
 
+import contextlib
 import hashlib
 import itertools
+import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.algebra.linalg import Noise, rounding
 from utils.data.load import LabelledTexts
 from utils.models.identity import known_fingerprint
 from utils.models.load import TokenizedTexts
-from utils.results import check_identity, read_identity, result_path
+from utils.results import check_identity, open_tensors, read_identity, remedy, result_path
 from utils.script import UserError
 from utils.settings import AnyConfig, Data, Model, Run, command_line, flatten, result_settings, with_values
-from utils.tensor_files import open_tensors
 
 PER_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
@@ -132,14 +134,13 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
     Four times that is taken, which also covers mantissas that are less evenly spread.
     """
     statistics, config = metadata["rounding"], metadata["config"]
-    at = place_of(file, metadata, layer)
     relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
     tokens_per_text = metadata["num_tokens"] / metadata["num_samples"]
-    per_token = 4 * relative * file.get_slice("token_square")[at].to(device).clamp(min=0) / tokens_per_text
+    per_token = 4 * relative * file.get_tensor(f"layer.{layer}.token_square").to(device).clamp(min=0) / tokens_per_text
     return Rounding(
         pooled=per_token * (1 if config["pooling"] == "last" else statistics["mean_inverse_length"]),
         prefix=per_token * statistics["mean_prefix_tokens"],
-        **{name: file.get_slice(name)[at].to(device) for name in OF_ROUNDING},
+        **{name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_ROUNDING},
         **{name: statistics[name] for name in ("num_distinct_texts", "num_distinct_pairs")},
     )
 
@@ -150,8 +151,8 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
     Raises:
         UserError: the layer is not kept.
     """
-    at = place_of(file, metadata, layer)
-    tensors = {name: file.get_slice(name)[at].to(device) for name in (*PER_LAYER, *NORMS)}
+    check_has_layer(metadata, layer)
+    tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in (*PER_LAYER, *NORMS)}
     tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
     if metadata["class_counts"] is not None:
         tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
@@ -233,9 +234,8 @@ def is_complete(
         return False
     with open_tensors(path) as (file, metadata):
         check_identity(metadata, identity, path)
-        num_layers = last_layer(file, metadata) + 1
-        num_fold_layers = file.get_slice("fold_pooled_mean").get_shape()[0]
-        asked, there = numbers_of_layers(layers, num_layers), stored_layers(file, metadata)
+        asked, there = numbers_of_layers(layers, metadata["num_layers"]), metadata["layers"]
+        num_fold_layers = sum(key.endswith(".fold_pooled_mean") for key in file.keys())  # noqa: SIM118, no dict
     lacking = set(asked) - set(there)
     if lacking and set(there) - set(asked):
         both = " ".join(map(str, sorted({*there, *asked})))
@@ -252,10 +252,34 @@ def is_complete(
         return True
     if not pooled_path(path).is_file():
         return False
-    with open_tensors(pooled_path(path)) as (file, metadata):
-        is_all = file.get_slice("pooled").get_shape()[0] > 1
-        same = all(metadata.get(name) == value for name, value in identity.items())
+    with open_pooled(path) as (pooled, stored):
+        is_all = pooled.get_shape()[0] > 1
+        same = all(stored.get(name) == value for name, value in identity.items())
         return same and (is_all or save_pooled == "last")
+
+
+# ------------------------------------------------------------------ pooled states
+@contextlib.contextmanager
+def open_pooled(moments: Path) -> Iterator[tuple[Any, dict]]:
+    """Yields the pooled states beside a file of moments, (layers, n, d), read as they are sliced, and their metadata.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = pooled_path(moments)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            pooled, metadata = file.get_slice("pooled"), json.loads(file.metadata()["json"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}). {remedy(moments)}") from None
+        yield pooled, metadata
+
+
+def load_pooled(moments: Path, layer: int) -> Tensor:
+    """Pooled states of one of the layers saved beside a file of moments, (n, d) float32; -1 is the last layer."""
+    with open_pooled(moments) as (pooled, _):
+        return pooled[layer % pooled.get_shape()[0]]
 
 
 # ------------------------------------------------------------------ find
@@ -303,34 +327,36 @@ def settings_found(config: AnyConfig, path: Path) -> AnyConfig:
 
 
 # ------------------------------------------------------------------ layers
-def stored_layers(file: Any, metadata: dict) -> list[int]:
-    """The layers that an open file of moments holds, in their order."""
-    return metadata.get("layers") or list(range(file.get_slice("pooled_mean").get_shape()[0]))
+def by_layer(averages: Mapping[str, Tensor | list[Tensor]], layers: list[int]) -> dict[str, Tensor]:
+    """Tensors as a file of moments has them: `layer.<k>.<name>`, and those that all layers share by their name.
 
-
-def last_layer(file: Any, metadata: dict) -> int:
-    """The number of the model's last layer, whether the file holds it or not."""
-    return metadata.get("num_layers", file.get_slice("pooled_mean").get_shape()[0]) - 1
-
-
-def place_of(file: Any, metadata: dict, layer: int) -> int:
-    """Where a layer is along the first axis.
-
-    Raises:
-        UserError: it is not kept.
+    Args:
+        averages: a list holds one tensor for each of the last of `layers`, at most all.
+        layers: numbers of the layers kept.
     """
-    layers = stored_layers(file, metadata)
+    tensors = {}
+    for name, value in averages.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            numbers = layers[len(layers) - len(value) :]
+            tensors |= {f"layer.{layer}.{name}": part for layer, part in zip(numbers, value, strict=True)}
+    return tensors
+
+
+def check_has_layer(metadata: dict, layer: int) -> None:
+    """Raises UserError where the moments do not hold a layer."""
+    layers = metadata["layers"]
     if layer not in layers:
         raise UserError(
             f"The moments hold layer {', '.join(map(str, layers))}, not {layer}. Run cache.py with --layers "
             f"{' '.join(map(str, sorted({*layers, layer})))}, or without --layers for all of them."
         )
-    return layers.index(layer)
 
 
-def check_has_every_layer(file: Any, metadata: dict, who: str) -> None:
-    """Raises UserError where the file does not hold every layer."""
-    if "layers" in metadata:
+def check_has_every_layer(metadata: dict, who: str) -> None:
+    """Raises UserError where the moments do not hold every layer."""
+    if len(metadata["layers"]) < metadata["num_layers"]:
         kept = ", ".join(map(str, metadata["layers"]))
         raise UserError(f"{who} needs every layer, the moments hold {kept}. Run cache.py without --layers.")
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from utils.algebra.linalg import equilibrated_eigh, without_constants
-from utils.algebra.moments import LayerMoments, place_of
+from utils.algebra.moments import LayerMoments, check_has_layer
+from utils.results import open_tensors
 from utils.script import UserError
-from utils.tensor_files import open_tensors
 
+FOLDS_OF_LAYER = ("fold_pooled_second_moment", "fold_pooled_label_cross_moment", "fold_pooled_mean")
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
 
@@ -54,14 +55,12 @@ def part_of(moments: LayerMoments) -> Part:
 def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
     """The moments of each fold of one layer and the texts per fold, None if not kept."""
     with open_tensors(path) as (file, metadata):
-        names = [name for name in file.keys() if name.startswith(("fold_label", "fold_pooled"))]  # noqa: SIM118
-        parts = {name: file.get_slice(name) for name in names}
-        first = file.get_slice("pooled_mean").get_shape()[0] - parts["fold_pooled_mean"].get_shape()[0]
-        at = place_of(file, metadata, layer)
-        if at < first:
+        check_has_layer(metadata, layer)
+        if f"layer.{layer}.fold_pooled_mean" not in file.keys():  # noqa: SIM118, no dict
             return None
-        moments = {name: part[:] if name.startswith("fold_label") else part[at - first] for name, part in parts.items()}
-        return {name: part.to(device) for name, part in moments.items()}, file.get_tensor("fold_num_samples").to(device)
+        folds = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in FOLDS_OF_LAYER}
+        folds |= {name: file.get_tensor(name).to(device) for name in ("fold_label_mean", "fold_label_second_moment")}
+        return folds, file.get_tensor("fold_num_samples").to(device)
 
 
 def check_several(num_folds: int, who: str) -> None:

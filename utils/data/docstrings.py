@@ -37,7 +37,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from utils.script import ROOT, UserError, run_script, write_atomically
+from utils.results import write_atomically
+from utils.script import ROOT, UserError, run_script
 
 CACHE_DIR = ROOT / "demo" / "cache"
 STANDARD_LIBRARY = "stdlib"

@@ -14,7 +14,8 @@ from utils.hub import shorten
 from utils.models.identity import model_fingerprint
 from utils.models.states import decoder_of
 from utils.models.table import MODELS, model_source
-from utils.script import UserError, load_json, save_json
+from utils.results import load_json, save_json
+from utils.script import UserError
 from utils.settings import Model, Run
 
 BASE_MODEL_FILE = "base_model.json"  # what lora_finetuning.py writes beside an adapter about the model it is for

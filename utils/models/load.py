@@ -28,7 +28,8 @@ from utils.models import gguf
 from utils.models.identity import read_config
 from utils.models.states import decoder_of
 from utils.models.table import FAMILIES, model_source, repository
-from utils.script import UserError, remove_abandoned, temporary_path
+from utils.results import remove_abandoned, temporary_path
+from utils.script import UserError
 from utils.settings import Model, Run
 
 

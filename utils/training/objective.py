@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from utils.data.load import LabelledTexts
+from utils.results import save_tensors
 from utils.script import UserError
-from utils.tensor_files import FORMAT_VERSION, save_tensors
 from utils.training.metrics import classification_scores, regression_scores
 
 GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
@@ -99,7 +99,7 @@ def save_head(path: Path, head: Head, objective: Objective, metadata: dict, mean
         weight = weight / spread.double()
         bias = bias - weight @ mean.double()
     weight, bias = weight * objective.scale, bias * objective.scale + objective.mean
-    save_tensors(path, {"weight": weight.float(), "bias": bias.float()}, {"format_version": FORMAT_VERSION, **metadata})
+    save_tensors(path, {"weight": weight.float(), "bias": bias.float()}, metadata)
 
 
 # ------------------------------------------------------------------ order of the rows
