@@ -25,7 +25,7 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,18 +45,16 @@ from utils.algebra.moments import (
     moments_path,
     numbers_of_layers,
     pooled_path,
-    settings_as_stored,
-    settings_found,
 )
 from utils.algebra.products import Precision, ProductDtype
 from utils.data.load import LabelledTexts, load_splits, load_texts
 from utils.models.batches import Batch, assign_folds, one_hot, one_hot_targets, share_of, token_batches, token_steps
 from utils.models.check import self_check
-from utils.models.identity import load_config, model_fingerprint, stored_as
+from utils.models.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.parallel import processes
-from utils.results import check_writable, save_tensors
+from utils.results import check_identity, check_writable, read_identity, save_tensors, settings_from_moments
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import (
     Data,
@@ -203,18 +201,14 @@ def config_path(config: Config) -> Path:
     return moments_path(config.run, config.model, config.data, config.split)
 
 
-def as_stored(config: Config, free: Collection[str]) -> Config:
-    """The config with the settings in `free` as the moments at its place have them, if there are any."""
-    return settings_as_stored(config, config_path(config), free)
-
-
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
-    """The moments of a config, and the config as they have it: what it leaves at its default is as it is stored.
+    """The moments of a config, and the config with the settings that it leaves at their default read from them.
 
-    Those of the embedded model are made, of each of `splits`, if they are not there.
+    Those of the embedded model are made, of each of `splits`, if they are missing.
 
     Raises:
-        UserError: no moments, naming the command that makes them; or of other settings, or of another model.
+        UserError: no moments, naming the command that makes them; or moments of another setting that is given, or of
+            other weights of the model.
     """
     path = config_path(config)
     if not path.is_file():
@@ -222,13 +216,15 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
-    return path, settings_found(config, path)
+    config = settings_from_moments(config, path)
+    if fingerprint := known_fingerprint(config.model, config.run):
+        check_identity(read_identity(path), {"config": {}, "model_fingerprint": fingerprint}, path)
+    return path, config
 
 
 def ensure(
     config: Config,
     data: LabelledTexts,
-    free: Collection[str] = (),
     renew: bool = False,
     advance: Callable[[float], object] | None = None,
     keep_texts: bool = True,
@@ -238,7 +234,6 @@ def ensure(
     Args:
         config: what does not fit it is refused, or replaced with --overwrite.
         data: the texts of its split.
-        free: settings that are as the stored moments have them, if there are any.
         renew: make them also where they are there.
         advance: of `accumulate_moments`.
         keep_texts: False where nobody reads the texts afterwards: they are most of what grows with their number.
@@ -246,7 +241,6 @@ def ensure(
     Raises:
         UserError: moments of another identity are there; or what the pass itself refuses.
     """
-    config = as_stored(config, free)
     path, output = config_path(config), config.output
     identity = {
         "config": result_settings(config),

@@ -33,13 +33,13 @@ from torch import Tensor
 
 import cache
 from utils.algebra.linalg import whiten, without_constants
-from utils.algebra.moments import load_pooled, open_pooled, pooled_path
+from utils.algebra.moments import load_pooled, moments_path, open_pooled, pooled_path
 from utils.algebra.products import ProductDtype
 from utils.algebra.ridge import load_folds, ridge_path
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
-from utils.results import find_result, load_json, result_path, save_json
+from utils.results import find_result, load_json, result_path, save_json, settings_from_moments
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import (
     Data,
@@ -263,6 +263,7 @@ def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # before the passes, not after them
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    config = settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
     data = load_splits(config.data, config.run)
     check_labels(data["train"])
     path = result_path("linear_sklearn", config.run, config.model, config.data, ".json")

@@ -29,11 +29,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
-from utils.algebra.moments import load_pooled
+from utils.algebra.moments import load_pooled, moments_path
 from utils.data.load import LabelledTexts, load_splits, stratified_rows
 from utils.models.identity import load_config, stored_as
 from utils.parallel import processes
-from utils.results import result_path
+from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.training.loop import (
@@ -89,7 +89,7 @@ def pooled_states(config: Config, split: Literal["train", "test"], data: Labelle
     wanted = cache.Config(
         split, config.pooling, model=config.model, data=config.data, output=cache.Output("last"), run=config.run
     )
-    path = cache.ensure(wanted, data, free=("num_folds", "product_dtype"))
+    path = cache.ensure(settings_from_moments(wanted, cache.config_path(wanted)), data)
     states = load_pooled(path, -1)
     if not (finite := states.isfinite().all(1)).all():
         raise UserError(f"The state of {split} row {(~finite).nonzero()[0].item()} is not finite. Try --dtype float32.")
@@ -230,6 +230,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it is there already."""
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    config = settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
     run(config, load_splits(config.data, config.run))
 
 

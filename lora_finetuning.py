@@ -36,9 +36,9 @@ from utils.models.load import load_causal_lm
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
-from utils.results import load_json, read_identity, replace_folder, result_path, save_json
+from utils.results import load_json, read_identity, replace_folder, result_path, save_json, settings_from_moments
 from utils.script import UserError, run_script
-from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
+from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, flatten, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 
@@ -148,7 +148,8 @@ def scores_before_after(config: Config, data: dict[str, LabelledTexts]) -> tuple
     in_float32 = with_values(config.model, dtype="float32")  # unless moments are there in another dtype
     plain = cache.Config(pooling=config.training.pooling, model=in_float32, data=config.data, run=run)
     free = ("num_folds", "product_dtype", "dtype")
-    plain = cache.as_stored(plain, free)
+    found = flatten(settings_from_moments(plain, cache.config_path(plain)))
+    plain = with_values(plain, **{name: found[name] for name in free})
     sweep = K_sweep.Config(model=plain.model, data=config.data, run=replace(run, device="cpu"))
     if K_sweep.output_path(sweep).is_file():
         result = load_json(K_sweep.output_path(sweep))

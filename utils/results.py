@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.parallel import rank
 from utils.script import NO_PLACE, UserError, cannot_write
-from utils.settings import Data, Model, Run
+from utils.settings import AnyConfig, Data, Model, Run, result_settings, with_values
 
 FORMAT_VERSION = 4
 SCRIPTS = {  # folder of results -> script that writes it
@@ -312,41 +312,43 @@ def read_identity(path: Path) -> dict[str, Any]:
         return metadata
 
 
-def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path, free: Collection[str] = ()) -> None:
-    """Compares what is stored at `path` with what is asked for; settings in `free` may differ.
+def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
+    """How a stored result was made otherwise than an identity says; empty where it was made like that.
 
-    Raises:
-        UserError: naming each setting that differs, or whether it is the rows, the model or the moments.
+    For a result that is found by its path alone: without this comparison it may be of other settings, rows or weights.
+
+    Args:
+        stored: content of a JSON result, or metadata of a file of tensors.
+        identity: `config`, the settings as `result_settings` gives them, and parts named in `DIFFERENCES`; a part that
+            `stored` lacks differs.
     """
-    there = stored.get("config", {})
-    if not isinstance(there, dict):
-        raise UserError(f"{path} is no whole result: its settings are no object. Recompute it with --overwrite.")
+    settings = stored.get("config")
+    if not isinstance(settings, dict):
+        return "without settings"
     differing = [
-        f"{name}: {there.get(name)!r} there, {value!r} now"
+        f"{name}: {settings.get(name)!r} there, {value!r} now"
         for name, value in identity["config"].items()
-        if name not in free and (name not in there or there[name] != value)
+        if name not in settings or settings[name] != value
     ]
     if differing:
-        raise UserError(
-            f"{path} was made with other settings ({'; '.join(differing)}). "
-            "Recompute it with --overwrite, or write elsewhere with --results_dir."
-        )
-    for name, value in identity.items():
-        if name != "config" and (name not in stored or stored[name] != value):
-            raise UserError(
-                f"{path} was made {DIFFERENCES[name]}. Recompute it with --overwrite, or write elsewhere with "
-                "--results_dir."
-            )
+        return f"with other settings ({'; '.join(differing)})"
+    parts = [name for name in identity if name != "config"]
+    return next((DIFFERENCES[name] for name in parts if name not in stored or stored[name] != identity[name]), "")
 
 
-def find_result(path: Path, identity: dict[str, Any], run: Run, free: Collection[str] = ()) -> dict[str, Any] | None:
+def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the result stored at `path` has another identity; names the difference."""
+    if how := difference(stored, identity):
+        raise UserError(f"{path} was made {how}. Recompute it with --overwrite, or write elsewhere with --results_dir.")
+
+
+def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
     """The finished result at `path`; None where it has to be made: there is none, or --overwrite is given.
 
     Args:
-        path: of a JSON result, or of a file of tensors, whose metadata is then returned.
-        identity: `config`, the settings as `result_settings` gives them, and the fingerprints to compare.
+        path: a JSON result, or a file of tensors, whose metadata is then returned.
+        identity: as for `difference`.
         run: `overwrite` is read.
-        free: settings that may differ.
 
     Raises:
         UserError: the result is damaged, or of another identity; or it has to be made and cannot be written.
@@ -355,8 +357,36 @@ def find_result(path: Path, identity: dict[str, Any], run: Run, free: Collection
         check_writable(path)
         return None
     stored = read_identity(path)
-    check_identity(stored, identity, path, free)
+    check_identity(stored, identity, path)
     return stored
+
+
+def settings_from_moments(config: AnyConfig, moments: Path) -> AnyConfig:
+    """The config of a script that starts from moments: settings it leaves at their default are read from the file.
+
+    Without such a file the config comes back as it is.
+
+    Raises:
+        UserError: a setting that is given differs from that of the moments.
+    """
+    if not moments.is_file():
+        return config
+    stored = read_identity(moments)["config"]
+    asked, default = result_settings(config), result_settings(type(config)())
+    if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
+        asked["model_name"] = stored["model_name"]
+    shared = [name for name in asked if name in stored]
+    given = {name: asked[name] for name in shared if asked[name] not in (default[name], stored[name])}
+    if given:
+        differing = "; ".join(f"{name}: {stored[name]!r} there, {value!r} now" for name, value in given.items())
+        raise UserError(
+            f"{moments} was made with other settings ({differing}). Leave them out to take those of the moments, "
+            "run cache.py with them and --overwrite, or write elsewhere with --results_dir."
+        )
+    values = {name: stored[name] for name in shared}
+    if values.get("adapter_dir"):
+        values["adapter_dir"] = Path(values["adapter_dir"])
+    return with_values(config, **values)
 
 
 def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:

@@ -401,7 +401,10 @@ def test_features_of_other_settings_are_refused_by_name(config):
     with pytest.raises(UserError, match="pooling: 'mean' there, 'last' now"):
         linear_sklearn.main(with_values(config, pooling="last"))
     assert not (config.run.results_dir / "linear_sklearn").exists()
-    linear_sklearn.main(with_values(config, pooling="last", overwrite=True))
+    moments = cache.Config(model=config.model, data=config.data, run=config.run, pooling="last")
+    for split in ("train", "test"):
+        cache.main(with_values(moments, split=split, save_pooled="all", overwrite=True))
+    linear_sklearn.main(config)
     assert result_of(config)["config"]["pooling"] == "last"
 
 

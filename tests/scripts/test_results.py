@@ -19,7 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import alignment_vis
 import cache
+import K_sweep
+import linear_sklearn
+import linear_training
 from tests.conftest import ROOT, configure, run_in_process
 from utils.results import (
     check_writable,
@@ -31,11 +35,12 @@ from utils.results import (
     result_path,
     save_json,
     save_tensors,
+    settings_from_moments,
     temporary_path,
     write_atomically,
 )
 from utils.script import UserError
-from utils.settings import Data, Model, Run
+from utils.settings import Data, Model, Run, flatten, result_settings
 from utils.training.state import load_state, save_state
 
 BOTH = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
@@ -233,6 +238,31 @@ def test_a_result_that_lacks_a_part_of_its_identity_is_refused(path, name):
 def test_other_rows_and_other_weights_are_told_apart(path, part, words):
     with pytest.raises(UserError, match=f"{words}.*--overwrite"):
         find_result(path, changed(part, value="others"), Run())
+
+
+@pytest.mark.parametrize("module", [K_sweep, alignment_vis, linear_sklearn, linear_training], ids=lambda m: m.__name__)
+def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_are_refused(module, tmp_path):
+    there = {"dtype": "bfloat16", "seed": 3, "max_length": 64, "text_column": "body"}
+    path = tmp_path / "moments" / "m" / "d" / "train.safetensors"
+    save_tensors(path, {}, {"config": result_settings(configure(cache, **there))})
+    found = flatten(settings_from_moments(configure(module, seed=3), path))
+    assert {name: found[name] for name in there} == there and found["adapter_dir"] is None
+    with pytest.raises(UserError, match="other settings") as raised:
+        settings_from_moments(configure(module, seed=4, max_length=64, text_column="title"), path)
+    message = str(raised.value)
+    assert "seed: 3 there, 4 now" in message and "text_column: 'body' there, 'title' now" in message
+    assert "dtype" not in message and "max_length" not in message and "cache.py" in message and str(path) in message
+    config = configure(module, seed=4)
+    assert settings_from_moments(config, tmp_path / "none.safetensors") is config
+
+
+def test_the_short_name_of_an_adapted_model_stands_for_model_and_adapter(tmp_path):
+    path, adapted = tmp_path / "train.safetensors", {"model_name": "micro", "adapter_dir": Path("a b/adapter")}
+    save_tensors(path, {}, {"config": result_settings(configure(cache, **adapted))})
+    found = settings_from_moments(configure(K_sweep, model_name="micro+lora"), path).model
+    assert (found.model_name, found.adapter_dir, found.path_name) == ("micro", Path("a b/adapter"), "micro+lora")
+    with pytest.raises(UserError, match="model_name: 'micro' there, 'other' now"):
+        settings_from_moments(configure(K_sweep, model_name="other"), path)
 
 
 def test_places_tell_models_adapters_and_datasets_apart(tmp_path):

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from utils.algebra.linalg import Noise, rounding
 from utils.data.load import LabelledTexts
-from utils.models.identity import known_fingerprint
 from utils.models.load import TokenizedTexts
-from utils.results import check_identity, open_tensors, read_identity, remedy, result_path
+from utils.results import check_identity, open_tensors, remedy, result_path
 from utils.script import UserError
-from utils.settings import AnyConfig, Data, Model, Run, command_line, flatten, result_settings, with_values
+from utils.settings import Data, Model, Run, command_line, result_settings, with_values
 
 PER_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
@@ -283,16 +282,6 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ find
-def settings_as_stored(config: AnyConfig, path: Path, free: Collection[str]) -> AnyConfig:
-    """The config with the settings in `free` as the moments at `path` have them, if there are any."""
-    if not path.is_file():
-        return config
-    stored = {name: value for name, value in read_identity(path)["config"].items() if name in free}
-    if stored.get("adapter_dir"):
-        stored["adapter_dir"] = Path(stored["adapter_dir"])
-    return with_values(config, **stored)
-
-
 def check_embedded(config: Any, path: Path) -> None:
     """Says that moments of the embedded model are made because they are not there.
 
@@ -306,24 +295,6 @@ def check_embedded(config: Any, path: Path) -> None:
         flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
         raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
     print(f"No moments at {path}: making them, as the embedded model takes seconds.")
-
-
-def settings_found(config: AnyConfig, path: Path) -> AnyConfig:
-    """The config of cache.py as the moments at `path` have it, where it leaves something at its default.
-
-    Raises:
-        UserError: they are of other settings, or of another model.
-    """
-    default = flatten(type(config)())
-    free = {name for name, value in flatten(config).items() if value == default[name]}
-    if config.model.model_name.endswith("+lora"):  # type: ignore[attr-defined]  # the moments know model and adapter
-        free.add("model_name")
-    stored = read_identity(path)
-    check_identity(stored, {"config": result_settings(config)}, path, free | {"seed"})
-    config = settings_as_stored(config, path, free - {"seed"})
-    if fingerprint := known_fingerprint(config.model, config.run):  # type: ignore[attr-defined]
-        check_identity(stored, {"config": {}, "model_fingerprint": fingerprint}, path)
-    return config
 
 
 # ------------------------------------------------------------------ layers
