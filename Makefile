@@ -50,10 +50,14 @@ STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfi
 study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2, smollm2-docstrings or paper
 	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
 
-figures: $(READY)  ## every committed figure from the committed CSV files
-	$(PYTHON) -m fig_plot.findings
-	$(PYTHON) -m fig_plot.page
-	.venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
+# the committed studies; your own: make figures TABLES=results/tables FIGURES=results/figures
+TABLES ?= fig_plot/data
+FIGURES ?= fig_plot/figures
+
+figures: $(READY)  ## every study at or below TABLES, drawn into FIGURES
+	$(PYTHON) -m fig_plot.findings --tables_dir $(TABLES)
+	$(if $(filter fig_plot/data,$(TABLES)),$(PYTHON) -m fig_plot.findings.page)
+	TABLES=$(TABLES) FIGURES=$(FIGURES) .venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Findings.ipynb
 
 bench: $(READY)  ## speed of the pass, the solves, the probes and training, with random and docstring models

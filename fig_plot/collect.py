@@ -1,25 +1,25 @@
-"""Turn results/** into the tidy CSV files that every figure is drawn from.
+"""Turn results/** into the tidy CSV files that figures and findings are drawn from.
 
-    python -m fig_plot.collect                                         # all that is under results/
-    python -m fig_plot.collect --results_dir results/study/docstrings   # the docstring study, as committed
-    python -m fig_plot.collect --results_dir results/study/smollm2 --output_dir fig_plot/data/smollm2
+    python -m fig_plot.collect                                            # results/ -> results/tables/
+    make figures TABLES=results/tables FIGURES=results/figures            # draws them
+    python -m fig_plot.collect --results_dir results/study/smollm2 --output_dir fig_plot/data/smollm2 --keep
 
-Reads what K_sweep.py, linear_sklearn.py and the three training scripts wrote, at any depth. What is unfinished, damaged
-or foreign is named, skipped and counted, and so is a model and dataset that one of the scripts has not seen.
-Writes to fig_plot/data/, a row each:
+Reads the JSON files of K_sweep.py, linear_sklearn.py, alignment_vis.py and the training scripts, at any depth; those
+below results/study/ and results/benchmarks/ only if --results_dir names such a folder. Unfinished, damaged and foreign
+files are named, skipped and counted, and so is a model and dataset that one of the scripts has not seen. Deletes
+nothing. Writes, a row each:
 
-    scores.csv     model, dataset, seed, order and subspace of V: the score of the run, its null, its probe
-    layers.csv     the same, layer and fraction: the scores there (V by autoregression, before LoRA)
-    features.csv   model, dataset, seed, layer: scores of the pooled states that need neither U nor V
-    probes.csv     model, dataset, seed, layer: scikit-learn's probes on both splits
-    training.csv   model, dataset, seed, method: scores on test at the last step
-    datasets.csv   dataset: rows, classes, majority share, bag of words
-    models.csv     model: parameters, and for the docstring LMs their held-out loss
+    scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
+    layers.csv.gz   the same, layer and fraction: the scores there (V by autoregression, before LoRA)
+    features.csv    model, dataset, seed, layer: scores of the pooled states that need neither U nor V
+    probes.csv      model, dataset, seed, layer: scikit-learn's probes on both splits
+    training.csv    model, dataset, seed, method: scores on test at the last step
+    datasets.csv    dataset: rows, classes, majority share, bag of words
+    models.csv      model: parameters, and for the docstring LMs their held-out loss
     alignment.csv, separability.csv   the words of alignment_vis.py, and how far their categories are apart
-    sources.json   the command, library versions, commits
+    sources.json    the command, library versions, commits
 """
 
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,29 +28,27 @@ from typing import Any
 
 import pandas as pd
 
-from fig_plot.tables import DATA_DIR, WORDS, read_csv
+from fig_plot.tables import REQUIRED, TEXTS, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
-from utils.models.table import MODELS
-from utils.results import ForeignError, load_json, save_json, write_atomically
+from utils.results import ForeignError, load_json, save_json
 from utils.script import ROOT, UserError, run_script
 
-TABLES = ("scores", "layers", "features", "probes", "training", "datasets", "models", "alignment", "separability")
-KEYS = (  # what tells rows of a table apart, and sorts them
-    *("model", "dataset", "seed", "method", "split", "eigenvectors", "subspace", "center", "num_components"),
-    *("layer", "fraction", "space", "group", "word"),
+ROW_KEYS = (  # tell the rows of a table apart, and sort them
+    *("model", "dataset", "seed", "method", "split", "eigenvectors", "coordinates", "subspace", "center"),
+    *("num_components", "layer", "fraction", "space", "group", "word"),
 )
 METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
-DIGITS = "%.6g"
+LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    results_dir: Path = Path("results")  # searched at any depth
-    output_dir: Path = DATA_DIR  # the CSV files go there, replacing those of the same name
+    results_dir: Path = Path("results")  # searched at any depth, without its study/ and benchmarks/
+    output_dir: Path | None = None  # the CSV files go there; by default tables/ in --results_dir
     keep: bool = False  # keep the rows of those files that no result found now replaces: a study in several pieces
-    strict: bool = False  # exit with 1 if anything was skipped or is missing
 
 
 # ------------------------------------------------------------------ one result -> rows
@@ -59,16 +57,17 @@ def shown_name(name: str) -> str:
     return name.replace("__", "/")
 
 
-def dataset_of(path: Path, config: dict) -> str:
-    """The dataset of a file of K_sweep.py, without the options in its name."""
-    return shown_name(path.stem.removesuffix(option_suffix(config)))
+def cell_keys(path: Path, config: Row) -> Row:
+    """Model, dataset and seed of a file of K_sweep.py, without the options in its name."""
+    dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
+    return {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
 
 
-def score_row(path: Path, result: dict) -> dict[str, Any]:
+def score_row(path: Path, result: Row) -> Row:
     """A row of scores.csv."""
-    config, last = result["config"], result["layers"][-1]
-    row = {"model": shown_name(path.parent.name), "dataset": dataset_of(path, config), "seed": config["seed"]}
-    row |= {name: config[name] for name in ("split", "eigenvectors", "subspace", "center")}
+    config, last = {"coordinates": "as_is", **result["config"]}, result["layers"][-1]
+    row = cell_keys(path, config)
+    row |= {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
     row |= {name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}
     row |= {name: last[name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
     for name in SCORES:
@@ -77,11 +76,10 @@ def score_row(path: Path, result: dict) -> dict[str, Any]:
     return row | {name: value for name, value in last.items() if name.startswith("probe_")}
 
 
-def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
-    """Rows of layers.csv."""
-    config = result["config"]
-    keys = {"model": shown_name(path.parent.name), "dataset": dataset_of(path, config), "seed": config["seed"]}
-    keys |= {name: config[name] for name in ("split", "eigenvectors", "center")}
+def layer_rows(path: Path, result: Row) -> Iterator[Row]:
+    """Rows of layers.csv.gz."""
+    config = {"coordinates": "as_is", **result["config"]}
+    keys = cell_keys(path, config) | {name: config[name] for name in ("split", "eigenvectors", "coordinates", "center")}
     is_kept = config["subspace"] == "autoregression" and not keys["model"].endswith("+lora")
     for layer in result["layers"] if is_kept else ():
         for index, fraction in enumerate(result["fractions"]):
@@ -89,17 +87,17 @@ def layer_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
             yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
 
 
-def feature_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
-    """Rows of features.csv: what means something of the closed-form scores, before LoRA, training rows."""
-    config, model = result["config"], shown_name(path.parent.name)
-    keys = {"model": model, "dataset": dataset_of(path, config), "seed": config["seed"]}
-    for layer in result["layers"] if config["split"] == "train" and not model.endswith("+lora") else ():
+def feature_rows(path: Path, result: Row) -> Iterator[Row]:
+    """Rows of features.csv: the closed-form scores that mean something, before LoRA, training rows."""
+    keys = cell_keys(path, result["config"])
+    is_kept = result["config"]["split"] == "train" and not keys["model"].endswith("+lora")
+    for layer in result["layers"] if is_kept else ():
         if found := layer.get("closed_form"):
             values = {name: score["value"] for name, score in found.items() if not score["meaningless"]}
             yield {**keys, "layer": layer["layer"], **values}
 
 
-def probe_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
+def probe_rows(path: Path, result: Row) -> Iterator[Row]:
     """Rows of probes.csv."""
     keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.stem), "seed": result["config"]["seed"]}
     for layer in result["layers"]:
@@ -107,7 +105,7 @@ def probe_rows(path: Path, result: dict) -> Iterator[dict[str, Any]]:
         yield {**keys, "layer": layer["layer"], **scores}
 
 
-def training_row(path: Path, result: dict) -> dict[str, Any]:
+def training_row(path: Path, result: Row) -> Row:
     """A row of training.csv."""
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
@@ -119,21 +117,20 @@ def training_row(path: Path, result: dict) -> dict[str, Any]:
     return row | {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
 
 
-def alignment_rows(path: Path, result: dict, table: str) -> Iterator[dict[str, Any]]:
-    """Rows of alignment.csv, or those of separability.csv."""
+def alignment_rows(path: Path, result: Row) -> dict[str, list[Row]]:
+    """Rows of alignment.csv and of separability.csv."""
     config = result["config"]
     keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.split(".layer")[0])}
     keys |= {name: config[name] for name in ("split", "center", "num_components", "layer")}
-    if table == "alignment":
-        yield from ({**keys, **word} for word in result["words"])
-        return
+    separability = []
     for space, described in result["subspaces"].items():
         for group, measures in described["separability"].items():
             numbers = {f"{name}_{key}": value for name, found in measures.items() for key, value in found.items()}
-            yield {**keys, "space": space, "group": group, **numbers}
+            separability.append({**keys, "space": space, "group": group, **numbers})
+    return {"alignment": [{**keys, **word} for word in result["words"]], "separability": separability}
 
 
-def dataset_row(path: Path, result: dict) -> dict[str, Any]:
+def dataset_row(path: Path, result: Row) -> Row:
     """A row of datasets.csv, from a result of linear_sklearn.py."""
     row = {"dataset": shown_name(path.stem), "seed": result["config"]["seed"], "num_classes": result["num_classes"]}
     row |= {f"num_{split}": number for split, number in result["num_samples"].items()}
@@ -143,13 +140,15 @@ def dataset_row(path: Path, result: dict) -> dict[str, Any]:
     return row
 
 
-def model_row(name: str, model_name: str) -> dict[str, Any]:
+def model_row(name: str, model_name: str) -> Row:
     """A row of models.csv: from pretraining.json where the model has one, else the table of known models.
 
     Args:
         name: as shown.
         model_name: as given to the scripts.
     """
+    from utils.models.table import MODELS
+
     spec = MODELS.get(model_name)
     report_path = ROOT / (spec.path if spec else model_name) / "pretraining.json"
     if report_path.is_file():
@@ -165,7 +164,7 @@ def parse_size(size: str) -> float:
 
 
 # ------------------------------------------------------------------ all results -> tables
-READERS: dict[str, Callable[[Path, dict], Any]] = {
+READERS: dict[str, Callable[[Path, Row], dict[str, list[Row]]]] = {
     "ntps": lambda path, result: {
         "scores": [score_row(path, result)],
         "layers": list(layer_rows(path, result)),
@@ -175,9 +174,7 @@ READERS: dict[str, Callable[[Path, dict], Any]] = {
         "probes": list(probe_rows(path, result)),
         "datasets": [dataset_row(path, result)],
     },
-    "alignment": lambda path, result: {
-        table: list(alignment_rows(path, result, table)) for table in ("alignment", "separability")
-    },
+    "alignment": alignment_rows,
     **{method: lambda path, result: {"training": [training_row(path, result)]} for method in METHODS},
 }
 
@@ -185,24 +182,24 @@ READERS: dict[str, Callable[[Path, dict], Any]] = {
 def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
     """Kind and path of everything that should be a result: a JSON file, or the folder of a training run."""
     for kind in READERS:
-        for folder in sorted(path for path in results_dir.rglob(kind) if path.is_dir()):
-            pattern = "*/*" if kind in METHODS else "*/*.json"
-            for path in sorted(folder.glob(pattern)):
+        folders = (path for path in results_dir.rglob(kind) if path.is_dir())
+        for folder in sorted(path for path in folders if path.relative_to(results_dir).parts[0] not in LEFT_OUT):
+            for path in sorted(folder.glob("*/*" if kind in METHODS else "*/*.json")):
                 yield kind, path / "metrics.json" if kind in METHODS else path
 
 
-def check_cells(rows: Iterable[dict[str, Any]]) -> None:
+def check_cells(rows: Iterable[Row]) -> None:
     """Raises TypeError where a cell is not what its column holds: a list or an object, or a word among numbers."""
     for row in rows:
         for name, value in row.items():
-            if isinstance(value, list | dict) or (isinstance(value, str) and name not in WORDS):
+            if isinstance(value, list | dict) or (isinstance(value, str) and name not in TEXTS):
                 raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
-def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list[str]]:
-    """The rows of each table, the results themselves, and what was skipped, in words."""
-    tables: dict[str, list[dict]] = {name: [] for name in TABLES}
-    results, skipped, model_names = [], [], dict[str, str]()
+def read_all(results_dir: Path) -> tuple[dict[str, list[tuple[Path, Row]]], list[Row], list[str]]:
+    """The rows of each table, each with its file; environment of each result; and what was skipped, in words."""
+    tables: dict[str, list[tuple[Path, Row]]] = {name: [] for name in REQUIRED}
+    environments, skipped, model_names = [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
         if not path.is_file():
             skipped.append(f"partial: {path.parent} has no {path.name}")
@@ -210,28 +207,29 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[dict]], list[dict], list
         try:
             result = load_json(path)
             rows = READERS[kind](path, result)
-            model_name, commit = result["config"]["model_name"], result["environment"]["git_commit"]
-            check_cells([{"model": model_name, "word": commit or ""}, *itertools.chain.from_iterable(rows.values())])
-        except ForeignError as error:
-            skipped.append(f"foreign: {error}")
+            model_name, environment = result["config"]["model_name"], result["environment"]
+            check_cells([{"model": model_name, "word": environment["git_commit"] or ""}])
+            for added in rows.values():
+                check_cells(added)
         except UserError as error:
-            skipped.append(f"damaged: {error}")
+            skipped.append(f"{'foreign' if isinstance(error, ForeignError) else 'damaged'}: {error}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
-            results.append(result)
+            environments.append(environment)
             for table, added in rows.items():
-                tables[table].extend(added)
+                tables[table].extend((path, row) for row in added)
                 model_names |= {row["model"]: model_name for row in added if "model" in row}
-    tables["models"] = [model_row(*names) for names in sorted(model_names.items()) if not names[0].endswith("+lora")]
-    return tables, results, skipped
+    known = sorted(names for names in model_names.items() if not names[0].endswith("+lora"))
+    tables["models"] = [(results_dir, model_row(*names)) for names in known]
+    return tables, environments, skipped
 
 
-def missing_cells(tables: dict[str, list[dict]]) -> list[str]:
+def missing_cells(tables: dict[str, list[tuple[Path, Row]]]) -> list[str]:
     """Models and datasets that K_sweep.py or linear_sklearn.py has not seen but another script has, in words."""
-    seen = {name: {(row["model"], row["dataset"]) for row in tables[name]} for name in ("scores", "probes", "training")}
-    after_lora = {cell for cell in seen["scores"] if cell[0].endswith("+lora")}
-    everything = (seen["scores"] | seen["probes"] | seen["training"]) - after_lora
+    seen = {name: {(row["model"], row["dataset"]) for _, row in tables[name]}
+            for name in ("scores", "probes", "training")}  # fmt: skip
+    everything = {cell for cells in seen.values() for cell in cells if not cell[0].endswith("+lora")}
     scripts = {"scores": "K_sweep.py", "probes": "linear_sklearn.py"}
     return [
         f"missing: {model} on {dataset} has no result of {script}"
@@ -240,19 +238,7 @@ def missing_cells(tables: dict[str, list[dict]]) -> list[str]:
     ]
 
 
-def sources(results: list[dict], command: str) -> dict[str, Any]:
-    """Where the numbers come from: command, library versions and commits, each once."""
-
-    def distinct(values: list[Any]) -> list[Any]:
-        return [value for index, value in enumerate(values) if value not in values[:index]]
-
-    environments = [result["environment"] for result in results]
-    commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
-    bare = [{name: value for name, value in found.items() if name != "git_commit"} for found in environments]
-    return {"command": command, "num_results": len(results), "git_commits": commits, "environments": distinct(bare)}
-
-
-def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
+def to_table(name: str, rows: list[tuple[Path, Row]]) -> pd.DataFrame:
     """The rows in the order of their keys, each once.
 
     Baselines of a dataset are in the result of every model; where machines round one differently the first stands.
@@ -260,81 +246,85 @@ def to_table(name: str, rows: list[dict]) -> pd.DataFrame:
     Raises:
         UserError: two rows of the same keys differ.
     """
-    table = pd.DataFrame(rows).drop_duplicates()
-    keys = [key for key in KEYS if key in table]
+    table = pd.DataFrame([row for _, row in rows])
+    table["path"] = [str(path) for path, _ in rows]
+    keys = [key for key in ROW_KEYS if key in table]
+    compared = [column for column in table if column != "path"]
     if name == "datasets":
-        table = table.drop_duplicates([column for column in table if column in keys or column.startswith("num_")])
-    twice = table[table.duplicated(keys)]
+        compared = [column for column in compared if column in keys or column.startswith("num_")]
+    table = table.drop_duplicates(compared)
+    twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
-        which = ", ".join(f"{key} {value}" for key, value in twice.iloc[0][keys].items())
-        raise UserError(f"{name}: two different results of {which}. Name one of their folders with --results_dir.")
-    return in_order(table)
+        first = twice.iloc[0]
+        second = twice[(twice[keys] == first[keys]).all(axis=1)].iloc[1]
+        which = ", ".join(f"{key} {value}" for key, value in first[keys].items())
+        raise UserError(f"{name}: two different results of {which}: {first['path']} and {second['path']}. Name one of "
+                        "their folders with --results_dir.")  # fmt: skip
+    return in_order(table.drop(columns="path"))
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """The rows in the order of their keys; words keep theirs."""
-    order = [key for key in KEYS if key in table and key != "word"]
+    order = [key for key in ROW_KEYS if key in table and key != "word"]
     return table.sort_values(order, kind="stable") if order else table
 
 
-def with_rows_of(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys.
 
     Raises:
         UserError: that file is damaged, or another table than its name says.
     """
-    if not path.is_file():
+    if not table_path(name, data_dir).is_file():
         return table
-    both = pd.concat([table, read_csv(path)], ignore_index=True)
-    keys = [key for key in KEYS if key in both]
-    as_written = both[keys].map(lambda value: DIGITS % value if isinstance(value, float) else value)
+    both = pd.concat([table, read_table(name, data_dir)], ignore_index=True)
+    keys = [key for key in ROW_KEYS if key in both]
+    as_written = both[keys].map(lambda value: f"{value:.6g}" if isinstance(value, float) else value)
     return in_order(both[~as_written.duplicated()])
 
 
-def save_csv(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
-    # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
-    floats = table.select_dtypes("float")
-    counts = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
-    whole = table.astype(dict.fromkeys(counts, "Int64"))
-    with write_atomically(path) as temporary:
-        whole.to_csv(temporary, index=False, float_format=DIGITS, lineterminator="\n")
+def save_sources(path: Path, environments: list[Row], config: Config) -> None:
+    """Writes where the numbers come from: command, library versions and commits, each once."""
+    command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
+    commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
+    origin: Row = {"command": command, "num_results": len(environments), "git_commits": commits, "environments": []}
+    before: Row = {"git_commits": [], "environments": []}
+    if config.keep and path.is_file():
+        before = load_json(path)
+        del origin["num_results"]  # how many of those before are among them is not known
+    versions = [{name: value for name, value in found.items() if name != "git_commit"} for found in environments]
+    for key, values in (("git_commits", commits), ("environments", versions)):
+        origin[key] = before[key] + [value for i, value in enumerate(values) if value not in before[key] + values[:i]]
+    save_json(path, origin)
 
 
 def main(config: Config) -> None:
     """Writes the tables, and says what was skipped.
 
     Raises:
-        UserError: no result at all, a damaged table with --keep, or with --strict anything skipped or missing.
+        UserError: no result at all, two results of the same keys, or a damaged table with --keep.
     """
-    tables, results, skipped = read_all(config.results_dir)
-    if not results:
+    output_dir = config.output_dir or config.results_dir / "tables"
+    rows, environments, skipped = read_all(config.results_dir)
+    if not environments:
         found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
-    skipped += missing_cells(tables)
-    merged = {name: to_table(name, rows) for name, rows in tables.items()}
+    skipped += missing_cells(rows)
+    tables = {name: to_table(name, of_table) for name, of_table in rows.items() if of_table}
     if config.keep:  # all are read before one is written: a damaged one leaves the others as they are
-        merged = {name: with_rows_of(config.output_dir / f"{name}.csv", table) for name, table in merged.items()}
-    for name, table in merged.items():
-        if table.empty:
-            (config.output_dir / f"{name}.csv").unlink(missing_ok=True)  # a table of other results must not stay
-            continue
-        save_csv(config.output_dir / f"{name}.csv", table)
-        print(f"{len(table):7,} rows  {config.output_dir / name}.csv")
-    command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
-    origin, path = sources(results, command), config.output_dir / "sources.json"
-    if config.keep and path.is_file():
-        before = load_json(path)
-        del origin["num_results"]  # how many of those before are among them is not known
-        for key in ("git_commits", "environments"):
-            origin[key] = before[key] + [value for value in origin[key] if value not in before[key]]
-    save_json(path, origin)
+        tables = {name: with_rows_of(name, output_dir, table) for name, table in tables.items()}
+    for name, table in tables.items():
+        save_csv(table_path(name, output_dir), table)
+        print(f"{len(table):7,} rows  {table_path(name, output_dir)}")
+    save_sources(output_dir / "sources.json", environments, config)
+    if not config.keep:
+        stale = [path for name in rows if name not in tables and (path := table_path(name, output_dir)).is_file()]
+        skipped += [f"older: {path} is of an earlier run; no result found now has such rows" for path in stale]
     for line in skipped:
         print(line, file=sys.stderr)
-    print(f"{len(results)} results, {len(skipped)} skipped or missing")
-    if skipped and config.strict:
-        raise UserError(f"{len(skipped)} results skipped or missing, and --strict was given; they are named above.")
-    print(config.output_dir)
+    print(f"{len(environments)} results, {len(skipped)} skipped or missing")
+    print(f"Draw them: make figures TABLES={output_dir} FIGURES={output_dir.parent / 'figures'}")
+    print(output_dir)
 
 
 if __name__ == "__main__":

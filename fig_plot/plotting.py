@@ -5,22 +5,32 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import rankdata, spearmanr
 
-from fig_plot.findings.correlations import rank, spearman
-from utils.algebra import scores
+from fig_plot.tables import LABELS
 from utils.pictures import STYLE
 
-LABELS = scores.LABELS | {"lora_gain": "LoRA gain", "mse": "MSE", "probe_mse": "probe MSE / variance"}
-LABELS |= {"retained_lead": "retained - that of random V"}
+PLAIN = [STYLE, {"text.parse_math": False}]  # a name with a dollar is no formula
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # behind a text
+
+
+def shown(name: str) -> str:
+    """The label of a score or measure, or a name without its owner, as figures show it."""
+    return LABELS.get(name, name.replace("_", " ")).replace("`", "")
+
+
+def short_name(name: str) -> str:
+    """`legacy-datasets/banking77` -> `banking77`."""
+    return name.rsplit("/")[-1]
 
 
 def draw_rank_scatter(
     axes: Axes, x: np.ndarray, y: np.ndarray, title: str, names: list[str] | None = None, beside: bool = False
-) -> None:
-    """Ranks of y over ranks of x, 1 = lowest on both axes, with their Spearman correlation and least-squares line.
+) -> dict[str, Artist]:
+    """Dots by name: ranks of y over ranks of x, 1 = lowest on both axes, with their Spearman and least-squares line.
 
     Args:
         x: (n,).
@@ -30,8 +40,9 @@ def draw_rank_scatter(
         beside: the names stand beside the dots instead.
     """
     complete = np.isfinite(x) & np.isfinite(y)
-    rank_x, rank_y, r = rank(x[complete]), rank(y[complete]), spearman(x, y)
-    if np.isfinite(r):
+    rank_x, rank_y, dots = rankdata(x[complete]), rankdata(y[complete]), {}
+    is_defined = complete.sum() > 2 and np.ptp(rank_x) > 0 and np.ptp(rank_y) > 0
+    if is_defined:
         ends = np.array([rank_x.min(), rank_x.max()])
         axes.plot(ends, np.polyval(np.polyfit(rank_x, rank_y, 1), ends), color="tab:red", lw=1, ls="--", alpha=0.8)
     for i, position in enumerate(np.flatnonzero(complete)):
@@ -39,15 +50,19 @@ def draw_rank_scatter(
         # markers fill a square, so two digits side by side need a larger one
         numeral = {"marker": f"${number}$", "s": 28 if number < 10 else 60, "lw": 0.2}
         style = numeral if names and not beside else {"marker": "o", "s": 8}
-        axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, label=names[position] if names else None, **style)
+        dot = axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, **style)
+        if names:
+            dots[names[position]] = dot
         if names and beside:
-            name, right = names[position].rsplit("/")[-1], rank_x[i] > 0.7 * complete.sum()
-            side, shift = ("right", -0.3) if right else ("left", 0.3)
-            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=6, ha=side, va="center", bbox=OVER_LINES)
+            side, shift = ("right", -0.3) if rank_x[i] > 0.7 * complete.sum() else ("left", 0.3)
+            text = {"fontsize": 6, "ha": side, "va": "center", "bbox": OVER_LINES}
+            axes.text(rank_x[i] + shift, rank_y[i], short_name(names[position]), **text)
     num_places = int(complete.sum()) if beside else len(x)  # panels side by side share their axes
     limits, ticks = (0, num_places + 1), sorted({1, (num_places + 1) // 2, num_places})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
-    axes.set_title(f"{title}\n" + (f"r = {r:.2f}" if np.isfinite(r) else "r undefined"), fontsize=8)
+    r = f"r = {spearmanr(rank_x, rank_y).statistic:.2f}" if is_defined else "r undefined"
+    axes.set_title(f"{title}\n{r}", fontsize=8)
+    return dots
 
 
 def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> Figure:
@@ -65,7 +80,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     cells = data.set_index(["model", "dataset"])
     num_columns = min(4, len(models))
     num_rows = -(-len(models) // num_columns)
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         legend_height = 0.17 * len(datasets) + 0.3 if names else 0
         # inches; the note needs 3.8
         size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
@@ -74,23 +89,23 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, sharex=True, sharey=True)
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
+        handles: dict[str, Artist] = {}
         for panel, model in zip(axes.flat, models, strict=False):
             in_model = cells.loc[model].reindex(datasets)
             values_x, values_y = (in_model[column].to_numpy(float) for column in (x, y))
-            draw_rank_scatter(panel, values_x, values_y, model.rsplit("/")[-1], datasets if names else None, beside)
+            dots = draw_rank_scatter(panel, values_x, values_y, short_name(model), datasets if names else None, beside)
+            handles |= dots
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
-        label_x, label_y = (f"{LABELS.get(column, column.replace('_', ' '))} (rank, 1 = lowest)" for column in (x, y))
+        label_x, label_y = (f"{shown(column)} (rank, 1 = lowest)" for column in (x, y))
         figure.supxlabel(label_x, fontsize=9)
         figure.supylabel(label_y, fontsize=9)
         note = "a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks"
         figure.suptitle(note, fontsize=7)
         if names and not beside:
-            pairs = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes.flat]
-            handles = {label: handle for pair in pairs for handle, label in pair}
-            shown = [name for name in datasets if name in handles]
-            labels = [name.rsplit("/")[-1] for name in shown]
-            figure.legend([handles[name] for name in shown], labels, loc="outside right center", fontsize=7)
+            listed = [name for name in datasets if name in handles]
+            labels = [short_name(name) for name in listed]
+            figure.legend([handles[name] for name in listed], labels, loc="outside right center", fontsize=7)
     return figure
 
 
@@ -104,22 +119,23 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
         names: the scores.
     """
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.2, 2.8), squeeze=False)
+        handles: dict[str, Artist] = {}
         for panel, name in zip(axes[0], names, strict=True):
             for model, rows in scores.groupby("model", sort=False):
-                panel.scatter(rows[f"{name}_before"], rows[name], s=10, label=str(model).rsplit("/")[-1])
+                handles[short_name(str(model))] = panel.scatter(rows[f"{name}_before"], rows[name], s=10)
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
-            panel.plot(ends, ends, color="0.5", lw=1, ls="--", label="no change")
+            [handles["no change"]] = panel.plot(ends, ends, color="0.5", lw=1, ls="--")
             change = scores.assign(change=scores[name] - scores[f"{name}_before"])
             of_all = change.pivot_table(index="dataset", columns="model", values="change", sort=False).dropna()
             means = list(of_all.mean()) if of_all.shape[1] < 3 else [of_all.to_numpy().mean()]
-            shown = ", ".join(f"{mean:+.3f}" for mean in means)
-            panel.set(title=f"{LABELS[name]}\nmean change {shown}", xlabel="before LoRA", ylabel="after LoRA")
+            changes = ", ".join(f"{mean:+.3f}" for mean in means)
+            panel.set(title=f"{shown(name)}\nmean change {changes}", xlabel="before LoRA", ylabel="after LoRA")
         order = ", in the order of the legend" if of_all.shape[1] == 2 else ""
         figure.suptitle(f"a dot is a dataset; means over the {len(of_all)} that every model has{order}", fontsize=7)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        figure.legend(list(handles.values()), list(handles), loc="outside right center")
     return figure
 
 
@@ -132,7 +148,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
     """
     models, datasets = list(dict.fromkeys(cells.model)), sorted(set(cells.dataset), reverse=True)
     heights = np.arange(len(datasets))
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         size = (1.9 * len(models) + 2.6, 0.22 * len(datasets) + 1.1)
         figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, sharey=True)
         for panel, model in zip(axes[0], models, strict=True):
@@ -140,9 +156,9 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
             panel.scatter(rows.majority_accuracy, heights, marker="|", color="0.5", s=40, label="majority class")
             for (column, label), marker in zip(methods.items(), "osD^v", strict=False):
                 panel.scatter(rows[column], heights, marker=marker, s=14, alpha=0.8, label=label)
-            panel.set(title=model.rsplit("/")[-1], xlabel="test accuracy")
+            panel.set(title=short_name(model), xlabel="test accuracy")
             panel.grid(axis="y", lw=0.3)
-        axes[0, 0].set_yticks(heights, [name.rsplit("/")[-1] for name in datasets])
+        axes[0, 0].set_yticks(heights, [short_name(name) for name in datasets], parse_math=False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -155,32 +171,32 @@ def plot_sensitivity(table: pd.DataFrame, names: tuple[str, ...], title: str) ->
         names: the scores.
         title: of the figure.
     """
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.8, 2.4), squeeze=False, sharey=True)
         for panel, name in zip(axes[0], names, strict=True):
             values = table[table.score == name].pivot(index="layer", columns="fraction", values="spearman")
             extent = (values.columns[0], values.columns[-1], values.index[0] - 0.5, values.index[-1] + 0.5)
             style = {"origin": "lower", "aspect": "auto", "cmap": "RdBu_r", "vmin": -1, "vmax": 1}
             image = panel.imshow(values, extent=extent, **style)
-            panel.set(title=LABELS[name], xlabel="K / rank V", yticks=values.index)
+            panel.set(title=shown(name), xlabel="K / rank V", yticks=values.index)
         axes[0, 0].set_ylabel("layer")
         figure.colorbar(image, ax=axes[0].tolist(), label="Spearman")
         figure.suptitle(title)
     return figure
 
 
-def plot_forest(table: pd.DataFrame, scores: dict[str, str], measures: dict[str, str]) -> Figure:
+def plot_forest(table: pd.DataFrame, scores: Sequence[str], measures: Sequence[str]) -> Figure:
     """Correlation of each score (a row) with each measure (a panel), with its 95 % interval where there is one.
 
     Args:
         table: a row per score and measure, with columns score, measure, value, low, high.
-        scores: name -> label, from top to bottom; "" draws a gap.
-        measures: name -> title.
+        scores: from top to bottom.
+        measures: from left to right.
     """
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         size = (2.1 * len(measures) + 1.9, 0.2 * len(scores) + 0.9)
         figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
-        for panel, (measure, title) in zip(axes[0], measures.items(), strict=True):
+        for panel, measure in zip(axes[0], measures, strict=True):
             rows = table[table.measure == measure].set_index("score")
             for height, name in enumerate(reversed(scores)):
                 if name in rows.index:
@@ -189,8 +205,8 @@ def plot_forest(table: pd.DataFrame, scores: dict[str, str], measures: dict[str,
                     panel.plot([row.low, row.high], [height, height], color=colour, lw=1)
                     panel.plot(row.value, height, "o", ms=4, color=colour)
             panel.axvline(0, color="black", lw=0.6)
-            panel.set(title=title, xlabel="Spearman", xlim=(-1.02, 1.02))
-        axes[0, 0].set_yticks(range(len(scores)), list(reversed(scores.values())))
+            panel.set(title=shown(measure), xlabel="Spearman", xlim=(-1.02, 1.02))
+        axes[0, 0].set_yticks(range(len(scores)), [shown(name) for name in reversed(scores)])
         figure.suptitle("bars: 95 % intervals over tasks; blue: above 0, red: below", fontsize=7)
     return figure
 
@@ -199,11 +215,11 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     """The whole story: a panel per claim, a bar per step from the published numbers to the best simple baseline.
 
     Args:
-        rows: of `overview.overview_rows`; positive is the claimed direction.
+        rows: of `findings.page.overview_rows`; positive is the claimed direction.
     """
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.32 * len(labels) + 1.1), sharey=True)
         for panel, claim in zip(axes, claims, strict=True):
             for _, row in rows[rows["claim"] == claim].iterrows():
@@ -227,7 +243,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
 
 def plot_idea() -> Figure:
     """What the score measures: how much of a direction u that a task needs lies inside the subspace V."""
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN):
         figure, panel = plt.subplots(figsize=(5.2, 2.0))
         panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)
         start, inside, tip = (1.6, 0.5), (4.3, 0.9), (4.3, 2.3)
@@ -237,7 +253,7 @@ def plot_idea() -> Figure:
         panel.text(4.4, 2.25, "u, a direction that the labels need (U)", color="tab:orange", va="center")
         panel.text(4.4, 0.85, "P u, what of it is in V", color="tab:blue", va="center")
         panel.text(0.55, 0.13, "V, what next-token prediction needs", color="tab:blue", fontsize=7)
-        panel.text(6.3, 1.5, r"NTPS = $\sum |P u|^2\ /\ \sum |u|^2$", va="center")
+        panel.text(6.3, 1.5, r"NTPS = $\sum |P u|^2\ /\ \sum |u|^2$", va="center", parse_math=True)
         panel.set(xlim=(-0.1, 9.6), ylim=(-0.1, 2.5))
         panel.set_axis_off()
     return figure

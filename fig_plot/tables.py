@@ -1,54 +1,39 @@
-"""The CSV files of fig_plot/data/ joined into one row per model and dataset: what figures and findings use."""
+"""The CSV files of a study, and the same joined into one row per model and dataset: what figures and findings use.
+
+A study is a folder with a scores.csv; `title` in study.json beside it is its name in figures.
+"""
 
 import csv
+import gzip
 import io
+import json
 from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from utils.algebra.scores import NULL_SCORES
-from utils.algebra.scores import SCORES as NAMES  # SCORES here has their labels
+from utils.algebra.scores import NULL_SCORES, SCORES
+from utils.results import write_atomically
 from utils.script import UserError
 from utils.training.before_after import ADAPTED, pair
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
-PUBLISHED_DIR = Path(__file__).resolve().parent / "published"
-KEYS = ["model", "dataset"]
+CELL_KEYS = ["model", "dataset"]
+SEED_KEYS = [*CELL_KEYS, "seed"]
 RANDOM_MODELS = {
-    "tiny-random": "tiny",
-    "smollm2-random": "smollm2",
-}  # random weights, and whose twin it is
-# studies with a folder of their own, and what they are called in figures
-STUDIES = {"": "docstring LMs", "smollm2": "SmolLM2-135M"}
-ALL_STUDIES = STUDIES | {
-    "smollm2-docstrings": "SmolLM2-135M on docstring tasks"
-}  # without training: tables, no figures
-# name -> what it is; the scores of the run, all at the last layer
-SCORES = {
-    "ntps": "NTPS",
-    "ntps_smallest": "NTPS, smallest eigenvalues",
-    "ntps_label": "NTPS, label directions",
-    "ntps_whitened": "NTPS, whitened",
-    "retained": "retained",
-    "ntps_label_z": "z of NTPS, label directions",
-    "ntps_whitened_z": "z of NTPS, whitened",
-    "retained_z": "z of retained",
-}
-# of the pooled states of the last layer; only where K_sweep.py had them
-FEATURE_SCORES = {"ridge_r2": "ridge R2", "logme": "LogME", "h_oas": "H-score"}
-CONTROLS = {
-    "ntps_pca": "NTPS, V by PCA",
-    "retained_pca": "retained, V by PCA",
-    "retained_random": "retained, random V",
-    "retained_z_pca": "z of retained, V by PCA",
-    "retained_z_random": "z of retained, random V",
-    "retained_random_z": "z of retained against random V",
-    "retained_lead": "retained - that of random V",
-}
-# name -> what NTPS should predict; all on test, in shares of 1
-MEASURES = {
+    f"{model}-random": model for model in ("tiny", "smollm2", "gemma3-270m")
+}  # random weights -> their twin
+# scores of the run, all at the last layer
+RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained",
+              "ntps_label_z", "ntps_whitened_z", "retained_z")  # fmt: skip
+FEATURE_SCORES = ("ridge_r2", "logme", "h_oas")  # of the pooled states of the last layer
+CONTROLS = ("ntps_pca", "retained_pca", "retained_random", "retained_z_pca", "retained_z_random",
+            "retained_random_z", "retained_lead")  # fmt: skip
+# what NTPS should predict; all on test, in shares of 1
+MEASURES = ("probe_accuracy", "probe_skill", "probe_mse", "lora_gain", "lora_gain_paper", "full_gain", "full_accuracy")
+# what each is called, in tables and figures, in the order of the tables
+LABELS = {
     "probe_accuracy": "probe accuracy",
     "probe_skill": "probe accuracy above majority",
     "probe_mse": "probe MSE / variance",
@@ -56,25 +41,49 @@ MEASURES = {
     "lora_gain_paper": "LoRA gain over the paper's probe",
     "full_gain": "full fine-tuning gain",
     "full_accuracy": "full fine-tuning accuracy",
+    "lora_accuracy": "LoRA accuracy",
+    "ntps": "`ntps`, the paper's score",
+    "ntps_smallest": "... smallest eigenvalues, as released",
+    "ntps_label": "`ntps_label`",
+    "ntps_whitened": "`ntps_whitened`",
+    "retained": "`retained`",
+    "retained_z": "z of `retained`",
+    "retained_random": "`retained` of a random V",
+    "retained_z_random": "z of `retained` of a random V",
+    "retained_lead": "`retained` - that of a random V",
+    "retained_random_z": "z of `retained` against random V",
+    "retained_pca": "`retained` of V by PCA",
+    "ridge_r2": "ridge R2",
+    "logme": "LogME",
+    "h_oas": "H-score",
+    "num_classes": "number of classes",
+    "num_parameters": "number of parameters",
+    "held_out_loss": "held-out loss",
+    "bag_of_words_accuracy": "bag of words",
+    "majority_accuracy": "majority class",
+    "headroom": "1 - probe accuracy",
+    "best_layer_accuracy": "probe of the best layer",
+    "mean of the others": "mean of the other models",
+    "best_layer_lead": "R2 of the best layer - that of the last",
+    "probe_r2_held_out": "R2 of a linear probe on held-out rows",
 }
-# the sign that the paper claims for the correlation of NTPS with each of them, and with the probes on training rows
+FEW_TASKS = 8  # of which a bootstrap says nothing
+# the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
-# what is in each table of collect.py, whatever it was collected from
-COLUMNS = {
-    "scores": (*KEYS, "seed", "split", "eigenvectors", "subspace", "center", *NAMES, *(f"{s}_z" for s in NULL_SCORES)),
-    "layers": (*KEYS, "seed", "split", "eigenvectors", "layer", "fraction", *NAMES),
-    "features": (*KEYS, "seed", "layer"),
-    "probes": (*KEYS, "seed", "layer"),
-    "training": (*KEYS, "seed", "method"),
+# what each table of collect.py has, whatever it was collected from; its other columns but the TEXTS are of numbers
+REQUIRED = {
+    "scores": (*SEED_KEYS, "split", "eigenvectors", "subspace", "center", *SCORES, *(f"{s}_z" for s in NULL_SCORES)),
+    "layers": (*SEED_KEYS, "split", "eigenvectors", "layer", "fraction", *SCORES),
+    "features": (*SEED_KEYS, "layer"),
+    "probes": (*SEED_KEYS, "layer"),
+    "training": (*SEED_KEYS, "method"),
     "datasets": ("dataset", "seed"),
     "models": ("model", "num_parameters"),
-    "alignment": KEYS,
-    "separability": (*KEYS, "space", "group"),
+    "alignment": tuple(CELL_KEYS),
+    "separability": (*CELL_KEYS, "space", "group"),
 }
-# its columns of words; all others are of numbers
-WORDS = {*KEYS, "split", "eigenvectors", "subspace", "method", "word", "category", "space", "group"}
-TRAINING_KEYS = [*KEYS, "seed", "method", "test_accuracy"]
+TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 HELD_OUT = "probe_r2_held_out"  # of the least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
@@ -85,26 +94,31 @@ METHOD_COLUMNS = {
 }
 
 
-def study_dir(study: str, data_dir: Path = DATA_DIR) -> Path:
-    """Where the tables of a study are."""
-    return data_dir / study if study else data_dir
+# ------------------------------------------------------------------ studies and files
+def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
+    """Folder -> title of every study at or below a folder, that of the folder itself first.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(path.parent for path in tables_dir.rglob("scores.csv"))
+    if not found:
+        raise UserError(f"No scores.csv at or below {tables_dir}. Run: python -m fig_plot.collect")
+    described = {folder: folder / "study.json" for folder in found}
+    return {
+        folder: json.loads(path.read_text(encoding="utf-8"))["title"] if path.is_file() else folder.resolve().name
+        for folder, path in described.items()
+    }
 
 
-def present_studies(data_dir: Path = DATA_DIR, among: dict[str, str] = STUDIES) -> dict[str, str]:
-    """The studies that have tables, and what they are called."""
-    return {study: title for study, title in among.items() if (study_dir(study, data_dir) / "scores.csv").is_file()}
+def figure_name(name: str, study: Path, tables_dir: Path = DATA_DIR) -> str:
+    """The name of a figure of a study: `Fig3_ntps`, or `Fig3_ntps_smollm2` of the study in the folder smollm2."""
+    return "_".join([name, *study.relative_to(tables_dir).parts])
 
 
-def figure_name(name: str, study: str) -> str:
-    """The name of a figure of a study: `Fig3_ntps`, `Fig3_ntps_smollm2`."""
-    return f"{name}_{study}" if study else name
-
-
-def command_of(name: str) -> str:
-    """The command that makes a table."""
-    if name == "closed_form":
-        return "python -m fig_plot.evidence --results_dir results"
-    return f"python -m fig_plot.{'findings' if name.startswith('findings_') else 'collect'}"
+def table_path(name: str, data_dir: Path) -> Path:
+    """The file of a table; that of every layer is compressed."""
+    return data_dir / (f"{name}.csv.gz" if name == "layers" else f"{name}.csv")
 
 
 def check_lines(text: str) -> None:
@@ -120,99 +134,111 @@ def check_lines(text: str) -> None:
 
 def check_columns(name: str, table: pd.DataFrame) -> None:
     """Raises ValueError where a table of collect.py lacks rows or columns, or has a word in a column of numbers."""
-    if lacking := [column for column in COLUMNS[name] if column not in table]:
+    if lacking := [column for column in REQUIRED[name] if column not in table]:
         raise ValueError(f"it has no column {lacking[0]}")
     if table.empty:
         raise ValueError("it has no rows")
     for column in table:
-        if column not in WORDS and not pd.api.types.is_numeric_dtype(table[column]):
+        if column not in TEXTS and not pd.api.types.is_numeric_dtype(table[column]):
             raise ValueError(f"its column {column} is not of numbers")
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table of collect.py or findings.py: names are text, also a dataset called 2024 or NA, a word `null`.
+def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """A table of collect.py or of the findings: names are text, also a dataset called 2024 or NA, a word `null`.
 
     Raises:
-        UserError: it is damaged, or another table than its name says.
+        UserError: it is missing, damaged, or another table than its name says.
     """
+    path, module = table_path(name, data_dir), "findings" if name.startswith("findings_") else "collect"
+    if not path.is_file():
+        raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
     texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
         check_lines(text)
         table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
-        if path.stem in COLUMNS:
-            check_columns(path.stem, table)
-    except (ValueError, csv.Error) as error:  # those of pandas and of the decoder among them
-        raise UserError(f"{path} is no whole table ({error}). Make it again: {command_of(path.stem)}") from None
+        if name in REQUIRED:
+            check_columns(name, table)
+    except (ValueError, csv.Error, OSError, EOFError) as error:  # those of pandas, gzip and the decoder among them
+        raise UserError(f"{path} is no whole table ({error}). Make it again: python -m fig_plot.{module}") from None
+    if name in ("scores", "layers") and "coordinates" not in table:  # of a version without that setting
+        table.insert(list(table).index("eigenvectors") + 1, "coordinates", "as_is")
     return table
 
 
-def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """One of the files of collect.py or findings.py.
+def save_csv(path: Path, table: pd.DataFrame) -> None:
+    """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
+    # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
+    floats = table.select_dtypes("float")
+    counts = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
+    whole = table.astype(dict.fromkeys(counts, "Int64"))
+    text = whole.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    with write_atomically(path) as temporary:
+        # without a time in the file the same table gives the same bytes
+        temporary.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
-    Raises:
-        UserError: it is not there, damaged, or another table than its name says.
-    """
-    path = data_dir / f"{name}.csv"
-    if not path.is_file():
-        raise UserError(f"No {path}. Run: {command_of(name)}")
-    return read_csv(path)
 
-
+# ------------------------------------------------------------------ columns of a cell
 def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
     """Scores of the paper's V and of its controls side by side, a row per model, dataset and seed."""
-    scores = scores[(scores["split"] == "train") & ~scores["center"]]
+    scores = scores[(scores["split"] == "train") & ~scores["center"] & (scores["coordinates"] == "as_is")]
     variants = {
-        "": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "autoregression")],
-        "_smallest": scores[(scores["eigenvectors"] == "smallest") & (scores["subspace"] == "autoregression")],
-        "_pca": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "pca")],
-        "_random": scores[(scores["eigenvectors"] == "largest") & (scores["subspace"] == "random")],
+        "": ("largest", "autoregression"),
+        "_smallest": ("smallest", "autoregression"),
+        "_pca": ("largest", "pca"),
+        "_random": ("largest", "random"),
     }
-    keys = [*KEYS, "seed"]
-    named = [*NAMES, *(f"{name}_z" for name in NULL_SCORES)]
-    columns = variants[""].drop(columns=["split", "eigenvectors", "subspace", "center"])
+    of_variant = {
+        suffix: scores[(scores["eigenvectors"] == order) & (scores["subspace"] == subspace)]
+        for suffix, (order, subspace) in variants.items()
+    }
+    columns = of_variant.pop("").drop(columns=["split", "eigenvectors", "coordinates", "subspace", "center"])
     probes = [name for name in columns if name.startswith("probe_") and name != HELD_OUT]  # probes.csv has them
     columns = columns.drop(columns=probes)
-    for suffix, variant in variants.items():
-        if suffix:
-            renamed = variant[keys + named].rename(columns={name: name + suffix for name in named})
-            columns = columns.merge(renamed, on=keys, how="left")
+    named = [*SCORES, *(f"{name}_z" for name in NULL_SCORES)]
+    for suffix, variant in of_variant.items():
+        renamed = variant[SEED_KEYS + named].rename(columns={name: name + suffix for name in named})
+        columns = columns.merge(renamed, on=SEED_KEYS, how="left")
     return columns
 
 
 def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
     """The probe of the last layer, a row per model, dataset and seed."""
-    last = probes.loc[probes.groupby([*KEYS, "seed"])["layer"].idxmax()]
+    last = probes.loc[probes.groupby(SEED_KEYS)["layer"].idxmax()]
     columns = {"test_accuracy": "probe_accuracy", "test_mse_over_variance": "probe_mse"}
     present = {name: new for name, new in columns.items() if name in last}
-    return last[[*KEYS, "seed", *present]].rename(columns=present)
+    return last[[*SEED_KEYS, *present]].rename(columns=present)
 
 
 def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
     """Scores of the pooled states of the last layer, and the lead of the best; a row per model, dataset and seed.
 
     The best layer is the one with the highest LogME, which sees training rows only. Its lead is in R2 of the
-    least-squares probe on held-out rows.
+    least-squares probe on held-out rows. An older study has the last layer alone, in closed_form.csv.
     """
-    keys, path = [*KEYS, "seed"], data_dir / "features.csv"
-    if not path.is_file():
-        path = data_dir / "closed_form.csv"
-        kept = [*keys, *FEATURE_SCORES]
-        return read_csv(path)[kept] if path.is_file() else pd.DataFrame(columns=kept)
-    table = read_csv(path)
-    last, best = (table.loc[table.groupby(keys)[name].idxmax()].set_index(keys) for name in ("layer", "logme"))
+    if not table_path("features", data_dir).is_file():
+        kept = [*SEED_KEYS, *FEATURE_SCORES]
+        is_there = table_path("closed_form", data_dir).is_file()
+        return read_table("closed_form", data_dir)[kept] if is_there else pd.DataFrame(columns=kept)
+    table = read_table("features", data_dir)
+    last, best = (
+        table.loc[table.groupby(SEED_KEYS)[name].idxmax()].set_index(SEED_KEYS) for name in ("layer", "logme")
+    )
     columns = last[[name for name in FEATURE_SCORES if name in last]].assign(
         best_layer=best["layer"], best_layer_lead=best["probe_r2_held_out"] - last["probe_r2_held_out"]
     )
-    accuracy = probes.set_index([*keys, "layer"])["test_accuracy"].rename("best_layer_accuracy")
-    return columns.reset_index().merge(
-        accuracy, left_on=[*keys, "best_layer"], right_index=True, how="left", validate="one_to_one"
-    )
+    accuracy = probes.set_index([*SEED_KEYS, "layer"])["test_accuracy"].rename("best_layer_accuracy")
+    keys = [*SEED_KEYS, "best_layer"]
+    return columns.reset_index().merge(accuracy, left_on=keys, right_index=True, how="left", validate="one_to_one")
 
 
-def training_columns(training: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy of each way of training, a row per model, dataset and seed."""
-    wide = training.pivot_table(index=[*KEYS, "seed"], columns="method", values="test_accuracy").reset_index()
+def training_columns(data_dir: Path) -> pd.DataFrame:
+    """Test accuracy of each way of training, a row per model, dataset and seed; NTPS and probes need none."""
+    if not table_path("training", data_dir).is_file():
+        return pd.DataFrame(columns=[*SEED_KEYS, *METHOD_COLUMNS.values()], dtype=object)
+    training = read_table("training", data_dir)
+    wide = training.pivot_table(index=SEED_KEYS, columns="method", values="test_accuracy").reset_index()
     return wide.rename(columns=METHOD_COLUMNS)
 
 
@@ -223,23 +249,20 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
 
     Raises:
-        UserError: a file is not there, damaged, or another table than its name says.
+        UserError: a file is missing, damaged, or another table than its name says.
     """
     scores, probes, datasets, models = (
         read_table(name, data_dir) for name in ("scores", "probes", "datasets", "models")
     )
-    is_trained = (data_dir / "training.csv").is_file()  # NTPS and probes alone are enough for Figure 2
-    training = read_table("training", data_dir) if is_trained else pd.DataFrame(columns=TRAINING_KEYS, dtype=object)
-    keys = [*KEYS, "seed"]
     cells = score_columns(scores[~scores["model"].str.endswith(ADAPTED)])
-    for columns in (probe_columns(probes), training_columns(training), feature_columns(data_dir, probes)):
-        cells = cells.merge(columns, on=keys, how="outer")
+    for columns in (probe_columns(probes), training_columns(data_dir), feature_columns(data_dir, probes)):
+        cells = cells.merge(columns, on=SEED_KEYS, how="outer")
     datasets = datasets.drop(columns="num_classes", errors="ignore")
     cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
     for name in (*METHOD_COLUMNS.values(), *FEATURE_SCORES):
         if name not in cells:
             cells[name] = np.nan
-    for name in NAMES:  # the mean of many draws where there is one
+    for name in SCORES:  # the mean of many random V where K_sweep.py drew them
         if f"{name}_random_mean" in cells:
             cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
     if "num_classes" in cells:  # a regression has none, and is not to be ranked by them
@@ -254,8 +277,8 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 
 def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `load_seeds` averaged over the seeds that are there: one row per model and dataset."""
-    return seeds.groupby(KEYS, as_index=False).mean(numeric_only=True)
+    """The rows of `load_seeds` averaged over the seeds of each: one row per model and dataset."""
+    return seeds.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
 
 
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
@@ -269,23 +292,16 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     `retained_lead`, over random V, and the probe on held-out rows are among them where both have it.
     """
     scores = score_columns(read_table("scores", data_dir))
-    names: tuple[str, ...] = (*NAMES, HELD_OUT) if HELD_OUT in scores else NAMES
+    names: tuple[str, ...] = (*SCORES, HELD_OUT) if HELD_OUT in scores else SCORES
     if "retained_random_mean" in scores:
         scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
         names = (*names, "retained_lead")
-    return pair(scores, [*KEYS, "seed"], names)
+    return pair(scores, SEED_KEYS, names)
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
     """One column as models x datasets, NaN where a cell is missing."""
     return cells.pivot(index="model", columns="dataset", values=column)
-
-
-def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
-    """For each cell of models x datasets the mean over the other models on that dataset."""
-    present = table.notna()
-    count = present.sum() - present
-    return (table.sum() - table.fillna(0)) / count.where(count > 0)
 
 
 def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
@@ -295,4 +311,4 @@ def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
     """The same, smallest model first."""
-    return without_random_weights(cells).sort_values(["num_parameters", *KEYS], kind="stable")
+    return without_random_weights(cells).sort_values(["num_parameters", *CELL_KEYS], kind="stable")

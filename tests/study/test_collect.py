@@ -14,7 +14,7 @@ import linear_sklearn
 import linear_training
 import lora_finetuning
 from fig_plot import collect
-from fig_plot.tables import read_table
+from fig_plot.tables import read_table, save_csv
 from tests.conftest import configure, run_in_process
 from utils.algebra.scores import SCORES
 from utils.results import save_json
@@ -75,7 +75,7 @@ def six_digits(value: float) -> float:
 
 # ------------------------------------------------------------------ what is collected
 def test_scores_equal_the_results(monkeypatch, results_dir, model_dirs):
-    code, data = collected(monkeypatch, results_dir, "--strict")
+    code, data = collected(monkeypatch, results_dir)
     assert code == 0
     scores = pd.read_csv(data / "scores.csv")
     results = read_results(results_dir, "ntps/*/*.json")
@@ -103,7 +103,7 @@ def test_scores_equal_the_results(monkeypatch, results_dir, model_dirs):
 
 def test_layers_equal_the_results(monkeypatch, results_dir):
     _, data = collected(monkeypatch, results_dir)
-    layers = pd.read_csv(data / "layers.csv").set_index(["model", "seed", "eigenvectors", "layer", "fraction"])
+    layers = pd.read_csv(data / "layers.csv.gz").set_index(["model", "seed", "eigenvectors", "layer", "fraction"])
     results = {path: of for path, of in read_results(results_dir, "ntps/*/*.json").items() if ".pca" not in path.name}
     assert len(layers) == sum(len(of["layers"]) * len(of["fractions"]) for of in results.values())
     for path, result in results.items():
@@ -214,9 +214,9 @@ def test_names_that_pandas_would_take_for_something_else_are_kept_once(tmp_path)
     rows = [{"model": "a", "dataset": name, "seed": 0, "layer": 0, "word": word}
             for name in ("2024", "NA", "1e3") for word in ("null", "None", "nan", "")]  # fmt: skip
     table = collect.to_table("alignment", rows)
-    collect.save_csv(tmp_path / "alignment.csv", table)
+    save_csv(tmp_path / "alignment.csv", table)
     written = (tmp_path / "alignment.csv").read_text()
-    collect.save_csv(tmp_path / "alignment.csv", collect.with_rows_of(tmp_path / "alignment.csv", table))
+    save_csv(tmp_path / "alignment.csv", collect.with_rows_of(tmp_path / "alignment.csv", table))
     assert (tmp_path / "alignment.csv").read_text() == written and written.count("\n") == 13
     assert set(read_table("alignment", tmp_path)["dataset"]) == {"2024", "NA", "1e3"}
 
@@ -232,7 +232,7 @@ def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_no
 def test_whole_numbers_keep_all_their_digits(tmp_path):
     """Also in a column that is empty for another model."""
     rows = [{"model": "a", "num_parameters": 1378944, "loss": 2.123456789}, {"model": "b", "num_parameters": None}]
-    collect.save_csv(tmp_path / "models.csv", collect.to_table("models", rows))
+    save_csv(tmp_path / "models.csv", collect.to_table("models", rows))
     assert (tmp_path / "models.csv").read_text().splitlines()[1:] == ["a,1378944,2.12346", "b,,"]
 
 

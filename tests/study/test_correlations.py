@@ -10,7 +10,6 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from fig_plot.evidence import above_two_points, across_models
 from fig_plot.findings.correlations import (
     CORRELATIONS,
     Draws,
@@ -26,7 +25,7 @@ from fig_plot.findings.correlations import (
     spearman_lead,
     value_of,
 )
-from fig_plot.findings.gains import WORTHWHILE_GAIN, mean_auc
+from fig_plot.findings.questions import WORTHWHILE_GAIN, mean_auc
 from fig_plot.findings.selection import expected_maximum, joint_p_value, leave_one_out_selection, selection_null
 from fig_plot.import_published import published_rows
 from fig_plot.plotting import plot_rank_grid
@@ -124,8 +123,6 @@ BY_HAND = {
     mean_spearman: mean_of_each(lambda x, y: scipy.stats.spearmanr(x, y).statistic),
     mean_partial_spearman: mean_of_each(regressed_partial),
     mean_auc: mean_of_each(auc_by_hand),
-    above_two_points: lambda x, gain: mean_of_each(auc_by_hand)(x.reshape(1, -1), gain.reshape(1, -1)),
-    across_models: lambda x, y: np.mean([spearman(*task) for task in zip(x.T, y.T, strict=True)]),
     spearman_lead: lambda a, b, y: abs(BY_HAND[mean_spearman](a, y)) - abs(BY_HAND[mean_spearman](b, y)),
 }
 NUM_TABLES = {
@@ -134,8 +131,6 @@ NUM_TABLES = {
     mean_partial_spearman: 3,
     mean_auc: 2,
     spearman_lead: 3,
-    above_two_points: 2,
-    across_models: 2,
 }
 
 
@@ -145,7 +140,7 @@ def test_statistics_of_counts_are_those_of_tables_with_repeated_tasks(statistic)
     random = np.random.default_rng(8)
     tables = random.normal(size=(3, 3, 12)).round(1)[: NUM_TABLES[statistic]]
     tables += tables[:1].copy()
-    for i, table in enumerate(tables if statistic is not across_models else ()):
+    for i, table in enumerate(tables):
         table[i, 2 * i] = np.nan
     counts = draw_tasks(12, 60, seed=1)
     assert (counts.sum(1) == 12).all()
@@ -338,7 +333,7 @@ def test_rank_grid_is_not_reversed(num_models, grid, names):
     for panel, num in zip(panels, [5] * (num_models - 1) + [4], strict=True):
         dots = [tuple(dot.get_offsets()[0]) for dot in panel.collections]
         assert dots == [(d + 1, num - d) for d in range(num)]
-    assert figure.get_supylabel() == "MSE (rank, 1 = lowest)"
+    assert figure.get_supylabel() == "mse (rank, 1 = lowest)"
     written = [text.get_text() for text in figure.axes[0].texts]  # of one model the names fit beside the dots
     assert (len(figure.legends), len(written)) == ((0, 4) if names and num_models == 1 else (names, 0))
     plt.close(figure)

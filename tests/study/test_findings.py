@@ -1,5 +1,6 @@
 """fig_plot/tables.py and fig_plot/findings/__main__.py on made-up studies whose answer is known."""
 
+import gzip
 import re
 
 import numpy as np
@@ -10,12 +11,16 @@ from scipy.stats import spearmanr
 from fig_plot import import_published, tables
 from fig_plot.findings import __main__ as findings
 from fig_plot.findings.correlations import Draws
-from fig_plot.findings.fixed_rule import seed_rows
-from fig_plot.findings.gains import decision_rows
-from fig_plot.findings.layer_choice import layer_choice_rows
-from fig_plot.findings.like_for_like import STEPS, twin_rows
-from fig_plot.findings.shared_tasks import shared_task_rows
-from fig_plot.findings.subspaces import after_lora_rows, random_weights_rows
+from fig_plot.findings.procedure import STEPS, twin_rows
+from fig_plot.findings.questions import (
+    after_lora_rows,
+    decision_rows,
+    layer_choice_rows,
+    mean_of_others,
+    random_weights_rows,
+    seed_rows,
+    shared_task_rows,
+)
 from tests.conftest import PUBLISHED, needs_published, run_command, run_in_process
 from utils.script import UserError
 
@@ -68,7 +73,7 @@ def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
     sizes = [{"model": model, "num_parameters": 10**i, "held_out_loss": 4.0 - i} for i, model in enumerate(MODELS)]
     for name, table in {"scores": rows, "layers": layers, "probes": probes, "training": training,
                         "datasets": datasets, "models": sizes}.items():  # fmt: skip
-        pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
+        pd.DataFrame(table).to_csv(tables.table_path(name, folder), index=False)
     return pd.DataFrame(rows)
 
 
@@ -78,7 +83,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     write_study(folder)
     done = run_command(
-        "-m", "fig_plot.findings", "--data_dir", folder, "--num_draws", "200", "--num_permutations", "200"
+        "-m", "fig_plot.findings", "--tables_dir", folder, "--num_draws", "200", "--num_permutations", "200"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
@@ -183,12 +188,15 @@ DAMAGES = {
 def test_a_damaged_table_is_named_with_the_command_that_makes_it_again(name, damage, tmp_path, monkeypatch):
     write_study(tmp_path)
     change, why = DAMAGES[damage]
-    path = tmp_path / f"{name}.csv"
-    before = path.read_bytes()
-    path.write_bytes(change(before))
-    assert path.read_bytes() != before
+    path = tables.table_path(name, tmp_path)
+    pack, unpack = (gzip.compress, gzip.decompress) if name == "layers" else (bytes, bytes)
+    before = unpack(path.read_bytes())
+    path.write_bytes(pack(change(before)))
+    assert unpack(path.read_bytes()) != before
     why = why.replace("column model", "column dataset") if name == "datasets" else why
-    message = run_in_process(monkeypatch, "fig_plot/findings/__main__.py", "--data_dir", tmp_path, "--num_draws", "10")
+    message = run_in_process(
+        monkeypatch, "fig_plot/findings/__main__.py", "--tables_dir", tmp_path, "--num_draws", "10"
+    )
     assert str(message).startswith(f"error: {path} is no whole table (") and re.search(why, str(message))
     assert message.endswith("). Make it again: python -m fig_plot.collect") and "\n" not in message
     assert not list(tmp_path.glob("findings_*"))
@@ -203,8 +211,8 @@ def test_a_damaged_table_of_findings_is_made_again_by_findings(tmp_path):
 def test_the_procedure_by_the_scores_of_random_weights(tmp_path, monkeypatch):
     """Both planted: `small-one` at layer 1 and fraction .5, its twin too, but in the other order of the tasks."""
     write_study(tmp_path)
-    monkeypatch.setattr("fig_plot.like_for_like.RANDOM_MODELS", {"tiny-random": "small-one"})
-    layers = tables.read_table("layers", tmp_path)
+    monkeypatch.setattr("fig_plot.findings.procedure.RANDOM_MODELS", {"tiny-random": "small-one"})
+    layers = findings.plain_layers(tmp_path)
     of_twin = layers["model"] == "tiny-random"
     layers.loc[of_twin, "ntps"] = 1 - layers.loc[of_twin, "ntps"]
     cells, probes = tables.load_seeds(tmp_path), tables.read_table("probes", tmp_path)
@@ -296,11 +304,11 @@ def test_the_papers_own_datasets_are_judged_alone_too(tmp_path, monkeypatch):
     """Seven of fourteen are the paper's: there the planted relation is turned around."""
     write_study(tmp_path)
     own = TASKS[::2]
-    scores, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("scores", "layers"))
+    scores, layers = (pd.read_csv(tables.table_path(name, tmp_path)) for name in ("scores", "layers"))
     for table in (scores, layers):
         table.loc[table.dataset.isin(own), "ntps"] *= -1
     scores.to_csv(tmp_path / "scores.csv", index=False)
-    layers.to_csv(tmp_path / "layers.csv", index=False)
+    layers.to_csv(tables.table_path("layers", tmp_path), index=False)
     assert "like_for_like_paper" not in findings.study_tables(tmp_path, Draws(40, 0))
     monkeypatch.setattr(findings, "PAPER_KEYS", (*own, "elsewhere"))
     made = findings.study_tables(tmp_path, Draws(40, 0))
@@ -316,14 +324,14 @@ def test_the_papers_own_datasets_are_judged_alone_too(tmp_path, monkeypatch):
 
 def test_mean_of_others_leaves_the_model_itself_out():
     table = pd.DataFrame([[1.0, 2.0], [3.0, np.nan], [5.0, 8.0]], columns=["a", "b"])
-    assert tables.mean_of_others(table).a.tolist() == [4.0, 3.0, 2.0]
-    assert tables.mean_of_others(table).b.tolist() == [8.0, 5.0, 2.0]
-    assert tables.mean_of_others(table[:1]).isna().all(axis=None)
+    assert mean_of_others(table).a.tolist() == [4.0, 3.0, 2.0]
+    assert mean_of_others(table).b.tolist() == [8.0, 5.0, 2.0]
+    assert mean_of_others(table[:1]).isna().all(axis=None)
 
 
 @pytest.mark.parametrize("flags, module", [((), "collect"), (("--published",), "import_published")])
 def test_missing_tables_name_the_command(flags, module, tmp_path, monkeypatch):
-    message = run_in_process(monkeypatch, "fig_plot/findings/__main__.py", "--data_dir", tmp_path, *flags)
+    message = run_in_process(monkeypatch, "fig_plot/findings/__main__.py", "--tables_dir", tmp_path, *flags)
     assert f"python -m fig_plot.{module}" in message
 
 
@@ -350,7 +358,8 @@ def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
     ]  # fmt: skip
     found = pd.DataFrame(layer_choice_rows(pd.DataFrame(rows), Draws(100))).set_index("chosen_by")
     expected = {"retained": accuracy.max(1), "best on test rows": accuracy.max(1), "ntps": accuracy.min(1),
-                "ridge_r2": accuracy[:, -1], "middle layer": accuracy[:, 2], "any layer": accuracy.mean(1)}  # fmt: skip
+                "ridge_r2": accuracy[:, -1], "last layer": accuracy[:, -1], "middle layer": accuracy[:, 2],
+                "any layer": accuracy.mean(1)}  # fmt: skip
     for name, values in expected.items():
         assert found.accuracy[name] == pytest.approx(values.mean())
         assert found.lead[name] == pytest.approx((values - accuracy[:, -1]).mean())

@@ -1,4 +1,4 @@
-"""Question 1 of findings.py: layer and K chosen on the outcome, as in the paper, and what is left step by step.
+"""Question 1 of docs/findings.md: layer and K chosen on the outcome, as in the paper, and step by step without that.
 
 A study's maps are its scores at every layer and fraction; the published numbers come chosen already.
 """
@@ -20,14 +20,15 @@ from fig_plot.findings.correlations import (
     spearman_rows,
     value_of,
 )
-from fig_plot.findings.fixed_rule import is_known
+from fig_plot.findings.questions import is_known
 from fig_plot.findings.selection import joint_p_value, leave_one_out_selection, selection_null
-from fig_plot.tables import CLAIMED, NAMES, RANDOM_MODELS, matrix
+from fig_plot.tables import CLAIMED, RANDOM_MODELS, matrix
+from utils.algebra.scores import SCORES
 
-# measure -> column of probes.csv where it is one of the layer that the score is taken at
-OF_THE_LAYER = {"train_accuracy": "train_accuracy", "train_mse": "train_mse"}
-MEASURES = (*OF_THE_LAYER, "lora_gain_paper", "lora_gain")
-ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
+# measures of the layer that the score is taken at, as in probes.csv, and the same on test rows
+SAME_ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
+OF_THE_PROCEDURE = (*SAME_ON_TEST, "lora_gain_paper", "lora_gain")
+SELECTED_ON_TEST = ("probe_accuracy", "probe_mse", "lora_gain_paper", "lora_gain")
 VECTORS = ("x", "y", "given", "null")  # of a row of `step_rows`
 STEPS = ("layer and K chosen", "last layer, K chosen", "last layer, mean over K", "the same on test rows")
 
@@ -54,7 +55,7 @@ class Sweep:
 
 def score_sweep(layers: pd.DataFrame, model: str, order: str, score: str) -> Sweep:
     """The sweep of one score, averaged over seeds; tasks sorted by name."""
-    rows = layers[(layers["model"] == model) & (layers["eigenvectors"] == order) & ~layers["center"]]
+    rows = layers[(layers["model"] == model) & (layers["eigenvectors"] == order)]
     table = rows.pivot_table(index=["layer", "fraction"], columns="dataset", values=score)
     index = table.index.to_frame(index=False)
     return Sweep(table.to_numpy(), index["layer"].to_numpy(), index["fraction"].to_numpy(), list(table.columns))
@@ -62,7 +63,7 @@ def score_sweep(layers: pd.DataFrame, model: str, order: str, score: str) -> Swe
 
 def outcomes(sweep: Sweep, cells: pd.DataFrame, probes: pd.DataFrame, measure: str) -> np.ndarray | None:
     """(configurations, tasks) of a measure, each configuration's own where it is one of a layer; None: not measured."""
-    if measure in OF_THE_LAYER:
+    if measure in SAME_ON_TEST:
         return sweep.outcome(probes, measure) if measure in probes else None
     if not is_known(cells, measure):
         return None
@@ -96,8 +97,8 @@ def step_rows(
         )  # fmt: skip
     mean = sweep.maps[sweep.last].mean(0)
     yield row(STEPS[2], mean, target[-1], layer=int(sweep.layers.max()), configurations=1)
-    if measure in ON_TEST:
-        on_test = sweep.outcome(probes, ON_TEST[measure])[-1]
+    if measure in SAME_ON_TEST:
+        on_test = sweep.outcome(probes, SAME_ON_TEST[measure])[-1]
         yield row(STEPS[3], mean, on_test, layer=int(sweep.layers.max()), configurations=1)
 
 
@@ -112,7 +113,7 @@ def like_for_like_rows(
     choice, so that there is none but that of `given_classes`, for the configuration as it was chosen.
     """
     models = list(dict.fromkeys(cells["model"]))
-    for measure in MEASURES:
+    for measure in OF_THE_PROCEDURE:
         found = []
         for model in models:
             sweep = score_sweep(layers, model, "largest", "ntps")
@@ -143,7 +144,7 @@ def twin_rows(
             continue
         for weights, name in (("trained", model), ("random", twin)):
             sweep = score_sweep(of_both, name, "largest", "ntps")
-            for measure in MEASURES:
+            for measure in OF_THE_PROCEDURE:
                 for row in step_rows(sweep, of_model, its_probes, measure, draws):
                     yield {"model": model, "weights": weights, **without_vectors(row)}
 
@@ -173,7 +174,7 @@ def mean_row(rows: list[dict[str, Any]], measure: str, step: str, draws: Draws) 
     return row | dict(zip(names, partial, strict=True))
 
 
-def published_rows(tables: dict[str, pd.DataFrame], draws: Draws) -> Iterator[dict[str, Any]]:
+def published_steps(tables: dict[str, pd.DataFrame], draws: Draws) -> Iterator[dict[str, Any]]:
     """The same first step of the published numbers: chosen already, over maps that were not published.
 
     Args:
@@ -191,16 +192,14 @@ def published_rows(tables: dict[str, pd.DataFrame], draws: Draws) -> Iterator[di
 
 
 # ------------------------------------------------------------------ on test rows
-def selection_rows(
-    cells: pd.DataFrame, layers: pd.DataFrame, draws: Draws, measures: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+def selection_rows(cells: pd.DataFrame, layers: pd.DataFrame, draws: Draws) -> Iterator[dict[str, Any]]:
     """Rows of findings_selection.csv, one per model, measure on test rows, order and score."""
     for model in sorted(cells["model"].unique()):
         target_of = cells[cells["model"] == model].set_index("dataset")
         for order in ("largest", "smallest"):
             for score in ("ntps", "retained"):
                 sweep = score_sweep(layers, model, order, score)
-                for measure in [name for name in measures if is_known(target_of, name) and len(sweep.maps)]:
+                for measure in [name for name in SELECTED_ON_TEST if is_known(target_of, name) and len(sweep.maps)]:
                     target = target_of[measure].reindex(sweep.tasks).to_numpy(float)
                     if np.isfinite(target).sum() < 4:
                         continue
@@ -221,7 +220,7 @@ def sensitivity_rows(cells: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict
     """Rows of findings_sensitivity.csv: Spearman across tasks at every layer and fraction, per model."""
     for model in sorted(cells["model"].unique()):
         targets = cells[cells["model"] == model].set_index("dataset")
-        for score in NAMES:
+        for score in SCORES:
             sweep = score_sweep(layers, model, "largest", score)
             for measure in [name for name in ("probe_accuracy", "lora_gain") if is_known(targets, name)]:
                 target = targets[measure].reindex(sweep.tasks).to_numpy(float)

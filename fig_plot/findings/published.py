@@ -1,4 +1,4 @@
-"""The questions of findings.py asked of the published numbers, which import_published.py reads."""
+"""The questions of docs/findings.md asked of the published numbers, which import_published.py reads."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ import pandas as pd
 
 from fig_plot.collect import parse_size
 from fig_plot.findings.correlations import Draws
-from fig_plot.findings.fixed_rule import direction_rows, others_rows, partial_rows
-from fig_plot.findings.gains import decision_rows
-from fig_plot.findings.like_for_like import published_rows
+from fig_plot.findings.procedure import published_steps
+from fig_plot.findings.questions import decision_rows, direction_rows, others_rows, partial_rows
 from fig_plot.findings.selection import expected_maximum
 from fig_plot.tables import matrix
 from utils.models.table import MODELS
@@ -60,5 +59,5 @@ def published_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
         "partial": pd.DataFrame(partial_rows(fig3, draws, ("ntps",))),
         "noise": pd.DataFrame(noise, columns=["configurations", "mean", "quantile"]),
         "decision": pd.DataFrame(decision_rows(fig3, draws)),
-        "like_for_like": pd.DataFrame(published_rows(renamed, draws)),
+        "like_for_like": pd.DataFrame(published_steps(renamed, draws)),
     }

@@ -1,0 +1,391 @@
+"""Questions 2 to 6 of docs/findings.md, and those asked later of the same tables.
+
+Each function yields the rows of one CSV file. `cells` has a row per model and task (fig_plot/tables.py); `draws` are
+those of the intervals, over tasks.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import f
+
+from fig_plot.findings.correlations import (
+    CORRELATIONS,
+    Draws,
+    Interval,
+    bootstrap_interval,
+    drawn_auc,
+    mean_cell,
+    mean_correlation,
+    mean_over_models,
+    mean_partial_spearman,
+    mean_spearman,
+    spearman_lead,
+    spearman_rows,
+)
+from fig_plot.tables import (
+    CELL_KEYS,
+    CONTROLS,
+    FEATURE_SCORES,
+    HELD_OUT,
+    MEASURES,
+    RANDOM_MODELS,
+    RUN_SCORES,
+    SEED_KEYS,
+    matrix,
+    without_random_weights,
+)
+from utils.algebra.scores import SCORES
+
+GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
+WORTHWHILE_GAIN = 0.02  # of the decision
+TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy", "best_layer_accuracy")
+MODEL_BASELINES = ("num_parameters", "held_out_loss", "headroom")
+RIVALS = ("num_classes", "bag_of_words_accuracy", "headroom", "best_layer_accuracy")  # of question 2, beside random V
+OF_THE_OUTCOME = ("headroom", "best_layer_accuracy")  # made of the probe's accuracy: rivals for gains only
+CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "retained_z", "retained_lead", "ntps",
+              "num_classes")  # fmt: skip
+AFTER_LORA = (*SCORES, "retained_lead", HELD_OUT)  # compared before and after LoRA
+LAYER_CHOOSERS = (*FEATURE_SCORES, *SCORES)  # of training rows alone
+Rows = Iterator[dict[str, Any]]
+
+
+def is_known(cells: pd.DataFrame, name: str) -> bool:
+    """Whether a column exists and has any value."""
+    return name in cells and bool(cells[name].notna().any())
+
+
+def known(cells: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
+    """The columns that exist and have any value, each once."""
+    return [name for name in dict.fromkeys(names) if is_known(cells, name)]
+
+
+def tables_of(cells: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    """Columns as arrays (models, tasks)."""
+    return [matrix(cells, name).to_numpy(float) for name in names]
+
+
+# ------------------------------------------------------------------ question 2: the fixed rule
+def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_correlations.csv: every score and baseline with every measure, across tasks and across models.
+
+    `mean of the others` is the baseline without a score: what the other models reach on the task, or the model on the
+    other tasks.
+    """
+    names = (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy")
+    for measure in known(cells, MEASURES):
+        target = matrix(cells, measure)
+        for name in [name for name in known(cells, names) if name != measure]:
+            score = matrix(cells, name)
+            yield from direction_rows("tasks", name, measure, score, target, draws)
+            yield from direction_rows("models", name, measure, score.T, target.T, draws)
+        yield from others_rows(measure, target, draws)
+
+
+def direction_rows(
+    direction: str, name: str, measure: str, score: pd.DataFrame, target: pd.DataFrame, draws: Draws
+) -> Rows:
+    """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group.
+
+    Spearman's has an interval, the others are values.
+    """
+    score, target = score.align(target, join="inner")
+    x, y = score.to_numpy(float), target.to_numpy(float)
+    groups = int(np.isfinite(spearman_rows(x, y)).sum())
+    if not groups:
+        return
+    for kind, correlation in CORRELATIONS.items():
+        if kind != "spearman":
+            interval = Interval(mean_correlation(x, y, correlation), np.nan, np.nan)
+        elif direction == "tasks":
+            interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
+        else:  # groups are the tasks here
+            interval = bootstrap_interval(mean_cell, spearman_rows(x, y), draws=draws)
+        yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
+               **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
+
+
+def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
+    """For each cell of models x datasets the mean over the other models on that dataset."""
+    present = table.notna()
+    count = present.sum() - present
+    return (table.sum() - table.fillna(0)) / count.where(count > 0)
+
+
+def others_rows(measure: str, target: pd.DataFrame, draws: Draws) -> Rows:
+    """The rows of `mean of the others`."""
+    yield from direction_rows("tasks", "mean of the others", measure, mean_of_others(target), target, draws)
+    yield from direction_rows("models", "mean of the others", measure, mean_of_others(target.T), target.T, draws)
+
+
+def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_leads.csv: |mean Spearman| of a score less that of the best baseline, on the same cells."""
+    for measure, name in itertools.product(known(cells, MEASURES), known(cells, (*RUN_SCORES, *FEATURE_SCORES))):
+        allowed = tuple(rival for rival in RIVALS if measure in GAINS or rival not in OF_THE_OUTCOME)
+        rivals = known(cells, (*allowed, f"{name}_random"))
+        rows = cells.dropna(subset=[measure, name])
+        target, score, *others = tables_of(rows, measure, name, *rivals)
+        sizes = {rival: abs(mean_correlation(table, target)) for rival, table in zip(rivals, others, strict=True)}
+        sizes = {rival: size for rival, size in sizes.items() if np.isfinite(size)}
+        if not sizes or not np.isfinite(mean_correlation(score, target)):
+            continue
+        best = max(sizes, key=lambda rival: sizes[rival])
+        interval = bootstrap_interval(spearman_lead, score, others[rivals.index(best)], target, draws=draws)
+        yield {"measure": measure, "score": name, "best_baseline": best, "baseline_size": sizes[best],
+               "lead": interval.value, "low": interval.low, "high": interval.high,
+               "tasks": target.shape[1]}  # fmt: skip
+
+
+def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Rows:
+    """Rows of findings_partial.csv: Spearman of score and measure with one thing held fixed, mean over models.
+
+    The headroom for gains; the number of classes for the probe's accuracy above the majority class and its error.
+    """
+    pairs = [(measure, "headroom") for measure in known(cells, GAINS)]
+    if is_known(cells, "num_classes"):
+        pairs += [(measure, "num_classes") for measure in known(cells, ("probe_skill", "probe_mse"))]
+    for (measure, given), name in itertools.product(pairs, known(cells, scores)):
+        interval = bootstrap_interval(mean_partial_spearman, *tables_of(cells, name, measure, given), draws=draws)
+        yield {"measure": measure, "score": name, "given": given, **interval._asdict()}
+
+
+# ------------------------------------------------------------------ question 3: V beside its controls
+def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_controls.csv: mean over tasks of each score for each V, and its lead over a random V.
+
+    z against permuted labels and, where K_sweep.py drew several random V, `random_z` against these.
+    """
+    for (model, rows), score in itertools.product(cells.groupby("model"), SCORES):
+        for v in ("", "_smallest", "_pca", "_random"):
+            lead = (rows[score + v] - rows[f"{score}_random"]).dropna().to_numpy()
+            if not len(lead):
+                continue
+            interval = bootstrap_interval(mean_cell, lead, draws=draws)
+            row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression",
+                   "value": rows[score + v].mean(), "lead_over_random": interval.value,
+                   "low": interval.low, "high": interval.high, "tasks": len(lead)}  # fmt: skip
+            yield row | ({} if v else z_columns(rows, score))
+
+
+def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
+    """How far a score is from that of permuted labels and from that of random V, over the tasks of a model."""
+    columns: dict[str, Any] = {}
+    if f"{score}_z" in rows:
+        z = rows[f"{score}_z"].dropna()
+        columns |= {"permuted_labels": rows[f"{score}_null_mean"].mean(), "mean_z": z.mean()}
+        columns |= {"tasks_above_2_z": int((z > 2).sum())}
+    if is_known(rows, f"{score}_random_z"):
+        z = rows[f"{score}_random_z"].dropna()
+        columns |= {"mean_random_z": z.mean(), "tasks_above_2_random_z": int((z > 2).sum())}
+        columns |= {"tasks_below_minus_2_random_z": int((z < -2).sum())}
+    return columns
+
+
+def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
+
+    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks; of scores, of outcomes, and
+    as `<score>_change` of the change by LoRA (`after` is of `tables.load_after_lora`).
+    """
+    changes = changes_by_lora(after)
+    changed = [name for name in changes if name.endswith("_change")]
+    cells = cells.merge(changes[[*CELL_KEYS, *changed]], on=CELL_KEYS, how="left")
+    names = (*SCORES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changed)
+    for twin, model in RANDOM_MODELS.items():
+        both = (cells[cells["model"] == name].set_index("dataset") for name in (model, twin))
+        trained, random = (table.dropna(axis=1, how="all") for table in both)
+        for name in [name for name in names if name in trained and name in random]:
+            pairs = pd.concat([trained[name], random[name]], axis=1, join="inner").dropna().to_numpy(float)
+            if len(pairs) < 3:
+                continue
+            x, y = pairs.T
+            lead = bootstrap_interval(mean_cell, x - y, draws=draws)
+            order = bootstrap_interval(mean_spearman, x, y, draws=draws)
+            yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(), "lead": lead.value,
+                   "low": lead.low, "high": lead.high, "spearman": order.value, "spearman_low": order.low,
+                   "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
+
+
+# ------------------------------------------------------------------ question 4: after LoRA
+def changes_by_lora(after: pd.DataFrame) -> pd.DataFrame:
+    """`after` averaged over seeds, with the change of each known score by LoRA as `<score>_change`."""
+    means = after.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
+    return means.assign(
+        **{f"{name}_change": means[name] - means[f"{name}_before"] for name in known(means, AFTER_LORA)}
+    )
+
+
+def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
+
+    `all` is over all trained models, where there are several: their mean over the tasks is taken first.
+    """
+    after = changes_by_lora(after).merge(cells[[*CELL_KEYS, "lora_gain"]], on=CELL_KEYS, how="left")
+    trained = without_random_weights(after)
+    together = [("all", trained)] if trained["model"].nunique() != 1 else []
+    for model, rows in (*after.groupby("model"), *together):
+        for name in [name for name in AFTER_LORA if f"{name}_change" in after]:
+            of_score = rows.assign(change=rows[f"{name}_change"]).dropna(subset="change")
+            change, gain = (of_score.pivot(index="dataset", columns="model", values=v) for v in ("change", "lora_gain"))
+            tables = [table.to_numpy(float).T for table in (change, gain)]
+            mean = bootstrap_interval(mean_cell, tables[0], draws=draws)
+            follows = bootstrap_interval(mean_spearman, *tables, draws=draws)
+            yield {"model": model, "score": name, "before": of_score[f"{name}_before"].mean(),
+                   "after": of_score[name].mean(), "change": mean.value, "low": mean.low, "high": mean.high,
+                   "raised": int((of_score["change"] > 0).sum()), "cells": len(of_score),
+                   "tasks": of_score["dataset"].nunique(), "spearman_with_gain": follows.value,
+                   "spearman_low": follows.low, "spearman_high": follows.high}  # fmt: skip
+
+
+# ------------------------------------------------------------------ question 5: LoRA's gain on a task left out
+def mean_auc(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """AUC of "the gain is above two points" over the tasks of a model, mean over models: a statistic.
+
+    Within a model: pooled over models it would compare the levels of their scores, and not tasks. A model whose gains
+    are all on one side is left out.
+    """
+    of_each = []
+    for x, y in zip(score, gain, strict=True):
+        measured = np.isfinite(y)
+        of_each.append(drawn_auc(counts[:, measured], x[measured], y[measured] > WORTHWHILE_GAIN))
+    return mean_over_models(of_each)
+
+
+def decision_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_decision.csv: `mean_auc` of each candidate, with its interval over tasks.
+
+    Above .5 a higher value goes with a gain; of NTPS the paper claims the opposite.
+    """
+    for measure, name in itertools.product(known(cells, GAINS), known(cells, (*CANDIDATES, *RUN_SCORES))):
+        rows = cells.dropna(subset=[measure, name])
+        tables = tables_of(rows, name, measure)
+        interval = bootstrap_interval(mean_auc, *tables, draws=draws)
+        if np.isfinite(interval.value):
+            yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
+                   "high": interval.high, "cells": len(rows), "tasks": tables[0].shape[1],
+                   "above": int((rows[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
+
+
+def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> np.ndarray:
+    """Prediction of least squares on the other tasks less the gain, (rows,): an intercept per model and `columns`."""
+    models = pd.get_dummies(rows["model"]).to_numpy(float)
+    design, target = np.hstack([models, rows[columns].to_numpy(float)]), rows[measure].to_numpy(float)
+    errors = np.empty(len(rows))
+    for dataset in rows["dataset"].unique():
+        out = (rows["dataset"] == dataset).to_numpy()
+        errors[out] = design[out] @ np.linalg.lstsq(design[~out], target[~out])[0] - target[out]
+    return errors
+
+
+def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_calibration.csv: error of a gain predicted for a task left out, in points of accuracy.
+
+    `nothing` is the mean gain of the other tasks. `lead` is its mean absolute error less that of the predictor, on the
+    same cells, with an interval over tasks: a predictor is better than nothing if that is above 0.
+    """
+    single = {name: [name] for name in known(cells, (*CANDIDATES, *RUN_SCORES))}
+    pairs = (("headroom", "ntps"), ("headroom", "retained_z"))
+    both = {" and ".join(pair): list(pair) for pair in pairs if all(name in single for name in pair)}
+    predictors: dict[str, list[str]] = {"nothing": [], **single, **both}
+    for measure, (name, columns) in itertools.product(known(cells, GAINS), predictors.items()):
+        rows = cells.dropna(subset=[measure, *columns])
+        if rows["dataset"].nunique() < 4:
+            continue
+        errors, of_mean = (100 * without_each_task(rows, used, measure) for used in (columns, []))
+        lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
+        interval = bootstrap_interval(mean_cell, lead, draws=draws)
+        yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
+               "error_of_mean_points": np.abs(of_mean).mean(), "lead": interval.value, "low": interval.low,
+               "high": interval.high, "rmse_points": np.sqrt(np.mean(errors**2)),
+               "within_95_percent_points": np.quantile(np.abs(errors), 0.95), "cells": len(rows),
+               "tasks": rows["dataset"].nunique()}  # fmt: skip
+
+
+# ------------------------------------------------------------------ question 6: spread between seeds
+def seed_rows(seeds: pd.DataFrame) -> Rows:
+    """Rows of findings_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks.
+
+    The interval of their share is that of a ratio of two variances of normal numbers, by F.
+    """
+    names = (*RUN_SCORES, "retained_lead", *FEATURE_SCORES, *MEASURES)
+    for model, rows in seeds.groupby("model"):
+        for name in known(rows, names):
+            table = rows.pivot(index="dataset", columns="seed", values=name).dropna(axis=1, how="all").dropna()
+            if table.shape[1] > 1 and len(table) > 1:
+                between, over = float(np.sqrt(table.var(axis=1).mean())), table.mean(axis=1).std()
+                freedom = (len(table) * (table.shape[1] - 1), len(table) - 1)
+                low, high = between / over / np.sqrt(f.ppf([0.975, 0.025], *freedom))
+                yield {"model": model, "name": name, "sd_between_seeds": between, "seeds": table.shape[1],
+                       "sd_over_tasks": over, "share": between / over, "low": low, "high": high,
+                       "tasks": len(table)}  # fmt: skip
+
+
+# ------------------------------------------------------------------ asked later: tasks that two studies share
+def shared_task_rows(cells: pd.DataFrame, others: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_shared_tasks.csv, one per score and measure; none where two studies share less than three tasks.
+
+    `value` is Spearman's correlation over the shared tasks of a model here with one of the other study, averaged over
+    all such pairs; `between_others` the same of the pairs within the other study. Models of both are left out there.
+    """
+    others = others[~others["model"].isin(cells["model"])]
+    shared = sorted(set(cells["dataset"]) & set(others["dataset"]))
+    for name in known(cells, (*MEASURES, *RUN_SCORES, *FEATURE_SCORES)):
+        if len(shared) < 3 or not is_known(others, name):
+            continue
+        here, elsewhere = (matrix(table, name).reindex(columns=shared).to_numpy(float) for table in (cells, others))
+        here, elsewhere = (table[np.isfinite(table).any(1)] for table in (here, elsewhere))
+        x, y = (np.array(side) for side in zip(*itertools.product(here, elsewhere), strict=True))
+        first, second = np.array(list(itertools.combinations(range(len(elsewhere)), 2)), int).reshape(-1, 2).T
+        interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
+        between = mean_correlation(elsewhere[first], elsewhere[second])
+        yield {"name": name, **interval._asdict(), "between_others": between, "pairs": len(x), "tasks": len(shared)}
+
+
+# ------------------------------------------------------------------ question 8: the layer that a score chooses
+def of_every_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
+    """Every score of training rows and the probe's test accuracy, a row per model, dataset, seed and layer.
+
+    Args:
+        layers: of layers.csv.gz; its scores are averaged over K.
+        features: of features.csv.
+        probes: of probes.csv.
+    """
+    keys = [*SEED_KEYS, "layer"]
+    swept = layers[layers["eigenvectors"] == "largest"].groupby(keys, as_index=False)[list(SCORES)].mean()
+    scores = [name for name in FEATURE_SCORES if name in features]
+    accuracy = without_random_weights(probes)[[*keys, "test_accuracy"]].dropna()
+    return accuracy.merge(swept, on=keys).merge(features[[*keys, *scores]], on=keys)
+
+
+def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_layer_choice.csv: test accuracy of the layer that each score chooses, its lead over the last.
+
+    Beside them layers that need no score: the last, the middle one, any (the mean over layers), the one that is best
+    on the other datasets; and the best one on test rows, which nobody knows beforehand. `over_middle` and `over_others`
+    are leads over two of these. Means over tasks, seeds of a task averaged first; intervals over tasks.
+    """
+    for model, rows in table.groupby("model"):
+        accuracy = rows.pivot(index=["dataset", "seed"], columns="layer", values="test_accuracy")
+        if accuracy.shape[1] < 3:
+            continue
+        middle = accuracy.columns[len(accuracy.columns) // 2]
+        chosen = {"last layer": accuracy.iloc[:, -1], "middle layer": accuracy[middle],
+                  "any layer": accuracy.mean(axis=1), "best on test rows": accuracy.max(axis=1)}  # fmt: skip
+        for name in known(rows, LAYER_CHOOSERS):
+            at = rows.loc[rows.dropna(subset=name).groupby(["dataset", "seed"])[name].idxmax()]
+            chosen[name] = at.set_index(["dataset", "seed"])["test_accuracy"]
+        of_task = pd.DataFrame(chosen).groupby("dataset").mean()
+        of_layer = accuracy.groupby("dataset").mean()
+        best_elsewhere = [(task, of_layer.drop(index=task).mean().idxmax()) for task in of_layer.index]
+        of_task["best on the others"] = [of_layer.loc[task, layer] for task, layer in best_elsewhere]
+        for name, values in of_task.items():
+            row = {"model": model, "chosen_by": name, "accuracy": values.mean()}
+            beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
+            for lead, other in beside.items():
+                interval = bootstrap_interval(mean_cell, values - of_task[other], draws=draws)
+                ends = ("low", "high") if lead == "lead" else (f"{lead}_low", f"{lead}_high")
+                row |= {lead: interval.value, ends[0]: interval.low, ends[1]: interval.high}
+            yield row | {"tasks": int(values.notna().sum())}
