@@ -12,15 +12,17 @@ unexport PYTHONDONTWRITEBYTECODE  # without bytecode every start of a script com
 help:  ## what can be made here
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# smollm2: a real LLM of 135M parameters, a few minutes and 93 MB to download; any other --model_name too
+# Real LLMs: smollm2, 135M parameters, 93 MB to download; gemma3-270m, 268M parameters, 238 MB, with
+# ACCEPT_GEMMA_TERMS=1 (https://ai.google.dev/gemma/terms). A few minutes each; any other --model_name works too.
 MODEL ?= tiny
-TRAIN_smollm2 := --max_samples 1000
-TEST_smollm2 := --max_samples 500
+REAL_LLMS := smollm2 gemma3-270m
+TRAIN := $(if $(filter $(REAL_LLMS),$(MODEL)),--max_samples 1000)
+TEST := $(if $(filter $(REAL_LLMS),$(MODEL)),--max_samples 500)
 
-demo: $(READY)  ## docstrings -> LM (MODEL=tiny or smollm2) -> moments -> NTPS, with a table and a picture
-	$(if $(filter smollm2,$(MODEL)),$(PYTHON) -m demo.smollm2)
-	$(PYTHON) cache.py --model_name $(MODEL) --split train $(TRAIN_$(MODEL))
-	$(PYTHON) cache.py --model_name $(MODEL) --split test $(TEST_$(MODEL))
+demo: $(READY)  ## docstrings -> LM (MODEL=tiny, smollm2 or gemma3-270m) -> moments -> NTPS, with a table and a picture
+	$(if $(filter $(REAL_LLMS),$(MODEL)),$(PYTHON) -m demo.real_llm $(MODEL) $(if $(ACCEPT_GEMMA_TERMS),--accept_gemma_terms))
+	$(PYTHON) cache.py --model_name $(MODEL) --split train $(TRAIN)
+	$(PYTHON) cache.py --model_name $(MODEL) --split test $(TEST)
 	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
 test: lint $(SNAKEMAKE)  ## ruff, mypy, every test

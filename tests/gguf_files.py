@@ -5,9 +5,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from utils.models.gguf import ARCHITECTURES
+from utils.models.gguf import ARCHITECTURES, GGUF_ARCHITECTURES
 
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
@@ -15,6 +15,12 @@ FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The name of a model's architecture in a GGUF file."""
+    [name] = [name for name, model_type in ARCHITECTURES.items() if model_type == config.model_type]
+    return name
 
 
 def interleave_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -29,23 +35,25 @@ def write_gguf(
     quantisation: str = "F32",
     architecture: str | None = None,
     without: tuple[str, ...] = (),
-    extra: dict[str, float] | None = None,
+    extra: dict[str, float | str] | None = None,
     pre_tokenizer: str = "gpt-2",
+    bos_token_id: int | None = None,
 ) -> Path:
     """A causal LM and its byte-level BPE tokenizer in one file.
 
     Args:
         path: the file to write.
-        model: llama, qwen2 or qwen3.
+        model: llama, qwen2, qwen3 or gemma3_text.
         tokenizer: of the model.
         quantisation: of the matrices whose rows can be cut into blocks.
         architecture: the name to write, where it is not to be the model's.
         without: settings and weights to leave out.
-        extra: numbers to add to the settings.
+        extra: further settings.
         pre_tokenizer: the name of the rule that cuts a text into words.
+        bos_token_id: of the token that the tokenizer puts before each text; None: it puts none.
     """
     config = model.config
-    name = architecture or config.model_type
+    name = architecture or architecture_of(config)
     writer = gguf.GGUFWriter(path, name)
     numbers = {
         "block_count": config.num_hidden_layers,
@@ -58,12 +66,14 @@ def write_gguf(
     for key, value in numbers.items():
         if key not in without:
             writer.add_uint32(f"{name}.{key}", value)
-    writer.add_float32(f"{name}.rope.freq_base", config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_float32(f"{name}.rope.freq_base", rope["rope_theta"])
     writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     for key, value in (extra or {}).items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
     writer.add_file_type(FILE_TYPES[quantisation])
-    add_tokenizer(writer, tokenizer, pre_tokenizer)
+    add_tokenizer(writer, tokenizer, pre_tokenizer, bos_token_id)
     add_weights(writer, model, gguf.GGMLQuantizationType[quantisation], without)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -72,7 +82,9 @@ def write_gguf(
     return path
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre_tokenizer: str) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre_tokenizer: str, bos_token_id: int | None
+) -> None:
     """Vocabulary, merges and the end-of-text token."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -83,7 +95,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, p
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bos_token_id is not None)
+    if bos_token_id is not None:
+        writer.add_bos_token_id(bos_token_id)
 
 
 def add_weights(
@@ -91,7 +105,7 @@ def add_weights(
 ) -> None:
     """Every weight by its GGUF name; norms and biases stay float32."""
     config = model.config
-    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(GGUF_ARCHITECTURES[architecture_of(config)], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for hf_name, weight in model.state_dict().items():
         module, _, suffix = hf_name.rpartition(".")
@@ -101,6 +115,8 @@ def add_weights(
         values = weight.float().numpy()
         if config.model_type == "llama" and module.endswith(tuple(heads)):
             values = interleave_halves(values, heads[module.rpartition(".")[2]])
+        if config.model_type == "gemma3_text" and "norm" in name:
+            values = values + 1  # the file holds the factor itself
         block, _ = gguf.GGML_QUANT_SIZES[kind]
         if values.ndim == 1 or values.shape[-1] % block or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, values)

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -16,7 +17,9 @@ from transformers import (
 
 from tests.conftest import make_texts, make_tokenizer
 from tests.gguf_files import write_gguf
-from utils.models.gguf import is_gguf, load_config, load_model, load_tokenizer, models_dir, quantisation, read_header
+from utils.models.gguf import is_gguf, load_config, load_model, load_tokenizer, quantisation, read_header
+from utils.models.load import tokenize
+from utils.models.table import models_dir
 from utils.script import ROOT, UserError
 
 SIZES = {
@@ -27,6 +30,11 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_theta=5e4),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=8),
+    "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 7}, head_dim=8, sliding_window=5),  # one full attention
+}
+EXTRA = {  # settings beside those of every architecture
+    "qwen3": {"qwen3.attention.key_length": 8},
+    "gemma3": {"gemma3.attention.key_length": 8, "gemma3.attention.sliding_window": 5},
 }
 
 
@@ -54,8 +62,7 @@ def theirs(auto_class, path: Path, **options):
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_path):
     model = random_model(architecture)
-    extra = {"qwen3.attention.key_length": 8} if architecture == "qwen3" else {}
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), extra=extra)
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), extra=EXTRA.get(architecture))
     input_ids = torch.randint(0, 300, (2, 17))
     with torch.no_grad():
         expected = model(input_ids, output_hidden_states=True)
@@ -67,20 +74,22 @@ def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_a_quantised_file_gives_what_transformers_reads(architecture, kind, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), kind)
+    extra = EXTRA.get(architecture)
+    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), kind, extra=extra)
     ours, reference = load_model(path, torch.float32), theirs(AutoModelForCausalLM, path)
     assert ours.state_dict().keys() == reference.state_dict().keys()
     for name, weight in reference.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight.float()), name
-    assert quantisation(path) == kind
+    assert quantisation(path).startswith(f"{kind} (")
     assert load_model(path, torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_configuration_and_tokens_are_those_that_transformers_reads(architecture, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer())
+    extra = EXTRA.get(architecture)
+    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), extra=extra)
     ours, reference = load_config(path).to_dict(), theirs(AutoConfig, path).to_dict()
     for name in ("_name_or_path", "_model_name_or_path"):
         ours.pop(name, None), reference.pop(name, None)
@@ -89,6 +98,15 @@ def test_configuration_and_tokens_are_those_that_transformers_reads(architecture
     texts = [*make_texts(20), "<|endoftext|> x  12\n\n", "ünï ☃"]
     assert tokenizer(texts)["input_ids"] == original(texts)["input_ids"] == make_tokenizer()(texts)["input_ids"]
     assert (tokenizer.padding_side, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("right", 0, None)
+
+
+def test_a_tokenizer_that_adds_bos_keeps_it(llama_file, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"), make_tokenizer(), bos_token_id=7)
+    texts = make_texts(5)
+    with_bos = [[7, *ids] for ids in load_tokenizer(llama_file)(texts)["input_ids"]]
+    assert load_tokenizer(path)(texts)["input_ids"] == with_bos
+    tokens = tokenize(texts, load_tokenizer(path), load_config(path), max_length=4)
+    assert tokens.token_ids.tolist() == [token for ids in with_bos for token in ids[:4]]
 
 
 def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
@@ -133,7 +151,7 @@ def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
 
 
 def test_other_files_are_named(llama_file, tmp_path):
-    with pytest.raises(UserError, match=r"No file .*absent\.gguf.*python -m demo\.smollm2"):
+    with pytest.raises(UserError, match=r"No file .*absent\.gguf.*python -m demo\.real_llm"):
         load_config(tmp_path / "absent.gguf")
     page = tmp_path / "page.gguf"
     page.write_text("<!doctype html>" * 100)
@@ -149,11 +167,10 @@ def test_other_files_are_named(llama_file, tmp_path):
 def test_models_that_would_be_read_wrongly_are_refused(tmp_path):
     model, tokenizer = random_model("llama"), make_tokenizer()
     cases = {
-        r"architecture 'mamba'.*llama, qwen2, qwen3": {"architecture": "mamba"},
+        r"architecture 'mamba'.*llama, qwen2, qwen3, gemma3": {"architecture": "mamba"},
         "does not state num_hidden_layers, hidden_size": {"without": ("block_count", "embedding_length")},
         "settings that do not fit together.*head_dim": {"extra": {"llama.attention.key_length": 8.5}},
         "has nothing for blk.1.ffn_up.weight": {"without": ("blk.1.ffn_up.weight",)},
-        r"scales its positions \(llama.rope.scaling.factor\)": {"extra": {"llama.rope.scaling.factor": 8.0}},
     }
     for message, options in cases.items():
         path = write_gguf(tmp_path / "model.gguf", model, tokenizer, **options)
@@ -162,3 +179,49 @@ def test_models_that_would_be_read_wrongly_are_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", random_model("qwen2"), tokenizer, architecture="llama")
     with pytest.raises(UserError, match=r"holds blk\.0\.attn_k\.bias, which a llama model here would not use"):
         load_model(path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting", "value"),
+    [
+        ("llama", "rope.scaling.factor", 8.0),
+        ("llama", "rope.scaling.type", "linear"),
+        ("llama", "rope.dimension_count", 4),  # positions in half of a head
+        ("llama", "attention.value_length", 16),
+        ("llama", "attention.causal", False),
+        ("llama", "attention.sliding_window", 8),
+        ("llama", "expert_count", 8),
+        ("gemma3", "attention.sliding_window_pattern", 4),
+        ("gemma3", "rope.freq_base_swa", 2e4),
+        ("gemma3", "rope.local.freq_base", 2e4),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "attention.key_length_swa", 16),
+    ],
+)
+def test_settings_that_a_configuration_cannot_express_are_refused(architecture, setting, value, tmp_path):
+    head_dimension = {f"{architecture}.attention.key_length": 8}
+    extra = {**EXTRA.get(architecture, head_dimension), f"{architecture}.{setting}": value}
+    path = write_gguf(tmp_path / "model.gguf", random_model(architecture), make_tokenizer(), extra=extra)
+    with pytest.raises(UserError, match=rf"states {architecture}\.{setting} = .*Take the model's folder"):
+        load_model(path, torch.float32)
+
+
+def test_the_same_settings_at_the_values_that_the_configuration_has_are_read(tmp_path):
+    neutral = {
+        "llama": {"rope.dimension_count": 8, "expert_count": 0, "vocab_size": 300, "attention.causal": True},
+        "gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0},
+    }
+    for architecture, settings in neutral.items():
+        extra = EXTRA.get(architecture, {}) | {f"{architecture}.{name}": value for name, value in settings.items()}
+        model = random_model(architecture)
+        path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), extra=extra)
+        ours = load_model(path, torch.float32).model.embed_tokens.weight
+        assert torch.equal(ours, model.model.embed_tokens.weight)
+
+
+def test_gemma_files_without_a_window_or_a_head_dimension_are_refused(tmp_path):
+    for name in EXTRA["gemma3"]:
+        extra = {other: value for other, value in EXTRA["gemma3"].items() if other != name}
+        path = write_gguf(tmp_path / "model.gguf", random_model("gemma3"), make_tokenizer(), extra=extra)
+        with pytest.raises(UserError, match="does not state"):
+            load_config(path)

@@ -1,6 +1,7 @@
 """Every script on a model in one GGUF file, through its command line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def test_from_the_moments_to_the_scores_and_pictures(run, file, tmp_path):
     moments = tmp_path / "moments" / "tiny.Q8" / "rows" / "train.safetensors"
     with safe_open(moments, "pt") as stored:
         metadata = json.loads(stored.metadata()["json"])
-    assert metadata["quantisation"] == "Q8_0, de-quantised once a run to float32"
+    stored_as = r"Q8_0 \(\d+\.\d bits a weight\), de-quantised once a run to float32"
+    assert re.fullmatch(stored_as, metadata["quantisation"])
     for result in (
         "ntps/tiny.Q8/rows.json",
         "linear_sklearn/tiny.Q8/rows.json",
@@ -121,10 +123,12 @@ def test_other_weights_in_a_file_of_the_same_name_are_another_model(run, file, t
         file.write_bytes(original)
 
 
-def test_smollm2_names_the_command_that_fetches_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_a_real_llm_names_the_command_that_fetches_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("NTPS_MODELS_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=rf"No model at {tmp_path}/smollm2/.*\.gguf\. Run: python -m demo\.smollm2"):
-        model_source("smollm2")
+    expected = rf"No model at {tmp_path}/{name}/.*\.gguf\. Run: python -m demo\.real_llm {name}"
+    with pytest.raises(UserError, match=expected):
+        model_source(name)
 
 
 @pytest.mark.parametrize("script", ["cache.py", "lora_finetuning.py", "from_scratch.py"])

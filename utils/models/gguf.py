@@ -1,13 +1,12 @@
-"""Causal LMs in one GGUF file, quantised or not: configuration, tokenizer and weights as transformers has them.
+"""Causal LMs in one GGUF file, quantised or not: configuration, tokenizer and weights as transformers reads them.
 
 transformers reads these files too, but parses the vocabulary anew for each of the three and twice for the weights: 47 s
-for SmolLM2-135M instead of 5. So its own parts are put together here: its fast reader of the header, its names of the
-settings, its tokenizers, its order of the rows. The weights are de-quantised once a run, into an ordinary model that
-can be trained and saved as a folder; transformers refuses to save the one that it makes of a GGUF file.
+for SmolLM2-135M instead of 5. This module combines its parts: the reader of the header, the names of the settings, the
+tokenizers, the order of the rows. The weights are de-quantised once a run, into an ordinary model that can be trained
+and saved as a folder; transformers refuses to save the one that it makes of a GGUF file.
 """
 
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,14 +31,22 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.integrations.gguf import reader as header
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-from utils.script import ROOT, UserError
+from utils.script import UserError
 
-SMOLLM2 = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in `models_dir()`
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+# `general.architecture` of the file -> `model_type` of the configuration. All else is looked up by the name on the
+# left: transformers lists the processor that takes the 1 off Gemma's norms under "gemma3".
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+GGUF_ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+NEEDED_BY = {"qwen3": ("head_dim",), "gemma3": ("head_dim", "sliding_window")}
+NOT_IN_THE_STATES = ("vocab_size", "tensor_data_layout", "final_logit_softcapping")  # settings that change none
+# Settings that the configurations made here cannot express; another value than this one is refused.
+ASSUMED = {"attention.causal": True, "rope.scaling.type": "none"}
+ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "rope.local.freq_base": 1e4}}
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in the file."""
+    """Location of a tensor in the file."""
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
@@ -50,17 +57,12 @@ class StoredTensor(NamedTuple):
 class Header(NamedTuple):
     """All of a GGUF file but its weights."""
 
-    metadata: dict  # of the vocabulary's arrays the length only
-    tensors: dict[str, StoredTensor]  # by the name the file gives them
-
-
-def models_dir() -> Path:
-    """Where fetched models lie: $NTPS_MODELS_DIR, which several clones can share, or demo/runs."""
-    return Path(os.environ.get("NTPS_MODELS_DIR") or ROOT / "demo" / "runs")
+    metadata: dict  # an array of strings is replaced by its length
+    tensors: dict[str, StoredTensor]  # by the name in the file
 
 
 def is_gguf(model_name: str) -> bool:
-    """Whether `model_name` is the path of a GGUF file."""
+    """True for the path of a GGUF file."""
     return model_name.lower().endswith(".gguf")
 
 
@@ -68,10 +70,10 @@ def read_header(path: Path) -> Header:
     """The settings and the table of weights of a GGUF file.
 
     Raises:
-        UserError: no such file, not GGUF, cut off, or of an architecture that is not read here.
+        UserError: no such file, not GGUF, cut off, or of another architecture.
     """
     if not path.is_file():
-        raise UserError(f"No file {path}. `--model_name smollm2` names the model that python -m demo.smollm2 fetches.")
+        raise UserError(f"No file {path}. python -m demo.real_llm fetches a model; --model_name smollm2 then names it.")
     size = path.stat().st_size
     try:
         blob = np.memmap(path, mode="r")
@@ -79,8 +81,8 @@ def read_header(path: Path) -> Header:
         entries, position = header._read_tensor_table(blob, num_tensors, position)
         alignment = metadata.get("general.alignment", 32)
         start = -(-position // alignment) * alignment
-        tensors = {name: place(shape, kind, start + offset) for name, shape, kind, offset in entries}
-    except struct.error:  # a number was to be read behind the end
+        tensors = {name: locate(shape, kind, start + offset) for name, shape, kind, offset in entries}
+    except struct.error:  # a number behind the end of the file
         raise UserError(f"{path} is cut off: it ends within its header, at {size:,} bytes. Fetch it again.") from None
     except (ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from None
@@ -89,64 +91,64 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} is cut off: it has {size:,} of {end:,} bytes. Fetch it again.")
     if (architecture := metadata["general.architecture"]) not in ARCHITECTURES:
         raise UserError(
-            f"{path} holds a model of architecture {architecture!r}; from GGUF files these are read: "
-            f"{', '.join(ARCHITECTURES)}. Take the model's folder or hub id instead."
+            f"{path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
+            "read. Take the model's folder or hub id instead."
         )
     return Header(metadata, tensors)
 
 
-def place(shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
-    """Where a tensor that starts at byte `start` ends."""
+def locate(shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
+    """A tensor that starts at byte `start`, with its end."""
     quantisation = gguf.GGMLQuantizationType(kind)
     weights, size = gguf.GGML_QUANT_SIZES[quantisation]  # of one block
     return StoredTensor(shape, quantisation, start, start + math.prod(shape) // weights * size)
 
 
 def quantisation(path: Path) -> str:
-    """How most of the weights are stored, as the file says: `Q4_1`, `Q8_0`, `F16`, ..."""
-    file_type = read_header(path).metadata.get("general.file_type", -1)
+    """The file's own name of its quantisation (`Q4_1`, `F16`, ...), and the bits of a weight on average."""
+    file = read_header(path)
     try:
-        return gguf.LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        file_type = gguf.LlamaFileType(file.metadata.get("general.file_type", -1)).name
     except ValueError:
-        return "unknown"
+        file_type = "unknown"
+    num_weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+    num_bytes = sum(tensor.end - tensor.start for tensor in file.tensors.values())
+    name = file_type.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return f"{name} ({8 * num_bytes / num_weights:.1f} bits a weight)"
 
 
 def load_config(path: Path) -> PreTrainedConfig:
     """The model's configuration.
 
     Raises:
-        UserError: of `read_header`, or a setting is missing.
+        UserError: of `read_header`; a setting is missing, has a wrong type, or is one that no configuration expresses.
     """
-    return config_of(read_header(path), path)
-
-
-def config_of(file: Header, path: Path) -> PreTrainedConfig:
-    """The configuration that a header states.
-
-    Raises:
-        UserError: a setting is missing, or the positions are scaled, which a configuration made here would not say.
-    """
+    file = read_header(path)
     architecture = file.metadata["general.architecture"]
     mapping: Any = GGUF_CONFIG_MAPPING
-    found = {
-        ours: file.metadata[f"{group}.{theirs}"]
-        for group in (architecture, "tokenizer")
-        for theirs, ours in mapping[group].items()
-        if ours and f"{group}.{theirs}" in file.metadata
-    }
+    names = {f"{architecture}.{theirs}": ours for theirs, ours in mapping[architecture].items()}
+    names |= {f"{architecture}.attention.key_length": "head_dim"}
+    names |= {f"tokenizer.{theirs}": ours for theirs, ours in mapping["tokenizer"].items()}
+    found = {ours: file.metadata[theirs] for theirs, ours in names.items() if ours and theirs in file.metadata}
     found.setdefault("vocab_size", file.metadata.get("tokenizer.ggml.tokens"))
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    if missing := [name for name in needed if not found.get(name)]:
+    if missing := [name for name in NEEDED + NEEDED_BY.get(architecture, ()) if not found.get(name)]:
         raise UserError(f"{path} does not state {', '.join(missing)}. Fetch the model again, or take its folder.")
-    if scaling := [name for name in file.metadata if ".rope.scaling." in name]:
-        raise UserError(f"{path} scales its positions ({scaling[0]}), which is not read here. Take the model's folder.")
-    if f"{architecture}.attention.key_length" in file.metadata:
-        found["head_dim"] = file.metadata[f"{architecture}.attention.key_length"]
+    is_tied = "output.weight" not in file.tensors
     try:
-        return AutoConfig.for_model(architecture, **found, tie_word_embeddings="output.weight" not in file.tensors)
+        config = AutoConfig.for_model(ARCHITECTURES[architecture], **found, tie_word_embeddings=is_tied)
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} states settings that do not fit together ({reason}). Fetch it again.") from None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assumed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, **ASSUMED}
+    assumed |= ASSUMED_BY.get(architecture, {})
+    for name, value in file.metadata.items():
+        setting = name.removeprefix(f"{architecture}.")
+        if setting == name or setting in NOT_IN_THE_STATES:
+            continue
+        if value != assumed[setting] if setting in assumed else (value and name not in names):
+            raise UserError(f"{path} states {name} = {value}, which is not read here. Take the model's folder instead.")
+    return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -161,28 +163,21 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"The tokenizer of {path} cannot be read ({error}). Name one with --tokenizer_name.") from None
-    if (
-        vocabulary.get("pre_tokenizer_type") == "smollm"
-    ):  # splits off each digit first; transformers 5.23 does not know it
+    if vocabulary.get("pre_tokenizer_type") == "smollm":  # splits off each digit; transformers 5.23 does not know it
         digits, words = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = PreTokenizers([digits, words])
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **options)
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM on the CPU, its weights de-quantised.
-
-    Args:
-        path: the GGUF file.
-        dtype: of the de-quantised weights.
+    """The causal LM on the CPU, its weights de-quantised to `dtype`.
 
     Raises:
-        UserError: of `read_header` and `config_of`, or the weights are not those of the architecture.
+        UserError: of `load_config`, or the weights are not those of the architecture.
     """
-    file = read_header(path)
-    config = config_of(file, path)
-    state = state_dict(file, config, path, dtype)
+    config = load_config(path)
     causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    state = state_dict(read_header(path), config, path, dtype)
     return causal_lm.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
@@ -192,12 +187,13 @@ def state_dict(file: Header, config: PreTrainedConfig, path: Path, dtype: torch.
     Raises:
         UserError: a weight is missing, has another shape, or is not known to the architecture.
     """
+    architecture = file.metadata["general.architecture"]
     with torch.device("meta"):  # names and shapes only
         expected = AutoModelForCausalLM.from_config(config).state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())
+    names = gguf.get_tensor_name_map(GGUF_ARCHITECTURES[architecture], config.num_hidden_layers)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     blob = np.memmap(path, mode="r")
     state, left = {}, dict(file.tensors)
     for name, weight in expected.items():
@@ -212,5 +208,5 @@ def state_dict(file: Header, config: PreTrainedConfig, path: Path, dtype: torch.
         values = processor.process(weights=gguf.dequantize(rows, stored.kind), name=stored_name).weights
         state[name] = torch.tensor(values, dtype=dtype)
     if left:
-        raise UserError(f"{path} holds {sorted(left)[0]}, which a {config.model_type} model here would not use.")
+        raise UserError(f"{path} holds {sorted(left)[0]}, which a {architecture} model here would not use.")
     return state

