@@ -1,302 +1,210 @@
-"""Which model, which layer, is LoRA worth it? Every closed-form score of several models on one labelled dataset.
+"""Which model, which layer, is an LLM needed at all? Several models ranked on one labelled dataset.
 
-    python prescreen.py                                                   # the embedded models and data
+    python prescreen.py                                                   # the two embedded models and embedded data
     python prescreen.py --dataset_name my.jsonl --models smollm2 tiny
     python prescreen.py --dataset_name emotion --models Qwen/Qwen2-0.5B Qwen/Qwen2-1.5B --dtype bfloat16
 
-Reads the dataset and the models; runs cache.py's pass over the training rows where their moments are missing. Nothing
-is trained, and no text is kept.
-Writes results/prescreen/<dataset>.json, .csv and a page, .png and .pdf; moments that cache.py has not made with these
-settings go to results/prescreen/moments/. docs/scores.md explains every number of the page.
+Reads the dataset and the models; runs cache.py's pass over the training rows unless their moments exist.
+Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a page, .png and .pdf; moments that
+cache.py has not made with these settings go to results/prescreen/moments/. docs/scores.md explains every number.
 
 How models are ranked. Each layer's R2 is that of ridge regression on the pooled states, cross-validated over the folds
-that cache.py keeps: the share of the label variance that a linear probe explains on texts it has not seen. A model
-stands for its best layer; for each fold that layer is chosen on the other folds, so that more layers are no advantage.
-Intervals are 90 %, from the spread over folds; two models are told apart by the difference fold by fold.
+that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. A model stands for
+its best layer; for each fold that layer is chosen on the other folds, so that more layers are no advantage. Intervals
+are 90 %, from the spread over folds; two models, or a model and the bag of words, are compared fold by fold.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.stats import t as student
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import cache
 import K_sweep
-from utils.algebra.features import layer_scores
-from utils.algebra.memory import num_parameters
-from utils.algebra.moment_sums import Sizes
+from utils.algebra import features
 from utils.algebra.moments import LayerMoments, check_has_every_layer, load_layer
 from utils.algebra.ridge import check_several, load_folds
-from utils.algebra.scores import SCORES, summarize
-from utils.calibration import Gain, expected_gain, read_lines
+from utils.algebra.scores import LABELS, SCORES, summarize
 from utils.data.load import LabelledTexts, load_splits
-from utils.models.identity import read_config
 from utils.models.table import MODELS, model_source
-from utils.pictures import save_figure
-from utils.prescreen_page import check_memory, peak_memory, print_page, save_table
-from utils.prescreen_pictures import plot_page
-from utils.results import open_tensors, save_json
+from utils.pictures import plot_prescreen, save_figure
+from utils.results import open_tensors, save_json, write_atomically
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Dtype, Model, Run, Unrecorded, check_at_least_one, result_settings, with_values
-from utils.training.baselines import bag_of_words_folds, text_baselines
+from utils.settings import Data, Dtype, Model, Run, command_line, result_settings, with_values
 
-EMBEDDED = ("micro", "tiny", "small", "medium", "large", "smollm2")  # compared by default where they are installed
-LEVEL = 0.9  # of the intervals
-NOTHING = 2.0  # z below which a score is called no better than under permuted labels
-WORTHWHILE = 2.0  # points of accuracy
-OF_PASS = 0.9  # of the time of a model, about
-
-
-@dataclass(frozen=True)
-class Output(Unrecorded):
-    """What is written beside the numbers."""
-
-    picture: bool = True  # draw the page too
+SMALLEST_Z = 2.0  # below it a layer is no better than under permuted labels
 
 
 @dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    models: tuple[str, ...] = ()  # hub ids, folders, short names; none: tiny and its relatives that are installed
+    models: tuple[str, ...] = ("tiny", "micro")  # hub ids, folders, short names
     dtype: Dtype = "float32"  # of the models
     max_length: int | None = None  # tokens per text; None: each model's context
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text
     num_folds: int = 5  # of the cross-validation
     num_random: int = 5  # random subspaces that the NTPS scores are compared with
     data: Data = Data(max_samples=2000)
-    output: Output = Output()
     run: Run = Run()
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num_random")
-        if self.num_folds < 2:
-            raise ValueError("--num_folds must be at least 2: the intervals come from the folds")
+        if min(self.num_folds, self.num_random) < 2:
+            raise ValueError("--num_folds and --num_random must be at least 2: intervals and z come from their spread")
 
 
-# ------------------------------------------------------------------ what decides the ranking
-@dataclass(frozen=True)
-class Errors:
-    """Sums of squares of a cross-validated ridge regression."""
-
-    errors: np.ndarray  # (layers, folds)
-    baselines: np.ndarray  # (folds,), of the training mean
-
-    def chosen(self) -> np.ndarray:
-        """For each fold, the layer with the least error on the other folds, (folds,)."""
-        return (self.errors.sum(1, keepdims=True) - self.errors).argmin(0)
-
-    @property
-    def best_layer(self) -> int:
-        """The layer with the least error on all folds: the one to use."""
-        return int(self.errors.sum(1).argmin())
-
-    def fold_r2(self) -> np.ndarray:
-        """R2 on each fold, its layer chosen on the others, (folds,)."""
-        return 1 - self.errors[self.chosen(), range(len(self.baselines))] / self.baselines
-
-    def r2(self) -> float:
-        """R2 over all folds, the layer of each chosen on the others."""
-        return float(1 - self.errors[self.chosen(), range(len(self.baselines))].sum() / self.baselines.sum())
-
-
-def interval(folds: np.ndarray) -> float:
+# ------------------------------------------------------------------ the ranking
+def interval(values: np.ndarray) -> float:
     """Half the width of the 90 % interval of the mean over folds, by Student's t."""
-    return float(student.ppf((1 + LEVEL) / 2, len(folds) - 1) * folds.std(ddof=1) / math.sqrt(len(folds)))
+    from scipy.stats import t as student
+
+    return float(student.ppf(0.95, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def told_apart(better: np.ndarray, worse: np.ndarray) -> bool:
-    """Whether the mean difference of two R2, fold by fold, is above 0 by more than its 90 % interval."""
+def judge_layers(errors: np.ndarray, baselines: np.ndarray) -> dict[str, Any]:
+    """R2 of a model over all folds and on each, and its best layer; a fold's layer is chosen on the other folds.
+
+    Args:
+        errors: sums of squared errors of ridge regression, (layers, folds).
+        baselines: those of the training mean, (folds,).
+    """
+    on_other_folds = errors.sum(1, keepdims=True) - errors
+    chosen = errors[on_other_folds.argmin(0), range(len(baselines))]
+    folds, r2 = 1 - chosen / baselines, float(1 - chosen.sum() / baselines.sum())
+    best_layer = int(errors.sum(1).argmin())
+    return {"r2": r2, "r2_interval": interval(folds), "fold_r2": folds.tolist(), "best_layer": best_layer}
+
+
+def is_significantly_better(better: np.ndarray, worse: np.ndarray) -> bool:
+    """True if the mean difference of two R2, fold by fold, is above 0 by more than its 90 % interval."""
     difference = better - worse
     return bool(difference.mean() > interval(difference))
 
 
 def rank_models(screened: list[dict[str, Any]], words: np.ndarray) -> list[dict[str, Any]]:
-    """The models, best first, each with what is said of it.
+    """The models by R2, largest first, each with its rank, its comparisons and its verdict.
 
     Args:
-        screened: of `screen_model`.
+        screened: the results of `screen_model`.
         words: R2 of a bag of words on each fold, (folds,).
     """
     ranked = sorted(screened, key=lambda model: -model["r2"])
-    lines = read_lines()
-    for place, model in enumerate(ranked):
+    first = np.array(ranked[0]["fold_r2"])
+    for rank, model in enumerate(ranked, 1):
         folds = np.array(model["fold_r2"])
-        gain = expected_gain(model["predictors"], lines)
-        model["rank"] = place + 1
-        model["as_good_as_first"] = place == 0 or not told_apart(np.array(ranked[0]["fold_r2"]), folds)
-        model["above_words"] = told_apart(folds, words)
-        model["gain"] = {"low": gain.low, "high": gain.high, "reason": gain.reason}
-        model["sentence"] = sentence(model, float(words.mean()), gain)
+        model["rank"] = rank
+        model["as_good_as_first"] = rank == 1 or not is_significantly_better(first, folds)
+        model["above_words"] = is_significantly_better(folds, words)
+        model["lead_over_words"] = float((folds - words).mean())
+        model["lead_interval"] = interval(folds - words)
+        model["verdict"] = verdict(model)
     return ranked
 
 
-def sentence(model: dict[str, Any], words_r2: float, gain: Gain) -> str:
-    """The one sentence about a model."""
-    found = f"a linear probe of layer {model['best_layer']} explains {max(0.0, model['r2']):.0%} of the label variance"
-    if model["z"] is None or model["z"] < NOTHING or model["r2"] <= 0:
-        return "nothing above permuted labels: the states do not tell these classes, or the texts are too few"
+def verdict(model: dict[str, Any]) -> str:
+    """The judgement of a model in a few words."""
+    if model["z"] is None or model["z"] < SMALLEST_Z or model["r2"] <= 0:
+        return "finds nothing"
     if not model["above_words"]:
-        return f"bag of words does as well (R2 {words_r2:.2f}; {found}): you may not need an LLM"
-    if gain.low is not None and gain.high is not None and gain.high < WORTHWHILE:
-        return f"a linear probe is enough: {found}, and LoRA is likely to gain {gain.low:.0f} to {gain.high:.0f} points"
-    if gain.low is not None:
-        return f"LoRA is likely to gain {gain.low:.0f} to {gain.high:.0f} points; {found}"
-    return f"{found}, bag of words {words_r2:.0%}; LoRA's gain is not predicted: {gain.reason}"
+        return "no better than words"
+    if model["rank"] == 1:
+        return "first choice"
+    return "as good as the first" if model["as_good_as_first"] else "behind the first"
+
+
+def recommendation(result: dict[str, Any]) -> str:
+    """The sentence under the table."""
+    first, *others = result["models"]
+    probe = f"a linear probe on layer {first['best_layer']} of {first['model']}"
+    if first["verdict"] == "finds nothing":
+        return "No model beats permuted labels: the states do not tell these classes, or the texts are too few."
+    if first["verdict"] == "no better than words":
+        return f"Start with a bag of words: {probe} does not beat it. You may not need an LLM."
+    words = max(0.0, float(np.mean(result["baselines"]["fold_r2"])))
+    ties = ", ".join(model["model"] for model in others if model["verdict"] == "as good as the first")
+    told = f"Start with {probe}: it explains {first['r2']:.0%} of the label variance, bag of words {words:.0%}."
+    return told + (f" The folds do not separate it from {ties}." if ties else "")
 
 
 # ------------------------------------------------------------------ one model
-def find_or_make_moments(
-    model: Model, config: Config, train: LabelledTexts, advance: Callable[[float], object]
-) -> cache.Config:
-    """The settings of the moments of these rows: those in results_dir where they fit, else of its folder prescreen."""
-    wanted = cache.Config(
-        pooling=config.pooling, num_folds=config.num_folds, model=model, data=config.data, run=config.run
-    )
-    wanted = with_values(wanted, folds="all")
-    here = with_values(wanted, overwrite=False)
-    if cache.config_path(here).is_file():
+def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
+    """The settings of the moments of these rows: in results_dir if those there fit, else in its folder prescreen."""
+    shared = {name: getattr(config, name) for name in ("pooling", "num_folds", "data", "run")}
+    wanted = with_values(cache.Config(model=model, **shared), folds="all")
+    existing = with_values(wanted, overwrite=False)
+    if cache.config_path(existing).is_file():
         try:
-            cache.ensure(here, train, advance=advance)
-            return here
-        except UserError:  # of other settings or rows; they stay
+            cache.ensure(existing, train)
+            return existing
+        except UserError:  # moments of other settings or rows stay untouched
             pass
     own = with_values(wanted, results_dir=config.run.results_dir / "prescreen")
-    cache.ensure(own, train, renew=config.run.overwrite, advance=advance)
+    cache.ensure(own, train)
     return own
 
 
 def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, dict[str, float | None]]:
-    """The scores of K_sweep.py at the last layer: value, null, and mean and z against random subspaces.
-
-    None of them where the pooled states do not vary, or no text has two tokens.
-    """
+    """The scores of K_sweep.py at one layer: value, null, and mean and z of random V; empty if the layer has none."""
     sweep = with_values(K_sweep.Config(data=config.data), num_null_draws=30)
-    entry = K_sweep.sweep_layer(moments, None, sweep, layer)
+    entry = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random)
     if entry["ntps"] is None:
         return {}
-    score, draws, solved = summarize([entry], sweep.fractions), [], K_sweep.solve_perception(moments, center=False)
-    directions = K_sweep.informative_directions(solved.covariance_whitener.T @ moments.pooled_label_covariance)
-    for seed in range(config.num_random):
-        v = K_sweep.random_directions(entry["rank_v"], moments.pooled_second_moment, (seed, layer))
-        spanned = K_sweep.Spanned.of(v, moments, solved, sweep.fractions)
-        found = (
-            *K_sweep.euclidean_scores(solved, spanned, sweep),
-            *K_sweep.whitened_scores(*directions, spanned),
-        )
-        draws.append([values.mean().item() for values in found])
-    scores = {}
-    for name, values in zip(SCORES, np.transpose(draws), strict=True):
-        spread = values.std(ddof=1) if len(values) > 1 else 0.0
-        z = float((score[name]["value"] - values.mean()) / spread) if spread > 1e-12 else None
-        null = {key: score[name].get(key) for key in ("null_mean", "null_std", "z")}
-        scores[name] = {"value": score[name]["value"], **null, "random_mean": float(values.mean()), "random_z": z}
-    return scores
+    score = summarize([entry], sweep.fractions)
+    return {name: score[name] for name in SCORES}
 
 
-def screen_model(name: str, config: Config, train: LabelledTexts, advance: Callable[[float], object]) -> dict[str, Any]:
+def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, Any]:
     """Every score of every layer of a model, and its R2 on each fold.
 
-    Args:
-        name: of the model.
-        config: of the run.
-        train: the texts.
-        advance: told the share of the work that each step was.
-
     Raises:
-        UserError: the model cannot be had or does not fit the memory.
+        UserError: the model cannot be loaded or does not fit into memory.
     """
-    model, start = Model(name, dtype=config.dtype, max_length=config.max_length), time.perf_counter()
-    text = read_config(model, config.run).get_text_config()
-    num_layers = text.num_hidden_layers + 1
-    sizes = Sizes(num_layers, text.hidden_size, train.num_labels, config.num_folds, num_layers)
-    parameters = check_memory(model, config.run, 8 * sizes.num_numbers)
-    path = cache.config_path(find_or_make_moments(model, config, train, lambda share: advance(OF_PASS * share)))
-    of_pass = time.perf_counter() - start
-    device = pick_device(config.run.device)
-    layers, judged = [], []
+    start, device = time.perf_counter(), pick_device(config.run.device)
+    model = Model(name, dtype=config.dtype, max_length=config.max_length)
+    path = cache.config_path(find_or_make_moments(model, config, train))
+    seconds_of_pass = time.perf_counter() - start
+    layers, fits = [], []
     with open_tensors(path) as (file, metadata):
         check_has_every_layer(metadata, "prescreen.py")
-        for layer in range(num_layers):
+        for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
-            found = layer_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
+            found = features.layer_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
             layers.append(found.scores)
-            judged.append(found.parts)
-            advance((1 - OF_PASS) / num_layers)
-    errors = Errors(
-        np.array([[part.error for part in parts] for parts in judged]), np.array([part.baseline for part in judged[-1]])
-    )
-    last, folds = layers[-1] | ntps_scores(moments, config, num_layers - 1), errors.fold_r2()
-    at_best = layers[errors.best_layer]["ridge_r2"]
+            fits.append(found.parts)
+    errors = np.array([[fit.error for fit in folds] for folds in fits])
+    judged = judge_layers(errors, np.array([fit.baseline for fit in fits[-1]]))
     return {
         "model": name,
-        "num_parameters": parameters,
-        "hidden_size": text.hidden_size,
-        "num_layers": num_layers,
+        "hidden_size": len(moments.pooled_mean),
+        "num_layers": len(layers),
         "num_tokens": metadata["num_tokens"],
-        "r2": errors.r2(),
-        "r2_interval": interval(folds),
-        "fold_r2": folds.tolist(),
-        "best_layer": errors.best_layer,
-        "z": at_best["z"],
-        "layer_lead": at_best["value"] - last["ridge_r2"]["value"],  # of the best layer over the last one
-        "last_layer": last,
+        **judged,
+        "z": layers[judged["best_layer"]]["ridge_r2"]["z"],
+        "last_layer": layers[-1] | ntps_scores(moments, config, len(layers) - 1),
         "layers": layers,
-        "predictors": {
-            **{score: entry["value"] for score, entry in last.items()},
-            **{f"{score}_z": entry["z"] for score, entry in last.items()},
-            "log10_parameters": math.log10(parameters),
-        },
-        "seconds_of_pass": of_pass,
-        "seconds_of_scores": time.perf_counter() - start - of_pass,
-        "peak_gigabytes": peak_memory(),
+        "seconds_of_pass": seconds_of_pass,
+        "seconds_of_scores": time.perf_counter() - start - seconds_of_pass,
     }
 
 
-# ------------------------------------------------------------------ run
-def is_installed(name: str) -> bool:
-    """Whether an embedded model is on this machine."""
-    try:
-        return name in MODELS and bool(model_source(name))
-    except UserError:
-        return False
-
-
-def screen_all(
-    names: tuple[str, ...], config: Config, train: LabelledTexts
-) -> tuple[list[dict[str, Any]], dict[str, str], bool]:
-    """The models that could be screened, why the others could not, and whether the user broke off."""
-    screened, failed, sizes = [], dict[str, str](), dict[str, int]()
-    for name in names:
+def screen_all(config: Config, train: LabelledTexts) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The screened models, and the cause of each failure by model."""
+    screened, failed = [], dict[str, str]()
+    for name in tqdm(dict.fromkeys(config.models), desc="prescreen", unit="model"):
         try:
-            sizes[name] = num_parameters(Model(name), config.run)
+            screened.append(screen_model(name, config, train))
         except Exception as error:  # one odd model must not end the run
             failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    done, bar = 0, "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left{postfix}"
-    # the same texts go through all models, so that the work is about as their sizes
-    with tqdm(total=sum(sizes.values()), desc="prescreen", smoothing=0, bar_format=bar) as progress:
-        for name in sorted(sizes, key=lambda name: sizes[name]):
-            progress.set_postfix_str(name)
-            done += sizes[name]
-            advance = partial(lambda size, share: progress.update(size * share), sizes[name])
-            try:
-                screened.append(screen_model(name, config, train, advance))
-            except KeyboardInterrupt:
-                return screened, failed, True
-            except Exception as error:
-                failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            progress.update(done - progress.n)  # moments that were there, or a model that failed
-    return screened, failed, False
+    return screened, failed
 
 
 def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
@@ -305,58 +213,122 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
     Raises:
         UserError: all texts are in one fold.
     """
+    from utils.training.baselines import bag_of_words_folds, text_baselines
+
     train = rows["train"]
     folds = cache.assign_folds(train.texts, num_folds)
     check_several(len(np.unique(folds)), "prescreen.py")
     scores = text_baselines(train, rows["test"])
     words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
-    return {name: {k: v for k, v in found.items() if k != "train"} for name, found in scores.items()} | {
-        "fold_r2": words.tolist()
-    }
+    on_test = {name: {k: v for k, v in found.items() if k != "train"} for name, found in scores.items()}
+    return on_test | {"fold_r2": words.tolist()}
+
+
+# ------------------------------------------------------------------ table and file
+def score_ranks(models: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rank of each model, 1 = best, by each score that all have at the last layer: models x scores."""
+    ranks = {}
+    for name in (*features.SEEING, *SCORES):
+        entries = [model["last_layer"].get(name, {"value": None}) for model in models]
+        values = [None if entry.get("meaningless") else entry["value"] for entry in entries]
+        if None not in values:
+            ranks[name] = pd.Series(values, dtype=float).rank(ascending=False, method="min").to_numpy()
+    return pd.DataFrame(ranks, index=[model["model"] for model in models])
+
+
+def page_lines(result: dict[str, Any]) -> list[str]:
+    """The lines under the table: recommendation, agreement of the scores, baselines, failures."""
+    models, measure = result["models"], "accuracy" if result["num_classes"] else "r2"
+    lines = [recommendation(result)]
+    if len(models) > 1:
+        ranks = score_ranks(models)
+        agreement = f"{int((ranks.iloc[0] == 1).sum())} of {ranks.shape[1]} scores agree on the first"
+        widths = {model["hidden_size"] for model in models}
+        lines.append(agreement + (" (widths differ: only R2 compares across them)." if len(widths) > 1 else "."))
+    values = [(name.replace("_", " "), result["baselines"][name][measure]) for name in ("majority", "bag_of_words")]
+    told = ", ".join(f"{name} {'-' if value is None else format(value, '.3f')}" for name, value in values)
+    lines.append(f"Without a model, test {measure}: {told}.")
+    return lines + [f"failed: {name}: {why}" for name, why in result["failed"].items()]
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints a row per model, best first, at most 100 columns wide, and the lines of the page."""
+    config, num = result["config"], result["num_samples"]
+    print(f"\n{config['dataset_name']}: {num['train']:,} texts, {config['num_folds']} folds, 90 % intervals")
+    print(f"{'':<4}{'model':<26}{'best layer':<12}{'R2':<17}{'minus bag of words':<20}verdict")
+    for model in result["models"]:
+        name = model["model"] if len(model["model"]) <= 25 else f"...{model['model'][-22:]}"
+        layer = f"{model['best_layer']} of {model['num_layers'] - 1}"
+        r2 = f"{model['r2']:.3f} +- {model['r2_interval']:.3f}"
+        lead = f"{model['lead_over_words']:+.3f} +- {model['lead_interval']:.3f}"
+        print(f"{model['rank']:<4}{name:<26}{layer:<12}{r2:<17}{lead:<20}{model['verdict']}")
+    print("\n".join(["", *page_lines(result)]))
+
+
+def save_table(path: Path, result: dict[str, Any]) -> None:
+    """Writes every score of every layer, with its null and, at the last layer, its rank among the models, as CSV."""
+    ranks, rows = score_ranks(result["models"]), []
+    columns = ["value", "null_mean", "null_std", "z", "random_mean", "random_z"]
+    for model in result["models"]:
+        for layer, scores in enumerate([*model["layers"][:-1], model["last_layer"]]):
+            ranked = ranks.loc[model["model"]].to_dict() if layer == model["num_layers"] - 1 else {}
+            for name, entry in scores.items():
+                row = {"model": model["model"], "layer": layer, "score": name, "rank": ranked.get(name)}
+                rows.append(row | {key: entry.get(key) for key in columns})
+    table = pd.DataFrame(rows).astype({"rank": "Int64"})[["model", "layer", "score", *columns, "rank"]]
+    with write_atomically(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    print(path)
+
+
+# ------------------------------------------------------------------ run
+def installed_models() -> list[str]:
+    """The models of demo/ on this machine, by their short names."""
+    found = []
+    for name in MODELS:
+        if MODELS[name].access.startswith("python -m demo"):
+            with contextlib.suppress(UserError):  # raised for a model that is not installed
+                model_source(name)
+                found.append(name)
+    return found
 
 
 def main(config: Config) -> None:
-    """Screens the models, prints the table and a sentence a model, and writes the page.
+    """Screens the models, prints the table and the recommendation, and writes the page.
 
     Raises:
         UserError: a model failed; the others are written nevertheless.
     """
-    names = tuple(dict.fromkeys(config.models)) or tuple(filter(is_installed, EMBEDDED))
-    device = pick_device(config.run.device)
+    pick_device(config.run.device)  # before the work, not after it
     rows = load_splits(config.data, config.run)
-    without = baselines(rows, config.num_folds)
-    disable_progress_bar()  # of transformers, for each model's weights: there is one bar over all
+    without_model = baselines(rows, config.num_folds)
     with torch.inference_mode():
-        screened, failed, interrupted = screen_all(names, config, rows["train"])
-    enable_progress_bar()
+        screened, failed = screen_all(config, rows["train"])
+    reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
     if not screened:
-        if interrupted:
-            raise KeyboardInterrupt
-        raise UserError("No model could be screened. " + " ".join(f"{name}: {why}" for name, why in failed.items()))
-    result = {
+        raise UserError(f"No model could be screened. {reasons}")
+    result: dict[str, Any] = {
         "config": result_settings(config),
         "environment": environment(),
         "fingerprint": rows["train"].fingerprint,
-        "device": str(device),
         "num_samples": {split: len(data.texts) for split, data in rows.items()},
         "num_classes": len(rows["train"].label_names),
-        "baselines": without,
-        "models": rank_models(screened, np.array(without["fold_r2"])),
+        "baselines": without_model,
+        "models": rank_models(screened, np.array(without_model["fold_r2"])),
         "failed": failed,
     }
-    print_page(result)
+    print_table(result)
+    if config.models == Config().models and (more := [n for n in installed_models() if n not in config.models]):
+        longer = command_line("prescreen.py", with_values(config, models=(*config.models, *more)))
+        print(f"Also installed: {', '.join(more)}. To include them: {longer}")
     path = config.run.results_dir / "prescreen" / f"{config.data.path_name}.json"
     save_table(path.with_suffix(".csv"), result)
-    if config.output.picture:
-        save_figure(plot_page(result), path)
     save_json(path, result)
+    ranks = score_ranks(result["models"]).rename(columns=features.LABELS | LABELS)
+    save_figure(plot_prescreen(result, ranks, page_lines(result)), path)
     print(path)
-    if interrupted:
-        raise KeyboardInterrupt
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(names)} models failed: {'; '.join(f'{k}: {v}' for k, v in failed.items())}"
-        )
+        raise UserError(f"{len(failed)} of {len(failed) + len(screened)} models failed: {reasons}")
 
 
 if __name__ == "__main__":

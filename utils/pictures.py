@@ -1,7 +1,13 @@
-"""Pictures of one result: scores over layers and K, probes over layers, words in two subspaces."""
+"""Pictures of one result: scores over layers and K, probes over layers, words in two subspaces, ranked models.
 
+Models, datasets and words come from users: matplotlib reads no mathematics in them, and a legend gets them explicitly,
+as it would hide those that start with an underscore.
+"""
+
+import textwrap
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,14 +25,21 @@ from utils.results import write_atomically
 from utils.separability import separating_line
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
+PLAIN_TEXT: list[Any] = [STYLE, {"text.parse_math": False}]
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito: colour-blind readers see four
+TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tiny": "tiny LM", "micro": "micro LM"}
+
+
+def title_of(model_name: str) -> str:
+    """The name of a model in a picture."""
+    return TITLES.get(model_name, model_name.rstrip("/").rsplit("/")[-1])
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the figure beside `path` as PNG and PDF, and prints where."""
-    for suffix in (".png", ".pdf"):
+    """Writes the figure beside `path` as PNG and PDF, and prints their paths."""
+    # without a date the same result gives the same bytes
+    for suffix, metadata in ((".png", {}), (".pdf", {"CreationDate": None})):
         target = path.with_name(path.stem + suffix)
-        # no date in the file, so that the same result gives the same bytes
-        metadata = {"CreationDate": None} if suffix == ".pdf" else {}
         with write_atomically(target) as temporary:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         print(target)
@@ -46,34 +59,36 @@ def draw_layer_map(axes: Axes, result: dict, name: str) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def draw_null_curve(axes: Axes, result: dict, name: str) -> None:
-    """The last layer's score over fractions, with its permuted-label band (two standard deviations) and chance."""
+def draw_last_layer(axes: Axes, result: dict, name: str) -> None:
+    """The last layer's score over fractions, beside chance and, if it has one, its band under permuted labels."""
     layer, fractions = result["layers"][-1], result["fractions"]
+    axes.set(title="last layer: no score", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
     if layer[name] is None:
-        axes.set(title="last layer: no score", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
         return
-    null, score = layer["null"][name], result["score"][name]
-    mean, std = np.array(null["mean"]), np.array(null["std"])
-    axes.fill_between(fractions, mean - 2 * std, mean + 2 * std, color="tab:orange", alpha=0.3, lw=0)
-    axes.plot(fractions, mean, color="tab:orange", lw=1, label="permuted labels ± 2 sd")
-    axes.plot(fractions, layer["chance"], color="0.5", lw=1, ls="--", label="chance K / d")
-    axes.plot(fractions, layer[name], color="tab:blue", label=LABELS[name])
-    z = "" if score["z"] is None else f",  z = {score['z']:+.1f}"
-    axes.set(title=f"last layer: {score['value']:.3f}{z}", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
-    axes.legend(loc="lower right")
+    score = result["score"][name]
+    if null := layer["null"].get(name):
+        mean, std = np.array(null["mean"]), np.array(null["std"])
+        axes.fill_between(fractions, mean - 2 * std, mean + 2 * std, color=ORANGE, alpha=0.3, lw=0)
+        axes.plot(fractions, mean, color=ORANGE, lw=1)
+    axes.plot(fractions, layer["chance"], color="0.5", lw=1, ls="--")
+    axes.plot(fractions, layer[name], color=BLUE)
+    z = "" if score.get("z") is None else f", z = {score['z']:+.1f}"
+    axes.set_title(f"last layer: mean {score['value']:.3f}{z}")
 
 
 def plot_sweep(result: dict) -> Figure:
     """The picture of one run of K_sweep.py: maps over layer and fraction above, last-layer curves below."""
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(9.5, 5.6))
-        for panel, name in zip(axes[0], ("ntps", "ntps_whitened", "retained"), strict=True):
-            draw_layer_map(panel, result, name)
-        for panel, name in zip(axes[1], ("ntps_label", "ntps_whitened", "retained"), strict=True):
-            draw_null_curve(panel, result, name)
-        config = result["config"]
+    config, scores = result["config"], ("ntps", "ntps_whitened", "retained")
+    with plt.style.context(PLAIN_TEXT):
+        figure, axes = plt.subplots(2, 3, figsize=(8.3, 5.4))
+        for name, above, below in zip(scores, *axes, strict=True):
+            draw_layer_map(above, result, name)
+            draw_last_layer(below, result, name)
+        lines = [Line2D([], [], color=colour, ls=ls) for colour, ls in ((BLUE, "-"), ("0.5", "--"), (ORANGE, "-"))]
+        figure.legend(lines, ["score", "chance K / d", "permuted labels ± 2 sd"], loc="outside lower center", ncols=3)
         rows = f"{config['dataset_name']} ({config['split']}, n = {result['num_samples']})"
-        figure.suptitle(f"{config['model_name']}, {rows}, {config['eigenvectors']} eigenvalues first")
+        title = f"{title_of(config['model_name'])}, {rows}, {config['eigenvectors']} eigenvalues first"
+        figure.suptitle(textwrap.fill(title, 110))
     return figure
 
 
@@ -81,7 +96,7 @@ def draw_probe_scores(axes: Axes, result: dict, split: str) -> None:
     """Accuracy (Pearson correlation for regression) and R2 of the probes over layers, with the text-only baselines."""
     layers = [layer["layer"] for layer in result["layers"]]
     main = "accuracy" if result["num_classes"] else "pearson"
-    for name, label, colour in ((main, main, "tab:blue"), ("r2", "R2, least squares", "tab:orange")):
+    for name, label, colour in ((main, main, BLUE), ("r2", "R2, least squares", ORANGE)):
         values = [np.nan if (value := layer[split][name]) is None else value for layer in result["layers"]]
         axes.plot(layers, values, color=colour, marker="o", ms=3, label=label)
     for name, style in (("majority", ":"), ("bag_of_words", "--")):
@@ -96,7 +111,7 @@ def draw_probe_scores(axes: Axes, result: dict, split: str) -> None:
 def draw_ntps_over_layers(axes: Axes, ntps: dict) -> None:
     """The scores of K_sweep.py over layers, each averaged over the fractions."""
     layers = [layer["layer"] for layer in ntps["layers"]]
-    for name, colour in (("ntps", "tab:blue"), ("ntps_whitened", "tab:green"), ("retained", "tab:red")):
+    for name, colour in (("ntps", BLUE), ("ntps_whitened", GREEN), ("retained", RED)):
         values = [np.nan if layer[name] is None else np.mean(layer[name]) for layer in ntps["layers"]]
         axes.plot(layers, values, color=colour, marker="o", ms=3, label=LABELS[name])
     axes.set(title="NTPS, mean over K", xlabel="layer", ylim=(0, 1.02))
@@ -104,41 +119,46 @@ def draw_ntps_over_layers(axes: Axes, ntps: dict) -> None:
 
 def plot_probes(result: dict, ntps: dict | None, split: str) -> Figure:
     """The picture of one run of linear_sklearn.py: probes by layer and, if there is any, NTPS by layer beside them."""
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, 2 if ntps else 1, figsize=(7.2 if ntps else 3.9, 3.2), squeeze=False)
+    with plt.style.context(PLAIN_TEXT):
+        figure, axes = plt.subplots(1, 2 if ntps else 1, figsize=(7.2 if ntps else 3.9, 3.6), squeeze=False)
         draw_probe_scores(axes[0, 0], result, split)
         if ntps:
             draw_ntps_over_layers(axes[0, 1], ntps)
         for panel in axes[0]:
             panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.legend(loc="best")
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         config, num = result["config"], result["num_samples"]
         rows = f"n = {num['train']} train, {num['test']} test, d = {result['num_features']}"
-        figure.suptitle(f"{config['model_name']}, {config['dataset_name']} ({rows})", fontsize=8)
+        figure.suptitle(textwrap.fill(f"{title_of(config['model_name'])}, {config['dataset_name']} ({rows})", 90))
     return figure
 
 
 SUBSPACES = {"U": "Perception space, U'x", "V": "Autoregression space, V'x"}
-CATEGORY_COLOURS = ("Greens", "Reds", "Blues", "Purples", "Oranges", "Greys")
-CATEGORY_MARKERS = "os^Dv"  # the paper has colours alone; green and red look alike to one man in twelve
+CATEGORY_COLOURS = ("Blues", "Oranges", "Greys", "Purples", "Greens", "Reds")
+CATEGORY_MARKERS = "os^Dv"  # the paper has colours alone, green and red, which look alike to one man in twelve
 
 
-def draw_words(axes: Axes, words: pd.DataFrame, boundary: dict) -> None:
-    """Words of one subspace as points, a colour and marker per category and a shade per word, and the dashed line."""
+def draw_words(axes: Axes, words: pd.DataFrame, boundary: dict) -> list[tuple[Line2D, str]]:
+    """Words of one subspace as points, a colour and marker per category and a shade per word, and the dashed line.
+
+    Returns the entries of the legend.
+    """
+    entries = []
     styles = zip(cycle(CATEGORY_COLOURS), cycle(CATEGORY_MARKERS), words.groupby("category", sort=False))
     for colours, marker, (category, in_category) in styles:
-        axes.plot([], [], ls="", label=category)  # a heading in the legend
+        entries += [(line, category) for line in axes.plot([], [], ls="")]  # a heading
         shades = plt.get_cmap(colours)(np.linspace(0.4, 1, len(in_category)))
         for shade, row in zip(shades, in_category.itertuples(), strict=True):
             seen_through = {"mec": shade, "mfc": (*shade[:3], 0.4)}  # words may lie on one another
             style = {"ls": "", "marker": marker, "ms": 4.5, "color": shade, **seen_through}
-            axes.plot(row.component_1, row.component_2, label=row.word, **style)
+            entries += [(line, row.word) for line in axes.plot(row.component_1, row.component_2, **style)]
     axes.margins(0.1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim(), xlabel="component 1", ylabel="component 2")  # fixed: it clips
     weights = np.array(boundary["weights"])
     if weights.any():
         foot = -boundary["intercept"] * weights / (weights @ weights)
         axes.axline(foot, foot + weights[::-1] * (-1, 1), color="black", lw=1, ls="--")
+    return entries
 
 
 def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: dict | None = None) -> Figure:
@@ -151,7 +171,7 @@ def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: d
         notes: a line under the title of each subspace.
     """
     first, second = list(dict.fromkeys(words.category))[:2]
-    with plt.style.context(STYLE):
+    with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.9))
         for panel, (subspace, title) in zip(axes, SUBSPACES.items(), strict=True):
             in_subspace = words[words.subspace == subspace]
@@ -159,17 +179,76 @@ def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: d
             boundary = (boundaries or {}).get(subspace) or separating_line(
                 compared[["component_1", "component_2"]].to_numpy(), (compared.category == first).to_numpy()
             )
-            draw_words(panel, in_subspace, boundary)
+            entries = draw_words(panel, in_subspace, boundary)
             panel.set_title(f"{title}\n{notes[subspace]}" if notes else title)
-        handles, labels = axes[0].get_legend_handles_labels()
-        handles.append(Line2D([], [], color="black", lw=1, ls="--"))
-        legend = figure.legend(
-            handles,
-            [*labels, f"{first} / {second}"],
-            loc="outside right center",
-            ncols=1 + len(labels) // 18,
-            labelspacing=0.3,
-        )
+        entries.append((Line2D([], [], color="black", lw=1, ls="--"), f"{first} / {second}"))
+        handles, labels = zip(*entries, strict=True)
+        columns = 1 + len(labels) // 19
+        legend = figure.legend(handles, labels, loc="outside right center", ncols=columns, labelspacing=0.3)
         for text, handle in zip(legend.get_texts(), handles, strict=True):
             text.set_fontweight("bold" if handle.get_linestyle() == handle.get_marker() == "None" else "normal")
+    return figure
+
+
+# ------------------------------------------------------------------ the page of prescreen.py
+def draw_ranking(axes: Axes, models: list[dict[str, Any]], words: float) -> None:
+    """R2 of each model with its 90 % interval, best on top; the bag of words as a line."""
+    rows = np.arange(len(models))[::-1]
+    values, widths = [model["r2"] for model in models], [model["r2_interval"] for model in models]
+    axes.errorbar(values, rows, xerr=widths, fmt="o", color=BLUE, ms=4, capsize=2, lw=1)
+    axes.axvline(words, color="0.5", lw=1, ls="--")
+    axes.set_yticks(rows, [title_of(model["model"]) for model in models])
+    axes.set(title="best layer, 90 % interval over folds", xlabel="cross-validated R2", ylim=(-0.6, len(models) - 0.4))
+
+
+def draw_layers(axes: Axes, models: list[dict[str, Any]], words: float) -> list[Line2D]:
+    """R2 over relative depth, a line per model, its best layer marked; returns the lines, that of the words last."""
+    colours, lines = cycle((BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "black")), []
+    for model, colour in zip(models, colours, strict=False):
+        values = np.array([layer["ridge_r2"]["value"] for layer in model["layers"]], float)
+        depth, best = np.linspace(0, 1, len(values)), model["best_layer"]
+        lines += axes.plot(depth, values, lw=1, color=colour)
+        axes.plot(depth[best], values[best], "o", ms=4, color=colour)
+    lines.append(axes.axhline(words, color="0.5", lw=1, ls="--"))
+    axes.set(title="every layer, the best marked", xlabel="depth (0: embeddings)", ylabel="cross-validated R2")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.3))
+    return lines
+
+
+def draw_ranks(axes: Axes, ranks: pd.DataFrame) -> None:
+    """The rank of each model by each score at the last layer, as a table of numbers."""
+    axes.imshow(ranks.to_numpy(), aspect="auto", cmap="Blues_r", vmin=1 - len(ranks))
+    for row, column in np.ndindex(ranks.shape):
+        axes.text(column, row, f"{ranks.iat[row, column]:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(ranks.shape[1]), ranks.columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(ranks)), [title_of(str(name)) for name in ranks.index])
+    axes.set_title("rank by every score, last layer (1 = best)")
+
+
+def plot_prescreen(result: dict[str, Any], ranks: pd.DataFrame, lines: list[str]) -> Figure:
+    """The page of prescreen.py: models ranked, R2 over layers, from three models on the rank of every score, advice.
+
+    Args:
+        result: the JSON result.
+        ranks: rank of each model by each score, models x scores.
+        lines: the text below the panels.
+    """
+    models, words = result["models"], float(np.mean(result["baselines"]["fold_r2"]))
+    text = "\n".join(textwrap.fill(line, 105, subsequent_indent="    ") for line in lines)
+    with plt.style.context(PLAIN_TEXT):
+        heights = [2.4 + 0.2 * len(models), 0.4 + 0.17 * text.count("\n")]
+        if len(models) > 2:
+            heights.insert(1, 1.9 + 0.25 * len(models))
+        figure = plt.figure(figsize=(8.3, sum(heights) + 0.6))
+        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+        draw_ranking(figure.add_subplot(grid[0, 0]), models, words)
+        panel = figure.add_subplot(grid[0, 1])
+        names = [*(title_of(model["model"]) for model in models), "bag of words"]
+        panel.legend(draw_layers(panel, models, words), names, loc="center left", bbox_to_anchor=(1, 0.5))
+        if len(models) > 2:
+            draw_ranks(figure.add_subplot(grid[1, :]), ranks)
+        below = figure.add_subplot(grid[-1, :])
+        below.set_axis_off()
+        below.text(0, 1, text, va="top", ha="left", fontsize=8, transform=below.transAxes)
+        figure.suptitle(f"{result['config']['dataset_name']}, {result['num_samples']['train']} texts")
     return figure

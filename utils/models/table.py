@@ -36,7 +36,7 @@ OPEN = "open"
 LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
 MODELS = {
     "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
-    "micro": ModelSpec("demo/runs/micro", "0.4M", "python -m demo.pretrain --size micro"),
+    "micro": ModelSpec("demo/micro-lm", "0.4M", "in this repository"),
     "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
     "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
     "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
