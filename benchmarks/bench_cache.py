@@ -33,8 +33,8 @@ from utils.models.identity import load_config
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import run_base_model
 from utils.results import save_json
-from utils.script import environment, path_name, pick_device, run_script
-from utils.settings import Data, Dtype, Model, Run, all_settings
+from utils.script import environment, pick_device, run_script
+from utils.settings import Data, Dtype, Model, Run, all_settings, path_name
 
 NUM_FOLDS = 5  # as in cache.py
 

@@ -32,8 +32,8 @@ from utils.data.load import load_splits, load_texts
 from utils.models.identity import load_config
 from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
 from utils.results import save_json
-from utils.script import environment, path_name, pick_device, run_script, set_seed
-from utils.settings import Dtype, all_settings, with_values
+from utils.script import environment, pick_device, run_script, set_seed
+from utils.settings import Dtype, all_settings, path_name, with_values
 from utils.training.finetune import build_run
 from utils.training.loop import Progress, TrainingRun, make_identity, make_place, train_step
 from utils.training.objective import BatchOrder

@@ -34,7 +34,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
 from utils.results import find_result, replace_folder, save_json
 from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
-from utils.settings import Run, Unrecorded, check_positive, command_line, result_settings
+from utils.settings import Run, Unrecorded, check_positive, check_seed, command_line, result_settings
 from utils.training.state import load_state, save_state
 
 END_OF_TEXT = "<|endoftext|>"
@@ -96,6 +96,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate")
+        check_seed(self)
 
 
 # ------------------------------------------------------------------ data

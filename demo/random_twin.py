@@ -22,8 +22,8 @@ from utils.models.identity import load_config
 from utils.models.load import load_tokenizer
 from utils.models.table import repository
 from utils.results import check_writable, replace_folder
-from utils.script import path_name, run_script, set_seed
-from utils.settings import Model, Run
+from utils.script import run_script, set_seed
+from utils.settings import Model, Run, check_seed, path_name
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Config:
     seed: int = 0  # of the weights
     output_dir: Path | None = None  # by default demo/runs/<model>-random
     overwrite: bool = False  # make it again where it is there
+
+    def __post_init__(self) -> None:
+        check_seed(self)
 
 
 def make_twin(model_name: str, seed: int) -> tuple[Any, Any]:

@@ -15,6 +15,11 @@ def quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: 
 
 sys.excepthook = quiet_interrupt
 
+# Settings decide, not the environment: accelerate would take bfloat16, compilation or accumulation of gradients from
+# these, torch and oneDNN a lower precision of float32 products.
+for name in [*os.environ]:
+    if name.startswith("ACCELERATE_") or name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"):
+        del os.environ[name]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a busy machine spinning costs tenfold
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
 if os.environ.get("RANK", "0") != "0":

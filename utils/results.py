@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.parallel import rank
 from utils.script import NO_PLACE, UserError, cannot_write
-from utils.settings import AnyConfig, Data, Model, Run, result_settings, with_values
+from utils.settings import LOCAL_NAMES, AnyConfig, Data, Model, Run, is_same_name, result_settings, with_values
 
 FORMAT_VERSION = 4
 SCRIPTS = {  # folder of results -> script that writes it
@@ -312,6 +312,11 @@ def read_identity(path: Path) -> dict[str, Any]:
         return metadata
 
 
+def is_same(name: str, stored: Any, asked: Any) -> bool:
+    """Whether a stored setting is the one asked for; of a model or dataset on this machine the content is compared."""
+    return is_same_name(stored, asked) if name in LOCAL_NAMES else stored == asked
+
+
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     """How a stored result was made otherwise than an identity says; empty where it was made like that.
 
@@ -328,7 +333,7 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     differing = [
         f"{name}: {settings.get(name)!r} there, {value!r} now"
         for name, value in identity["config"].items()
-        if name not in settings or settings[name] != value
+        if name not in settings or not is_same(name, settings[name], value)
     ]
     if differing:
         return f"with other settings ({'; '.join(differing)})"
@@ -373,17 +378,20 @@ def settings_from_moments(config: AnyConfig, moments: Path) -> AnyConfig:
         return config
     stored = read_identity(moments)["config"]
     asked, default = result_settings(config), result_settings(type(config)())
+    omitted = {name for name in asked if asked[name] == default[name]}
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
-        asked["model_name"] = stored["model_name"]
+        omitted.add("model_name")
     shared = [name for name in asked if name in stored]
-    given = {name: asked[name] for name in shared if asked[name] not in (default[name], stored[name])}
+    given = {
+        name: asked[name] for name in shared if name not in omitted and not is_same(name, stored[name], asked[name])
+    }
     if given:
         differing = "; ".join(f"{name}: {stored[name]!r} there, {value!r} now" for name, value in given.items())
         raise UserError(
             f"{moments} was made with other settings ({differing}). Leave them out to take those of the moments, "
             "run cache.py with them and --overwrite, or write elsewhere with --results_dir."
         )
-    values = {name: stored[name] for name in shared}
+    values = {name: stored[name] for name in shared if name in omitted}
     if values.get("adapter_dir"):
         values["adapter_dir"] = Path(values["adapter_dir"])
     return with_values(config, **values)

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import io
 import os
 import platform
 import random
@@ -18,6 +19,7 @@ import torch
 import tyro
 
 from utils.parallel import local_rank, num_started, one_voice, one_voice_in_parsing
+from utils.settings import expand
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
@@ -33,7 +35,9 @@ class UserError(Exception):
 
 def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
     """The config that a command line gives; the groups of settings leave no trace in the names of the flags."""
-    return tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    expand(config)
+    return config
 
 
 def run_script(
@@ -47,14 +51,22 @@ def run_script(
         description: of `--help`.
         share_work: whether processes that torchrun has started share its work; several are refused if not.
     """
-    with one_voice_in_parsing():
-        config = parse(config_class, description=description)
-    debug = getattr(getattr(config, "run", None), "debug", False)
+    debug = False
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have characters that the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with one_voice(share_work, Path(sys.argv[0]).name):
-            main(config)
-        sys.stdout.flush()  # what is wrong with it shows here
+        try:
+            with one_voice_in_parsing():
+                config = parse(config_class, description=description)
+            debug = getattr(getattr(config, "run", None), "debug", False)
+            with one_voice(share_work, Path(sys.argv[0]).name):
+                main(config)
+        except SystemExit:  # also --help
+            flush_stdout()
+            raise
+        flush_stdout()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -62,15 +74,21 @@ def run_script(
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # who read what is printed has seen enough, as `head` does
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
-        sys.exit(141)  # what a shell says of SIGPIPE
+        sys.exit(141)  # the code that a shell gives for SIGPIPE
     except OSError as error:
         if error.errno not in NO_PLACE or debug:
             raise
         sys.exit(f"error: {cannot_write(error)}")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def flush_stdout() -> None:
+    """Writes what was printed, so that a closed pipe or a full disk shows now; standard output may be closed."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def cannot_write(error: OSError) -> str:
@@ -80,28 +98,28 @@ def cannot_write(error: OSError) -> str:
     return f"cannot write {name}: {error.strerror}. Free space or set --results_dir."
 
 
-# ------------------------------------------------------------------ names and paths
-def path_name(name: str) -> str:
-    """The folder name of a model or dataset: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a local path -> its stem."""
-    path = Path(name)
-    if path.is_file() or path.suffix == ".gguf":  # also when the file is gone
-        return path.stem
-    if path.is_dir():
-        return path.resolve().name
-    return name.strip("/").replace("/", "__")
-
-
 # ------------------------------------------------------------------ provenance
+def git_commit(folder: Path) -> str | None:
+    """The commit of the repository in `folder`, `-dirty` behind it after changes; None without git or a repository.
+
+    A repository around the folder, or one that the environment names, is not asked.
+    """
+    git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        described = subprocess.run([*git, "--abbrev=12"], capture_output=True, text=True, check=False, env=plain)
+    except OSError:
+        return None
+    return described.stdout.strip() or None
+
+
 def environment() -> dict:
-    """Versions of Python and the libraries, the platform, and this repository's git commit (None outside git)."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    described = subprocess.run(git, capture_output=True, text=True, check=False)
+    """Versions of Python and the libraries, the platform, and the commit of this repository."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
-        "git_commit": described.stdout.strip() or None,
+        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "git_commit": git_commit(ROOT),
     }
 
 

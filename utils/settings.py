@@ -7,14 +7,14 @@ A script's `Config` holds its own fields and these groups. On the command line t
 import dataclasses
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-
-from utils.script import path_name
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Track = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -22,10 +22,63 @@ AnyConfig = TypeVar("AnyConfig")
 DATASETS_DIR = Path(os.environ["NTPS_DATASETS_DIR"]) if os.environ.get("NTPS_DATASETS_DIR") else None
 
 
+LOCAL_NAMES = ("model_name", "tokenizer_name", "adapter_dir", "dataset_name")  # each may be a path on this machine
+# names that many trainings give; results of two of them need the names of their parents too
+GENERIC = re.compile(
+    r"((global_?)?(checkpoint|ckpt|epoch|step|iter)[-_]?\d+)|checkpoint|final|best|last|model|adapter|merged"
+)
+
+
 class Unrecorded:
-    """Base of the groups that change speed, place or what is shown, but no number: they are not stored or compared."""
+    """Settings that cannot affect results; not stored or compared."""
 
 
+# ------------------------------------------------------------------ names and paths
+def expand(config: Any) -> None:
+    """Puts the home folder for a leading `~` of every path, and of every name that can be one, in a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            expand(value)
+        elif (isinstance(value, Path) or field.name in LOCAL_NAMES) and str(value).startswith("~"):
+            object.__setattr__(config, field.name, type(value)(os.path.expanduser(value)))
+
+
+def resolve(name: str) -> str:
+    """The absolute path of a file or folder on this machine, `:subset` kept; any other name as it is."""
+    folder, colon, subset = name.rpartition(":")
+    if not Path(name).exists() and colon and Path(folder).is_dir():
+        return f"{Path(folder).resolve()}:{subset}"
+    if Path(name).is_file():
+        return os.path.abspath(name)  # a link to a file keeps its name
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def is_same_name(stored: Any, asked: Any) -> bool:
+    """Whether two names can stand for the same model or data, whose fingerprint decides: a path may have moved."""
+    if stored == asked or not isinstance(stored, str) or not isinstance(asked, str):
+        return stored == asked
+    return (os.path.isabs(stored) or os.path.isabs(asked)) and Path(stored).name == Path(asked).name
+
+
+def path_name(name: str) -> str:
+    """The name of a model or dataset under results: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a file -> its stem.
+
+    A folder gives its name; a generic name such as `checkpoint-500` has those of its parents before it.
+    """
+    path = Path(resolve(name))
+    if not path.is_absolute() and path.suffix != ".gguf":  # a .gguf file that is gone keeps its name
+        return name.strip("/").replace("/", "__")
+    own = path.stem if path.is_file() or path.suffix == ".gguf" else path.name
+    parts = [own.replace(":", "__")]
+    for parent in path.parents:
+        if not GENERIC.fullmatch(parts[0]) or not parent.name:
+            break
+        parts.insert(0, parent.name)
+    return "__".join(parts)
+
+
+# ------------------------------------------------------------------ checks
 def check_at_least_one(group: Any, *names: str) -> None:
     """Raises ValueError where one of these counts is below 1; None is no count."""
     for name in names:
@@ -49,6 +102,13 @@ def check_shares(group: Any, *names: str) -> None:
             raise ValueError(f"--{name} must be in [0, 1), not {getattr(group, name)}")
 
 
+def check_seed(group: Any) -> None:
+    """Raises ValueError where the seed is none of the 32-bit numbers that numpy and scikit-learn take."""
+    if not 0 <= group.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {group.seed}")
+
+
+# ------------------------------------------------------------------ groups
 @dataclass(frozen=True)
 class Model:
     """Which model, and how many tokens of a text it reads."""
@@ -62,6 +122,7 @@ class Model:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "max_length")
+        expand(self)
 
     @property
     def path_name(self) -> str:
@@ -87,6 +148,11 @@ class Data:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "max_samples", "max_test_samples")
+        check_seed(self)
+        expand(self)
+        if self.text_template:  # a shell passes `\\n` as two characters
+            template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
+            object.__setattr__(self, "text_template", template)
 
     @property
     def path_name(self) -> str:
@@ -96,7 +162,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Run(Unrecorded):
-    """Where and how to run; these change no number."""
+    """Where and how to run. Settings that cannot affect results; not stored or compared."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
     results_dir: Path = Path("results")  # where results are read and written
@@ -108,15 +174,16 @@ class Run(Unrecorded):
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "tokens_per_batch")
+        expand(self)
 
-    def batch_tokens(self, device: torch.device) -> int:
+    def batch_tokens(self, device: "torch.device") -> int:
         """Most padded tokens of a forward pass on `device`; on a CPU more are slower, as they leave its caches."""
         return self.tokens_per_batch or (1024 if device.type == "cpu" else 8192)
 
 
 @dataclass(frozen=True)
 class Placement(Unrecorded):
-    """Where a model and its sums are kept; these change no number."""
+    """Where a model and its sums are kept. Settings that cannot affect results; not stored or compared."""
 
     device_map: Literal["none", "auto"] = "none"  # auto: layers on all GPUs, then in main memory, then on disk
     accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # where the sums are; auto: on the device if they fit
@@ -124,7 +191,7 @@ class Placement(Unrecorded):
 
 @dataclass(frozen=True)
 class Session(Unrecorded):
-    """How a training run is kept and shown; these change no number."""
+    """How a training run is kept and shown. Settings that cannot affect results; not stored or compared."""
 
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
     track: Track = "none"  # also send the history to a tracker
@@ -154,8 +221,9 @@ def all_settings(config: Any) -> dict[str, Any]:
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that change a result, as JSON values: all but those of `Unrecorded` groups."""
-    return as_json(flatten(config, unrecorded=False))
+    """The settings that change a result, as JSON values: all but those of `Unrecorded` groups; local paths absolute."""
+    settings = as_json(flatten(config, unrecorded=False))
+    return settings | {name: resolve(settings[name]) for name in LOCAL_NAMES if settings.get(name)}
 
 
 def with_values(config: AnyConfig, **values: Any) -> AnyConfig:

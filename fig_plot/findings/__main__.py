@@ -71,6 +71,7 @@ from fig_plot.tables import (
 )
 from utils.data.table import PAPER_KEYS
 from utils.script import run_script
+from utils.settings import check_seed
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class Config:
     num_draws: int = 10_000  # bootstrap samples of the tasks
     num_permutations: int = 1000  # of the selection null
     seed: int = 0  # of both
+
+    def __post_init__(self) -> None:
+        check_seed(self)
 
 
 def plain_layers(data_dir: Path) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,10 @@ import cache
 import K_sweep
 import linear_sklearn
 import linear_training
-from tests.conftest import ROOT, configure, run_in_process
+from tests.conftest import ROOT, configure, run_command, run_in_process, write_rows
 from utils.results import (
     check_writable,
+    difference,
     find_result,
     load_json,
     one_run_at_a_time,
@@ -39,7 +41,7 @@ from utils.results import (
     temporary_path,
     write_atomically,
 )
-from utils.script import UserError
+from utils.script import UserError, environment, git_commit
 from utils.settings import Data, Model, Run, flatten, result_settings
 from utils.training.state import load_state, save_state
 
@@ -230,6 +232,19 @@ def test_a_result_that_lacks_a_part_of_its_identity_is_refused(path, name):
     write_result(path, {key: value for key, value in IDENTITY.items() if key != name} | {"config": settings})
     with pytest.raises(UserError, match=f"{path.name} was made .*--overwrite"):
         find_result(path, IDENTITY, Run())
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "model_name", "adapter_dir", "tokenizer_name"])
+def test_data_and_models_that_have_moved_are_told_by_their_content(name, path):
+    """The fingerprint decides; but two names of the hub, and two files of other names, are two."""
+
+    def compare(stored, asked, **parts):
+        return difference({**IDENTITY, "config": {name: stored}}, {**IDENTITY, "config": {name: asked}, **parts})
+
+    for pair in (("/old/fold", "/new/fold"), ("/old/fold", "fold"), ("fold", "/new/fold")):
+        assert not compare(*pair) and "other rows" in compare(*pair, fingerprint="others")
+    for stored, asked in (("/old/fold", "/old/other"), ("a/tokens", "b/tokens"), (None, "/new/fold")):
+        assert f"{name}: {stored!r} there, {asked!r} now" in compare(stored, asked)
 
 
 @pytest.mark.parametrize(
@@ -489,9 +504,48 @@ def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
     assert result.returncode in (130, -signal.SIGINT) and result.stderr == "interrupted\n"
 
 
-def test_who_has_seen_enough_of_what_is_printed_is_no_fault():
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["-m utils.data.load", "cache.py --help", "K_sweep.py --no_such_flag"])
+def test_a_reader_that_has_seen_enough_is_no_fault(command):
     done = subprocess.run(
-        f"{sys.executable} -m utils.data.load | true; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} {command} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
         cwd=ROOT, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 141 and not done.stderr
+    assert done.returncode in (141, 2) and not done.stdout and not done.stderr
+
+
+@pytest.mark.slow
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    path = write_rows(tmp_path / "r\u00fcckl\u00e4ufig.jsonl", [{"text": "a b", "label": i % 2} for i in range(40)])
+    options = ["--dataset_name", path, "--results_dir", tmp_path / "\u732b"]
+    done = run_command("cache.py", *options, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and r"r\xfcckl\xe4ufig.jsonl" in done.stdout and r"\u732b" in done.stdout, done.stderr
+
+
+def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").touch()
+    git("add", "file")
+    git("commit", "-m", "a")
+    (tmp_path / "unpacked").mkdir()
+    commit = git_commit(tmp_path)
+    assert commit is not None and re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "file").write_text("changed")
+    assert git_commit(tmp_path) == f"{commit}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit(tmp_path / "unpacked") is None
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(tmp_path) is None and environment()["git_commit"] is None
+
+
+@pytest.mark.slow
+def test_settings_and_not_the_environment_decide_the_precision():
+    variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    check = "import utils, accelerate; a = accelerate.Accelerator(cpu=True, mixed_precision='no')"
+    check += "; print(a.mixed_precision, a.gradient_accumulation_steps)"
+    done = run_command("-c", check, env={**os.environ, **variables})
+    assert done.stdout.split() == ["no", "1"]

@@ -20,7 +20,8 @@ from utils.algebra.moment_sums import Sizes
 from utils.data.docstrings import TASKS
 from utils.data.table import DATASETS, PAPER_KEYS
 from utils.models.table import MODELS
-from utils.script import parse, path_name
+from utils.script import parse
+from utils.settings import path_name
 
 SNAKEMAKE = ROOT / ".venv-snakemake" / "bin" / "snakemake"
 STUDIES = sorted(path.stem for path in (ROOT / "runs").glob("*.yaml"))

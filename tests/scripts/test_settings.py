@@ -1,10 +1,12 @@
-"""utils/settings.py: a config as flags, as one flat dictionary and back; what cannot be is refused."""
+"""utils/settings.py: a config as flags, as one flat dictionary and back; names on disk; impossible values."""
 
 import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,9 +17,12 @@ import K_sweep
 import linear_sklearn
 import linear_training
 import lora_finetuning
+import prescreen
+from demo import pretrain, random_twin
+from fig_plot.findings import __main__ as findings
 from tests.conftest import configure, run_in_process
-from utils.script import parse
-from utils.settings import all_settings, command_line, flatten, result_settings, with_values
+from utils.script import parse, set_seed
+from utils.settings import Data, Model, all_settings, command_line, flatten, path_name, result_settings, with_values
 
 SCRIPTS = (cache, K_sweep, alignment_vis, linear_sklearn, linear_training, lora_finetuning, from_scratch)
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(lambda s: s[0] != "-")
@@ -27,7 +32,7 @@ SHARED = {
     "adapter_dir": st.none() | st.just(Path("my results/adapter")),
     "text_template": st.none() | TEXT,
     "max_samples": st.none() | st.integers(1, 10**6),
-    "seed": st.integers(-5, 99),
+    "seed": st.integers(0, 2**32 - 1),
     "ungrouped_split": st.booleans(),
     "overwrite": st.booleans(),
     "results_dir": st.sampled_from([Path("results"), Path("a b")]),
@@ -109,3 +114,69 @@ def test_a_learning_rate_that_is_not_positive_is_refused(script, rate, monkeypat
 def test_counts_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"--{name} must be at least 1, not 0"):
         configure(cache, **{name: 0})
+
+
+# ------------------------------------------------------------------ names, paths and text
+@pytest.mark.parametrize("name", ["fold", "fold/", "./fold", "{here}/fold", "../{last}/fold", "link"])
+def test_one_folder_is_one_name_and_one_setting(name, tmp_path, monkeypatch):
+    (tmp_path / "fold").mkdir()
+    (tmp_path / "link").symlink_to("fold")
+    monkeypatch.chdir(tmp_path)
+    name = name.format(here=tmp_path, last=tmp_path.name)
+    for kind, group in (("dataset_name", Data(name)), ("model_name", Model(name))):
+        assert group.path_name == "fold" and result_settings(group)[kind] == str(tmp_path / "fold")
+
+
+def test_the_home_folder_stands_for_its_sign_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"results_dir": Path("~/x"), "datasets_dir": Path("~/y"), "adapter_dir": Path("~/a"), "words": ("~a=b,c",)}
+    config = configure(alignment_vis, **values, model_name="~/m", dataset_name="~/rows.csv")
+    assert (config.run.results_dir, config.run.datasets_dir) == (tmp_path / "x", tmp_path / "y")
+    assert (config.model.model_name, config.data.dataset_name) == (f"{tmp_path}/m", f"{tmp_path}/rows.csv")
+    assert config.model.adapter_dir == tmp_path / "a" and config.words == ("~a=b,c",)
+    assert parse(cache.Config, ["--results_dir=~/x"]).run.results_dir == tmp_path / "x"
+    assert parse(random_twin.Config, ["--output_dir=~/x"]).output_dir == tmp_path / "x"
+
+
+@pytest.mark.parametrize("own", ["checkpoint-500", "final", "model", "step_10", "model.gguf"])
+def test_names_that_every_training_gives_are_made_distinct(own, tmp_path):
+    stem = own.removesuffix(".gguf")
+    for run in ("run1", "run2", "run2/checkpoint-3"):
+        path = tmp_path / run / own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch() if path.suffix else path.mkdir()
+        assert Model(str(path)).path_name == f"{run.replace('/', '__')}__{stem}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen/Qwen2-0.5B", "Qwen__Qwen2-0.5B"),
+        ("tiny", "tiny"),
+        ("gone.gguf", "gone"),
+        ("/gone/folder-0.5B", "folder-0.5B"),
+        ("docstrings/kind", "docstrings__kind"),
+    ],
+)
+def test_names_of_what_is_not_on_disk(name, expected):
+    assert path_name(name) == expected
+
+
+def test_a_line_break_in_a_template_is_one():
+    config = parse(cache.Config, ["--text_template", r"{a}\n{b}\t{c}"])
+    assert config.data.text_template == "{a}\n{b}\t{c}" and len(config.data.text_template) == 11
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+@pytest.mark.parametrize("module", [*SCRIPTS, prescreen, pretrain, random_twin, findings], ids=lambda m: m.__name__)
+def test_a_seed_out_of_range_is_one_sentence(module, seed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(module.Config, ["--seed", seed])
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and f"--seed must be from 0 to 4294967295, not {seed}" in said
+
+
+def test_the_last_seed_is_one_for_every_library():
+    np.random.default_rng((configure(cache, seed=2**32 - 1).data.seed, 3))
+    set_seed(2**32 - 1)
+    sklearn.utils.check_random_state(2**32 - 1)
