@@ -3,11 +3,12 @@
     python K_sweep.py                                                # embedded model and data
     python K_sweep.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
     python K_sweep.py --eigenvectors smallest                        # the order of the released script
+    python K_sweep.py --coordinates standardized                     # every coordinate of unit variance first
     python K_sweep.py --subspace pca                                 # control: directions of largest variance as V
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors (and the other split's, for the held-out probe).
 Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default are
-in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.pca.json, <dataset>.test.json.
+in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.standardized.json, <dataset>.test.json.
 
 Symbols, per layer: M, B, C0, C1 the moments of cache.py; mu, p the means of the pooled state m and of the label y;
 Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
@@ -20,40 +21,32 @@ Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm import tqdm
 
 import cache
-from utils.algebra.features import layer_scores
-from utils.algebra.linalg import NestedBasis, Noise, captured, rounding, whiten
-from utils.algebra.moments import (
-    LayerMoments,
-    check_has_layer,
-    load_layer,
-    moments_path,
-    probe_scores,
-)
-from utils.algebra.permuted_labels import draw_permuted_factors, euclidean_null, whitened_null
-from utils.algebra.random_subspaces import random_scores
-from utils.algebra.ridge import load_folds
-from utils.algebra.scores import option_suffix, print_table, summarize, to_json
+from utils.algebra.features import feature_scores
+from utils.algebra.linalg import NestedBasis, Noise, projected_norms, rounding, whiten
+from utils.algebra.moments import LayerMoments, check_has_layer, held_out_path, load_layer
+from utils.algebra.nulls import draw_permuted_factors, euclidean_null, random_scores, random_stream, whitened_null
+from utils.algebra.ridge import load_folds, probe_scores
+from utils.algebra.scores import LayerScores, option_suffix, print_table, summarize
 from utils.pictures import plot_sweep, save_figure
-from utils.results import find_result, open_tensors, result_path, save_json
+from utils.results import check_identity, find_result, open_tensors, result_path, save_json
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
 
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """What is written beside the scores."""
+    """Files beside the scores."""
 
     picture: bool = True  # draw it too; it takes longer than the scores of a small model
 
@@ -62,13 +55,14 @@ class Output(Unrecorded):
 class Config:
     """Edit the defaults here, or override any of them from the shell.
 
-    What model and data leave at their default is as the moments of cache.py have it.
+    Settings of the model and the data that you omit are read from the moments file.
     """
 
     split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
-    eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: what the released script computes
+    eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as the released script computes
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # what V is; the others are controls
     center: bool = False  # subtract the means first; the paper does not
+    coordinates: Literal["as_is", "standardized"] = "as_is"  # standardized: each to unit variance of the pooled states
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
     num_null_draws: int = 100  # permuted-label draws for the null band and z
     num_random_draws: int = 20  # random V at the last layer, against which V gets a z; 0: none
@@ -115,362 +109,281 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
 
 
 # ------------------------------------------------------------------ the eigenproblem
-def informative_directions(whitened_factor: Tensor, row_errors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and singular values of W' F, largest first, without those that are zero.
+@dataclass(frozen=True)
+class Eigenspace:
+    """Eigenvectors of F F' u = lambda C u with lambda > 0, and the space that these and the tied ones (0) span."""
 
-    Zero means below sqrt(rank * eps) of the largest: what an eigen-decomposition of W' F F' W can tell from zero; or
-    what random errors of F give a direction: at most twice the length of their combination, with half to spare.
+    whitener: Tensor  # W, (d, rank): W' C W = I; its columns span all eigenvectors
+    coordinates: Tensor  # (rank, r), orthonormal: the eigenvectors are W times these, largest eigenvalue first
+    eigenvalues: Tensor  # (r,)
 
-    Args:
-        whitened_factor: (rank, c), float64.
-        row_errors: length of the error of each row, (rank,); None: exact.
-
-    Returns:
-        (rank, r) and (r,).
-    """
-    if whitened_factor.shape[0] <= whitened_factor.shape[1]:  # wide: one symmetric problem is cheaper than an SVD
-        eigenvalues, vectors = torch.linalg.eigh(whitened_factor @ whitened_factor.T)
-        values, vectors = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    else:
-        vectors, values, _ = torch.linalg.svd(whitened_factor, full_matrices=False)
-    kept = values > math.sqrt(rounding(len(whitened_factor))) * values[:1]
-    if row_errors is not None:
-        kept &= values > 3 * (vectors.square().T @ row_errors.square()).sqrt()
-    return vectors[:, kept], values[kept]
+    @property
+    def vectors(self) -> Tensor:
+        """(d, r), C-orthonormal."""
+        return self.whitener @ self.coordinates
 
 
 def solve_generalized_eigenproblem(
     factor: Tensor, denominator: Tensor, noise: Noise | None = None, factor_error: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Eigenspace:
     """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
+
+    The left singular vectors of W' F, W the whitener of C, are the coordinates. A singular value is zero below
+    sqrt(rank * eps) of the largest, which an eigen-decomposition of W' F F' W cannot tell from zero; or below three
+    times the length of the errors of F in that direction.
 
     Differs from the paper: the released script takes the smallest first (`--eigenvectors smallest`).
 
     Args:
         factor: F, (d, c), float64.
         denominator: C, (d, d), symmetric, positive semi-definite, float64.
-        noise: what of C is rounding; None: of float64 alone.
+        noise: the part of C that is rounding; None: of float64 alone.
         factor_error: the error of F Z for random signs Z, (d, p); None: exact.
-
-    Returns:
-        Eigenvectors with lambda > 0, (d, r), C-orthonormal; their eigenvalues, (r,); the whitener W of C, (d, rank),
-        whose columns span these and the tied eigenvectors with lambda = 0.
     """
     whitener = whiten(denominator, noise=noise)
-    row_errors = None
+    whitened = whitener.T @ factor
+    if whitened.shape[0] <= whitened.shape[1]:  # wide: one symmetric problem is cheaper than an SVD
+        squares, vectors = torch.linalg.eigh(whitened @ whitened.T)
+        values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    else:
+        vectors, values, _ = torch.linalg.svd(whitened, full_matrices=False)
+    kept = values > math.sqrt(rounding(len(whitened))) * values[:1]
     if factor_error is not None:
-        row_errors = (whitener.square().T @ factor_error.square().mean(1)).sqrt()
-    vectors, singular_values = informative_directions(whitener.T @ factor, row_errors)
-    return whitener @ vectors, singular_values.square(), whitener
+        row_variances = whitener.square().T @ factor_error.square().mean(1)
+        kept &= values > 3 * (vectors.square().T @ row_variances).sqrt()
+    return Eigenspace(whitener, vectors[:, kept], values[kept].square())
 
 
-def complete_by_variance(vectors: Tensor, whitener: Tensor, denominator: Tensor) -> Tensor:
-    """Appends the eigenvectors with lambda = 0, ordered by v' C v / |v|^2, to those with lambda > 0: (d, rank).
+def complete_by_variance(solved: Eigenspace) -> Tensor:
+    """All eigenvectors: after those with lambda > 0 those with lambda = 0, by v' C v / |v|^2, largest first, (d, rank).
 
     V has such ties only where the next tokens span less than the prefixes, as in a handful of short texts. Any order
     of them is a solution; this one is the same on every machine.
     """
-    missing = whitener.shape[1] - vectors.shape[1]
-    if not missing:
-        return vectors
-    inside = whitener.T @ denominator @ vectors  # coordinates of the vectors within the whitened space
-    rest = whitener @ torch.linalg.qr(inside, mode="complete").Q[:, vectors.shape[1] :]
+    rest = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
     axes = torch.linalg.svd(rest, full_matrices=False).Vh
-    return torch.cat([vectors, rest @ axes.T.flip(1)], dim=1)
+    return torch.cat([solved.vectors, rest @ axes.T.flip(1)], dim=1)
 
 
 # ------------------------------------------------------------------ U and V of a layer
-@dataclass(frozen=True)
-class Perception:
-    """The perception problem of a layer: what the labels need, in the space that M whitens (Sigma, with --center)."""
-
-    whitener: Tensor  # W_M, (d, rank M)
-    labels: Tensor  # W_M' U, (rank M, r): orthonormal, largest eigenvalue first
-    eigenvalues: Tensor  # (r,)
-    mean: Tensor  # W_M' mu, (rank M,); zeros where the means are subtracted
-    covariance_whitener: Tensor  # W of Sigma, (d, rank Sigma)
-    change: Tensor  # W_M' Sigma W, (rank M, rank Sigma): from the space that Sigma whitens to that of M
-
-
-def solve_perception(moments: LayerMoments, center: bool) -> Perception:
-    """U of a layer, and the whiteners of M and of Sigma.
-
-    At full rank M = Sigma + mu mu' is a rank-one update of what W whitens: W_M = W (I + a a')^{-1/2}, a = W' mu.
-    """
-    sigma, mean = moments.pooled_covariance, moments.pooled_mean
-    whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
-    identity = torch.eye(whitener.shape[1]).to(sigma)
+def perception(moments: LayerMoments, center: bool) -> Eigenspace:
+    """U of a layer, from B and M; centred from S and Sigma, as a linear probe with intercept sees the states."""
+    noise = moments.pooled_noise(center)
     if center:
-        labels, values = informative_directions(whitener.T @ moments.pooled_label_covariance)
-        return Perception(whitener, labels, values.square(), torch.zeros_like(identity[:, 0]), whitener, identity)
-    if whitener.shape[1] < whitener.shape[0]:
-        uncentred = whiten(moments.pooled_second_moment, noise=moments.pooled_noise(center=False))
-        change = uncentred.T @ sigma @ whitener
-    else:
-        a = whitener.T @ mean
-        squared = (a @ a).clamp(min=torch.finfo(a.dtype).tiny)
-        update = torch.outer(a * ((1 + squared).rsqrt() - 1) / squared, a)
-        uncentred, change = whitener + whitener @ update, identity + update
-    labels, values = informative_directions(uncentred.T @ moments.pooled_label_cross_moment)
-    return Perception(uncentred, labels, values.square(), uncentred.T @ mean, whitener, change)
+        return solve_generalized_eigenproblem(moments.pooled_label_covariance, moments.pooled_covariance, noise)
+    return solve_generalized_eigenproblem(moments.pooled_label_cross_moment, moments.pooled_second_moment, noise)
 
 
-def subspace_directions(moments: LayerMoments, config: Config, layer: int) -> Tensor:
-    """The columns of V, first one first, (d, rank C0), float64.
+def next_token_subspace(moments: LayerMoments, center: bool) -> Tensor:
+    """V of a layer, from C1 and C0, largest eigenvalue first, (d, rank C0)."""
+    prefix_moment, next_moment = moments.autoregression(center)
+    error = moments.rounding.prefix_next_error if moments.rounding else None
+    return complete_by_variance(
+        solve_generalized_eigenproblem(next_moment, prefix_moment, moments.prefix_noise(center), error)
+    )
 
-    Those of the autoregression, or of a control: of as many directions of largest variance of the pooled states
-    (second moment, without --center), or drawn from a rotation-invariant law.
-    """
-    prefix_moment, next_moment = moments.autoregression(config.center)
-    noise = moments.prefix_noise(config.center)
-    if config.subspace == "autoregression":
-        error = moments.rounding.prefix_next_error if moments.rounding else None
-        v, _, whitener = solve_generalized_eigenproblem(next_moment, prefix_moment, noise, error)
-        v = complete_by_variance(v, whitener, prefix_moment)
-        return v if config.eigenvectors == "largest" else v.flip(1)
-    rank = whiten(prefix_moment, noise=noise).shape[1]  # so that K is the same as for the autoregression
+
+def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_index: int) -> Tensor:
+    """Columns in place of V, (d, rank): of largest variance of the pooled states, or of a rotation-invariant law."""
     if config.subspace == "pca":
         pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
-        v = torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
-    else:
-        v = random_directions(rank, prefix_moment, (config.data.seed, layer))
-    return v if config.eigenvectors == "largest" else v.flip(1)
+        return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
+    random = random_stream("control of V", config.data.seed, layer_index)
+    return torch.from_numpy(random.standard_normal((len(moments.pooled_mean), rank))).to(moments.pooled_mean)
 
 
-def random_directions(rank: int, like: Tensor, seed: tuple[int, int]) -> Tensor:
-    """Columns of a rotation-invariant law, (d, rank), on the device of `like`, (d, d)."""
-    random = np.random.default_rng([*seed, 1])  # another stream than the draws'
-    return torch.from_numpy(random.standard_normal((len(like), rank))).to(like)
+def standardizing_scale(moments: LayerMoments) -> Tensor:
+    """One over the standard deviation of each coordinate of the pooled states, (d,); 1 for one that does not vary."""
+    variance = moments.pooled_covariance.diagonal()
+    return torch.where(variance > moments.pooled_noise(center=True).diagonal, variance, 1).rsqrt()
 
 
 def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
     """K for each fraction of the rank: floor(f * rank), at least 1."""
-    return [max(1, math.floor(fraction * rank + 1e-9)) for fraction in fractions]  # .15 * 20 is 2.9999999999999996
+    return [max(1, math.floor(fraction * rank + 1e-9)) for fraction in fractions]  # .7 * 90 is 62.99999999999999
 
 
 # ------------------------------------------------------------------ the scores
 @dataclass(frozen=True)
-class Lengths:
-    """|P x|^2 of vectors x, P the projector on V_K, and |x|^2 itself."""
+class NestedSubspaces:
+    """The subspaces that the first K columns of V span, one in another, for each fraction."""
 
-    inside: Tensor
-    whole: Tensor
-
-
-def average_over_ties(k: int, informative: Lengths, tied: Lengths, num_tied: int, largest: bool) -> Tensor:
-    """NTPS of the first k columns of U, averaged over all bases of its tied space (eigenvalue 0).
-
-    (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), g the share of the tied space Z within U_k.
-
-    Differs from the paper: the released script takes the tied vectors in whatever basis the solver returns.
-
-    Args:
-        k: columns of U.
-        informative: of each of the r informative columns, largest eigenvalue first, (r,).
-        tied: of the whole tied space Z, scalars.
-        num_tied: dimension of Z.
-        largest: whether U starts with the largest eigenvalues or with the smallest.
-    """
-    num_informative = len(informative.whole)
-    taken = min(k, num_informative) if largest else k - min(k, num_tied)
-    columns = slice(0, taken) if largest else slice(num_informative - taken, None)
-    share = (k - taken) / num_tied if num_tied else 0.0
-    inside = informative.inside[columns].sum() + share * tied.inside
-    return inside / (informative.whole[columns].sum() + share * tied.whole)
-
-
-def mean_over_equal(values: Tensor, eigenvalues: Tensor) -> Tensor:
-    """Each of `values` (r,) as the mean over the directions of the same eigenvalue, given in order.
-
-    Any basis of an eigenspace is a solution: with n <= d the eigenvalues are the class frequencies, often equal.
-    """
-    group = (eigenvalues.diff().abs() > 1e-9 * eigenvalues[:-1]).cumsum(0)
-    group = torch.cat([group.new_zeros(1), group])
-    same = (group[:, None] == group).to(values)
-    return same @ values / same.sum(1)
-
-
-def ntps(
-    labels: Tensor,
-    perception: Tensor,
-    k_us: list[int],
-    k_vs: list[int],
-    largest: bool = True,
-    eigenvalues: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The paper's score over all k_U directions, and the same ratio over the r informative ones only.
-
-    Args:
-        labels: Q' U_r, (d, r), Q the nested basis of V, U largest eigenvalue first.
-        perception: Q' W, (d, rank M), W the whitener of M: it spans U_r and the tied space.
-        k_us: columns of U for each fraction.
-        k_vs: columns of Q for each fraction.
-        largest: order of U (V's is that of Q).
-        eigenvalues: of the columns of U_r, (r,), so that equal ones count as tied; None: all differ.
-
-    Returns:
-        `ntps` and `ntps_label`, (fractions,).
-    """
-    inside, whole = captured(labels, k_vs), labels.square().sum(0)
-    tied_inside = captured(perception, k_vs).sum(1) - inside.sum(1)  # Z itself is never formed
-    tied_whole = perception.square().sum() - whole.sum()
-    num_tied = perception.shape[1] - len(whole)
-    eigenvalues = torch.arange(len(whole), 0, -1).to(whole) if eigenvalues is None else eigenvalues
-    of_each = [Lengths(mean_over_equal(row, eigenvalues), mean_over_equal(whole, eigenvalues)) for row in inside]
-    scores = [
-        average_over_ties(k_u, of_each[i], Lengths(tied_inside[i], tied_whole), num_tied, largest)
-        for i, k_u in enumerate(k_us)
-    ]
-    return torch.stack(scores).clamp(0, 1), inside.sum(1) / whole.sum()
-
-
-LAYER_SCORES = (
-    *("ntps", "ntps_label", "chance", "ntps_whitened", "retained"),
-    *("excess_loss", "excess_lower", "excess_upper", "excess_lower_euclidean", "excess_upper_euclidean"),
-)
-
-
-@dataclass(frozen=True)
-class Spanned:
-    """What the first columns of a V span, as every score needs it."""
-
-    ks: list[int]  # columns of V for each fraction
-    basis: NestedBasis  # of V
+    ks: list[int]  # K for each fraction
+    basis: NestedBasis  # of V: Q
     whitened_basis: NestedBasis  # of W' Sigma V, W the whitener of Sigma
-    dims: list[int]  # columns of Q that the first ks span, Q the nested basis of V
-    perception: Tensor  # Q' W_M, (d, rank M)
+    dims: list[int]  # columns of Q that the first K span
+    whitened_dims: list[int]
 
     @classmethod
-    def of(cls, v: Tensor, moments: LayerMoments, solved: "Perception", fractions: tuple[float, ...]) -> "Spanned":
-        """Of the columns of V, (d, rank C0), first one first."""
-        ks, sigma = num_directions(fractions, v.shape[1]), moments.pooled_covariance
+    def of(cls, v: Tensor, sigma: Tensor, whitener: Tensor, fractions: tuple[float, ...]) -> "NestedSubspaces":
+        """The nested subspaces of V, (d, rank C0), first column first; the whitener is that of Sigma."""
+        ks = num_directions(fractions, v.shape[1])
         v = v[:, : max(ks)]
-        basis = NestedBasis.of(v)
-        whitened_basis = NestedBasis.of(solved.covariance_whitener.T @ (sigma @ v), pooled_sizes(sigma, v))
-        return cls(ks, basis, whitened_basis, basis.spanned(ks), basis.coordinates(solved.whitener))
+        # a column that the pooled states do not see is one of rounding, beside the most they could vary along it
+        sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
+        basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v), sizes)
+        return cls(ks, basis, whitened_basis, basis.dimensions(ks), whitened_basis.dimensions(ks))
 
 
-def euclidean_scores(solved: Perception, spanned: Spanned, config: Config) -> tuple[Tensor, Tensor]:
-    """`ntps` and `ntps_label`, (fractions,)."""
-    k_us, largest = num_directions(config.fractions, solved.whitener.shape[1]), config.eigenvectors == "largest"
-    labels = spanned.perception @ solved.labels
-    return ntps(labels, spanned.perception, k_us, spanned.dims, largest, solved.eigenvalues)
+def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bool) -> Tensor:
+    """Share of each informative direction, and of the tied space, within U_k, averaged over all bases: (ks, r + 1).
 
+    Any basis of an eigenspace is a solution: U_k holds each direction of one in equal parts, (k - directions before
+    it) / its dimension. The largest is the space of eigenvalue 0; with n <= d the others are the class frequencies,
+    often equal.
 
-def whitened_scores(p: Tensor, s: Tensor, spanned: Spanned) -> tuple[Tensor, Tensor]:
-    """`ntps_whitened` and `retained`, (fractions,): shares of P, and of P diag(s), where W' S = P diag(s) Q'."""
-    inside = captured(spanned.whitened_basis.coordinates(p), spanned.whitened_basis.spanned(spanned.ks))
-    return inside.mean(1), inside @ s.square() / s.square().sum()
-
-
-def excess_scores(moments: LayerMoments, whitener: Tensor, spanned: Spanned) -> dict[str, Tensor]:
-    """What a linear probe with intercept loses inside V_K: the exact excess loss, its shares and its bounds.
-
-    With W' S = P diag(s) Q' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
-    (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
+    Differs from the paper: the released script takes whatever basis the solver returns.
 
     Args:
-        moments: of the layer.
-        whitener: W of Sigma, (d, rank).
-        spanned: what V spans.
+        k_us: columns of U for each fraction.
+        eigenvalues: of the informative directions, largest first, (r,).
+        num_tied: dimension of the space of eigenvalue 0.
+        largest: whether U starts with the largest eigenvalues or with the smallest.
     """
-    p, s = informative_directions(whitener.T @ moments.pooled_label_covariance)
-    ntps_whitened, retained = whitened_scores(p, s, spanned)
-    directions = spanned.basis.coordinates(whitener @ p)
-    missing = directions.square().sum() - captured(directions, spanned.dims).sum(1)
-    smallest, largest = extreme_eigenvalues(moments.pooled_covariance, whitener)
+    is_next = eigenvalues.diff().abs() > 1e-9 * eigenvalues[:-1]
+    eigenspace = torch.cat([is_next.new_zeros(min(1, len(eigenvalues))), is_next]).cumsum(0)
+    sizes = torch.cat([eigenspace.bincount(), eigenspace.new_tensor([num_tied])])
+    before = sizes.cumsum(0) - sizes if largest else sizes.sum() - sizes.cumsum(0)
+    k = torch.tensor(k_us, device=sizes.device)[:, None]
+    weights = ((k - before).clamp(min=0).minimum(sizes) / sizes.clamp(min=1)).to(eigenvalues)
+    return torch.cat([weights[:, eigenspace], weights[:, -1:]], dim=1)
+
+
+def ntps(u: Eigenspace, nested: NestedSubspaces, config: Config) -> dict[str, Tensor]:
+    """The paper's score over all k_U directions, and the same ratio over the r informative ones only, (fractions,).
+
+    NTPS = (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), each direction of U_r weighted, Z the tied space, g its share.
+    """
+    space = nested.basis.q.T @ u.whitener
+    labels = space @ u.coordinates
+    inside, whole = projected_norms(labels, nested.dims), labels.square().sum(0)
+    tied_inside = projected_norms(space, nested.dims).sum(1) - inside.sum(1)  # Z itself is never formed
+    tied_whole = space.square().sum() - whole.sum()
+    rank, num_informative = u.coordinates.shape
+    k_us, largest = num_directions(config.fractions, rank), config.eigenvectors == "largest"
+    weights = tie_weights(k_us, u.eigenvalues, rank - num_informative, largest)
+    informative, share = weights[:, :-1], weights[:, -1]
+    score = ((informative * inside).sum(1) + share * tied_inside) / (informative @ whole + share * tied_whole)
+    return {"ntps": score.clamp(0, 1), "ntps_label": inside.sum(1) / whole.sum()}
+
+
+def retained(labels: Eigenspace, nested: NestedSubspaces) -> dict[str, Tensor]:
+    """`ntps_whitened`, the overlap where Sigma is whitened, and `retained`, directions weighted by their eigenvalues.
+
+    `retained` is the share of the explained label variance that a linear probe with intercept keeps within V_K.
+    """
+    inside = projected_norms(nested.whitened_basis.q.T @ labels.coordinates, nested.whitened_dims)
+    return {"ntps_whitened": inside.mean(1), "retained": inside @ labels.eigenvalues / labels.eigenvalues.sum()}
+
+
+def excess_loss(
+    sigma: Tensor, labels: Eigenspace, nested: NestedSubspaces, ntps_whitened: Tensor, retained: Tensor
+) -> dict[str, Tensor]:
+    """The loss that a linear probe with intercept adds inside V_K, and its bounds, (fractions,) each.
+
+    With W' S = P diag(s) R' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
+    (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
+    The Euclidean ones of the theorem also replace Sigma by its extreme eigenvalues.
+    """
+    directions = nested.basis.q.T @ labels.vectors
+    missing = directions.square().sum() - projected_norms(directions, nested.dims).sum(1)
+    largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
+    if labels.whitener.shape[1] == len(sigma):  # 1 / the largest of the inverse: its small ones keep their digits
+        smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
+    weakest, strongest, num = labels.eigenvalues[-1], labels.eigenvalues[0], len(labels.eigenvalues)
     return {
-        "ntps_whitened": ntps_whitened,
-        "retained": retained,
-        "excess_loss": s.square().sum() * (1 - retained),
-        "excess_lower": s[-1] ** 2 * len(s) * (1 - ntps_whitened),
-        "excess_upper": s[0] ** 2 * len(s) * (1 - ntps_whitened),
-        "excess_lower_euclidean": s[-1] ** 2 * smallest * missing,
-        "excess_upper_euclidean": s[0] ** 2 * largest * missing,
+        "excess_loss": labels.eigenvalues.sum() * (1 - retained),
+        "excess_lower": weakest * num * (1 - ntps_whitened),
+        "excess_upper": strongest * num * (1 - ntps_whitened),
+        "excess_lower_euclidean": weakest * smallest * missing,
+        "excess_upper_euclidean": strongest * largest * missing,
     }
-
-
-def extreme_eigenvalues(sigma: Tensor, whitener: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of Sigma, by Lanczos; the smallest is 0 where its whitener dropped directions."""
-    covariance, w = sigma.cpu().numpy(), whitener.cpu().numpy()
-    inverse = LinearOperator(covariance.shape, matvec=lambda x: w @ (w.T @ x), dtype=covariance.dtype)
-    start = np.ones(len(covariance))  # ARPACK draws one at random otherwise
-    [largest] = eigsh(covariance, k=1, which="LA", v0=start, return_eigenvectors=False)
-    if w.shape[1] < w.shape[0]:
-        return 0.0, largest
-    [largest_of_inverse] = eigsh(inverse, k=1, which="LA", v0=start, return_eigenvectors=False)
-    return 1 / largest_of_inverse, largest
 
 
 # ------------------------------------------------------------------ one layer
-def label_directions(moments: LayerMoments, whitener: Tensor) -> Tensor:
-    """Singular values of W' S, W the whitener of Sigma: none where the pooled state says nothing of the labels."""
-    return informative_directions(whitener.T @ moments.pooled_label_covariance)[1]
-
-
-def pooled_sizes(sigma: Tensor, v: Tensor) -> Tensor:
-    """The largest deviation that v' m could have, were its coordinates to vary together, for each column of V."""
-    return v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
+def null_draws(
+    moments: LayerMoments, u: Eigenspace, labels: Eigenspace, nested: NestedSubspaces, config: Config, layer_index: int
+) -> dict[str, Tensor]:
+    """The scores under permuted labels, (num_null_draws, fractions) each."""
+    random, rank = random_stream("permuted labels", config.data.seed, layer_index), labels.whitener.shape[1]
+    draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
+    to_perception = u.whitener.T @ (moments.pooled_covariance @ labels.whitener) @ nested.whitened_basis.q
+    mean = torch.zeros_like(moments.pooled_mean) if config.center else moments.pooled_mean
+    offset = torch.outer(u.whitener.T @ mean, moments.label_mean)  # permuting leaves the product of the means alone
+    space = nested.basis.q.T @ u.whitener
+    return {
+        "ntps_label": euclidean_null(draws, to_perception, offset, space, nested.dims),
+        **whitened_null(draws, nested.whitened_dims),
+    }
 
 
 def sweep_layer(
-    moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer: int, num_random_draws: int = 0
-) -> dict:
-    """Every score of one layer over all fractions, as the JSON entry of that layer; `null_draws` still as tensors.
+    moments: LayerMoments,
+    held_out: LayerMoments | None,
+    config: Config,
+    layer_index: int,
+    num_random_draws: int = 0,
+) -> LayerScores:
+    """Every score of one layer over all fractions.
 
-    A layer has no score (None) where its pooled states do not vary, or not with the labels, or no text has two tokens.
+    A layer has no score where its pooled states do not vary, or not with the labels, or no text has two tokens.
     """
-    solved, v = solve_perception(moments, config.center), subspace_directions(moments, config, layer)
-    whitener, rank, rank_v = solved.covariance_whitener, solved.covariance_whitener.shape[1], v.shape[1]
-    ranks = {"layer": layer, "rank_u": solved.whitener.shape[1], "rank_v": rank_v, "rank_label": solved.labels.shape[1]}
+    if config.coordinates == "standardized":
+        scale = standardizing_scale(moments)
+        moments, held_out = moments.scaled(scale), held_out and held_out.scaled(scale)
+    sigma, labels = moments.pooled_covariance, perception(moments, center=True)
+    u = labels if config.center else perception(moments, center=False)
+    v = next_token_subspace(moments, config.center)
+    if config.subspace != "autoregression":
+        v = control_subspace(moments, config, v.shape[1], layer_index)
+    if config.eigenvectors == "smallest":
+        v = v.flip(1)
+    whitener, (rank_u, rank_label) = labels.whitener, u.coordinates.shape
     probe = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
-    if not rank or not rank_v or not label_directions(moments, whitener).numel():
-        return ranks | dict.fromkeys(LAYER_SCORES) | probe | {"null_draws": None}
-    spanned = Spanned.of(v, moments, solved, config.fractions)
-    ntps_all, ntps_label = euclidean_scores(solved, spanned, config)
+    layer = LayerScores(layer_index, rank_u, v.shape[1], rank_label, probe)
+    if not v.shape[1] or not len(labels.eigenvalues):
+        return layer
 
-    random = np.random.default_rng([config.data.seed, layer])
-    draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
-    offset = torch.outer(solved.mean, moments.label_mean)
-    null_draws = {
-        "ntps_label": euclidean_null(
-            draws, spanned.whitened_basis.change_of(solved.change), offset, spanned.perception, spanned.dims
-        ),
-        **whitened_null(draws, spanned.whitened_basis.spanned(spanned.ks)),
-    }
+    nested = NestedSubspaces.of(v, sigma, whitener, config.fractions)
+    chance = torch.tensor(nested.ks) / len(sigma)
+    whitened = retained(labels, nested)
+    scores = {**ntps(u, nested, config), "chance": chance, **whitened, **excess_loss(sigma, labels, nested, **whitened)}
     random_v = {}
     if num_random_draws:
-        explained = informative_directions(whitener.T @ moments.pooled_label_covariance)
-        random = np.random.default_rng([config.data.seed, layer, 2])
-        u = solved.whitener @ solved.labels
-        random_v["random"] = random_scores(
-            u, whitener.T @ moments.pooled_covariance, explained, spanned.ks, num_random_draws, random
+        random = random_stream("random V", config.data.seed, layer_index)
+        random_v = random_scores(
+            u.vectors, whitener.T @ sigma, labels.coordinates, labels.eigenvalues, nested.ks, num_random_draws, random
         )
-    return {
-        **ranks,
-        "ntps": ntps_all,
-        "ntps_label": ntps_label,
-        "chance": torch.tensor(spanned.ks) / len(moments.pooled_mean),
-        **excess_scores(moments, whitener, spanned),
-        **probe,
-        "null_draws": null_draws,
-        **random_v,
-    }
+    null = null_draws(moments, u, labels, nested, config, layer_index)
+    return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
 
 # ------------------------------------------------------------------ run
 def output_path(config: Config) -> Path:
-    """Where the result goes; options other than the default are in the name."""
+    """The path of the result; options other than the default are in the name."""
     return result_path("ntps", config.run, config.model, config.data, f"{option_suffix(result_settings(config))}.json")
 
 
-def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
+def find_scores(config: Config, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored result of this identity; None where there is none, or the held-out moments have come or gone since."""
+    path, held_out = output_path(config), identity["held_out"]
+    stored = find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, config.run)
+    if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
+        change = "has no held-out numbers yet" if held_out else "has held-out numbers of moments that are gone"
+        print(f"{path} {change}: made again.")
+        return find_result(path, identity, dataclasses.replace(config.run, overwrite=True))
+    if stored:
+        check_identity(stored, identity, path)
+    return stored
+
+
+def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
     """The result of all layers, one in memory at a time; the stored one where it was made from the same moments.
 
     Raises:
         UserError: the labels are all equal.
     """
-    device = pick_device(config.run.device)
+    device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
         other, other_metadata = stack.enter_context(open_tensors(held_out_path)) if held_out_path else (None, None)
@@ -480,25 +393,24 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
             "moments": {name: value for name, value in metadata.items() if name != "environment"},
             "held_out": other_metadata and {"fingerprint": other_metadata["fingerprint"]},
         }
-        if stored := find_result(output_path(config), identity, config.run):
+        if stored := find_scores(config, identity):
             return stored
-        numbers = metadata["layers"]
-        check_has_layer(metadata, metadata["num_layers"] - 1)  # the score is that of the last layer
-        layers = []
-        for layer in tqdm(numbers, unit="layer", desc="K_sweep"):
-            moments = load_layer(file, metadata, layer, device)
+        last, layers = metadata["num_layers"] - 1, []
+        check_has_layer(metadata, last)  # the score is that of the last layer
+        for layer_index in tqdm(metadata["layers"], unit="layer", desc="K_sweep"):
+            moments = load_layer(file, metadata, layer_index, device)
             if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
-            held_out = None
-            if other_metadata and layer in other_metadata["layers"]:
-                held_out = load_layer(other, other_metadata, layer, device)
-            # of the last layer only, for the score of the run; a control of V would repeat them
-            is_compared = layer == numbers[-1] and config.subspace == "autoregression"
-            entry = sweep_layer(moments, held_out, config, layer, config.num_random_draws if is_compared else 0)
-            if not option_suffix({**result_settings(config), "split": "train"}):  # a control of V would repeat them
-                folds = load_folds(path, layer, device) if layer == numbers[-1] else None
-                entry["closed_form"] = layer_scores(moments, held_out, folds, (config.data.seed, layer)).scores
-            layers.append(entry)
+            has_held_out = other_metadata and layer_index in other_metadata["layers"]
+            held_out = load_layer(other, other_metadata, layer_index, device) if has_held_out else None
+            # random V for the score of the run; a control of V would repeat them, as any option the closed forms
+            is_compared = layer_index == last and config.subspace == "autoregression"
+            layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
+            if is_default:
+                folds = load_folds(path, layer_index, device) if layer_index == last else None
+                found = feature_scores(moments, held_out, folds, (config.data.seed, layer_index)).scores
+                layer = dataclasses.replace(layer, closed_form=found)
+            layers.append(layer)
     return {
         **identity,
         "environment": environment(),
@@ -506,20 +418,18 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict:
         "num_classes": len(metadata["label_names"]),
         "hidden_size": len(moments.pooled_mean),
         "fractions": list(config.fractions),
-        "score": summarize(layers, config.fractions),
-        "layers": [to_json(layer) for layer in layers],
+        "score": summarize(layers[-1], len(config.fractions)),
+        "layers": [layer.to_json() for layer in layers],
     }
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> dict[str, Any]:
     """Writes the scores and a picture of them, prints their table, and returns the result."""
     pick_device(config.run.device)  # before a pass through the model, not after it
     wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
     path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
     config = with_values(config, model=found.model, data=found.data)
-    other = {"train": "test", "test": "train"}.get(config.split)
-    held_out_path = moments_path(config.run, config.model, config.data, other) if other else None
-    result = sweep(config, path, held_out_path if held_out_path and held_out_path.is_file() else None)
+    result = sweep(config, path, held_out_path(path, found))
     print_table(result)
     target = output_path(config)
     if config.output.picture:

@@ -150,8 +150,8 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
     Raises:
         UserError: fewer than k eigenvalues are positive; further ones are tied at zero and have no basis of their own.
     """
-    vectors, eigenvalues, _ = solve_generalized_eigenproblem(factor, denominator)
-    k, num_positive = config.num_components, vectors.shape[1]
+    solved = solve_generalized_eigenproblem(factor, denominator)
+    k, num_positive = config.num_components, len(solved.eigenvalues)
     if num_positive < k:
         remedy = f"Set --num_components {num_positive}" if num_positive >= 2 else "Choose a dataset with more classes"
         remedy += ", or drop --center." if config.center else "."
@@ -159,7 +159,7 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
             f"The {name} problem of {config.data.dataset_name} has {num_positive} informative directions at layer "
             f"{config.layer}, --num_components asks for {k}: the further ones have an arbitrary basis. {remedy}"
         )
-    return vectors[:, :k], eigenvalues[:k]
+    return solved.vectors[:, :k], solved.eigenvalues[:k]
 
 
 def solve_layer(moments: LayerMoments, config: Config) -> dict[str, tuple[Tensor, Tensor]]:

@@ -155,10 +155,10 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
 def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, dict[str, float | None]]:
     """The scores of K_sweep.py at one layer: value, null, and mean and z of random V; empty if the layer has none."""
     sweep = with_values(K_sweep.Config(data=config.data), num_null_draws=30)
-    entry = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random)
-    if entry["ntps"] is None:
+    found = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random)
+    if not found.scores:
         return {}
-    score = summarize([entry], sweep.fractions)
+    score = summarize(found, len(sweep.fractions))
     return {name: score[name] for name in SCORES}
 
 
@@ -177,9 +177,9 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
         check_has_every_layer(metadata, "prescreen.py")
         for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
-            found = features.layer_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
+            found = features.feature_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
             layers.append(found.scores)
-            fits.append(found.parts)
+            fits.append(found.fits)
     errors = np.array([[fit.error for fit in folds] for folds in fits])
     judged = judge_layers(errors, np.array([fit.baseline for fit in fits[-1]]))
     return {
@@ -228,7 +228,7 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
 def score_ranks(models: list[dict[str, Any]]) -> pd.DataFrame:
     """The rank of each model, 1 = best, by each score that all have at the last layer: models x scores."""
     ranks = {}
-    for name in (*features.SEEING, *SCORES):
+    for name in (*features.NAMES, *SCORES):
         entries = [model["last_layer"].get(name, {"value": None}) for model in models]
         values = [None if entry.get("meaningless") else entry["value"] for entry in entries]
         if None not in values:

@@ -92,8 +92,8 @@ def last_layer_scores(sums: MomentSums, num_texts: int) -> dict[str, float]:
     averages = sums.averages()
     tensors = {name: averages[name][-1] for name in (*PER_LAYER, *NORMS)} | {name: averages[name] for name in SHARED}
     moments = LayerMoments(**tensors, num_samples=num_texts, num_pairs=sums.num_pairs)  # type: ignore[arg-type]
-    entry = K_sweep.sweep_layer(moments, None, K_sweep.Config(num_null_draws=2), 0)
-    return {name: mean(entry[name].tolist()) for name in SCORES}
+    layer = K_sweep.sweep_layer(moments, None, K_sweep.Config(num_null_draws=2), 0)
+    return {name: mean(layer.scores[name].tolist()) for name in SCORES}
 
 
 def measure(name: str, config: Config, device: torch.device) -> dict:

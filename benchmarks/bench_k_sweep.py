@@ -20,7 +20,7 @@ import torch
 
 import K_sweep
 from benchmarks.bench_cache import seconds
-from utils.algebra.features import layer_scores
+from utils.algebra.features import feature_scores
 from utils.algebra.moments import LayerMoments
 from utils.results import save_json
 from utils.script import environment, pick_device, run_script
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
         times: dict[str, list[float]] = {"layer": [], "closed form": [], "eigh": []}
         for _ in range(config.num_rounds):
             times["layer"].append(seconds(partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0), device))
-            times["closed form"].append(seconds(partial(layer_scores, moments, moments), device))
+            times["closed form"].append(seconds(partial(feature_scores, moments, moments), device))
             times["eigh"].append(seconds(partial(list, map(decompose, arrays)), device))
         layer, closed_form, eigh = map(min, times.values())
         ratios = {"ratio": layer / eigh, "ratio_with_closed_form": (layer + closed_form) / eigh}

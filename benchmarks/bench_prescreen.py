@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import linear_sklearn
 from prescreen import is_installed
-from utils.algebra.features import layer_scores
+from utils.algebra.features import feature_scores
 from utils.algebra.moments import LayerMoments
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import read_config
@@ -119,7 +119,7 @@ def golden_values(peer: Path) -> dict[str, dict[str, float]]:
         *(x.T @ x / n, x.T @ y / n, x.mean(0), none, none, none, none, y.mean(0), y.T @ y / n, n, 0),
         class_counts=y.sum(0), pooled_norm_fourth_power=norms.square().mean(), pooled_norm_squared_pooled=norms @ x / n,
     )  # fmt: skip
-    scores = layer_scores(moments).scores
+    scores = feature_scores(moments).scores
     found = {}
     for name, (golden, tolerance) in GOLDEN_VALUES.items():
         found[name] = {"golden": golden, "theirs": theirs[name], "ours": scores[name]["value"]}

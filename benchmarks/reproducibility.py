@@ -37,7 +37,7 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils.algebra.linalg import NestedBasis, captured
+from utils.algebra.linalg import NestedBasis, projected_norms
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
 from utils.results import open_tensors, write_atomically
@@ -76,20 +76,18 @@ class Config:
 # ------------------------------------------------------------------ ntps in a basis that is not averaged over
 def score_of_columns(u: Tensor, v: Tensor, k_us: list[int], k_vs: list[int]) -> float:
     """|P U_k|^2 / |U_k|^2 averaged over the fractions, the columns of U (d, rank M) and V (d, rank C0) as they come."""
-    inside = captured(NestedBasis.of(v).coordinates(u), k_vs)
+    inside = projected_norms(NestedBasis.of(v).q.T @ u, k_vs)
     norms = u.square().sum(0)
     return float(np.mean([(inside[i, :k].sum() / norms[:k].sum()).item() for i, k in enumerate(k_us)]))
 
 
 def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws: int, seed: int) -> Iterator[float]:
     """The run's `ntps`, each time with the tied eigenvectors of U in another M-orthonormal basis, drawn at random."""
-    second_moment, cross_moment = moments.pooled_second_moment, moments.pooled_label_cross_moment
-    u, _, whitener = K_sweep.solve_generalized_eigenproblem(cross_moment, second_moment)
-    inside = whitener.T @ second_moment @ u  # orthonormal coordinates of U within the whitened space
-    tied = whitener @ torch.linalg.qr(inside, mode="complete").Q[:, u.shape[1] :]
+    solved = K_sweep.perception(moments, center=False)
+    tied = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
     order = [1] if config.eigenvectors == "smallest" else []  # dimensions to flip
-    v = K_sweep.subspace_directions(moments, config, layer=0)  # the layer is that of a random V
-    k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (whitener, v))
+    u, v = solved.vectors, K_sweep.next_token_subspace(moments, center=False).flip(order)
+    k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (solved.whitener, v))
     random = np.random.default_rng(seed)
     for _ in range(num_draws):
         # the Q of a Gaussian matrix; which signs it has does not matter to a sum of squares

@@ -37,7 +37,7 @@ SCRIPTS = {  # folder of results -> script that writes it
 }
 DIFFERENCES = {  # part of an identity other than its settings -> how a result that differs in it was made
     "fingerprint": "from other rows or docstrings",  # the docstrings are those that demo/pretrain.py reads
-    "label_names": "from other rows",
+    "label_names": "with other classes",
     "train_fingerprint": "from other rows",
     "test_fingerprint": "from other rows",
     "fingerprints": "from other rows",

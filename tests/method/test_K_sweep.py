@@ -1,10 +1,7 @@
-"""K_sweep.py: eigenproblems against scipy and mpmath, scores against their definitions, and the command line."""
+"""K_sweep.py: eigenproblems against scipy and mpmath, scores against their definitions on the data."""
 
 import dataclasses
-import json
-import shlex
-import shutil
-from pathlib import Path
+import math
 
 import mpmath
 import numpy as np
@@ -15,19 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
 
-import cache
 import K_sweep
-from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
-from utils.algebra.linalg import NestedBasis
-from utils.algebra.moments import LayerMoments, load_layer
-from utils.algebra.permuted_labels import draw_permuted_factors
-from utils.algebra.scores import NULL_SCORES, SCORES
-from utils.data.load import load_texts
-from utils.results import open_tensors
-from utils.script import UserError, parse
-from utils.settings import with_values
+from tests.conftest import configure
+from utils.algebra.moments import LayerMoments, Rounding
+from utils.algebra.scores import EXCESS, SCORES
 
-CPU = torch.device("cpu")
 FRACTIONS = (0.05, 0.3, 0.6, 0.95)
 
 
@@ -67,8 +56,21 @@ def moments_of(features, targets, states) -> LayerMoments:
     )
 
 
+def solve(moments, held_out=None, layer=0, num_random_draws=0, **options) -> dict:
+    """Every number of `sweep_layer` by its name."""
+    found = K_sweep.sweep_layer(moments, held_out, configure(K_sweep, **options), layer, num_random_draws)
+    return {**vars(found), **found.scores, **found.probe}
+
+
 def sweep(features, targets, states, **options) -> dict:
-    return K_sweep.sweep_layer(moments_of(features, targets, states), None, configure(K_sweep, **options), 0)
+    return solve(moments_of(features, targets, states), **options)
+
+
+def autoregression(moments) -> torch.Tensor:
+    """The eigenvectors of the autoregression problem with positive eigenvalues."""
+    return K_sweep.solve_generalized_eigenproblem(
+        moments.prefix_next_cross_moment, moments.prefix_second_moment
+    ).vectors
 
 
 def projector(vectors) -> np.ndarray:
@@ -77,12 +79,17 @@ def projector(vectors) -> np.ndarray:
 
 
 # ------------------------------------------------------------------ the eigenproblem
+def solution(factor, denominator):
+    solved = K_sweep.solve_generalized_eigenproblem(tensor(factor), tensor(denominator))
+    return solved.vectors, solved.eigenvalues, solved.whitener
+
+
 @pytest.mark.parametrize("num_columns", [3, 30])
 def test_solver_equals_scipy_at_full_rank(num_columns):
     random = np.random.default_rng(0)
     factor, root = random.normal(size=(30, num_columns)), random.normal(size=(30, 60))
     denominator = root @ root.T
-    vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(tensor(factor), tensor(denominator))
+    vectors, eigenvalues, whitener = solution(factor, denominator)
     expected, expected_vectors = scipy.linalg.eigh(factor @ factor.T, denominator)
     np.testing.assert_allclose(eigenvalues, expected[::-1][:num_columns], rtol=1e-9)
     signs = np.sign((vectors.numpy() * (denominator @ expected_vectors[:, ::-1][:, :num_columns])).sum(0))
@@ -96,7 +103,7 @@ def test_rank_deficient_denominator(rank):
     random = np.random.default_rng(rank)
     samples, labels = random.normal(size=(rank, 20)), random.normal(size=(rank, 3))
     denominator, factor = samples.T @ samples / rank, samples.T @ labels / rank
-    vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(tensor(factor), tensor(denominator))
+    vectors, eigenvalues, whitener = solution(factor, denominator)
     assert whitener.shape[1] == rank
     basis = scipy.linalg.orth(samples.T)
     expected = scipy.linalg.eigh(basis.T @ factor @ factor.T @ basis, basis.T @ denominator @ basis, eigvals_only=True)
@@ -112,8 +119,7 @@ def test_neither_unit_nor_one_massive_coordinate_changes_the_solution():
     solutions = []
     for factor in (np.ones(24), scale):
         scaled = features * factor
-        moments = tensor(scaled.T @ targets / 100), tensor(scaled.T @ scaled / 100)
-        vectors, eigenvalues, whitener = K_sweep.solve_generalized_eigenproblem(*moments)
+        vectors, eigenvalues, whitener = solution(scaled.T @ targets / 100, scaled.T @ scaled / 100)
         solutions.append((vectors * factor[:, None], eigenvalues, whitener.shape[1], whitener * factor[:, None]))
     (vectors, eigenvalues, rank, whitener), (vectors_scaled, eigenvalues_scaled, rank_scaled, whitener_scaled) = (
         solutions
@@ -137,9 +143,7 @@ def test_solver_against_forty_digits():
         expected_vectors = np.array([[float(vectors[i, j] / norms[j]) for j in (1, 0)] for i in range(6)])
         expected_values = [float(expected[1]), float(expected[0])]
     denominator = scipy.linalg.hilbert(6)
-    found, eigenvalues, _ = K_sweep.solve_generalized_eigenproblem(
-        tensor([[float(v) for v in row] for row in factor.tolist()]), tensor(denominator)
-    )
+    found, eigenvalues, _ = solution([[float(v) for v in row] for row in factor.tolist()], denominator)
     np.testing.assert_allclose(eigenvalues, expected_values, rtol=1e-8)
     signs = np.sign((found.numpy() * expected_vectors).sum(0))
     np.testing.assert_allclose(found * signs, expected_vectors, rtol=1e-6, atol=1e-6 * np.abs(expected_vectors).max())
@@ -149,7 +153,7 @@ def test_autoregression_is_the_reduced_rank_regression():
     """span V_k gives the least loss that any k-dimensional bottleneck of the prefixes can reach (Eckart-Young)."""
     _, _, states = make_data(50, 12, 2)
     prefix, following = states.cumsum(0)[:-1] / np.arange(1, len(states))[:, None], states[1:]
-    v, _, _ = K_sweep.solve_generalized_eigenproblem(tensor(prefix.T @ following), tensor(prefix.T @ prefix))
+    v, _, _ = solution(prefix.T @ following, prefix.T @ prefix)
     fitted = prefix @ np.linalg.lstsq(prefix, following, rcond=None)[0]
     singular_values = np.linalg.svd(fitted, compute_uv=False)
     for k in (1, 4, 9):
@@ -163,8 +167,7 @@ def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
     random = np.random.default_rng(2)
     root = random.normal(size=(10, 10)) * np.logspace(0, -1, 10)
     denominator, factor = tensor(root.T @ root), tensor(random.normal(size=(10, 3)))
-    vectors, _, whitener = K_sweep.solve_generalized_eigenproblem(factor, denominator)
-    complete = K_sweep.complete_by_variance(vectors, whitener, denominator)
+    complete = K_sweep.complete_by_variance(K_sweep.solve_generalized_eigenproblem(factor, denominator))
     np.testing.assert_allclose(complete.T @ denominator @ complete, np.eye(10), atol=1e-9)
     np.testing.assert_allclose(factor.T @ complete[:, 3:], 0, atol=1e-9)
     assert torch.all(complete[:, 3:].norm(dim=0).diff() > 0)  # C-norm 1: shorter means more variance
@@ -209,71 +212,77 @@ def test_fast_score_equals_the_reference(num_samples, num_classes):
     np.testing.assert_allclose(fast, expected, atol=1e-8)
 
 
-@pytest.mark.slow
-def test_fast_score_equals_the_reference_on_the_embedded_model(tiny_results):
-    with open_tensors(tiny_results["reference"]) as (file, metadata):
-        layers = [load_layer(file, metadata, layer, CPU) for layer in (0, 2, 4)]
-    for moments in layers:
-        config = configure(K_sweep, fractions=FRACTIONS, num_null_draws=2)
-        fast = K_sweep.sweep_layer(moments, None, config, 0)["ntps"]
-        expected = [K_sweep.ntps_reference(moments, fraction) for fraction in FRACTIONS]
-        np.testing.assert_allclose(fast, expected, atol=1e-6)
-
-
 # ------------------------------------------------------------------ the score
-def ntps_of(u, u_whitener, v, k_us, k_vs, largest=True) -> np.ndarray:
-    basis = NestedBasis.of(tensor(v))
-    labels, perception = (basis.coordinates(tensor(vectors)) for vectors in (u, u_whitener))
-    return K_sweep.ntps(labels, perception, k_us, k_vs, largest)[0].numpy()
+def ntps_of(u, u_whitener, v, fractions, order="largest") -> np.ndarray:
+    """`ntps` of columns U = W A, largest eigenvalue first and all of them different."""
+    coordinates = tensor(np.linalg.lstsq(u_whitener, u, rcond=None)[0])
+    solved = K_sweep.Eigenspace(tensor(u_whitener), coordinates, torch.arange(u.shape[1], 0, -1).double())
+    identity = torch.eye(len(u), dtype=torch.float64)
+    nested = K_sweep.NestedSubspaces.of(tensor(v), identity, identity, fractions)
+    return K_sweep.ntps(solved, nested, configure(K_sweep, fractions=fractions, eigenvectors=order))["ntps"].numpy()
 
 
-@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9))
+@given(st.integers(0, 10_000), st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
-def test_score_is_the_projection_ratio(seed, k_u, k_v):
+def test_score_is_the_projection_ratio(seed, k):
     """Against an explicit projector, at ranks where nothing is tied; and it lies in [0, 1]."""
     random = np.random.default_rng(seed)
     u, v = random.normal(size=(12, 9)) * np.logspace(0, 2, 9), random.normal(size=(12, 9)) * np.logspace(-2, 1, 9)
-    score = ntps_of(u, u, v, [k_u], [k_v])[0]
-    inside = projector(v[:, :k_v]) @ u[:, :k_u]
-    assert score == pytest.approx(np.square(inside).sum() / np.square(u[:, :k_u]).sum(), abs=1e-9)
+    score = ntps_of(u, u, v, (k / 9,))[0]
+    inside = projector(v[:, :k]) @ u[:, :k]
+    assert score == pytest.approx(np.square(inside).sum() / np.square(u[:, :k]).sum(), abs=1e-9)
     assert 0 <= score <= 1
 
 
 def test_one_inside_zero_orthogonal():
     orthonormal = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0]
     mixed = orthonormal[:, :4] @ np.random.default_rng(1).normal(size=(4, 4))
-    assert ntps_of(mixed, mixed, orthonormal[:, :6], [4], [6])[0] == pytest.approx(1, abs=1e-12)
-    assert ntps_of(mixed, mixed, orthonormal[:, 4:], [4], [6])[0] == pytest.approx(0, abs=1e-12)
+    assert ntps_of(mixed, mixed, orthonormal[:, :6], (1.0,))[0] == pytest.approx(1, abs=1e-12)
+    assert ntps_of(mixed, mixed, orthonormal[:, 4:], (1.0,))[0] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-def test_ties_are_the_average_over_random_bases(largest):
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+def test_ties_are_the_average_over_random_bases(order):
     """The closed form of the tied space against the released way of doing it, repeated over 4,000 random bases."""
     features, targets, states = make_data(300, 10, 3)
-    moments = moments_of(features, targets, states)
-    u, _, whitener = K_sweep.solve_generalized_eigenproblem(
-        moments.pooled_label_cross_moment, moments.pooled_second_moment
-    )
-    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
-    u, whitener, second_moment = u.numpy(), whitener.numpy(), moments.pooled_second_moment.numpy()
-    v = v.numpy() if largest else v.numpy()[:, ::-1].copy()
-    inside = whitener.T @ second_moment @ u
-    tied = whitener @ scipy.linalg.null_space(inside.T)  # M-orthonormal basis of the tied space, dimension 7
-    k_us, k_vs = [2, 5, 8, 10], [3, 5, 6, 9]
-    scores = ntps_of(u, whitener, v, k_us, k_vs, largest)
-    random = np.random.default_rng(0)
+    moments, fractions = moments_of(features, targets, states), (0.2, 0.5, 0.8, 1.0)
+    solved, v = K_sweep.perception(moments, center=False), autoregression(moments).numpy()
+    u, whitener = solved.vectors.numpy(), solved.whitener.numpy()
+    v = v if order == "largest" else v[:, ::-1].copy()
+    tied = whitener @ scipy.linalg.null_space(solved.coordinates.numpy().T)  # M-orthonormal, dimension 7
+    scores, random = ntps_of(u, whitener, v, fractions, order), np.random.default_rng(0)
     rotations = [np.linalg.qr(random.normal(size=(7, 7)))[0] for _ in range(4000)]
-    for score, k_u, k_v in zip(scores, k_us, k_vs, strict=True):
-        p = projector(v[:, :k_v])
-        numerators, denominators = [], []
-        for rotation in rotations:
-            columns = np.concatenate([u, tied @ rotation] if largest else [tied @ rotation, u[:, ::-1]], axis=1)[
-                :, :k_u
-            ]
-            numerators.append(np.square(p @ columns).sum())
-            denominators.append(np.square(columns).sum())
-        error = np.std(numerators) / np.mean(denominators) / np.sqrt(4000) + 1e-9
-        assert score == pytest.approx(np.mean(numerators) / np.mean(denominators), abs=5 * error)
+    for score, fraction in zip(scores, fractions, strict=True):
+        k = round(10 * fraction)
+        bases = [
+            [u, tied @ rotation] if order == "largest" else [tied @ rotation, u[:, ::-1]] for rotation in rotations
+        ]
+        columns = np.stack([np.concatenate(basis, axis=1)[:, :k] for basis in bases])
+        numerators = np.square(projector(v[:, :k]) @ columns).sum((1, 2))
+        denominator = np.square(columns).sum((1, 2)).mean()
+        error = numerators.std() / denominator / np.sqrt(4000) + 1e-9
+        assert score == pytest.approx(numerators.mean() / denominator, abs=5 * error)
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_tie_weights_are_the_shares_of_an_average_over_the_bases_of_each_eigenspace(seed, largest):
+    """Equal eigenvalues, some of them zero, share the columns that U_k takes of their space in equal parts."""
+    random = np.random.default_rng(seed)
+    sizes, num_tied = random.integers(1, 4, random.integers(1, 5)), int(random.integers(0, 6))
+    distinct = np.sort(random.uniform(0.1, 1, len(sizes)))[::-1]
+    eigenvalues = np.repeat(distinct, sizes) * (1 + 1e-14 * random.standard_normal(sizes.sum()))
+    space = np.append(np.repeat(np.arange(len(sizes)), sizes), np.full(num_tied, len(sizes)))
+    ks = list(range(1, len(space) + 1))
+    expected = np.zeros((len(ks), len(space)))
+    for k in ks:
+        columns = np.arange(k) if largest else np.arange(len(space))[::-1][:k]
+        for column in range(len(space)):
+            same = space == space[column]
+            expected[k - 1, column] = same[columns].sum() / same.sum()
+    weights = K_sweep.tie_weights(ks, tensor(eigenvalues), num_tied, largest).numpy()
+    np.testing.assert_allclose(weights[:, :-1], expected[:, : len(eigenvalues)], atol=3e-16)
+    np.testing.assert_allclose(weights[:, -1], expected[:, -1] if num_tied else 0, atol=3e-16)
 
 
 def test_rotating_the_features_changes_nothing():
@@ -309,16 +318,67 @@ def test_centring_equals_centred_data():
         prefix_mean=torch.zeros(12, dtype=torch.float64),
         next_mean=torch.zeros(12, dtype=torch.float64),
     )
-    expected = K_sweep.sweep_layer(centred, None, K_sweep.Config(), 0)
+    expected = solve(centred)
     for name in ("ntps", "ntps_label", "ntps_whitened", "retained"):
         np.testing.assert_allclose(prefix_mean[name], expected[name], atol=1e-9, err_msg=name)
 
 
 def test_fractions_are_floors_of_the_rank():
+    """Also where the product of floats is just below a whole number: .7 * 90 is 62.99999999999999."""
     fractions = K_sweep.Config().fractions
-    assert len(fractions) == 19
-    for rank in (1, 19, 20, 100, 896, 4096):
+    assert len(fractions) == 19 and math.floor(0.7 * 90) == 62
+    for rank in (1, 19, 20, 90, 100, 180, 896, 4096):
         assert K_sweep.num_directions(fractions, rank) == [max(1, i * rank // 20) for i in range(1, 20)]
+    features, targets, states = make_data(400, 90, 90, decades=1.0)  # 63 columns of U, none of them tied
+    moments = moments_of(features, targets, states)
+    assert K_sweep.ntps_reference(moments, 0.7) == pytest.approx(
+        solve(moments, fractions=(0.7,))["ntps"].item(), abs=1e-8
+    )
+    assert solve(moments, fractions=(0.7,))["chance"].item() == pytest.approx(63 / 90)
+
+
+# ------------------------------------------------------------------ coordinates
+def test_standardized_coordinates_are_those_of_scaled_data():
+    """The moments of the scaled data themselves; a coordinate without variance keeps its scale."""
+    features, targets, states = make_data(300, 12, 3)
+    features[:, 5] = 2.0
+    scale = np.where(np.arange(12) == 5, 1, 1 / np.maximum(features.std(0), 1e-9))
+    for options in ({}, {"center": True}, {"subspace": "pca"}, {"subspace": "random"}, {"eigenvectors": "smallest"}):
+        found = sweep(features, targets, states, coordinates="standardized", **options)
+        expected = sweep(features * scale, targets, states * scale, **options)
+        for name in (*SCORES, *EXCESS):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-8, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_scores_of_standardized_coordinates_do_not_depend_on_their_scale(center):
+    features, targets, states = make_data(300, 16, 4)
+    test = make_data(100, 16, 4, seed=1)
+    random = np.random.default_rng(3)
+    scale = 10 ** random.uniform(-3, 3, 16)
+    errors = {"prefix_second_error": 1e-9, "prefix_next_error": 1e-9}
+
+    def solved(scale, coordinates):
+        own, other = (moments_of(x * scale, y, s * scale) for x, y, s in ((features, targets, states), test))
+        variances = own.prefix_second_moment.diagonal()
+        noise = {name: level * variances.sqrt()[:, None] * variances.sum().sqrt() for name, level in errors.items()}
+        diagonals = {"pooled": 1e-12 * own.pooled_second_moment.diagonal(), "prefix": 1e-12 * variances}
+        own = dataclasses.replace(
+            own, rounding=Rounding(**diagonals, **noise, num_distinct_texts=300, num_distinct_pairs=600)
+        )
+        return solve(own, other, coordinates=coordinates, center=center)
+
+    ones = np.ones(16)
+    plain, found, scaled = solved(ones, "as_is"), solved(ones, "standardized"), solved(scale, "standardized")
+    probes = [name for name in plain if name.startswith("probe_")]
+    assert len(probes) == 4 and plain["rank_v"] == found["rank_v"] == scaled["rank_v"] == 16
+    for name in ("retained", "ntps_whitened", "excess_loss", *probes):  # V itself depends on the scale of next tokens
+        if name.startswith("probe"):
+            np.testing.assert_allclose(found[name], plain[name], rtol=1e-8, err_msg=name)
+        np.testing.assert_allclose(scaled[name], found[name], rtol=0, atol=1e-8, err_msg=name)
+    for name in ("ntps", "ntps_label", "excess_upper_euclidean"):
+        np.testing.assert_allclose(scaled[name], found[name], atol=1e-8, err_msg=name)
+    assert (plain["ntps_label"] - solved(scale, "as_is")["ntps_label"]).abs().max() > 0.01
 
 
 # ------------------------------------------------------------------ excess loss, bounds, probe
@@ -333,7 +393,7 @@ def test_excess_is_the_difference_of_two_least_squares_losses(num_samples):
     features, targets, states = make_data(num_samples, 24, 4)
     result = sweep(features, targets, states)
     moments = moments_of(features, targets, states)
-    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    v = autoregression(moments)
     best = least_squares_loss(features, targets)
     explained = np.square(targets - targets.mean(0)).sum(1).mean() - best
     for i, k in enumerate(K_sweep.num_directions(K_sweep.Config().fractions, 24)):
@@ -347,10 +407,36 @@ def test_whitened_score_is_the_overlap_of_whitened_subspaces():
     result, moments = sweep(features, targets, states), moments_of(features, targets, states)
     root = scipy.linalg.sqrtm(moments.pooled_covariance.numpy()).real
     left = np.linalg.svd(np.linalg.inv(root) @ moments.pooled_label_covariance.numpy())[0][:, :4]  # rank c - 1
-    v, _, _ = K_sweep.solve_generalized_eigenproblem(moments.prefix_next_cross_moment, moments.prefix_second_moment)
+    v = autoregression(moments)
     for i, k in enumerate(K_sweep.num_directions(K_sweep.Config().fractions, 15)):
         expected = np.square(projector(root @ v[:, :k].numpy()) @ left).sum() / 4
         assert result["ntps_whitened"][i].item() == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("num_samples", [300, 10])
+def test_euclidean_bounds_are_those_of_the_extreme_eigenvalues(num_samples):
+    """s^2 times an extreme eigenvalue of Sigma times |U - P U|^2, all dense; the smallest is 0 with fewer texts."""
+    features, targets, states = make_data(num_samples, 16, 4, decades=1.0)
+    found, moments = sweep(features, targets, states), moments_of(features, targets, states)
+    sigma = np.cov(features.T, bias=True)
+    basis = scipy.linalg.orth((features - features.mean(0)).T) if num_samples < 16 else np.eye(16)
+    cross = basis.T @ moments.pooled_label_covariance.numpy()
+    values, u = scipy.linalg.eigh(cross @ cross.T, basis.T @ sigma @ basis)
+    smallest, largest = np.linalg.eigvalsh(sigma)[[0, -1]] * (num_samples > 16, 1)
+    if num_samples > 16:  # U is unique: it does not depend on the axes in which a singular Sigma is whitened
+        v = autoregression(moments).numpy()
+        outside = [
+            u[:, -3:] - projector(v[:, :k]) @ u[:, -3:] for k in K_sweep.num_directions(K_sweep.Config().fractions, 16)
+        ]
+        missing = np.array([np.square(part).sum() for part in outside])
+        np.testing.assert_allclose(found["excess_upper_euclidean"], values[-1] * largest * missing, rtol=1e-7)
+        np.testing.assert_allclose(found["excess_lower_euclidean"], values[-3] * smallest * missing, rtol=1e-7)
+        assert smallest > 0
+    else:
+        assert not found["excess_lower_euclidean"].any()
+    slack = 1e-12
+    assert torch.all(found["excess_lower_euclidean"] <= found["excess_loss"] + slack)
+    assert torch.all(found["excess_loss"] <= found["excess_upper_euclidean"] + slack)
 
 
 @pytest.mark.parametrize("targets_are", ["classes", "numbers"])
@@ -359,12 +445,7 @@ def test_probe_equals_scikit_learn_on_both_splits(targets_are):
     if targets_are == "numbers":
         targets = features[:, :1] - 2 * features[:, 1:2] + np.random.default_rng(0).normal(size=(400, 1))
     train, test = slice(0, 250), slice(250, None)
-    result = K_sweep.sweep_layer(
-        moments_of(features[train], targets[train], states),
-        moments_of(features[test], targets[test], states),
-        K_sweep.Config(),
-        0,
-    )
+    result = solve(*(moments_of(features[rows], targets[rows], states) for rows in (train, test)))
     probe = LinearRegression().fit(features[train], targets[train])
     for suffix, rows in (("", train), ("_held_out", test)):
         error = np.square(targets[rows] - probe.predict(features[rows])).mean()
@@ -394,22 +475,19 @@ def test_pca_is_the_paper_score_and_the_probe_within_the_first_principal_directi
         assert result["retained"][i].item() == pytest.approx(retained, abs=1e-8)
 
 
-@pytest.mark.slow
 def test_a_random_subspace_is_at_chance_and_the_same_for_a_seed():
     features, targets, states = make_data(300, 16, 4, seed=2)
     moments, chance = moments_of(features, targets, states), sweep(features, targets, states)["chance"]
 
     def of_seed(seed, layer=0):
-        return K_sweep.sweep_layer(
-            moments, None, configure(K_sweep, subspace="random", seed=seed, num_null_draws=2), layer
-        )
+        return solve(moments, layer=layer, subspace="random", seed=seed, num_null_draws=2)
 
     scores = torch.stack([of_seed(seed)["ntps_label"] for seed in range(200)])
     error = scores.std(0) / 200**0.5
     assert torch.all((scores.mean(0) - chance).abs() < 5 * error)
     assert torch.equal(of_seed(0)["ntps_label"], scores[0])
     assert not torch.allclose(of_seed(0, layer=1)["ntps_label"], scores[0], atol=1e-3)
-    v = K_sweep.subspace_directions(moments, K_sweep.Config(subspace="random"), 0).numpy()
+    v = K_sweep.control_subspace(moments, K_sweep.Config(subspace="random"), 16, 0).numpy()
     best = least_squares_loss(features, targets)
     explained = np.square(targets - targets.mean(0)).sum(1).mean() - best
     expected = [1 - (least_squares_loss(features @ v[:, :k], targets) - best) / explained for k in (1, 8, 15)]
@@ -421,225 +499,3 @@ def test_every_subspace_has_as_many_directions_as_the_autoregression():
     few = states[:8]  # seven prefixes
     ranks = {of: sweep(features, targets, few, subspace=of)["rank_v"] for of in ("autoregression", "pca", "random")}
     assert set(ranks.values()) == {7}
-
-
-def test_only_options_other_than_the_default_stand_in_the_name():
-    def name(**options):
-        return K_sweep.output_path(configure(K_sweep, dataset_name="docstrings/kind", **options)).as_posix()
-
-    folder = "results/ntps/tiny/docstrings__kind"
-    assert name() == name(subspace="autoregression") == f"{folder}.json"
-    assert name(subspace="pca") == f"{folder}.pca.json"
-    assert name(subspace="random", split="test", center=True) == f"{folder}.test.random.centered.json"
-    assert name(eigenvectors="smallest") == f"{folder}.smallest.json"
-
-
-# ------------------------------------------------------------------ permuted labels
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
-def test_closed_form_null_agrees_with_real_permutations(n, d, c):
-    features, targets, states = make_data(n, d, c, seed=7)
-    drawn = sweep(features, targets, states, num_null_draws=1000)["null_draws"]
-    random = np.random.default_rng(0)
-    names = NULL_SCORES
-    real = {name: [] for name in names}
-    for _ in range(200):
-        permuted = sweep(features, random.permutation(targets), states, num_null_draws=2)
-        for name in names:
-            real[name].append(permuted[name].numpy())
-    for name in names:
-        permutations, draws = np.stack(real[name]), drawn[name].numpy()
-        standard_error = permutations.std(0) / np.sqrt(200) + draws.std(0) / np.sqrt(1000) + 1e-9
-        assert np.all(np.abs(permutations.mean(0) - draws.mean(0)) < 5 * standard_error), name
-        spread, drawn_spread = (np.diff(np.quantile(of.mean(1), [0.1, 0.9])) for of in (permutations, draws))
-        assert spread == pytest.approx(drawn_spread, rel=0.25, abs=1e-9), name  # quantiles: some tails are long
-
-
-def test_draws_have_the_known_mean():
-    """E tr(S' Sigma^-1 S) = rank tr(label covariance) / (n - 1), exactly, under permuted labels."""
-    p = np.array([0.5, 0.3, 0.2])
-    label_covariance = tensor(np.diag(p) - np.outer(p, p))
-    for n, rank in ((200, 30), (40, 30), (31, 30), (33, 30)):
-        drawn = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
-        totals = drawn.factors.square().sum((1, 2))
-        expected = rank * label_covariance.trace() / (n - 1)
-        assert abs(totals.mean() - expected) < 5 * totals.std() / 4000**0.5 + 1e-12
-        np.testing.assert_allclose(drawn.bases.mT @ drawn.bases, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
-
-
-# ------------------------------------------------------------------ the embedded model, and the command line
-def shuffled_texts(settings, run, split):
-    """The texts of `load_texts` in another order."""
-    data = load_texts(settings, run, split)
-    order = np.random.default_rng(1).permutation(len(data.texts))
-    return dataclasses.replace(data, texts=[data.texts[i] for i in order], labels=data.labels[order])
-
-
-@pytest.fixture(scope="module")
-def tiny_results(tmp_path_factory):
-    """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
-    ways = {
-        "reference": {},
-        "small batches": {"tokens_per_batch": 256},
-        "float64 products": {"product_dtype": "float64"},
-        "shuffled texts": {},
-    }
-    results = {}
-    for way, options in ways.items():
-        folder = tmp_path_factory.mktemp("tiny")
-        config = configure(cache, dataset_name="docstrings/kind", max_samples=1500, results_dir=folder, **options)
-        with pytest.MonkeyPatch.context() as patch:
-            if way == "shuffled texts":
-                patch.setattr(cache, "load_texts", shuffled_texts)
-            cache.main(config)
-        [results[way]] = folder.glob("moments/*/*/train.safetensors")
-    return results
-
-
-def layers_of(path) -> list[dict]:
-    with open_tensors(path) as (file, metadata):
-        num_layers = metadata["num_layers"]
-        layers = [load_layer(file, metadata, layer, CPU) for layer in range(num_layers)]
-    config = K_sweep.Config(num_null_draws=2)
-    return [K_sweep.sweep_layer(moments, None, config, i) for i, moments in enumerate(layers)]
-
-
-@pytest.mark.slow
-def test_excess_lies_within_its_bounds_on_the_embedded_model(tiny_results):
-    for layer in layers_of(tiny_results["reference"]):
-        excess, slack = layer["excess_loss"], 1e-9
-        for form in ("", "_euclidean"):
-            assert torch.all(layer[f"excess_lower{form}"] <= excess + slack), layer["layer"]
-            assert torch.all(excess <= layer[f"excess_upper{form}"] + slack), layer["layer"]
-        assert torch.all(excess[:-1] - excess[1:] >= -slack)  # a larger V never loses more
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["small batches", "float64 products", "shuffled texts"])
-def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
-    reference, other = layers_of(tiny_results["reference"]), layers_of(tiny_results[way])
-    for a, b in zip(reference, other, strict=True):
-        assert (a["rank_u"], a["rank_v"], a["rank_label"]) == (b["rank_u"], b["rank_v"], b["rank_label"])
-        for name in SCORES:
-            assert (a[name] - b[name]).abs().max() < 1e-4, (name, a["layer"])
-
-
-@pytest.fixture(scope="module")
-def cached(model_dirs, rows_path, tmp_path_factory):
-    """A results folder with the moments of both splits in bfloat16; and the settings K_sweep.py needs to find them."""
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    names["results_dir"] = tmp_path_factory.mktemp("cached")
-    for split in ("train", "test"):
-        cache.main(configure(cache, **names, split=split, dtype="bfloat16"))
-    return names
-
-
-@pytest.fixture
-def names(cached, tmp_path):
-    """Of a copy of `cached`."""
-    return cached | {"results_dir": shutil.copytree(cached["results_dir"], tmp_path / "results")}
-
-
-def test_from_moments_to_json_and_picture(names, monkeypatch, capsys):
-    call = [word for name, value in names.items() for word in (f"--{name}", value)]
-    assert run_in_process(monkeypatch, "K_sweep.py", *call) == 0
-    path = names["results_dir"] / "ntps" / Path(names["model_name"]).name / "rows.json"
-    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
-    content = json.loads(path.read_text())
-    assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
-    for layer in content["layers"]:
-        for name in (*SCORES, "chance", "excess_loss", "excess_lower", "excess_upper"):
-            assert len(layer[name]) == len(content["fractions"]) == 19
-        assert set(layer["null"]) == {"ntps_label", "ntps_whitened", "retained"}
-        assert 0 <= layer["probe_r2"] <= 1 and layer["probe_r2_held_out"] is not None
-    value = np.mean(content["layers"][-1]["retained"])
-    assert content["score"]["retained"]["value"] == pytest.approx(value)
-    assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".pdf").is_file()
-
-
-def test_settings_left_at_their_default_are_those_of_the_moments(names):
-    result = K_sweep.run(configure(K_sweep, **names, picture=False, num_null_draws=2))
-    assert result["config"]["dtype"] == "bfloat16"
-    with pytest.raises(UserError, match=r"dtype: 'bfloat16' there, 'float16' now"):
-        K_sweep.run(configure(K_sweep, **names, picture=False, dtype="float16"))
-    with pytest.raises(UserError, match=r"max_samples: None there, 20 now"):
-        K_sweep.run(configure(K_sweep, **names, picture=False, max_samples=20))
-
-
-def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    first, solve = K_sweep.run(config), K_sweep.sweep_layer
-
-    def no_work(*_):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(K_sweep, "sweep_layer", no_work)
-    assert K_sweep.run(config) == first
-    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
-        K_sweep.run(with_values(config, seed=1))
-    monkeypatch.setattr(K_sweep, "sweep_layer", solve)
-    K_sweep.run(with_values(config, eigenvectors="smallest", center=True))
-    folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
-    assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
-    cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
-    with pytest.raises(UserError, match=r"other moments.*--overwrite"):
-        K_sweep.run(config)
-
-
-def test_a_retrained_model_is_noticed(names, model_dirs, tmp_path):
-    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
-    names = names | {"model_name": str(folder)}
-    cache.main(configure(cache, **names))
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    K_sweep.run(config)
-    retrain(folder)
-    with pytest.raises(UserError, match="other weights of the model"):
-        K_sweep.run(config)
-    shutil.rmtree(folder)  # moments are solved without the model, where it is not there
-    folder.mkdir()
-    K_sweep.run(with_values(config, overwrite=True))
-
-
-def test_missing_moments_name_a_command_that_makes_them(tmp_path):
-    """The name of an adapted model is of a folder of results; cache.py takes the model and its adapter."""
-    wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "max_samples": 90, "split": "test"}
-    with pytest.raises(UserError, match=r"No moments at .*Run: python cache\.py ") as raised:
-        K_sweep.run(configure(K_sweep, **wanted, results_dir=tmp_path))
-    script, *arguments = shlex.split(str(raised.value).split("Run: python ")[1])
-    assert script == "cache.py"
-    adapter = tmp_path / "lora" / "tiny" / "docstrings__kind" / "adapter"
-    expected = wanted | {"model_name": "tiny", "adapter_dir": adapter, "results_dir": tmp_path}
-    parsed = parse(cache.Config, arguments)
-    assert parsed == configure(cache, **expected)
-    assert str(cache.config_path(parsed)) in str(raised.value)  # where K_sweep.py looked
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--fractions", "0.5", "1.5"], r"--fractions must be in (0, 1]"),
-        (["--num_null_draws", "1"], "--num_null_draws must be at least 2"),
-        (["--device", "gpu9"], "--device gpu9 cannot be used here"),
-    ],
-)
-def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
-    code, printed = run_in_process(monkeypatch, "K_sweep.py", *options, "--results_dir", tmp_path), capsys.readouterr()
-    assert code == 2 or code.startswith("error: ")
-    assert message in " ".join(f"{code} {printed.err} {printed.out}".replace("│", " ").split())
-    assert not any(tmp_path.iterdir())  # before a pass through the model
-
-
-def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path, monkeypatch):
-    """They do for the train split, where the test split only judges the probe."""
-    folder = tmp_path / "numbers"
-    folder.mkdir()
-    for split, spread in (("train", 0.1), ("test", 0.0)):
-        rows = [{"text": text, "label": 0.1 + spread * (i % 7)} for i, text in enumerate(make_texts(40))]
-        write_rows(folder / f"{split}.jsonl", rows)
-    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(folder), "results_dir": tmp_path / "results"}
-    for split in ("train", "test"):
-        cache.main(configure(cache, **shared, split=split))
-    arguments = [word for name, value in shared.items() for word in (f"--{name}", value)]
-    message = run_in_process(monkeypatch, "K_sweep.py", *arguments, "--split", "test", "--no_picture")
-    assert message.startswith("error: The labels of ") and "test.safetensors are all equal. See --split" in message
-    assert run_in_process(monkeypatch, "K_sweep.py", *arguments, "--no_picture") == 0

@@ -5,7 +5,15 @@ import pytest
 import scipy.linalg
 import torch
 
-from utils.algebra.linalg import NestedBasis, captured, inverse_root, whiten, without_constants
+from utils.algebra.linalg import (
+    NestedBasis,
+    Noise,
+    inverse_root,
+    noise_probes,
+    projected_norms,
+    whiten,
+    without_constants,
+)
 
 
 def tensor(array) -> torch.Tensor:
@@ -20,7 +28,7 @@ def covariance_of(spectrum, seed=0) -> np.ndarray:
 
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 2, 9), np.logspace(0, -12, 9), np.r_[np.ones(5), np.zeros(4)]])
 def test_whitener_gives_scipy_s_inverse(spectrum):
-    """W W' is the inverse on the range: full rank (the Cholesky way), badly conditioned, and rank-deficient."""
+    """W W' is the inverse on the range: full rank, badly conditioned, and rank-deficient."""
     matrix = covariance_of(spectrum)
     whitener = whiten(tensor(matrix)).numpy()
     rank = int((spectrum > 0).sum())
@@ -75,14 +83,31 @@ def test_constant_features_are_taken_out_by_their_spread_and_not_by_their_unit()
 def test_nested_basis_spans_what_qr_spans_at_every_k(num_vectors):
     random = np.random.default_rng(num_vectors)
     vectors = random.normal(size=(12, num_vectors)) * np.logspace(0, 6, num_vectors)
-    points, matrix = random.normal(size=(12, 7)), random.normal(size=(3, 12))
-    basis = NestedBasis.of(tensor(vectors))
-    coordinates = basis.coordinates(tensor(points)).numpy()
+    points = random.normal(size=(12, 7))
+    basis = NestedBasis.of(tensor(vectors)).q.numpy()
+    coordinates = basis.T @ points
     q = np.linalg.qr(vectors)[0]
     np.testing.assert_allclose(np.abs(coordinates[:num_vectors]), np.abs(q.T @ points), atol=1e-12)
     np.testing.assert_allclose(np.square(coordinates).sum(0), np.square(points).sum(0))  # Q is square and orthogonal
-    np.testing.assert_allclose(np.abs(basis.change_of(tensor(matrix))[:, :num_vectors]), np.abs(matrix @ q), atol=1e-12)
     ks = [1, num_vectors, 12]
     inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks[:2]]
-    found = captured(tensor(coordinates), ks).numpy()
+    found = projected_norms(tensor(coordinates), ks).numpy()
     np.testing.assert_allclose(found, [*inside, np.square(points).sum(0)], atol=1e-12)
+
+
+@pytest.mark.parametrize(("smallest", "rank"), [(4.5e-8, 50), (1e-9, 49)])
+def test_measured_errors_explain_a_null_space_and_not_one_direction_that_stands_alone(smallest, rank):
+    """Ten exact zeros show as eigenvalues of the size of the errors times sqrt(10); the lone one is 20 errors large.
+
+    A cut at the norm of all errors together, sqrt(60) times one of them, would drop it too.
+    """
+    random, units = np.random.default_rng(0), np.logspace(-2, 2, 60)
+    spectrum = np.r_[np.linspace(1, 2, 49), smallest, np.zeros(10)]
+    axes = scipy.linalg.hadamard(64)[:60, :60] / 8
+    axes = np.linalg.qr(axes + 1e-3 * random.normal(size=(60, 60)))[0]
+    exact = axes * spectrum @ axes.T
+    error = 2e-9 * random.normal(size=(60, 60))
+    error = (error + error.T) / np.sqrt(2) * np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    matrix, error = exact * np.outer(units, units) + error * np.outer(units, units), error * np.outer(units, units)
+    noise = Noise(torch.zeros(60, dtype=torch.float64), tensor(error) @ noise_probes(60))
+    assert whiten(tensor(matrix), noise=noise).shape[1] == rank

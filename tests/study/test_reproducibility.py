@@ -18,7 +18,7 @@ FRACTIONS = tuple(i / 12 for i in range(1, 13))
 
 def our_score(moments, **options) -> float:
     result = K_sweep.sweep_layer(moments, None, configure(K_sweep, **options), 0)
-    return result["ntps"].mean().item()
+    return result.scores["ntps"].mean().item()
 
 
 def moments_of_rank(num_labels: int, hidden_size: int = 12):

@@ -1,7 +1,7 @@
-"""Scores of pooled features for labels in closed form, from the moments of one layer: H-score, LogME, CKA, ridge, ...
+"""Scores of pooled features for labels in closed form, from the moments of one layer: ridge, H-score, LogME, CKA, R2.
 
-Nothing here sees a text: n, the mean of m m', of m y' and of m are enough, with |m|^4 and |m|^2 m for one kind of
-shrinkage. Each score comes with its mean and standard deviation under permuted labels, and says where it means nothing.
+Each score comes with its mean and standard deviation under permuted labels, and says where it means nothing. Nothing
+here sees a text: n, the mean of m m', of m y' and of m are enough, with |m|^4 and |m|^2 m for Ledoit-Wolf shrinkage.
 
 Symbols: n texts, d features, c classes; Sigma the covariance of the features, S that with the one-hot labels, p the
 class shares, D = diag(p) - p p' the covariance of the labels, W the whitener of Sigma, rho its rank, N = n - 1.
@@ -16,55 +16,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.algebra.linalg import eigen_cut, rounding, whiten
-from utils.algebra.moments import LayerMoments, probe_scores
-from utils.algebra.permuted_labels import draw_permuted_factors
-from utils.algebra.ridge import Judged, Value, fold_parts, part_of, ridge
+from utils.algebra.linalg import rounding, whiten
+from utils.algebra.moments import LayerMoments
+from utils.algebra.nulls import draw_permuted_factors
+from utils.algebra.ridge import RidgeFit, Value, about_means_of, fold_moments, probe_scores, ridge, whole_split
 
 NUM_DRAWS = 30  # of LogME under permuted labels; every other null is a formula
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What a score is, for a table's head and for who reads its numbers."""
+    """A score's name and reading, for tables and their readers; larger is better for each."""
 
     name: str
     label: str
-    low: float | None  # range; None: unbounded
-    high: float | None
-    higher_is_better: bool | None  # None: it does not see the labels
-    chance: str  # under permuted labels
     saturates: bool = False  # has its best value whatever the labels once n <= d
     needs_classes: bool = False  # not defined for regression
 
 
 DEFINITIONS = (
-    Definition("ridge_r2", "ridge R2, cross-validated", None, 1, True, "slightly below 0"),
-    Definition("h_oas", "H-score, OAS shrinkage", 0, None, True, "about rho (c-1) / N", needs_classes=True),
-    Definition("h_ledoit_wolf", "H-score, Ledoit-Wolf", 0, None, True, "about rho (c-1) / N", needs_classes=True),
-    Definition("h_olse", "H-score, OLSE shrinkage", 0, None, True, "about rho (c-1) / N", needs_classes=True),
-    Definition("logme", "LogME", None, None, True, "by draws"),
-    Definition("cka", "linear CKA", 0, 1, True, "tr Sigma tr D / (N |Sigma| |D|)"),
-    Definition("alignment", "kernel-target alignment", 0, 1, True, "that of the mean alone, and CKA's part"),
-    Definition("probe_r2_held_out", "least-squares R2, held out", None, 1, True, "below 0 by about rho / N"),
-    Definition("probe_r2", "least-squares R2, train", 0, 1, True, "rho / N", saturates=True),
-    Definition("h_score", "H-score", 0, None, True, "rho (c-1) / N", saturates=True, needs_classes=True),
-    Definition("h_share", "H-score / (c-1)", 0, 1, True, "rho / N", saturates=True, needs_classes=True),
-    Definition("effective_rank", "effective rank", 1, None, None, "the same"),
-    Definition("participation_ratio", "participation ratio", 1, None, None, "the same"),
+    Definition("ridge_r2", "ridge R2, cross-validated"),
+    Definition("h_oas", "H-score, OAS shrinkage", needs_classes=True),
+    Definition("h_ledoit_wolf", "H-score, Ledoit-Wolf", needs_classes=True),
+    Definition("logme", "LogME"),
+    Definition("cka", "linear CKA"),
+    Definition("probe_r2_held_out", "least-squares R2, held out"),
+    Definition("probe_r2", "least-squares R2, train", saturates=True),
 )
 NAMES = tuple(definition.name for definition in DEFINITIONS)
 LABELS = {definition.name: definition.label for definition in DEFINITIONS}
-SEEING = tuple(definition.name for definition in DEFINITIONS if definition.higher_is_better)
+
+
+def weighted_null(weights: Tensor, num_labels: int, freedom: int) -> tuple[float, float]:
+    """Mean and deviation of sum_k w_k P_kk, P a random projector of rank `num_labels` in `freedom` dimensions.
+
+    Permuted labels make P of the label directions, whitened; w = 1 gives the H-score without shrinkage.
+    """
+    b, n = min(num_labels, freedom), freedom
+    mean = weights.sum().item() * b / n
+    if n < 2:
+        return mean, 0.0
+    one = 2 * b * (n - b) / (n**2 * (n + 2))  # variance of one P_kk; the P_kk sum to b
+    square = weights.square().sum().item()
+    variance = one * (square - (weights.sum().item() ** 2 - square) / (n - 1))
+    return mean, math.sqrt(max(0.0, variance))
 
 
 # ------------------------------------------------------------------ H-score
-def label_root(moments: LayerMoments) -> Tensor:
-    """S diag(p)^-1/2, (d, classes present): its square is the between-class covariance S_b."""
-    present = moments.label_mean > 0
-    return moments.pooled_label_covariance[:, present] * moments.label_mean[present].rsqrt()
-
-
 def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
     """Ledoit and Wolf's shrinkage intensity: scikit-learn's, from sum |m|^4 and sum |m|^2 m."""
     q, v = moments.pooled_norm_fourth_power, moments.pooled_norm_squared_pooled
@@ -81,52 +79,25 @@ def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
 
 def oas(moments: LayerMoments, sigma: Tensor) -> float:
     """The shrinkage intensity of Chen et al.'s oracle approximating shrinkage: scikit-learn's."""
-    d = len(sigma)
-    mean_square, level = sigma.square().mean(), sigma.trace() / d
-    rest = mean_square - level**2 / d
+    mean_square, level = sigma.square().mean(), sigma.trace() / len(sigma)
+    rest = mean_square - level**2 / len(sigma)
     shrinkage = (mean_square + level**2) / ((moments.num_samples + 1) * rest)
     return min(1.0, shrinkage.item()) if rest > 0 else 1.0
 
 
-def olse(moments: LayerMoments, sigma: Tensor) -> float:
-    """Bodnar et al.'s shrinkage intensity."""
-    rest = sigma.square().sum() - sigma.trace() ** 2 / len(sigma)
-    return min(1.0, (sigma.trace() ** 2 / moments.num_samples / rest).item()) if rest > 0 else 1.0
+SHRINKAGES: dict[str, Callable[[LayerMoments, Tensor], float]] = {"h_oas": oas, "h_ledoit_wolf": ledoit_wolf}
 
 
-SHRINKAGES: dict[str, Callable[[LayerMoments, Tensor], float]] = {
-    "h_oas": oas,
-    "h_ledoit_wolf": ledoit_wolf,
-    "h_olse": olse,
-}
+def h_scores(moments: LayerMoments, spectrum: tuple[Tensor, Tensor]) -> dict[str, Value]:
+    """(1-a) n/(n-1) tr(Sigma_a^-1 S_b) for each shrinkage a, Sigma_a = (1-a) Sigma + a (tr Sigma / d) I.
 
-
-def weighted_null(weights: Tensor, num_labels: int, freedom: int) -> tuple[float, float]:
-    """Mean and deviation of sum_k w_k P_kk, P a random projector of rank `num_labels` in `freedom` dimensions.
-
-    That is what the label directions, whitened, are under permuted labels; w = 1 gives the H-score.
+    S_b = S diag(p)^-1 S' is the covariance between classes.
     """
-    b, n = min(num_labels, freedom), freedom
-    mean = weights.sum().item() * b / n
-    if n < 2:
-        return mean, 0.0
-    one = 2 * b * (n - b) / (n**2 * (n + 2))  # variance of one P_kk; the P_kk sum to b
-    square = weights.square().sum().item()
-    variance = one * (square - (weights.sum().item() ** 2 - square) / (n - 1))
-    return mean, math.sqrt(max(0.0, variance))
-
-
-def h_scores(moments: LayerMoments, whitener: Tensor, spectrum: tuple[Tensor, Tensor]) -> dict[str, Value]:
-    """H = tr(Sigma^+ S_b), its share of c - 1, and (1-a) n/(n-1) tr(Sigma_a^-1 S_b) for each shrinkage a."""
-    root, freedom, rank = label_root(moments), moments.num_samples - 1, whitener.shape[1]
-    num_labels = root.shape[1] - 1
-    eigenvalues, basis = spectrum
-    value = (whitener.T @ root).square().sum().item()
-    mean, std = weighted_null(torch.ones(min(rank, freedom)), num_labels, freedom)
-    scores = {"h_score": Value(value, mean, std)}
-    scores["h_share"] = Value(*(number / num_labels for number in scores["h_score"]))
+    (eigenvalues, basis), sigma, freedom = spectrum, moments.pooled_covariance, moments.num_samples - 1
+    present = moments.label_mean > 0
+    root = moments.pooled_label_covariance[:, present] * moments.label_mean[present].rsqrt()
     along = (basis.T @ root).square().sum(1)
-    sigma = moments.pooled_covariance
+    scores = {}
     for name, shrinkage in SHRINKAGES.items():
         a = shrinkage(moments, sigma)
         if math.isnan(a):
@@ -134,9 +105,9 @@ def h_scores(moments: LayerMoments, whitener: Tensor, spectrum: tuple[Tensor, Te
         factor = (1 - a) * moments.num_samples / freedom
         shrunk = (1 - a) * eigenvalues + a * sigma.trace() / len(sigma)
         kept = shrunk > 0
-        weights = factor * eigenvalues[kept] / shrunk[kept]
         value = factor * (along[kept] / shrunk[kept]).sum().item()
-        scores[name] = Value(value, *weighted_null(weights, num_labels, freedom))
+        null = weighted_null(factor * eigenvalues[kept] / shrunk[kept], root.shape[1] - 1, freedom)
+        scores[name] = Value(value, *null)
     return scores
 
 
@@ -177,17 +148,16 @@ def log_evidence(eigenvalues: Tensor, projected: Tensor, squares: Tensor, n: int
     return (evidence - n * math.log(2 * math.pi)) / (2 * n)
 
 
-def logme(moments: LayerMoments, spectrum: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], random: Any) -> Value:
+def logme(moments: LayerMoments, spectrum: tuple[Tensor, Tensor], random: np.random.Generator) -> Value:
     """LogME, mean over classes; the null by draws.
 
     Args:
         moments: of the layer.
         spectrum: eigenvalues and eigenvectors of Sigma, without zeros.
-        second: the same of M.
         random: source of randomness.
     """
     n, d = moments.num_samples, len(moments.pooled_mean)
-    eigenvalues, basis = second
+    eigenvalues, basis = nonzero_spectrum(moments.pooled_second_moment)
     squares = n * moments.label_second_moment.diagonal()
     projected = n * basis.T @ moments.pooled_label_cross_moment
     value = log_evidence(n * eigenvalues, projected, squares, n, d).mean().item()
@@ -201,51 +171,36 @@ def logme(moments: LayerMoments, spectrum: tuple[Tensor, Tensor], second: tuple[
     return Value(value, null.mean().item(), null.std().item())
 
 
-# ------------------------------------------------------------------ kernels and the spectrum
-def kernel_scores(moments: LayerMoments) -> dict[str, Value]:
-    """Linear CKA |S|^2 / (|Sigma| |D|), and its uncentred twin |B|^2 / (|M| |mean of y y'|)."""
-    sigma, labels, cross = moments.pooled_covariance, moments.label_covariance, moments.pooled_label_covariance
-    freedom, p, mean = moments.num_samples - 1, moments.label_mean, moments.pooled_mean
-    expected = (sigma.trace() * labels.trace() / freedom).item()
-    variance = (2 * sigma.square().sum() * labels.square().sum() / freedom**2).item()
-    scale = (sigma.norm() * labels.norm()).item() or math.nan
-    scores = {"cka": Value(cross.square().sum().item() / scale, expected / scale, math.sqrt(variance) / scale)}
-    scale = (moments.pooled_second_moment.norm() * moments.label_second_moment.norm()).item()
-    constant = ((mean @ mean) * (p @ p)).item()
-    variance += (4 * (mean @ sigma @ mean) * (p @ labels @ p) / freedom).item()
-    value = moments.pooled_label_cross_moment.square().sum().item()
-    scores["alignment"] = Value(value / scale, (constant + expected) / scale, math.sqrt(variance) / scale)
-    return scores
-
-
 def nonzero_spectrum(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix; the `rank` largest, or those above d * eps."""
     eigenvalues, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
-    kept = eigen_cut(eigenvalues, rounding(len(matrix))) & (eigenvalues > 0)
+    kept = eigenvalues > rounding(len(matrix)) * eigenvalues[-1].clamp(min=0)
     if rank is not None:
-        kept &= torch.arange(len(eigenvalues)).to(kept.device) >= len(eigenvalues) - rank
+        kept[: len(eigenvalues) - rank] = False
     return eigenvalues[kept], basis[:, kept]
 
 
-def effective_rank(eigenvalues: Tensor) -> float:
-    """exp of the entropy of the singular values of the features, from the eigenvalues of M (RankMe)."""
-    shares = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
-    return torch.exp(-(shares * shares.log()).sum()).item()
+# ------------------------------------------------------------------ CKA, least squares
+def cka(moments: LayerMoments) -> Value:
+    """Linear CKA |S|^2 / (|Sigma| |D|)."""
+    sigma, labels = moments.pooled_covariance, moments.label_covariance
+    freedom, scale = moments.num_samples - 1, (sigma.norm() * labels.norm()).item() or math.nan
+    mean = (sigma.trace() * labels.trace() / freedom).item()
+    variance = (2 * sigma.square().sum() * labels.square().sum() / freedom**2).item()
+    value = moments.pooled_label_covariance.square().sum().item()
+    return Value(value / scale, mean / scale, math.sqrt(variance) / scale)
 
 
-# ------------------------------------------------------------------ probes
 def least_squares(moments: LayerMoments, held_out: LayerMoments | None, whitener: Tensor) -> dict[str, Value]:
     """R2 of the least-squares probe with intercept on its own texts and on those held out."""
     freedom, rank, labels = moments.num_samples - 1, whitener.shape[1], moments.label_covariance
     r2 = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
-    eigenvalues = torch.linalg.eigvalsh(labels)
-    mean, std = weighted_null(eigenvalues, min(rank, freedom), freedom)  # the roles of features and labels swapped
-    variance = labels.trace().item()
-    train = r2["probe_r2"]
+    # the roles of features and labels swapped
+    mean, std = weighted_null(torch.linalg.eigvalsh(labels), min(rank, freedom), freedom)
+    variance, train = labels.trace().item(), r2["probe_r2"]
     scores = {"probe_r2": Value(math.nan if train is None else train, mean / variance, std / variance)}
     if held_out is not None and r2["probe_r2_held_out"] is not None:
-        shift = held_out.pooled_mean - moments.pooled_mean
-        spread = whitener.T @ (held_out.pooled_covariance + torch.outer(shift, shift)) @ whitener
+        spread = whitener.T @ about_means_of(whole_split(moments), whole_split(held_out))[0] @ whitener
         shared, other = labels.square().sum().item() / variance**2, held_out.label_covariance.trace().item()
         null = -spread.trace().item() * variance / (freedom * other)
         quadratic = 2 * spread.square().sum().item() / freedom**2
@@ -256,11 +211,11 @@ def least_squares(moments: LayerMoments, held_out: LayerMoments | None, whitener
 
 
 # ------------------------------------------------------------------ all of them
-class LayerScores(NamedTuple):
-    """Every score of a layer, and the parts of its cross-validated ridge regression."""
+class FeatureScores(NamedTuple):
+    """Every score of a layer, and the fits of its ridge regression."""
 
     scores: dict[str, dict[str, Any]]  # name -> value, null_mean, null_std, z, meaningless
-    parts: list[Judged]  # of each fold, or of the other split; none where neither is there
+    fits: list[RidgeFit]  # of each fold, or of the other split; none without either
 
 
 def as_entry(definition: Definition, found: Value, saturated: bool) -> dict[str, Any]:
@@ -270,13 +225,13 @@ def as_entry(definition: Definition, found: Value, saturated: bool) -> dict[str,
     return {**numbers, "meaningless": saturated and definition.saturates}
 
 
-def layer_scores(
+def feature_scores(
     moments: LayerMoments,
     held_out: LayerMoments | None = None,
     folds: tuple[dict[str, Tensor], Tensor] | None = None,
     seed: tuple[int, ...] = (0, 0),
-) -> LayerScores:
-    """Every score of one layer. What cannot be had is not there: H-scores of a regression, all where m never varies.
+) -> FeatureScores:
+    """Every score of one layer, but H-scores of a regression; ridge alone where m never varies.
 
     Args:
         moments: of the layer.
@@ -285,21 +240,19 @@ def layer_scores(
         seed: of the draws of LogME.
     """
     sigma, found = moments.pooled_covariance, dict[str, Value]()
-    pairs = fold_parts(*folds) if folds else []
+    pairs = fold_moments(*folds) if folds else []
     if len(pairs) < 2 and held_out is not None:
-        pairs = [(part_of(moments), part_of(held_out))]
-    parts: list[Judged] = []
+        pairs = [(whole_split(moments), whole_split(held_out))]
+    fits: list[RidgeFit] = []
     if pairs and pairs[0][0].num > 0:
-        found["ridge_r2"], parts = ridge(pairs, moments.label_covariance)
+        found["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
     whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
     if rank := whitener.shape[1]:
-        spectrum, second = nonzero_spectrum(sigma, rank), nonzero_spectrum(moments.pooled_second_moment)
-        found |= least_squares(moments, held_out, whitener) | kernel_scores(moments)
+        spectrum = nonzero_spectrum(sigma, rank)
+        found |= least_squares(moments, held_out, whitener) | {"cka": cka(moments)}
         if moments.class_counts is not None:
-            found |= h_scores(moments, whitener, spectrum)
-        found["logme"] = logme(moments, spectrum, second, np.random.default_rng(seed))
-        found["effective_rank"] = Value(effective_rank(second[0]))
-        found["participation_ratio"] = Value((sigma.trace() ** 2 / sigma.square().sum()).item())
+            found |= h_scores(moments, spectrum)
+        found["logme"] = logme(moments, spectrum, np.random.default_rng(seed))
     saturated = moments.num_samples <= max(len(sigma), rank + 1)
     entries = {d.name: as_entry(d, found[d.name], saturated) for d in DEFINITIONS if d.name in found}
-    return LayerScores(entries, parts)
+    return FeatureScores(entries, fits)

@@ -1,6 +1,7 @@
-"""The moments that cache.py writes, read back one layer at a time, and the least-squares probe they hold."""
+"""The moments that cache.py writes, read back one layer at a time, with the settings they were made with."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 from utils.algebra.linalg import Noise, rounding
 from utils.data.load import LabelledTexts
 from utils.models.load import TokenizedTexts
-from utils.results import check_identity, open_tensors, remedy, result_path
+from utils.results import check_identity, difference, open_tensors, read_identity, remedy, result_path
 from utils.script import UserError
 from utils.settings import Data, Model, Run, command_line, result_settings, with_values
 
@@ -29,6 +30,7 @@ PER_LAYER = (
 NORMS = ("pooled_norm_fourth_power", "pooled_norm_squared_pooled")  # for Ledoit-Wolf shrinkage
 OF_ROUNDING = ("prefix_second_error", "prefix_next_error")
 EQUAL_LABELS = 1e-12  # variance of labels beside their mean square that is rounding
+COMPARED = ("config", "label_names", "model_fingerprint")  # of the moments of two splits
 SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
 
 
@@ -104,6 +106,23 @@ class LayerMoments:
         cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
         return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
 
+    def scaled(self, scale: Tensor) -> "LayerMoments":
+        """The moments of states with coordinates multiplied by `scale`, (d,), the diagonal of D: D M D, D B, ..."""
+        rows, both, errors = scale[:, None], scale * scale[:, None], self.rounding
+        if errors is not None:  # an element's error is in proportion to the sizes of its two coordinates, as in `Noise`
+            variances = self.prefix_second_moment.diagonal()
+            growth = rows * (variances @ scale.square() / variances.sum()).sqrt()
+            errors = dataclasses.replace(
+                errors,
+                **{name: getattr(errors, name) * scale.square() for name in ("pooled", "prefix")},
+                **{name: getattr(errors, name) * growth for name in OF_ROUNDING},
+            )
+        changes = {name: getattr(self, name) * scale for name in ("pooled_mean", "prefix_mean", "next_mean")}
+        for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
+            changes[name] = getattr(self, name) * both
+        changes["pooled_label_cross_moment"] = self.pooled_label_cross_moment * rows
+        return dataclasses.replace(self, **changes, **dict.fromkeys(NORMS), rounding=errors)
+
     def pooled_noise(self, center: bool) -> Noise:
         """What of M, or of Sigma, is rounding."""
         diagonal = torch.zeros_like(self.pooled_mean)
@@ -157,33 +176,6 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
         tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
     counts = {name: metadata[name] for name in ("num_samples", "num_pairs")}
     return LayerMoments(**tensors, **counts, rounding=load_rounding(file, metadata, layer, device))
-
-
-def probe_error(moments: LayerMoments, weights: Tensor, intercept: Tensor) -> float:
-    """Mean squared error of y ~ w' m + b over these texts, averaged over targets, from the moments alone."""
-    residual = (
-        moments.label_second_moment.trace()
-        - 2 * (weights * moments.pooled_label_cross_moment).sum()
-        + (weights * (moments.pooled_second_moment @ weights)).sum()
-        - 2 * intercept @ moments.label_mean
-        + 2 * intercept @ (weights.T @ moments.pooled_mean)
-        + intercept @ intercept
-    )
-    return residual.item() / len(intercept)
-
-
-def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
-    """MSE and R2 of the least-squares probe with intercept, on its own rows and on the held-out ones (None without)."""
-    intercept = moments.label_mean - weights.T @ moments.pooled_mean
-    scores: dict[str, float | None] = {}
-    for suffix, rows in (("", moments), ("_held_out", held_out)):
-        scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
-        if rows is not None:
-            error = probe_error(rows, weights, intercept)
-            scores[f"probe_mse{suffix}"] = error
-            variance = rows.label_covariance.trace().item() / len(intercept)
-            scores[f"probe_r2{suffix}"] = 1 - error / variance if rows.labels_vary else None
-    return scores
 
 
 def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
@@ -295,6 +287,28 @@ def check_embedded(config: Any, path: Path) -> None:
         flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
         raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
     print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+
+
+def held_out_path(path: Path, config: Any) -> Path | None:
+    """The moments of the other split, None where it has none; those of other settings are left out with a sentence.
+
+    Args:
+        path: of the moments.
+        config: of cache.py, as these moments have it.
+    """
+    other = {"train": "test", "test": "train"}.get(path.stem)
+    held_out = path.with_stem(other or path.stem)
+    if other is None or not held_out.is_file():
+        return None
+    identity = {name: value for name, value in read_identity(path).items() if name in COMPARED}
+    not_compared = ("split", "num_folds", "product_dtype")
+    identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
+    if not (how := difference(read_identity(held_out), identity)):
+        return held_out
+    wanted = with_values(config, split=other, overwrite=True)
+    command = command_line("cache.py", wanted, {*result_settings(config), "results_dir", "overwrite"})
+    print(f"No held-out numbers: {held_out} was made {how}. Run: {command}")
+    return None
 
 
 # ------------------------------------------------------------------ layers

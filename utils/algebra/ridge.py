@@ -1,4 +1,4 @@
-"""Ridge regression fitted on the moments of some texts and judged by those of others; its R2 under permuted labels."""
+"""Linear probes from moments: least squares, and ridge regression judged by texts that it was not fitted on."""
 
 import math
 from pathlib import Path
@@ -16,16 +16,9 @@ FOLDS_OF_LAYER = ("fold_pooled_second_moment", "fold_pooled_label_cross_moment",
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
 
-class Value(NamedTuple):
-    """A score, and its mean and standard deviation under permuted labels (nan: none)."""
-
-    value: float
-    null_mean: float = math.nan
-    null_std: float = math.nan
-
-
-class Part(NamedTuple):
-    """Averages over some texts, and how many: what a ridge regression is fitted on or judged by."""
+# ------------------------------------------------------------------ moments of some of the texts
+class Moments(NamedTuple):
+    """Averages over some texts, and their number: enough to fit a ridge regression or to judge one."""
 
     second: Tensor  # (d, d)
     cross: Tensor  # (d, c)
@@ -35,21 +28,12 @@ class Part(NamedTuple):
     num: float
 
 
-class Judged(NamedTuple):
-    """A ridge regression on texts that it was not fitted on: sums of squares over them."""
-
-    error: float  # sum |y - prediction|^2
-    baseline: float  # sum |y - mean y of the training part|^2
-    null_error: float  # what permuted labels add to the baseline, on average
-    shrinkage: Tensor  # lambda / (lambda + alpha / n) of each direction, ascending
-
-
-def part_of(moments: LayerMoments) -> Part:
+def whole_split(moments: LayerMoments) -> Moments:
     """All texts of a split."""
-    m = moments
-    square = m.label_second_moment.trace()
-    n = float(m.num_samples)
-    return Part(m.pooled_second_moment, m.pooled_label_cross_moment, m.pooled_mean, m.label_mean, square, n)
+    m, square = moments, moments.label_second_moment.trace()
+    return Moments(
+        m.pooled_second_moment, m.pooled_label_cross_moment, m.pooled_mean, m.label_mean, square, float(m.num_samples)
+    )
 
 
 def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -74,7 +58,7 @@ def check_several(num_folds: int, who: str) -> None:
         raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
 
 
-def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Part]]:
+def fold_moments(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Moments, Moments]]:
     """The texts outside a fold and those inside it, for each fold that has any, from `load_folds`."""
     order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
     averages: list[Any] = [folds[f"fold_{name}"] for name in order]
@@ -83,23 +67,12 @@ def fold_parts(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Part, Par
     pairs: list[Any] = []
     for fold in counts.nonzero()[:, 0]:
         num, inside = counts[fold], [average[fold] for average in averages]
-        outside: Any = [(all_of - num * part) / (total - num) for all_of, part in zip(totals, inside, strict=True)]
-        pairs.append((Part._make([*outside, (total - num).item()]), Part._make([*inside, num.item()])))
+        outside: Any = [(whole - num * part) / (total - num) for whole, part in zip(totals, inside, strict=True)]
+        pairs.append((Moments._make([*outside, (total - num).item()]), Moments._make([*inside, num.item()])))
     return pairs
 
 
-def eigenbasis(train: Part, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (d,) of the correlation matrix, ascending, its basis A (d, d) for features as they are, and A' S.
-
-    One eigendecomposition serves every alpha: the weights are A diag(1 / (eigenvalues + alpha / n)) A' S. Without
-    `scaled` the features are not standardised first.
-    """
-    covariance = without_constants(train.second - torch.outer(train.mean, train.mean), train.mean, 1e-10)
-    eigenvalues, basis = equilibrated_eigh(covariance) if scaled else torch.linalg.eigh(covariance)
-    return eigenvalues.clamp(min=0), basis, basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
-
-
-def about_means_of(train: Part, test: Part) -> tuple[Tensor, Tensor, Tensor]:
+def about_means_of(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of `test` about the means of `train`: of features (d, d), with labels (d, c), and of |labels|^2."""
     shift, label_shift = test.mean - train.mean, test.label_mean - train.label_mean
     second = test.second - torch.outer(test.mean, test.mean) + torch.outer(shift, shift)
@@ -107,10 +80,86 @@ def about_means_of(train: Part, test: Part) -> tuple[Tensor, Tensor, Tensor]:
     return second, cross, test.label_square - test.label_mean.square().sum() + label_shift.square().sum()
 
 
-def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ...]) -> dict:
-    """Cross-validated R2 of StandardScaler + Ridge(alpha) for each alpha, exactly, from the moments of the folds.
+def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Mean of |y - W' m|^2 with an intercept, from moments about the means of the training texts, `about_means_of`."""
+    second, cross, label_square = about
+    return label_square + (weights * (second @ weights - 2 * cross)).sum()
 
-    R2 = 1 - sum over folds |y - prediction|^2 / |y - training mean|^2.
+
+# ------------------------------------------------------------------ least squares
+def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
+    """MSE and R2 of the least-squares probe with intercept, on its own rows and on the held-out ones (None without)."""
+    train, scores = whole_split(moments), dict[str, float | None]()
+    for suffix, rows in (("", moments), ("_held_out", held_out)):
+        scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
+        if rows is not None:
+            error = mean_square_error(weights, about_means_of(train, whole_split(rows))).item()
+            scores[f"probe_mse{suffix}"] = error / weights.shape[1]
+            scores[f"probe_r2{suffix}"] = 1 - error / rows.label_covariance.trace().item() if rows.labels_vary else None
+    return scores
+
+
+# ------------------------------------------------------------------ ridge
+def eigenbasis(train: Moments, scaled: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (d,) of the correlation matrix, ascending, and its basis A (d, d) for features as they are.
+
+    One decomposition serves every alpha: the weights are A diag(1 / (eigenvalues + alpha / n)) A' S. Without `scaled`
+    the features are not standardised first.
+    """
+    covariance = without_constants(train.second - torch.outer(train.mean, train.mean), train.mean, 1e-10)
+    eigenvalues, basis = equilibrated_eigh(covariance) if scaled else torch.linalg.eigh(covariance)
+    return eigenvalues.clamp(min=0), basis
+
+
+class RidgeFit(NamedTuple):
+    """A ridge regression judged by texts that it was not fitted on: sums of squares over them."""
+
+    error: float  # sum |y - prediction|^2
+    baseline: float  # sum |y - mean y of the training texts|^2
+    null_error: float  # the mean that permuted labels add to the baseline
+    shrinkage: Tensor  # lambda / (lambda + alpha / n) of each direction, ascending
+
+
+def fit_ridge(
+    train: Moments, test: Moments, spectrum: tuple[Tensor, Tensor], alphas: tuple[float, ...] = ALPHAS
+) -> RidgeFit:
+    """Ridge with an intercept, fitted on `train` and judged by `test`.
+
+    alpha is chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
+
+    Args:
+        train: texts to fit.
+        test: other texts.
+        spectrum: `eigenbasis` of the texts to fit.
+        alphas: on the scale of sums, as scikit-learn's `Ridge`.
+    """
+    (eigenvalues, basis), n = spectrum, train.num
+    cross = basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
+    label_variance = train.label_square - train.label_mean.square().sum()
+    along = cross.square().sum(1)
+
+    def validation_error(alpha: float) -> float:
+        ridge = eigenvalues + alpha / n
+        loss = label_variance - 2 * (along / ridge).sum() + (eigenvalues * along / ridge.square()).sum()
+        return (loss / (1 - (1 + (eigenvalues / ridge).sum()) / n).clamp(min=1e-9).square()).item()
+
+    ridge = eigenvalues + min(alphas, key=validation_error) / n
+    about = second, _, baseline = about_means_of(train, test)
+    error = mean_square_error(basis @ (cross / ridge[:, None]), about)
+    spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
+    null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
+    sums = (test.num * mean.item() for mean in (error, baseline, null_error))
+    return RidgeFit(*sums, shrinkage=eigenvalues / ridge)
+
+
+def r2_of(fits: list[RidgeFit]) -> float:
+    """1 - sum of errors / sum of baselines; nan where the judging texts have equal labels."""
+    baseline = sum(fit.baseline for fit in fits)
+    return 1 - sum(fit.error for fit in fits) / baseline if baseline > 0 else math.nan
+
+
+def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ...]) -> dict[str, Any]:
+    """Cross-validated R2 of StandardScaler + Ridge(alpha) for each alpha, exactly, from the moments of the folds.
 
     Args:
         folds: `fold_*` of cache.py of one layer, averages over the texts of a fold, (f, ...), float64.
@@ -121,54 +170,37 @@ def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ..
         UserError: all texts are in one fold.
     """
     check_several(len(counts.nonzero()), "--ridge")
-    errors, baseline = [0.0] * len(alphas), 0.0
-    for train, test in fold_parts(folds, counts):
-        eigenvalues, basis, cross = eigenbasis(train)
-        second_out, cross_out, label_square = about_means_of(train, test)
-        baseline += test.num * label_square.item()
-        second_out, cross_out = basis.T @ second_out @ basis, basis.T @ cross_out
-        for index, alpha in enumerate(alphas):
-            weights = cross / (eigenvalues + alpha / train.num)[:, None]
-            fitted = (weights * (second_out @ weights - 2 * cross_out)).sum()
-            errors[index] += test.num * (label_square + fitted).item()
-    r2 = [1 - error / baseline for error in errors]
+    pairs = [(train, test, eigenbasis(train)) for train, test in fold_moments(folds, counts)]
+    r2 = [r2_of([fit_ridge(*pair, (alpha,)) for pair in pairs]) for alpha in alphas]
     best = max(range(len(alphas)), key=r2.__getitem__)
     return {"alphas": list(alphas), "r2": r2, "best_alpha": alphas[best], "best_r2": r2[best]}
 
 
-def judge_ridge(train: Part, test: Part, alphas: tuple[float, ...] | None = None, scaled: bool = True) -> Judged:
-    """Ridge on standardised features, fitted on `train` and judged by `test`.
+class Value(NamedTuple):
+    """A score, and its mean and standard deviation under permuted labels (nan: none)."""
 
-    alpha is chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
+    value: float
+    null_mean: float = math.nan
+    null_std: float = math.nan
+
+
+def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[Value, list[RidgeFit]]:
+    """R2 over the parts, alpha chosen in each, and the fit of each part.
 
     Args:
-        train: with an intercept.
-        test: other texts.
-        alphas: on the scale of sums, as scikit-learn's `Ridge`; None: ALPHAS.
-        scaled: standardise the features first, as `StandardScaler` does.
+        pairs: texts to fit and texts to judge, of `fold_moments`, or of two splits.
+        labels: D, (c, c).
     """
-    n = train.num
-    eigenvalues, basis, cross = eigenbasis(train, scaled)
-    label_variance = train.label_square - train.label_mean.square().sum()
-    along = cross.square().sum(1)
-
-    def validation_error(alpha: float) -> float:
-        ridge = eigenvalues + alpha / n
-        loss = label_variance - 2 * (along / ridge).sum() + (eigenvalues * along / ridge.square()).sum()
-        return (loss / (1 - (1 + (eigenvalues / ridge).sum()) / n).clamp(min=1e-9).square()).item()
-
-    ridge = eigenvalues + min(alphas or ALPHAS, key=validation_error) / n
-    second, cross_out, label_out = about_means_of(train, test)
-    weights = basis @ (cross / ridge[:, None])
-    fitted = (weights * (second @ weights - 2 * cross_out)).sum()
-    spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
-    null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() * test.num / n
-    error, baseline = test.num * (label_out + fitted), test.num * label_out
-    return Judged(error.item(), baseline.item(), null_error.item(), eigenvalues / ridge)
+    fits = [fit_ridge(train, test, eigenbasis(train), ALPHAS) for train, test in pairs]
+    if math.isnan(value := r2_of(fits)):
+        return Value(value), fits
+    null_mean = -sum(fit.null_error for fit in fits) / sum(fit.baseline for fit in fits)
+    shrinkage = torch.stack([fit.shrinkage for fit in fits]).mean(0)
+    return Value(value, null_mean, ridge_null_std(shrinkage, labels, pairs)), fits
 
 
-def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[tuple[Part, Part]]) -> float:
-    """Standard deviation of the R2 of `judge_ridge` under permuted labels, one part or all folds together.
+def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[tuple[Moments, Moments]]) -> float:
+    """Standard deviation of the R2 of `fit_ridge` under permuted labels, one part or all folds together.
 
     The sums over folds of (m - mu)(y - p)' are then independent and nearly normal; their products, which the errors
     of the folds share, are counted once.
@@ -184,20 +216,3 @@ def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[tuple[Part, Pa
         within = s**2 / (folds - 1)
         variance = (folds * (folds - 1) / 2 * between**2 + 2 * folds * within**2).sum().item() / total**2
     return math.sqrt(shared * variance)
-
-
-def ridge(pairs: list[tuple[Part, Part]], labels: Tensor) -> tuple[Value, list[Judged]]:
-    """R2 = 1 - sum of errors / sum of baselines over the parts, and each part.
-
-    Args:
-        pairs: texts to fit and texts to judge, of `fold_parts`, or of two splits.
-        labels: D, (c, c).
-    """
-    judged = [judge_ridge(train, test) for train, test in pairs]
-    baseline = sum(part.baseline for part in judged)
-    if baseline <= 0:
-        return Value(math.nan), judged
-    shrinkage = torch.stack([part.shrinkage for part in judged]).mean(0)
-    null_mean = -sum(part.null_error for part in judged) / baseline
-    value = 1 - sum(part.error for part in judged) / baseline
-    return Value(value, null_mean, ridge_null_std(shrinkage, labels, pairs)), judged

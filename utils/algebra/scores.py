@@ -1,7 +1,7 @@
-"""The scores: names, labels, directions; and what K_sweep.py says of a result: score of the run, JSON, table."""
+"""The scores of K_sweep.py: names and labels, those of a layer, the score of a run, JSON and table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -26,54 +26,66 @@ DEFINITIONS = (
 SCORES = tuple(score.name for score in DEFINITIONS)
 NULL_SCORES = tuple(score.name for score in DEFINITIONS if score.has_null)
 LABELS = {score.name: score.label for score in DEFINITIONS}
+EXCESS = ("excess_loss", "excess_lower", "excess_upper", "excess_lower_euclidean", "excess_upper_euclidean")
 
 
-NO_SCORE, NO_NULL = {"value": None}, {"null_mean": None, "null_std": None, "z": None}  # of a layer without a score
+@dataclass(frozen=True)
+class LayerScores:
+    """Every score of one layer; a layer without a score has ranks and a probe only."""
+
+    layer: int
+    rank_u: int
+    rank_v: int
+    rank_label: int
+    probe: dict[str, float | None]  # MSE and R2 of the least-squares probe, on its rows and on the held-out ones
+    scores: dict[str, Tensor] = field(default_factory=dict)  # SCORES, chance, EXCESS: (fractions,) each
+    null_draws: dict[str, Tensor] = field(default_factory=dict)  # NULL_SCORES: (num_draws, fractions) each
+    random: dict[str, Any] = field(default_factory=dict)  # of random V, at the last layer
+    closed_form: dict[str, Any] = field(default_factory=dict)  # of the pooled states alone
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer's entry in a JSON result; the null as mean and standard deviation, None for a missing score."""
+        scores = dict.fromkeys((*SCORES, "chance", *EXCESS)) | {k: v.tolist() for k, v in self.scores.items()}
+        null = {name: {"mean": x.mean(0).tolist(), "std": x.std(0).tolist()} for name, x in self.null_draws.items()}
+        ranks = {name: getattr(self, name) for name in ("layer", "rank_u", "rank_v", "rank_label")}
+        optional = {name: getattr(self, name) for name in ("random", "closed_form") if getattr(self, name)}
+        return {**ranks, **scores, **self.probe, **optional, "null": null or None}
 
 
 def option_suffix(config: Mapping[str, Any]) -> str:
-    """What K_sweep.py appends to a dataset's name for settings other than the default, such as `.smallest.centered`."""
-    options = [
-        *(config[name] for name in ("split", "eigenvectors", "subspace")),
-        "centered" if config["center"] else "",
-    ]
-    defaults = ("train", "largest", "autoregression", "")
+    """The part of a result's name for settings of K_sweep.py other than the default, such as `.smallest.centered`."""
+    options = [config[name] for name in ("split", "eigenvectors", "subspace", "coordinates")]
+    options.insert(3, "centered" if config["center"] else "")
+    defaults = ("train", "largest", "autoregression", "as_is", "")
     return "".join(f".{option}" for option in options if option not in defaults)
 
 
-def summarize(layers: list[dict], fractions: tuple[float, ...]) -> dict:
+def z_score(value: float, mean: float, spread: float) -> float | None:
+    """None without spread: there V spans everything at every K."""
+    return (value - mean) / spread if spread > 1e-12 else None
+
+
+def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
     """One number a score, by a rule that selects nothing: the mean over all fractions at the last layer."""
-    last = layers[-1]
-    score: dict[str, Any] = {"rule": f"mean over {len(fractions)} fractions at the last layer ({last['layer']})"}
-    if last["null_draws"] is None:
-        return score | dict.fromkeys(NULL_SCORES, NO_SCORE | NO_NULL) | {"ntps": NO_SCORE}
+    summary: dict[str, Any] = {"rule": f"mean over {num_fractions} fractions at the last layer ({last.layer})"}
     for name in SCORES:
-        value = last[name].mean().item()
-        score[name] = {"value": value}
+        value = last.scores[name].mean().item() if last.scores else None
+        summary[name] = {"value": value}
         if name in NULL_SCORES:
-            draws = last["null_draws"][name].mean(1)
+            summary[name] |= {"null_mean": None, "null_std": None, "z": None}
+        if value is not None and name in last.null_draws:
+            draws = last.null_draws[name].mean(1)
             mean, spread = draws.mean().item(), draws.std().item()
-            z = (value - mean) / spread if spread > 1e-12 else None  # no spread: V spans everything at every K
-            score[name] |= {"null_mean": mean, "null_std": spread, "z": z}
-        if found := last.get("random", {}).get(name):
-            z = (value - found["mean"]) / found["std"] if found["std"] > 1e-12 else None
-            score[name] |= {"random_mean": found["mean"], "random_std": found["std"], "random_z": z}
-    return score
+            summary[name] |= {"null_mean": mean, "null_std": spread, "z": z_score(value, mean, spread)}
+        if value is not None and name in last.random:
+            mean, spread = last.random[name]["mean"], last.random[name]["std"]
+            summary[name] |= {
+                "random_mean": mean, "random_std": spread, "random_z": z_score(value, mean, spread)
+            }  # fmt: skip
+    return summary
 
 
-def to_json(layer: dict) -> dict:
-    """A layer's entry with lists for tensors, and the mean and standard deviation of the null for its draws."""
-    null = {
-        name: {"mean": draws.mean(0).tolist(), "std": draws.std(0).tolist()}
-        for name, draws in (layer["null_draws"] or {}).items()
-    }
-    rest = {name: value for name, value in layer.items() if name != "null_draws"}
-    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in rest.items()} | {
-        "null": null or None
-    }
-
-
-def print_table(result: dict) -> None:
+def print_table(result: dict[str, Any]) -> None:
     """The scores of every layer, averaged over the fractions, and the score of the run."""
     rows = [
         {name: layer[name] for name in ("layer", "rank_u", "rank_v")}
@@ -95,12 +107,10 @@ def print_table(result: dict) -> None:
         if score["value"] is None:
             print(f"  {name:<14}none")
             continue
-        null = beside("permuted labels", score["null_mean"], score["null_std"], score["z"]) if "z" in score else ""
-        if "random_z" in score:
-            null = f"{null:<46}" + beside("random V", score["random_mean"], score["random_std"], score["random_z"])
-        print(f"  {name:<14}{score['value']:.4f}{null}".rstrip())
-
-
-def beside(what: str, mean: float, spread: float, z: float | None) -> str:
-    """What a score is compared with, for `print_table`."""
-    return f"   {what} {mean:.4f} +- {spread:.4f}   " + ("no spread" if z is None else f"z = {z:+.1f}")
+        line = f"  {name:<14}{score['value']:.4f}"
+        for key, label in (("null_", "permuted labels"), ("random_", "random V")):
+            z_name = "z" if key == "null_" else "random_z"
+            if z_name in score:
+                z = "no spread" if score[z_name] is None else f"z = {score[z_name]:+.1f}"
+                line += f"   {label} {score[f'{key}mean']:.4f} +- {score[f'{key}std']:.4f}   {z}".ljust(46)
+        print(line.rstrip())

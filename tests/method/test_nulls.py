@@ -1,28 +1,79 @@
-"""utils/algebra/random_subspaces.py: what random V give, against regressions on dense random projections."""
+"""utils/algebra/nulls.py: against real permutations of the labels, and regressions on dense random projections."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from sklearn.linear_model import LinearRegression
 
 import cache
 import K_sweep
 from tests.conftest import configure, run_in_process
-from tests.method.test_K_sweep import make_data, moments_of
+from tests.method.test_K_sweep import make_data, moments_of, solve, sweep, tensor
+from utils.algebra.nulls import draw_permuted_factors
+from utils.algebra.scores import NULL_SCORES
 from utils.results import load_json
 
 NUM_DRAWS = 400
 
 
+# ------------------------------------------------------------------ permuted labels
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
+def test_closed_form_null_agrees_with_real_permutations(n, d, c):
+    features, targets, states = make_data(n, d, c, seed=7)
+    drawn = sweep(features, targets, states, num_null_draws=1000)["null_draws"]
+    random = np.random.default_rng(0)
+    names = NULL_SCORES
+    real = {name: [] for name in names}
+    for _ in range(200):
+        permuted = sweep(features, random.permutation(targets), states, num_null_draws=2)
+        for name in names:
+            real[name].append(permuted[name].numpy())
+    for name in names:
+        permutations, draws = np.stack(real[name]), drawn[name].numpy()
+        standard_error = permutations.std(0) / np.sqrt(200) + draws.std(0) / np.sqrt(1000) + 1e-9
+        assert np.all(np.abs(permutations.mean(0) - draws.mean(0)) < 5 * standard_error), name
+        spread, drawn_spread = (np.diff(np.quantile(of.mean(1), [0.1, 0.9])) for of in (permutations, draws))
+        assert spread == pytest.approx(drawn_spread, rel=0.25, abs=1e-9), name  # quantiles: some tails are long
+
+
+def test_draws_have_the_known_mean():
+    """E tr(S' Sigma^-1 S) = rank tr(label covariance) / (n - 1), exactly, under permuted labels."""
+    p = np.array([0.5, 0.3, 0.2])
+    label_covariance = tensor(np.diag(p) - np.outer(p, p))
+    for n, rank in ((200, 30), (40, 30), (31, 30), (33, 30)):
+        drawn = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
+        totals = drawn.factors.square().sum((1, 2))
+        expected = rank * label_covariance.trace() / (n - 1)
+        assert abs(totals.mean() - expected) < 5 * totals.std() / 4000**0.5 + 1e-12
+        np.testing.assert_allclose(drawn.bases.mT @ drawn.bases, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_null_of_states_far_from_zero_is_that_of_real_permutations(center):
+    """The mean of the states and of the labels is in B whatever the labels are; centred, it is not."""
+    features, targets, states = make_data(120, 8, 3, decades=0.5)
+    features = features + 3 * features.std(0)
+    options = {"center": center, "fractions": (0.25, 0.5), "num_null_draws": 400}
+    drawn = sweep(features, targets, states, **options)["null_draws"]["ntps_label"].numpy()
+    random, options["num_null_draws"] = np.random.default_rng(0), 2
+    real = np.stack([sweep(features, random.permutation(targets), states, **options)["ntps_label"] for _ in range(100)])
+    error = real.std(0) / 10 + drawn.std(0) / 20
+    assert np.all(np.abs(real.mean(0) - drawn.mean(0)) < 4 * error)
+    assert np.all(np.abs(real.std(0) / drawn.std(0) - 1) < 0.3)
+
+
+# ------------------------------------------------------------------ random V
 @pytest.fixture(scope="module")
 def dense():
     """Scores of random V by their definition, (draws, fractions) each, and what K_sweep.py says of the same layer."""
     features, targets, states = make_data(80, 12, 3, decades=1.0)
     moments = moments_of(features, targets, states)
     config = configure(K_sweep, fractions=(0.25, 0.5, 0.75), num_null_draws=2)
-    found = K_sweep.sweep_layer(moments, None, config, 0, num_random_draws=NUM_DRAWS)
+    found = K_sweep.sweep_layer(moments, None, config, 0, num_random_draws=NUM_DRAWS).random
     ks = K_sweep.num_directions(config.fractions, 12)
     second, cross = features.T @ features / 80, features.T @ targets / 80
     u = scipy.linalg.eigh(cross @ cross.T, second)[1][:, -3:]
@@ -45,7 +96,7 @@ def dense():
 @pytest.mark.parametrize("name", ["ntps_label", "retained"])
 def test_random_subspaces_equal_dense_projections(dense, name):
     """Means and deviations within four standard errors of the draws."""
-    draws, found = dense[0][name], dense[1]["random"][name]
+    draws, found = dense[0][name], dense[1][name]
     deviation = draws.std(0) / np.sqrt(NUM_DRAWS)
     assert (np.abs(np.array(found["fractions"]) - draws.mean(0)) < 4 * np.sqrt(2) * deviation + 1e-12).all()
     whole = draws.mean(1)
@@ -55,9 +106,7 @@ def test_random_subspaces_equal_dense_projections(dense, name):
 
 def test_a_full_random_subspace_keeps_everything():
     features, targets, states = make_data(80, 12, 3)
-    moments = moments_of(features, targets, states)
-    config = configure(K_sweep, fractions=(1.0,), num_null_draws=2)
-    found = K_sweep.sweep_layer(moments, None, config, 0, num_random_draws=2)["random"]
+    found = solve(moments_of(features, targets, states), num_random_draws=2, fractions=(1.0,))["random"]
     for name in ("ntps_label", "ntps_whitened", "retained"):
         assert found[name]["mean"] == pytest.approx(1) and found[name]["std"] == pytest.approx(0, abs=1e-9)
 

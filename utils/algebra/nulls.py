@@ -1,0 +1,160 @@
+"""Scores without a signal: under permuted labels, and with a random V. No pass over the data is needed for either.
+
+Permuted labels, in closed form: after whitening by the covariance of the features, permuting the labels turns the label
+cross-covariance into a random matrix of known law (a matrix-variate beta with the label covariance on its right).
+
+A random V, of a rotation-invariant law: the Euclidean overlap has its mean and deviation in closed form. The whitened
+ones have not, as whitening stretches V: they are drawn, in the coordinates of the eigenvectors of Sigma, where a random
+V is Gaussian rows, each times its deviation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from utils.algebra.linalg import NestedBasis, inverse_root, projected_norms, rounding
+
+STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1,), "random V": (2,)}
+
+
+def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Generator:
+    """The random numbers of one purpose of `STREAMS` at one layer; purposes and layers have streams of their own."""
+    return np.random.default_rng([seed, layer_index, *STREAMS[purpose]])
+
+
+# ------------------------------------------------------------------ permuted labels
+@dataclass(frozen=True)
+class PermutedFactors:
+    """Draws of W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of each draw's span."""
+
+    factors: Tensor  # (num_draws, rank Sigma, c)
+    bases: Tensor  # (num_draws, rank Sigma, b), b the rank of the label covariance
+
+
+def draw_permuted_factors(
+    rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
+) -> PermutedFactors:
+    """Draws of W' S when the labels are permuted.
+
+    W' S = G (G'G + R)^{-1/2} L': G (rank, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
+    (c, b) a root of the label covariance. The draws are rotation invariant: any orthonormal basis of the whitened
+    space will do.
+
+    Args:
+        rank: of Sigma.
+        num_samples: n.
+        label_covariance: (c, c).
+        num_draws: number of draws.
+        random: source of randomness.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(label_covariance)
+    kept = eigenvalues > rounding(len(eigenvalues)) * eigenvalues[-1].clamp(min=0)
+    label_root = vectors[:, kept] * eigenvalues[kept].sqrt()
+    num_labels, freedom = label_root.shape[1], max(0, num_samples - 1 - rank)
+    gaussian = random.standard_normal((num_draws, rank, num_labels))
+    if freedom > num_labels:  # Bartlett: the triangular root of a Wishart matrix instead of `freedom` Gaussian rows
+        root = np.triu(random.standard_normal((num_draws, num_labels, num_labels)), 1)
+        diagonal = range(num_labels)
+        root[:, diagonal, diagonal] = np.sqrt(
+            random.chisquare(freedom - np.arange(num_labels), (num_draws, num_labels))
+        )
+    else:
+        root = random.standard_normal((num_draws, freedom, num_labels))
+    g, r = (torch.from_numpy(array).to(label_covariance.device) for array in (gaussian, root))
+    gram = g.mT @ g
+    return PermutedFactors(g @ inverse_root(gram + r.mT @ r) @ label_root.T, g @ inverse_root(gram))
+
+
+def whitened_null(draws: PermutedFactors, dims: list[int]) -> dict[str, Tensor]:
+    """`ntps_whitened` and `retained` of each draw, (num_draws, fractions) each.
+
+    Args:
+        draws: of `draw_permuted_factors`, in the nested basis of V within the space that Sigma whitens.
+        dims: directions of that space that the first columns of V span, for each fraction.
+    """
+    shares = {}
+    for name, columns in (("ntps_whitened", draws.bases), ("retained", draws.factors)):
+        inside = pad(columns.square().sum(2).cumsum(1), (1, 0))
+        shares[name] = inside[:, dims] / inside[:, -1:]
+    return shares
+
+
+def euclidean_null(
+    draws: PermutedFactors, to_perception: Tensor, offset: Tensor, perception: Tensor, dims: list[int]
+) -> Tensor:
+    """`ntps_label` of each draw, (num_draws, fractions).
+
+    Args:
+        draws: as of `whitened_null`.
+        to_perception: takes that basis to the space that M whitens, (rank M, rank Sigma).
+        offset: W_M' mu p', the part of W_M' B that permuting leaves alone, (rank M, c).
+        perception: Q' W_M, (d, rank M), Q the nested basis of V.
+        dims: directions that the first columns of V span, for each fraction.
+    """
+    num_draws, _, num_labels = draws.factors.shape
+    # one product over all draws: (rank M, rank Sigma) @ (rank Sigma, draws * c)
+    labels = to_perception @ draws.factors.transpose(0, 1).flatten(1) + offset.repeat(1, num_draws)
+    labels = labels.unflatten(1, (num_draws, num_labels)).transpose(0, 1)
+    directions = perception @ (labels @ inverse_root(labels.mT @ labels)).transpose(0, 1).flatten(1)
+    inside = pad(directions.unflatten(1, (num_draws, num_labels)).square().sum(2).cumsum(0).T, (1, 0))
+    return inside[:, dims] / inside[:, -1:]
+
+
+# ------------------------------------------------------------------ random V
+def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]:
+    """|P U|^2 / |U|^2 for a random projector P of rank k: its mean at each k, and the deviation of the mean over all k.
+
+    Subspaces of one V are nested. With q_j the columns of a random rotation and A = U U' / |U|^2, the q_j' A q_j have
+    variance 2 (tr A^2 - 1 / d) / (d (d + 2)) and sum to 1, so that the first k and the first l >= k of them covary by
+    k (d - l) / (d - 1) times that.
+
+    Args:
+        directions: U, (d, r).
+        ks: columns of V for each fraction.
+    """
+    d, k = len(directions), torch.tensor(ks).to(directions)
+    gram = directions.T @ directions
+    squared = gram.square().sum() / gram.trace() ** 2
+    variance = 2 * (squared - 1 / d) / (d * (d + 2))
+    covariance = torch.minimum(k[:, None], k) * (d - torch.maximum(k[:, None], k)) / max(d - 1, 1) * variance
+    return k / d, covariance.mean().clamp(min=0).sqrt().item()
+
+
+def random_scores(
+    directions: Tensor,
+    to_whitened: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    ks: list[int],
+    num_draws: int,
+    random: np.random.Generator,
+) -> dict[str, dict[str, float | list[float]]]:
+    """Mean at each fraction, and mean and deviation of the mean over fractions, of each score that sees the labels.
+
+    Args:
+        directions: U_r, (d, r).
+        to_whitened: W' Sigma, W the whitener of Sigma: takes V to the whitened space, (rank, d).
+        labels: P, the orthonormal label directions there, (rank, r).
+        weights: the variance that each explains, (r,).
+        ks: columns of V for each fraction.
+        num_draws: of the whitened scores.
+        random: source of randomness.
+    """
+    mean, deviation = euclidean_overlap(directions, ks)
+    scores = {"ntps_label": {"fractions": mean.tolist(), "mean": mean.mean().item(), "std": deviation}}
+    variances, axes = torch.linalg.eigh(to_whitened @ to_whitened.T)
+    deviations, labels = variances.clamp(min=0).sqrt(), axes.T @ labels
+    drawn: dict[str, list[Tensor]] = {"ntps_whitened": [], "retained": []}
+    for _ in range(num_draws):
+        v = torch.from_numpy(random.standard_normal((len(variances), max(ks)))).to(labels)
+        basis = NestedBasis.of(deviations[:, None] * v)
+        inside = projected_norms(basis.q.T @ labels, basis.dimensions(ks))
+        drawn["ntps_whitened"].append(inside.mean(1))
+        drawn["retained"].append(inside @ weights / weights.sum())
+    for name, draws in drawn.items():
+        of_fractions, of_run = torch.stack(draws).mean(0), torch.stack(draws).mean(1)
+        scores[name] = {"fractions": of_fractions.tolist(), "mean": of_run.mean().item(), "std": of_run.std().item()}
+    return scores
