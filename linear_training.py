@@ -30,7 +30,8 @@ from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
 from utils.algebra.moments import load_pooled, moments_path
-from utils.data.load import LabelledTexts, load_splits, stratified_rows
+from utils.data.load import LabelledTexts, load_splits
+from utils.data.splits import stratified_rows
 from utils.models.identity import load_config, stored_as
 from utils.parallel import processes
 from utils.results import result_path, settings_from_moments

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from utils.parallel import local_rank, num_started, one_voice, one_voice_in_parsing
+from utils.parallel import local_rank, num_started, one_voice, one_voice_in_parsing, rank
 from utils.settings import expand
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,12 @@ NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errn
 
 class UserError(Exception):
     """A mistake the user can fix; the message says what was sought, what was found, and what fixes it."""
+
+
+def warn(message: str) -> None:
+    """Prints a warning to stderr, once for all processes of a run."""
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:

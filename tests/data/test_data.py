@@ -31,7 +31,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from utils.data.load import LabelledTexts, leaked_share, load_texts, paper_split, stratified_rows
+from utils.data.load import LabelledTexts, load_splits, load_texts
+from utils.data.splits import leaked_share, paper_split, seeded_split, stratified_rows
 from utils.data.table import DATASETS, SPECS, DatasetSpec
 from utils.script import ROOT, UserError
 from utils.settings import Data, Run
@@ -423,13 +424,8 @@ ODD_TEXTS = ["NA", "007", "1e5", "true", 'a "b", c', "line\nbreak", "u\u2028v", 
 def write_odd(path: Path) -> Path:
     """The same ten texts, which a type-guessing reader would change, in the format of the suffix."""
     labels = ["no", "yes"] * 5
-    if path.suffix in (".csv", ".tsv"):
-        return write_csv(
-            path,
-            ["text", "label"],
-            list(zip(ODD_TEXTS, labels, strict=True)),
-            delimiter="\t" if path.suffix == ".tsv" else ",",
-        )
+    if path.suffix == ".csv":
+        return write_csv(path, ["text", "label"], list(zip(ODD_TEXTS, labels, strict=True)))
     if path.suffix == ".parquet":
         datasets.Dataset.from_dict({"text": ODD_TEXTS, "label": labels}).to_parquet(path)
         return path
@@ -439,7 +435,7 @@ def write_odd(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_own_file_is_read_letter_by_letter(suffix: str, tmp_path: Path) -> None:
     found = load(write_odd(tmp_path / f"odd{suffix}"), "all")
     assert found.texts == ODD_TEXTS and found.label_names == ["no", "yes"]
@@ -465,6 +461,28 @@ def test_template_joins_columns_and_choices(tmp_path: Path) -> None:
     found = load(path, "all", text_template="Q: {question} A: {choices}.")
     assert found.texts[1] == "Q: Why 1? A: (0) a (1) b {x}."
     assert load(path, "all", text_template="{{1}} {question}").texts[1] == "{1} Why 1?"
+    typed = r"{question}\n\t{question}\\n"  # as a shell passes it on
+    assert load(path, "all", text_template=typed).texts[1] == "Why 1?\n\tWhy 1?\\n"
+
+
+@pytest.mark.parametrize(("rows", "train"), [(2, 1), (3, 2), (7, 4), (10, 7), (11, 7), (13, 9), (14, 9), (101, 70)])
+def test_sizes_of_70_30(rows: int, train: int, tmp_path: Path) -> None:
+    """The test side is rounded up: of 11 rows it gets 4."""
+    path = write_jsonl(tmp_path / "rows.jsonl", labels=[row + 0.5 for row in range(2 * rows)])
+    found = load_splits(Data(str(path)), Run())
+    num_test = -(-6 * rows // 10)
+    assert [len(part.texts) for part in found.values()] == [2 * rows - num_test, num_test]
+    for split in (seeded_split(np.arange(rows) % 2, 0), paper_split(rows)):
+        assert [len(part) for part in split] == [train, rows - train]
+        assert sorted(np.concatenate(split)) == list(range(rows))
+
+
+def test_paper_split_is_that_of_the_library() -> None:
+    for num_rows in (2, 5, 11, 100, 1234):
+        split = datasets.Dataset.from_dict({"row": range(num_rows)}).train_test_split(0.3, seed=42)
+        assert [part.tolist() for part in paper_split(num_rows)] == [
+            split[name]["row"][:] for name in ("train", "test")
+        ]
 
 
 def test_columns_are_guessed_only_where_evident(tmp_path: Path) -> None:
@@ -628,7 +646,11 @@ OWN_ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "not JSON": (rows_file(GOOD * 2 + "{text: b}\n"), {}, r"rows\.jsonl, line 3 is not JSON.*'\{text: b\}'"),
     "not an object": (rows_file(GOOD + '["a", 1]\n'), {}, r"row 2: .*not an object"),
-    "list cut off": (rows_file('[{"text": "a",\n', "rows.json"), {}, r"rows\.json, line 2 is not JSON"),
+    "list cut off": (
+        rows_file('[{"text": "a",\n', "rows.json"),
+        {},
+        r"rows\.json is not JSON that can be read \(Expecting property name",
+    ),
     "wrong encoding": (rows_file(GOOD.encode() + "é".encode("latin1")), {}, r"not UTF-8: byte 26, line 2"),
     "wrong encoding of csv": (rows_file(b"text,label\n\xff,1\n", "rows.csv"), {}, r"not UTF-8: byte 11, line 2"),
     "cut parquet": (rows_file(b"PAR1", "rows.parquet"), {}, r"rows\.parquet cannot be read as parquet"),

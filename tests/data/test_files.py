@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -26,6 +27,19 @@ def write(path: Path, content: str | bytes) -> Path:
 def write_labels(folder: Path, labels: list[Any], name: str = "rows.jsonl") -> Path:
     rows = [json.dumps({"text": f"text {row}", "label": label}) for row, label in enumerate(labels)]
     return write(folder / name, "\n".join(rows))
+
+
+def write_rows(path: Path, labels: list[str]) -> Path:
+    """Rows of these labels in the format of the suffix."""
+    texts = [f"text {row}" for row in range(len(labels))]
+    if path.suffix == ".parquet":
+        return write_parquet(path, {"text": texts, "label": labels})
+    if path.suffix in (".csv", ".tsv"):
+        tab = "," if path.suffix == ".csv" else "\t"
+        lines = [f"text{tab}label", *(f"{text}{tab}{label}" for text, label in zip(texts, labels, strict=True))]
+        return write(path, "\n".join(lines) + "\n")
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    return write(path, json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
 
 
 def csv_labels(folder: Path, labels: list[str]) -> Path:
@@ -57,22 +71,9 @@ def test_quotation_marks_of_glue_are_characters(tmp_path: Path) -> None:
     assert found.labels.tolist() == [0, 1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_tsv_that_shows_its_quoting_is_read_so(end: str, tmp_path: Path) -> None:
-    everything = end.join(['"text"\t"label"', '"one ""two"""\t"a"', '"three"\t"b"'])
-    assert load(write(tmp_path / "all.tsv", everything), "all").texts == ['one "two"', "three"]
-    needed = end.join(["text\tlabel", '"one ""two"""\ta', "three\tb"])
-    assert load(write(tmp_path / "doubled.tsv", needed), "all").texts == ['one "two"', "three"]
-    cells = end.join(["text\tlabel", '"one\ttwo"\ta', f'"three{end}four"\tb'])
-    assert load(write(tmp_path / "cells.tsv", cells), "all").texts == ["one\ttwo", f"three{end}four"]
-
-
-def test_tsv_that_may_lose_rows_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "two.tsv", 'label\ttext\na\t"one\nb\ttwo\na\tthree"\nb\n')
-    with pytest.raises(UserError, match=r"two\.tsv, line 5: 1 cells under 2 columns"):
-        load(path)
-    path = write(tmp_path / "two.tsv", 'text\tlabel\n"one\ta\nextra\ttwo\tb\n three"\tb\n"four\tx"\ta\n')
-    with pytest.raises(UserError, match=r"holds tabs and line breaks.*\.jsonl"):
+def test_tsv_has_no_quoting(tmp_path: Path) -> None:
+    path = write(tmp_path / "quoted.tsv", 'text\tlabel\n"one\ttwo"\ta\nthree\tb\n')
+    with pytest.raises(UserError, match=r"quoted\.tsv, line 2: 3 cells under 2 columns .*no quoting.*\.jsonl"):
         load(path)
 
 
@@ -83,6 +84,12 @@ def test_shared_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert load(CASES / "words.csv", "all").label_names == ["neg", "pos"]
     assert load(CASES / "numbers.csv", "all").label_names == ["0", "1"]
     assert load(CASES / "blank.csv", "all").label_names == ["angry", "calm", "glad"]
+    for suffix in ("csv", "jsonl"):
+        assert load(CASES / f"codes_zeros.{suffix}", "all").label_names == ["01", "02", "1"]
+        assert load(CASES / f"codes_versions.{suffix}", "all").label_names == ["1.1", "1.10", "1.2"]
+    with pytest.raises(UserError, match=r"subsets en, de\. Name one: --dataset_name .*subsets:en"):
+        load(CASES / "subsets")
+    assert len(load(f"{CASES / 'subsets'}:de", "test").texts) == 20
     found = load(CASES / "regression.csv", "all", label_column="score")
     assert found.is_regression and len(found.texts) == 23
     assert "blanks around them" in (err := capsys.readouterr().err) and "written 'NaN'" in err
@@ -102,7 +109,7 @@ REFUSED = [
     ({"text": "Why?", "context": "long"}, r"an object with the keys 'text', 'context'"),
     ([{"role": "user", "content": "hi"}], r"a list with an object with the keys 'role', 'content'"),
     ([["red"], ["blue"]], r"a list with a list"),
-    (True, r"true, which is no text"),
+    (True, r"bool: True"),
     (float("inf"), r"float: inf"),
 ]
 
@@ -165,16 +172,7 @@ def test_line_break_that_ends_every_text_is_taken_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["nan", "NaN", "NAN", "NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "", " "])
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_missing_label_is_no_class(word: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    labels = ["pos", "neg", word, "pos"]
-    rows = [{"text": f"text {row}", "label": label} for row, label in enumerate(labels)]
-    tab = "\t" if suffix == "tsv" else ","
-    path = tmp_path / f"rows.{suffix}"
-    if suffix in ("csv", "tsv"):
-        write(path, f"text{tab}label\n" + "".join(f"{row['text']}{tab}{row['label']}\n" for row in rows))
-    elif suffix == "parquet":
-        write_parquet(path, {"text": [row["text"] for row in rows], "label": labels})
-    else:
-        write(path, json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    path = write_rows(tmp_path / f"rows.{suffix}", ["pos", "neg", word, "pos"])
     found = load(path, "all")
     assert found.label_names == ["neg", "pos"] and found.texts == ["text 0", "text 1", "text 3"]
     err = capsys.readouterr().err
@@ -189,6 +187,50 @@ def test_missing_target_is_no_class(word: str, tmp_path: Path, capsys: pytest.Ca
     assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
     found = load(write_labels(tmp_path, ["0.5", word, "-1", "2.25"]), "all")
     assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
+
+
+CODES = [  # labels, class names; a number stands for a regression target
+    (["01", "1", "02"], ["01", "02", "1"]),
+    (["1.1", "1.10", "1.2"], ["1.1", "1.10", "1.2"]),
+    (["1.3", "1.10", "1.2"], ["1.10", "1.2", "1.3"]),
+    (["1e3", "1000", "2"], ["1000", "1e3", "2"]),
+    (["1e3", "2e3", "7"], ["1e3", "2e3", "7"]),
+    (["0x1", "1"], ["0x1", "1"]),
+    (["+1", "1"], ["+1", "1"]),
+    (["-0", "0"], ["-0", "0"]),
+    (["1", "1.0"], ["1", "1.0"]),
+    ([".5", "0.5"], [".5", "0.5"]),
+    (["1.", "1"], ["1", "1."]),
+    (["1_0", "10"], ["10", "1_0"]),
+    (["１", "1"], ["1", "１"]),
+    (["0.1", "0.10000000000000000001"], ["0.1", "0.10000000000000000001"]),
+    (["-1.50", "-1.5", "2.25"], ["-1.5", "-1.50", "2.25"]),
+    (["1.0", "2.0"], ["1", "2"]),
+    (["3", "-7", "10"], ["-7", "3", "10"]),
+    (["0.5", "-1.25", "2"], [0.5, -1.25, 2.0]),
+    (["0.50", "0.75", "1.00"], [0.5, 0.75, 1.0]),
+    (["1e-05", "0.5", "-2.0"], [1e-5, 0.5, -2.0]),
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize(("words", "expected"), CODES)
+def test_words_are_numbers_only_if_written_so(
+    words: list[str], expected: list[Any], suffix: str, tmp_path: Path
+) -> None:
+    found = load(write_rows(tmp_path / f"rows.{suffix}", words), "all")
+    if isinstance(expected[0], float):
+        assert found.is_regression and found.labels.tolist() == expected
+    else:
+        assert found.label_names == expected and sorted(found.labels.tolist()) == list(range(len(words)))
+
+
+def test_number_and_another_spelling_stay_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(write_labels(tmp_path, [1, "01", 2]), "all").label_names == ["01", "1", "2"]
+    assert "'01' and '1'" in (err := capsys.readouterr().err) and "not written as numbers are" in err
+    assert load(write_labels(tmp_path, [1.1, "1.10", 2]), "all").label_names == ["1.1", "1.10", "2"]
+    found = load(write_labels(tmp_path, ["1.1", "1.10", "2"]), "all", task="regression")
+    assert found.labels.tolist() == [1.1, 1.1, 2.0]
 
 
 def test_word_among_numbers_is_named(tmp_path: Path) -> None:
@@ -240,7 +282,8 @@ def test_labels_of_json(labels: list[Any], names: list[str], encoded: list[int],
 
 def test_lists_of_one_label_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = load(write_labels(tmp_path, [[2], [1], [2]]), "all")
-    assert found.label_names == ["1", "2"] and "each label is a list of one" in capsys.readouterr().out
+    assert found.label_names == ["1", "2"] and "3 labels of" in (err := capsys.readouterr().err)
+    assert "lists of one" in err
     assert load(write_labels(tmp_path, [2.5, [1], 0.5]), "all").labels.tolist() == [2.5, 1.0, 0.5]
     assert "1 labels of" in capsys.readouterr().err
 
@@ -253,7 +296,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Label 2 of .* is an object with the keys name"):
         load(write_labels(tmp_path, ["a", {"name": "b"}]))
     path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "1" * 5000 + "}\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 holds a number of thousands of digits"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is not JSON that can be read .Exceeds the limit"):
         load(path)
 
 
@@ -300,9 +343,8 @@ def test_class_names_that_differ_between_files_are_refused(tmp_path: Path) -> No
 # ------------------------------------------------------------------ whole files
 ROWS = [{"text": f"naïve {row}", "label": word} for row, word in enumerate("abab")]
 WHOLE_FILES = {
-    "columns.json": json.dumps({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}),
-    "index.json": json.dumps({str(n): row for n, row in enumerate(ROWS)}),
-    "list.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "array.jsonl": json.dumps(ROWS, indent=1),
+    "lines.json": "\n".join(map(json.dumps, ROWS)),
     "mark.jsonl": "\ufeff" + "\n".join(map(json.dumps, ROWS)),
     "ends.jsonl": "\r".join(map(json.dumps, ROWS)),
     "ends.csv": "text,label\r" + "".join(f"{row['text']},{row['label']}\r" for row in ROWS),
@@ -312,7 +354,7 @@ WHOLE_FILES = {
 
 
 @pytest.mark.parametrize("name", WHOLE_FILES)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
 def test_whole_file_is_read(name: str, encoding: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, WHOLE_FILES[name].encode(encoding))
     for found in (load(path, "all"), load(tmp_path, "all")):
@@ -326,15 +368,18 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "a string": ("rows.json", '"text"', r"'text' is not an object"),
     "equal keys": (
         "rows.jsonl",
-        '{"text": "a", "text": "b", "label": 1}',
-        r"line 1 has an object with two keys 'text'",
+        '{"text": "a", "text": "b", "label": 1}\n' * 2,
+        r"line 1 .*keys 'text', 'text', 'label', two of them equal",
     ),
     "a number": ("rows.json", "3", r"'3' is not an object"),
     "split orientation": ("rows.json", '{"columns": ["text"], "data": [["a"]]}', r"keys 'columns', 'data'.*lines=True"),
+    "columns": ("rows.json", '{"text": {"0": "a"}, "label": {"0": "b"}}', r"keys 'text', 'label'.*lines=True"),
+    "lists": ("rows.jsonl", '{"text": ["a"], "label": ["b"]}', r"keys 'text', 'label'.*lines=True"),
+    "by index": ("rows.json", '{"0": {"text": "a"}, "1": {"text": "b"}}', r"keys '0', '1'.*lines=True"),
     "wrapped": ("rows.json", '{"data": [{"text": "a"}]}', r"one object with the keys 'data'.*lines=True"),
     "zero bytes": ("rows.csv", "text,label\na\0b,1\n", r"line 2 holds zero bytes"),
     "UTF-16 without mark": ("rows.csv", "text,label\na,1\n".encode("utf-16-le"), r"iconv -f UTF-16LE"),
-    "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"not UTF-16, as its first bytes say"),
+    "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"is not UTF-16: byte"),
 }
 
 
@@ -371,3 +416,60 @@ def test_folder_of_mixed_formats(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", '{"text": "x", "label": 1}')
     with pytest.raises(UserError, match=r"test\.csv and .*test\.jsonl may be the same rows in two formats"):
         load(tmp_path)
+
+
+# ------------------------------------------------------------------ folders of the library datasets
+SUBSETS = """---
+license: mit
+configs:
+- config_name: en
+{default}  data_files:
+  - split: train
+    path: data/en/part-*.jsonl
+  - split: test
+    path: data/en/held.jsonl
+- config_name: de
+  data_dir: data/de
+---
+"""
+
+
+def write_subsets(folder: Path, default: str = "") -> Path:
+    write(folder / "README.md", SUBSETS.format(default=default))
+    for number in (0, 1):
+        write_labels(folder / "data" / "en", ["a", "b"], f"part-{number}.jsonl")
+    held = [{"text": "007", "label": "a"}, {"text": "NA", "label": "b"}]
+    write(folder / "data" / "en" / "held.jsonl", "\n".join(map(json.dumps, held)))
+    write_labels(folder / "data" / "de", ["01", "1", "2"], "train.jsonl")
+    return folder
+
+
+def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
+    folder = write_subsets(tmp_path / "own")
+    assert len(load(f"{folder}:en").texts) == 4 and load(f"{folder}:en", "test").texts == ["007", "NA"]
+    assert load(f"{folder}:de", "all").label_names == ["01", "1", "2"]
+    with pytest.raises(UserError, match=r"subsets en, de, not 'fr'\. Name one: --dataset_name .*own:en"):
+        load(f"{folder}:fr")
+    assert len(load(write_subsets(tmp_path / "own", "  default: true\n")).texts) == 4
+    write(folder / "README.md", "---\nlicense: mit\n---\nconfigs: are not named here\n")
+    with pytest.raises(UserError, match=r"own has no subsets.*Leave out :en"):
+        load(f"{folder}:en")
+    write(folder / "README.md", SUBSETS.format(default="").replace("part-", "none-"))
+    with pytest.raises(UserError, match=r"Dataset .*own cannot be read\. Could"):
+        load(f"{folder}:en")
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
+    rows = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
+    rows.save_to_disk(tmp_path / "one")
+    found = load(tmp_path / "one", "all")
+    assert found.texts == list("abcd") and found.label_names == ["z", "a"] and found.labels.tolist() == [0, 1, 1, 0]
+    datasets.DatasetDict(train=rows, test=rows.select([2, 3])).save_to_disk(tmp_path / "two")
+    assert load(tmp_path / "two").texts == list("abcd") and load(tmp_path / "two", "test").labels.tolist() == [1, 0]
+    for split in ("train", "validation"):
+        rows.save_to_disk(tmp_path / "each" / split)
+    assert load(tmp_path / "each", "test").texts == list("abcd")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match=r"Dataset .*one cannot be"):
+        load(tmp_path / "one")

@@ -6,6 +6,7 @@ Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than .
 
 import json
 import os
+import string
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import cache
 import K_sweep
 from tests.conftest import ROOT, configure
 from utils.data.load import load_splits
+from utils.data.sources import find_source
+from utils.data.table import SPECS
 from utils.settings import Data, Run
 
 DATASETS = Path(os.environ.get("NTPS_REAL_DATASETS_DIR") or ROOT.parent / "shared" / "data")
@@ -127,6 +130,25 @@ def test_texts_and_classes_are_those_of_the_file(name):
     counts = dict(zip(rows.label_names, np.bincount(rows.labels).tolist(), strict=True))
     assert counts == expected.classes if isinstance(expected.classes, dict) else len(counts) == expected.classes
     assert rows.label_names[label] == expected.label
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
+def test_copy_is_as_the_table_says(spec, capsys):
+    """Columns, classes and their names; a copy without the class names would otherwise get those of the table."""
+    if not (DATASETS / spec.key.replace("/", "__")).is_dir():
+        pytest.skip(f"no copy of {spec.key}")
+    splits = find_source(spec.key, datasets_dir=DATASETS).splits
+    pieces = string.Formatter().parse(spec.text_template)
+    needed = {name for _, name, _, _ in pieces if name} | {spec.label_column, *spec.group_by}
+    for split, rows in splits.items():
+        assert needed <= set(rows.columns), split
+        assert not spec.class_names or rows.class_names.get(spec.label_column) == list(spec.class_names), split
+    if spec.num_classes == 0:
+        return
+    for part, rows in load_splits(Data(spec.key), Run(datasets_dir=DATASETS)).items():
+        assert spec.num_classes is None or rows.num_labels == spec.num_classes
+        assert part != "train" or set(rows.labels) == set(range(rows.num_labels))
+    assert f"{spec.split_rule}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -22,7 +22,7 @@ import K_sweep
 from fig_plot import collect
 from tests.conftest import ROOT, configure, run_in_process, write_rows
 from utils.data.load import LabelledTexts, load_splits, load_texts
-from utils.data.rows import stratified_rows
+from utils.data.splits import stratified_rows
 from utils.results import load_json, replace_folder, save_json
 from utils.script import UserError
 from utils.settings import Data, Run

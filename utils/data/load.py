@@ -1,71 +1,60 @@
 """Labelled texts by name: the known datasets, any other of the hub, the user's own files, the docstring tasks.
 
-    python -m utils.data.load                                        # table of the known datasets, without network
-    python -m utils.data.load --check FOLDER                         # local copies (--datasets_dir) beside the table
+    python -m utils.data.load                                   # table of the known datasets, without network
     python cache.py --dataset_name emotion                      # a key of the table, or its hub id
     python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
     python cache.py --dataset_name reviews.csv --text_column review --label_column stars
+    python cache.py --dataset_name folder:subset                # a folder whose README.md names subsets
     python cache.py --dataset_name docstrings/raises            # see utils/data/docstrings.py
 
-Files are .jsonl, .json, .csv, .tsv or .parquet in UTF-8 (or UTF-16 with its mark), or a folder of them (train, test,
-validation by file name). What has no held-out split is split 70/30. Rows of one's own that are empty or cannot be
-encoded are errors; in a dataset of the hub, which its reader cannot fix, they are left out with a warning. Which
-labels count as missing is in `labels.py`, which cells as text in `texts.py`.
+Data without a held-out split is split 70/30. A user's own rows that are empty or cannot be encoded are errors; the user
+cannot mend a dataset of the hub, whose rows of this kind are left out with a warning. `files.py` says which files are
+read, `cells.py` which labels count as missing and which cells are text. Nothing of the hub is ever executed.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
+import re
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.data.columns import column, join_texts, label_column_name, text_pieces
-from utils.data.dataset_check import check_copies
-from utils.data.files import check_class_names
-from utils.data.labels import (
+from utils.data.cells import (
     check_words,
+    class_values,
+    holds_text,
     is_missing,
     is_number,
     is_whole,
     label_cells,
+    listed,
+    render_column,
     target_cells,
     told_missing,
     typed,
-    warn,
 )
-from utils.data.rows import (
-    TEST_SHARE,
-    Rows,
-    check_targets,
-    cut,
-    encode,
-    known_split,
+from utils.data.files import VALIDATION_NAMES, Table, check_class_names
+from utils.data.sources import Source, find_source
+from utils.data.splits import (
+    grouped_split,
     leaked_share,
     linked_groups,
     paper_split,
+    seeded_split,
+    split_like,
     stratified_rows,
 )
-from utils.data.sources import VALIDATION_NAMES, Source, Table, find_source
-from utils.data.table import DATASETS, DatasetSpec, table
-from utils.data.texts import render_column
-from utils.script import UserError, run_script
-from utils.settings import Data, Model, Run
-
-__all__ = [
-    "DATASETS",
-    "DatasetSpec",
-    "LabelledTexts",
-    "leaked_share",
-    "load_splits",
-    "load_texts",
-    "paper_split",
-    "stratified_rows",
-]
+from utils.data.table import table
+from utils.script import UserError, run_script, warn
+from utils.settings import Data, Run
 
 LEAK_WARNING = 0.01  # share of test texts that are also in train from which on a plain warning is due
+MAX_MEAN = 1e5  # of targets, in their standard deviations: its square costs 10 of the 16 digits of float64
+SPREADS = (1e-15, 1e15)  # of targets: standard deviations whose powers float64 and float32 hold
+MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}  # a shell passes them on as two characters
 
 
 @dataclass(frozen=True)
@@ -87,8 +76,85 @@ class LabelledTexts:
         return len(self.label_names) or 1
 
 
-# ------------------------------------------------------------------ labels
-def is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
+@dataclass(frozen=True)
+class Rows:
+    """Texts with a label each; a text without any content is the empty string."""
+
+    texts: list[str]
+    labels: list[Any]
+    groups: np.ndarray | None = None  # (n,) rows of one group stay on one side of a split
+
+    def take(self, rows: Iterable[int]) -> "Rows":
+        rows = list(rows)
+        groups = None if self.groups is None else self.groups[rows]
+        return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)
+
+
+# ------------------------------------------------------------------ columns
+def _column(source: Source, part: Table, name: str, flag: str) -> list[Any]:
+    """One column; `flag` names another one. Raises UserError where there is no such column."""
+    if name not in part.columns:
+        present = ", ".join(part.columns) or "none"
+        raise UserError(f"{source.name} has no column {name!r}; columns: {present}. Name one with {flag}.")
+    return list(part.columns[name][:])
+
+
+def label_column_name(settings: Data, source: Source, part: Table) -> str:
+    """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
+    chosen = settings.label_column or (source.spec.label_column if source.spec else None)
+    return chosen or next((name for name in ("label", "labels") if name in part.columns), "label")
+
+
+def text_pieces(settings: Data, source: Source, part: Table, label: str) -> list[tuple[str, str | None]]:
+    r"""A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
+
+    In a template \n, \t and \\ are a line break, a tab and a backslash.
+
+    Raises:
+        UserError: two ways are asked for, the template is malformed, or no column is the evident one.
+    """
+    if settings.text_column and settings.text_template:
+        raise UserError("--text_column and --text_template exclude each other: give one of them.")
+    if settings.text_column:
+        return [("", settings.text_column)]
+    template = settings.text_template or (source.spec.text_template if source.spec else None)
+    if template is not None:
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
+        names = [name for _, name, _, _ in parsed if name is not None]
+        if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
+            raise UserError(
+                f'--text_template {template!r} must name columns in braces, like "{{question}} {{choices}}".'
+            )
+        return [(re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], text), name) for text, name, _, _ in parsed]
+    if "text" in part.columns:
+        return [("", "text")]
+    candidates = [name for name in part.columns if name != label and holds_text(part.columns[name][:])]
+    if len(candidates) != 1:
+        raise UserError(
+            f"Which column of {source.name} is the text? Columns: {', '.join(part.columns) or 'none'}. "
+            "Name one with --text_column, or several with --text_template."
+        )
+    return [("", candidates[0])]
+
+
+def _join_texts(source: Source, part_name: str, part: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
+    """One text per row; empty where every column is blank, whatever the template puts around them."""
+    flag = "--text_column or --text_template"
+    names = [name for _, name in pieces if name is not None]
+    columns = [render_column(source.name, part_name, name, _column(source, part, name, flag)) for name in names]
+    texts = []
+    for cells in zip(*columns, strict=True):
+        rest = iter(cells)
+        joined = "".join(literal + (next(rest) if name is not None else "") for literal, name in pieces)
+        texts.append(joined if any(cell.strip() for cell in cells) else "")
+    return texts
+
+
+# ------------------------------------------------------------------ rows
+def _is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
     """`task` decides; under `auto` the table of datasets, else any number that is not a whole one."""
     if settings.task != "auto":
         return settings.task == "regression"
@@ -98,27 +164,7 @@ def is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
     return all(map(is_number, present)) and any(not is_whole(label) for label in present)
 
 
-# ------------------------------------------------------------------ rows and splits
-def divide(settings: Data, source: Source, rows: Rows, stratify: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test for data without a held-out split.
-
-    Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
-    the same question with the opposite label on the other side; `ungrouped_split` gives that split.
-
-    Raises:
-        UserError: too few rows for two splits.
-    """
-    if len(rows.texts) < 2:
-        raise UserError(f"{source.name} has {len(rows.texts)} labelled rows; a 70/30 split needs at least two.")
-    if source.spec is None:
-        classes = np.array([str(label) if stratify else "" for label in rows.labels])
-        train = stratified_rows(classes, len(classes) - math.ceil(TEST_SHARE * len(classes)), settings.seed)
-        test = np.setdiff1d(np.arange(len(classes)), train)
-        return train, np.random.default_rng(settings.seed).permutation(test)
-    return known_split(source, rows)
-
-
-def has_labels(rows: Table, label: str) -> bool:
+def _has_labels(rows: Table, label: str) -> bool:
     """Whether any row has a label; those of a test split may be hidden."""
     return not all(map(is_missing, typed(list(rows.columns.get(label, ())[:]))))
 
@@ -133,8 +179,6 @@ def choose_parts(source: Source, label: str, split: str, divide_train: bool = Fa
     """
     splits, spec = source.splits, source.spec
     absent = f"{source.name} has no split {{!r}}; splits: {', '.join(splits)}."
-    # hidden test labels are common on the hub; the validation split is then what can be scored
-    labelled = [name for name, rows in splits.items() if has_labels(rows, label)]
     if spec:
         held_out = [spec.test_split] if spec.test_split and not divide_train else []
         for name in ("train", *held_out):
@@ -144,6 +188,8 @@ def choose_parts(source: Source, label: str, split: str, divide_train: bool = Fa
                 raise UserError(f"{absent.format(name)} {remedy or 'Another --dataset_revision may have it.'}")
     else:
         held_out = [name for name in ("test", *VALIDATION_NAMES) if name in splits and not divide_train]
+    # hidden test labels are common on the hub; the validation split is then what can be scored
+    labelled = [name for name, rows in splits.items() if _has_labels(rows, label)]
     if split == "all":
         return {name: splits[name] for name in labelled} or splits
     test = next((name for name in held_out if name in labelled), next(iter(held_out), None))
@@ -155,7 +201,7 @@ def choose_parts(source: Source, label: str, split: str, divide_train: bool = Fa
     return {part: splits[name] for part, name in (("train", train), ("test", test)) if name in splits}
 
 
-def labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
+def _labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
     """The rows that have a label, by part, and whether the task is a regression.
 
     Raises:
@@ -164,71 +210,156 @@ def labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> t
     first = next(iter(tables.values()))
     label = label_column_name(settings, source, first)
     pieces = text_pieces(settings, source, first, label)
-    labels = {part: column(source, rows, label, "--label_column") for part, rows in tables.items()}
+    written = {part: _column(source, rows, label, "--label_column") for part, rows in tables.items()}
     check_class_names([rows.class_names for rows in tables.values()], f"the splits of {source.name}")
-    written = labels
-    cells = label_cells(source.name, [cell for of_part in labels.values() for cell in of_part])
-    regression, labels = is_regression(settings, source, cells), cut(cells, labels)
+    cells = label_cells(source.name, [cell for of_part in written.values() for cell in of_part])
+    regression, labels = _is_regression(settings, source, cells), split_like(cells, written)
     if regression:
         labels = {part: target_cells(source.name, part, of_part) for part, of_part in labels.items()}
     elif settings.task == "auto" and not source.spec:
         check_words(source.name, labels)
     parts = {}
     for part, rows in tables.items():
-        texts = join_texts(source, part, rows, pieces)
-        empty = [number for number, text in enumerate(texts, 1) if not text]
+        texts = _join_texts(source, part, rows, pieces)
+        empty = [row for row, text in enumerate(texts, 1) if not text]
         if empty and source.own:
-            shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-            raise UserError(f"{len(empty)} {part} texts of {source.name} are empty: rows {shown}. Fill or remove them.")
-        kept = [row for row, cell in enumerate(labels[part]) if not is_missing(cell, regression)]
-        if not kept:
+            raise UserError(
+                f"{len(empty)} {part} texts of {source.name} are empty: rows {listed(empty)}. Fill or remove them."
+            )
+        missing = [row for row, cell in enumerate(labels[part]) if is_missing(cell, regression)]
+        if len(missing) == len(texts):
             found = "no rows" if not texts else f"{len(texts)} {part} rows, their labels all missing or -1"
             raise UserError(f"{source.name} has {found} (label column {label!r}). Label them, or see --label_column.")
-        if len(kept) < len(texts):
-            told = f"{len(texts) - len(kept)} {part} rows of {source.name} without a label (missing or -1) are left out"
-            warn(told + told_missing(written[part], sorted(set(range(len(texts))) - set(kept))))
-        together = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
-        columns = [
-            render_column(source.name, part, name, column(source, rows, name, "--dataset_revision"))
-            for name in together
-        ]
-        groups = linked_groups(columns) if columns else None
-        parts[part] = Rows(texts, labels[part], groups).take(kept)
+        if missing:
+            told = f"{len(missing)} {part} rows of {source.name} without a label (missing or -1) are left out"
+            warn(told + told_missing(written[part], missing))
+        group_by = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
+        columns = [render_column(source.name, part, name, _column(source, rows, name, "--dataset_revision"))
+                   for name in group_by]  # fmt: skip
+        kept = sorted(set(range(len(texts))) - set(missing))
+        parts[part] = Rows(texts, labels[part], linked_groups(columns) if columns else None).take(kept)
     return parts, regression
 
 
-def without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
+def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> dict[str, Rows]:
+    """Train and test of data without a held-out split.
+
+    Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
+    the same question with the opposite label on the other side; `ungrouped_split` gives that split.
+
+    Raises:
+        UserError: too few rows for two splits, or all of one group.
+    """
+    if len(rows.texts) < 2:
+        raise UserError(f"{source.name} has {len(rows.texts)} labelled rows; a 70/30 split needs at least two.")
+    if source.spec is None:
+        classes = np.array(["" if regression else str(label) for label in rows.labels])
+        train, test = seeded_split(classes, settings.seed)
+    elif rows.groups is None:
+        train, test = paper_split(len(rows.texts))
+    else:
+        if len(set(rows.groups)) < 2:
+            raise UserError(f"All rows of {source.name} share a question: take --split all or --ungrouped_split.")
+        train, test = grouped_split(rows.groups)
+    return {"train": rows.take(train), "test": rows.take(test)}
+
+
+def _without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
     """The rows whose text is not empty; after the split, so that leaving one out moves no other row."""
-    kept = {part: [row for row, text in enumerate(rows.texts) if text] for part, rows in parts.items()}
+    found = {}
     for part, rows in parts.items():
-        if len(kept[part]) < len(rows.texts):
-            warn(f"{len(rows.texts) - len(kept[part])} {part} rows of {source.name} have no text; left out")
-        if not kept[part]:
+        kept = [row for row, text in enumerate(rows.texts) if text]
+        if len(kept) < len(rows.texts):
+            warn(f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have no text; left out")
+        if not kept:
             raise UserError(f"All {part} texts of {source.name} are empty. Is --text_column right?")
-    return {part: rows.take(kept[part]) for part, rows in parts.items()}
+        found[part] = rows.take(kept)
+    return found
+
+
+# ------------------------------------------------------------------ labels
+def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[str, Rows], list[str]]:
+    """Rows with labels 0..c-1, and the c class names: the classes of the first part (train, if it exists), sorted.
+
+    Raises:
+        UserError: a single class, too many, or, in the user's own data, a class that train lacks.
+    """
+    values = class_values(source.name, [cell for rows in parts.values() for cell in rows.labels])
+    labels = split_like(values, {part: rows.labels for part, rows in parts.items()})
+    first = next(iter(parts))
+    classes = sorted(set(labels[first]))
+    # a number beyond the class names of the file, or a word, is its own name
+    known = dict(enumerate(next(iter(source.splits.values())).class_names.get(label, ())))
+    spelled = {value: known.get(value, str(value)) for value in set(values)}
+    if len(classes) < 2:
+        raise UserError(
+            f"The {first} labels of {source.name} are all {spelled[classes[0]]!r}; at least two classes are needed. "
+            "See --label_column; where -1 is a class, and not a missing label, name it in words."
+        )
+    if len(classes) > MAX_CLASSES:
+        raise UserError(
+            f"{source.name} has {len(classes):,} classes in {len(labels[first]):,} {first} rows; up to {MAX_CLASSES:,} "
+            "are possible. Is --label_column the class, and not the number of a row? Numbers: --task regression."
+        )
+    index = {value: number for number, value in enumerate(classes)}
+    encoded = {}
+    for part, rows in parts.items():
+        kept = [row for row, value in enumerate(labels[part]) if value in index]
+        if len(kept) < len(rows.texts):
+            unseen = listed(sorted(spelled[value] for value in set(labels[part]) - set(classes)))
+            told = f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have classes that train lacks: {unseen}"
+            if source.own or not kept:
+                raise UserError(f"{told}. Correct them, add rows of these classes to train, or take --split all.")
+            warn(f"{told}; left out")
+        encoded[part] = Rows([rows.texts[row] for row in kept], [index[labels[part][row]] for row in kept])
+    return encoded, [spelled[value] for value in classes]
+
+
+def _check_targets(name: str, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuses regression targets whose moments, sums of squares about 0, would lose their digits.
+
+    Raises:
+        UserError: the targets of the first part are all equal, or the spread of a part is extreme, by itself or beside
+            the mean; those of a later part may be all equal.
+    """
+    first = next(iter(parts))
+    for part, numbers in parts.items():
+        if numbers.min() == numbers.max():
+            if part == first:
+                raise UserError(f"The {first} targets of {name} are all equal. See --label_column or --max_samples.")
+            continue
+        largest = float(np.abs(numbers).max())
+        scaled = numbers / largest  # squares of the numbers themselves may overflow
+        mean, std = float(scaled.mean()), float(scaled.std())
+        told = f"The {part} targets of {name} run from {numbers.min():.9g} to {numbers.max():.9g}, with a standard "
+        told += f"deviation of {std * largest:.3g}"
+        if abs(mean) > MAX_MEAN * std:
+            raise UserError(
+                f"{told}, and their mean is more than {MAX_MEAN:,.0f} times as large: subtract a constant from the "
+                f"column first, such as {mean * largest:.9g}."
+            )
+        if not SPREADS[0] <= std * largest <= SPREADS[1]:
+            raise UserError(
+                f"{told}, which must be within {SPREADS[0]:g} and {SPREADS[1]:g}: rescale the column first."
+            )
 
 
 # ------------------------------------------------------------------ load
-def split_rule(settings: Data, spec: DatasetSpec | None, divided: bool) -> str:
-    """How the test rows were chosen, in words."""
-    if spec:
-        seeded = (settings.divide_train and not spec.group_by) or (spec.group_by and settings.ungrouped_split)
-        return "seeded 70/30" if seeded else spec.split_rule
-    return f"split 70/30 by seed {settings.seed}" if divided else "own test"
-
-
-def report(source: Source, parts: dict[str, Rows], label_names: list[str], rule: str) -> None:
-    """Prints sizes, split rule and leak; warns of a leak, and of a dataset that is not what the table says."""
-    sizes = {part: len(rows.texts) for part, rows in parts.items()}
+def _report(settings: Data, source: Source, parts: dict[str, Rows], label_names: list[str], divided: bool) -> None:
+    """Prints sizes, split rule and leak; warns of a leak, and of a dataset that is not as the table says."""
+    spec, sizes = source.spec, {part: len(rows.texts) for part, rows in parts.items()}
     facts = [" and ".join(f"{size:,} {part}" for part, size in sizes.items()) + " texts"]
     facts.append(f"{len(label_names)} classes" if label_names else "a regression target")
     if {"train", "test"} <= set(parts):
-        facts.append(rule)
-        known = source.spec.sizes if source.spec else None
-        if known and sum(known) != sum(sizes.values()):
-            expected = f"{known[0]:,} and {known[1]:,}"
+        if spec and ((settings.divide_train and not spec.group_by) or (spec.group_by and settings.ungrouped_split)):
+            facts.append("seeded 70/30")
+        elif spec:
+            facts.append(spec.split_rule)
+        else:
+            facts.append(f"split 70/30 by seed {settings.seed}" if divided else "own test")
+        if spec and spec.sizes and sum(spec.sizes) != sum(sizes.values()):
             cause = "this copy holds others" if source.copy else "the hub has changed, or the known sizes are wrong"
-            warn(f"{source.name} was known with {expected} rows; {cause}")
+            warn(f"{source.name} was known with {spec.sizes[0]:,} and {spec.sizes[1]:,} rows; {cause}")
         leaked = leaked_share(parts["train"].texts, parts["test"].texts)
         facts.append(f"{leaked:.1%} of the test texts are also in train")
         if leaked > LEAK_WARNING:
@@ -236,7 +367,7 @@ def report(source: Source, parts: dict[str, Rows], label_names: list[str], rule:
     print(f"{source.name}: {', '.join(facts)}")
 
 
-def fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
+def _fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
     """First 16 hex digits of the SHA-256 over the texts, each ended by a zero byte, and the labels."""
     digest = hashlib.sha256()
     for number, text in enumerate(texts, 1):
@@ -250,6 +381,17 @@ def fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def _sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:
+    """The rows of one split, at most as many as the settings allow, with their fingerprint."""
+    texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
+    most = (settings.max_test_samples if part == "test" else None) or settings.max_samples
+    if most is not None and most < len(texts):
+        classes = labels if label_names else np.zeros(len(texts))
+        chosen = stratified_rows(classes, most, settings.seed)
+        texts, labels = [texts[row] for row in chosen], labels[chosen]
+    return LabelledTexts(texts, labels, label_names, _fingerprint(source, texts, labels))
+
+
 def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, LabelledTexts]:
     """The texts and labels of `train` and `test`, or of `all`: every labelled row, undivided.
 
@@ -259,42 +401,30 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     Args:
         settings: the dataset.
         run: `datasets_dir` is read.
-        wanted: "both", or the one split that must be there: "train", "test" or "all".
+        wanted: "both", or the one split that is needed: "train", "test" or "all".
 
     Raises:
         UserError: the dataset cannot be found or read, or its rows do not make a task.
     """
     source = find_source(settings.dataset_name, settings.dataset_revision, run.datasets_dir)
     label = label_column_name(settings, source, next(iter(source.splits.values())))
-    needed = "train" if wanted == "both" else wanted
-    parts, regression = labelled_rows(settings, source, choose_parts(source, label, needed, settings.divide_train))
+    tables = choose_parts(source, label, "train" if wanted == "both" else wanted, settings.divide_train)
+    parts, regression = _labelled_rows(settings, source, tables)
     divided = list(parts) == ["train"] and wanted != "all"
     if wanted == "all":
         texts = [text for rows in parts.values() for text in rows.texts]
         parts = {"all": Rows(texts, [cell for rows in parts.values() for cell in rows.labels])}
     elif divided:
-        train, test = divide(settings, source, parts["train"], not regression)
-        parts = {"train": parts["train"].take(train), "test": parts["train"].take(test)}
-    parts = without_empty(source, parts)
+        parts = _divide(settings, source, parts["train"], regression)
+    parts = _without_empty(source, parts)
     label_names: list[str] = []
     if not regression:
-        parts, label_names = encode(source, parts, next(iter(source.splits.values())).class_names.get(label))
-    report(source, parts, label_names, split_rule(settings, source.spec, divided))
-    found = {part: sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
+        parts, label_names = _encode(source, parts, label)
+    _report(settings, source, parts, label_names, divided)
+    found = {part: _sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
     if regression:
-        check_targets(source.name, {part: of.labels for part, of in found.items()})
+        _check_targets(source.name, {part: texts.labels for part, texts in found.items()})
     return found
-
-
-def sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:
-    """The rows of one split, at most as many as the settings allow, with their fingerprint."""
-    texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
-    most = (settings.max_test_samples if part == "test" else None) or settings.max_samples
-    if most is not None and most < len(texts):
-        classes = labels if label_names else np.zeros(len(texts))
-        chosen = stratified_rows(classes, most, settings.seed)
-        texts, labels = [texts[row] for row in chosen], labels[chosen]
-    return LabelledTexts(texts, labels, label_names, fingerprint(source, texts, labels))
 
 
 def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:
@@ -304,35 +434,12 @@ def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:
 
 @dataclass(frozen=True)
 class Config:
-    """What to print."""
-
-    check: Path | None = None  # folder of copies, as --datasets_dir takes it: compare them with the table
-    model_name: str = "tiny"  # its tokenizer counts the tokens of their texts
-
-
-def token_counter(model_name: str) -> Callable[[Sequence[str]], list[int]]:
-    """The function that gives the number of tokens of each text, uncut."""
-    from utils.models.identity import load_config  # transformers takes seconds to load, which a table need not wait for
-    from utils.models.load import load_tokenizer
-
-    model, run = Model(model_name), Run()
-    tokenizer = load_tokenizer(model, run, load_config(model, run))
-    return lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    """No settings: the command prints the known datasets."""
 
 
 def main(config: Config) -> None:
-    """Prints the known datasets, or what the copies in a folder hold; needs no network.
-
-    Raises:
-        UserError: a column or class of a copy is not as the table says.
-    """
-    if config.check is None:
-        print(table())
-        return
-    text, as_the_table_says = check_copies(config.check, token_counter(config.model_name))
-    print(f"{text}\ntokens are those of {config.model_name}")
-    if not as_the_table_says:
-        raise UserError(f"A copy in {config.check} is not as the table says; see above.")
+    """Prints the known datasets; needs no network."""
+    print(table())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What can be had without a language model: the majority class and a bag of words (or the mean, for regression)."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,31 @@ from sklearn.preprocessing import StandardScaler
 from utils.data.load import LabelledTexts
 from utils.training.metrics import classification_scores, regression_scores
 
+# scripts that do not divide words: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
+UNDIVIDED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+UNDIVIDED_SHARE = 0.05  # of the letters; below it, a foreign word in a text changes nothing
+NGRAMS = 3
+
+
+def words_and_ngrams(text: str) -> list[str]:
+    """The words of a text in small letters; of a run of characters without division its 1- to 3-grams."""
+    runs = UNDIVIDED.findall(text)
+    ngrams = [run[i : i + n] for run in runs for n in range(1, NGRAMS + 1) for i in range(len(run) - n + 1)]
+    return re.findall(r"\w+", UNDIVIDED.sub(" ", text.lower())) + ngrams
+
 
 def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
-    """TF-IDF of the words of train, sparse (n, words); one column of zeros where train has no word at all."""
-    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True, dtype=np.float32)
+    """TF-IDF of the words of train, sparse (n, words); one column of zeros where train has no word at all.
+
+    Where train is in Chinese, Japanese, Thai or the like, in which no blank divides words, character n-grams are words.
+    """
+    undivided = sum(len(run) for text in train for run in UNDIVIDED.findall(text))
+    letters = sum(character.isalnum() for text in train for character in text)
+    words = {"analyzer": words_and_ngrams} if undivided > UNDIVIDED_SHARE * letters else {"token_pattern": r"\w+"}
+    vectorizer = TfidfVectorizer(**words, sublinear_tf=True, dtype=np.float32)
     try:
         return vectorizer.fit_transform(train), vectorizer.transform(test)
     except ValueError:  # empty vocabulary: texts of punctuation only

@@ -1,0 +1,89 @@
+"""Which rows are train and test, and which of them a sample takes."""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
+TEST_SHARE = 0.3
+
+
+def split_like(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The values in parts as long as those of `like`."""
+    rest = iter(values)
+    return {part: list(itertools.islice(rest, len(of_part))) for part, of_part in like.items()}
+
+
+def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """Numbers of `num` random rows in random order, each class in proportion and, if `num` allows, none left out.
+
+    Args:
+        classes: class of each row, (n,); constant for a plain random sample.
+        num: size of the sample, at most n.
+        seed: the same seed gives the same rows.
+    """
+    generator = np.random.default_rng(seed)
+    classes, counts = np.unique(classes, return_inverse=True, return_counts=True)[1:]
+    quota = num * counts / counts.sum()
+    take = np.maximum(np.floor(quota).astype(int), int(num >= len(counts)))
+    largest = [(-count, number) for number, count in enumerate(take)] if take.sum() > num else []
+    heapq.heapify(largest)
+    for _ in range(take.sum() - num):  # a search among all classes for each of as many takes hours
+        count, number = heapq.heappop(largest)
+        take[number] -= 1
+        heapq.heappush(largest, (count + 1, number))
+    take[np.argsort(take - quota, kind="stable")[: num - take.sum()]] += 1
+    order = generator.permutation(len(classes))
+    order = order[np.argsort(classes[order], kind="stable")]
+    starts = np.cumsum(counts) - counts
+    return generator.permutation(np.concatenate([order[i : i + k] for i, k in zip(starts, take, strict=True)]))
+
+
+def seeded_split(classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of train and test, 70/30, each class in proportion.
+
+    Args:
+        classes: class of each row, (n,), n at least 2; constant for a plain random split.
+        seed: of the split.
+    """
+    num_rows = len(classes)
+    train = stratified_rows(classes, num_rows - math.ceil(TEST_SHARE * num_rows), seed)
+    test = np.setdiff1d(np.arange(num_rows), train)
+    return train, np.random.default_rng(seed).permutation(test)
+
+
+def paper_split(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of train and test in the paper's order: those of `datasets.Dataset.train_test_split`."""
+    order = np.random.default_rng(PAPER_SEED).permutation(num_rows)
+    num_test = math.ceil(TEST_SHARE * num_rows)
+    return order[num_test:], order[:num_test]
+
+
+def grouped_split(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of train and test in the rows' order; the groups, (n,), are divided as the paper divides rows."""
+    names = np.unique(groups)
+    in_train = np.isin(groups, names[paper_split(len(names))[0]])
+    return np.flatnonzero(in_train), np.flatnonzero(~in_train)
+
+
+def linked_groups(columns: list[list[str]]) -> np.ndarray:
+    """Group of each row, (n,): rows that share a text, in whatever case and spacing, are in one group."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    texts: dict[str, int] = {}
+    num_rows = len(columns[0])
+    cells = [texts.setdefault(" ".join(cell.casefold().split()), len(texts)) for column in columns for cell in column]
+    edges = (np.ones(len(cells)), (np.tile(np.arange(num_rows), len(columns)), num_rows + np.array(cells)))
+    graph = coo_array(edges, shape=(num_rows + len(texts),) * 2)
+    return connected_components(graph, directed=False)[1][:num_rows]
+
+
+def leaked_share(train_texts: Iterable[str], test_texts: Sequence[str]) -> float:
+    """Share of the test texts that are also in train, letter by letter."""
+    known = set(train_texts)
+    return sum(text in known for text in test_texts) / max(len(test_texts), 1)
