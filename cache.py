@@ -6,56 +6,48 @@
     python cache.py --dataset_name my_rows.jsonl --text_column body --label_column topic
 
 Reads the dataset and the model.
-Writes results/moments/<model>/<dataset>/<split>.safetensors and, with --save_pooled, <split>.pooled.safetensors.
+Writes results/moments/<model>/<dataset>/<split>.safetensors and, with --save_pooled, <split>.pooled.npy.
 
-Symbols: n texts, t tokens, d hidden size, c classes (or regression targets), l = layers + 1. x_t is the state of a
-token, s_t = x_1 + ... + x_t a prefix sum, m the pooled state, y the one-hot label. Layer 0 is the embeddings, the
-last layer comes after the final norm. Everything is an average over texts, in float64, uncentred as in the paper:
+Symbols: n texts, T tokens of a text, d hidden size, c classes (or regression targets). x_t is the state of a token,
+s_t = x_1 + ... + x_t a prefix sum, m the pooled state, y the one-hot label. Layer 0 is the embeddings, the last layer
+comes after the final norm. Each layer k has, averaged over texts, in float64, uncentred as in the paper:
 
-    pooled_second_moment       M   (l, d, d)   mean of m m'
-    pooled_label_cross_moment  B   (l, d, c)   mean of m y'
-    prefix_second_moment       C0  (l, d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
-    prefix_next_cross_moment   C1  (l, d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
+    layer.<k>.pooled_second_moment       M   (d, d)   mean of m m'
+    layer.<k>.pooled_label_cross_moment  B   (d, c)   mean of m y'
+    layer.<k>.prefix_second_moment       C0  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
+    layer.<k>.prefix_next_cross_moment   C1  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
 
-Beside them is what tells rounding from rank: the errors of C0 Z and C1 Z that float32 products leave, for a few
-fixed random signs Z, and token_square (l, d), the mean over texts of the sum over t = 1..T of x_t^2.
+With them rounding is told from rank: the errors of C0 Z and C1 Z that products in float32 leave, for a few fixed random
+signs Z, and token_square (d,), the mean over texts of the sum over t = 1..T of x_t^2.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-import functools
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from utils.algebra.memory import Need, check_fits, keep_on_host, num_parameters
-from utils.algebra.moment_sums import MomentSums, Sizes
-from utils.algebra.moments import (
-    by_layer,
-    check_embedded,
-    describe,
-    is_complete,
-    moments_path,
-    numbers_of_layers,
-    pooled_path,
-)
-from utils.algebra.products import Precision, ProductDtype
+from utils import results
+from utils.algebra import moments as stored
+from utils.algebra.linalg import NUM_PROBES
+from utils.algebra.partial import PartialPass, remove_partial, resumable_pass
+from utils.algebra.pooled import checksums
+from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts
-from utils.models.batches import Batch, assign_folds, one_hot, one_hot_targets, share_of, token_batches, token_steps
+from utils.models.batches import assign_folds, one_hot_targets, share_of, token_steps
 from utils.models.check import self_check
 from utils.models.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.parallel import processes
-from utils.results import check_identity, check_writable, read_identity, save_tensors, settings_from_moments
-from utils.script import UserError, environment, pick_device, run_script
+from utils.script import UserError, environment, missing_memory, pick_device, run_script
 from utils.settings import (
     Data,
     Model,
@@ -67,12 +59,15 @@ from utils.settings import (
     result_settings,
     with_values,
 )
-from utils.unfinished import PooledFile, Unfinished, check_states, remove_unfinished, run_steps, states_beside
+
+PAIRS_PER_BLOCK = 8192  # so many products are added up in their own precision before they move to float64
+FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
+WITHOUT_FLOAT64 = ("mps",)  # devices whose states move to the CPU for the sums
 
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """What is written beside the moments."""
+    """Parts of the result that are optional."""
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
     folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
@@ -93,7 +88,7 @@ class Config:
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
     pooling: Literal["mean", "last"] = "mean"  # pooled state m of a text: mean of its tokens, or its last token
     num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
-    product_dtype: ProductDtype = "auto"  # of products; auto: by the number of tokens
+    product_dtype: ProductDtype = "auto"  # of the products s_t s_t' and s_t x_{t+1}'; auto: by the number of tokens
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
@@ -104,101 +99,224 @@ class Config:
         check_at_least_one(self, "num_folds")
 
 
-PAIRS_PER_BLOCK = 8192  # so many products are added up in their own dtype, as in one large batch
-CHANGING_STATES = ("layers", "folds", "save_pooled", "accumulate_on", "device_map")  # besides what identifies a result
+# ------------------------------------------------------------------ the moments
+def prefix_moments(x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """C0 and C1 of a batch, and the sums of s_t and x_{t+1}, each summed over its texts and t = 1..T-1.
+
+    Args:
+        x: hidden states (b, T, d) float64, right-padded.
+        lengths: tokens per text, (b,).
+    """
+    has_next = torch.arange(1, x.shape[1], device=x.device) < lengths[:, None]
+    s = (x.cumsum(1)[:, :-1] * has_next[..., None]).flatten(0, 1)
+    following = (x[:, 1:] * has_next[..., None]).flatten(0, 1)
+    return {
+        "prefix_second_moment": s.T @ s,
+        "prefix_next_cross_moment": s.T @ following,
+        "prefix_mean": s.sum(0),
+        "next_mean": following.sum(0),
+    }
+
+
+def pooled_moments(m: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """M and B summed over texts, with the sums of m and, for Ledoit-Wolf shrinkage, of |m|^4 and |m|^2 m.
+
+    Args:
+        m: pooled states (b, d) float64.
+        y: one-hot labels, or regression targets, (b, c) float64.
+    """
+    norm_squared = m.square().sum(1)
+    return {
+        "pooled_second_moment": m.T @ m,
+        "pooled_label_cross_moment": m.T @ y,
+        "pooled_mean": m.sum(0),
+        "pooled_norm_fourth_power": norm_squared.square().sum(),
+        "pooled_norm_squared_pooled": norm_squared @ m,
+    }
+
+
+class LayerSums:
+    """The sums of one layer over texts, in float64."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        precision: Precision = "float64",
+        pooling: Literal["mean", "last"] = "mean",
+        on_host: bool = False,
+    ) -> None:
+        """Zeros.
+
+        Args:
+            shape: hidden size d, labels c, and folds f whose pooled moments are kept apart; 1: none are.
+            device: of the hidden states.
+            precision, pooling: as in `Config`.
+            on_host: keep the sums in main memory; products move there at every batch.
+        """
+        (d, c, f), self.pooling, self.on_host = shape, pooling, on_host
+        self.device = torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+        self.products = None if precision == "float64" else CentredProducts(d, precision, self.device)
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device="cpu" if on_host else self.device)
+
+        no_texts = pooled_moments(zeros(0, d), zeros(0, c))  # zeros of the right shapes
+        self.sums = {name: zeros(f, *zero.shape) for name, zero in no_texts.items()}
+        self.sums |= prefix_moments(zeros(0, 1, d), zeros(0)) | {"total_square": zeros(d)}
+        self.sums |= {"prefix_second_error": zeros(d, NUM_PROBES), "prefix_next_error": zeros(d, NUM_PROBES)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes during a pass, by name."""
+        return self.sums | (self.products.tensors() if self.products else {})
+
+    def add(self, x: Tensor, lengths: Tensor, y: Tensor, folds: list[slice]) -> tuple[Tensor, Tensor]:
+        """Adds the texts of a batch; returns the mean and the pooled state of each, (b, d) float64.
+
+        Args:
+            x: hidden states (b, T, d), right-padded.
+            lengths: tokens per text, (b,).
+            y: labels (b, c) float64.
+            folds: the texts of each fold.
+        """
+        x, lengths, y = (tensor.to(self.device) for tensor in (x, lengths, y))
+        if self.products:
+            totals = self.products.add(x, lengths)  # s_T
+        else:
+            x = x.double()
+            totals = pool(x, lengths, "mean") * lengths[:, None]
+            self.add_up(prefix_moments(x, lengths))
+        self.add_up({"total_square": totals.square().sum(0)})
+        mean = totals / lengths[:, None]
+        m = mean if self.pooling == "mean" else pool(x, lengths, "last").double()
+        for fold, texts in enumerate(folds if len(self.sums["pooled_mean"]) > 1 else [slice(None)]):
+            self.add_up(pooled_moments(m[texts], y[texts]), fold)
+        if self.on_host:
+            self.end_block()
+        return mean, m
+
+    def add_up(self, values: dict[str, Tensor], *fold: int) -> None:
+        """Adds values to the sums of these names, of a fold where one is given."""
+        for name, value in values.items():
+            self.sums[name][fold].add_(value.to(self.sums[name].device))
+
+    def end_block(self) -> None:
+        """Moves the products of lower precision to the float64 sums."""
+        if self.products:
+            self.add_up(self.products.flush())
+
+    def averages(self, num_samples: int, fold_sizes: Tensor) -> dict[str, Tensor]:
+        """The moments, by the names in the docstring of this file, of n texts, (f,) of them in each fold."""
+        found: dict[str, Tensor] = {}
+        for name, total in self.sums.items():
+            found[name] = (total.sum(0) if name.startswith("pooled_") else total) / num_samples
+            if name in FOLD_MOMENTS and len(total) > 1:
+                sizes = fold_sizes.to(total).clamp(min=1)
+                found[f"fold_{name}"] = total / sizes.view(-1, *[1] * (total.ndim - 1))
+        # s_{t+1}^2 - s_t^2 = 2 s_t x_{t+1} + x_{t+1}^2: the squares of the tokens without a pass over them
+        found["token_square"] = found.pop("total_square") - 2 * found["prefix_next_cross_moment"].diagonal()
+        return found
 
 
 # ------------------------------------------------------------------ the pass
-def num_fold_layers(config: Config, num_layers: int) -> int:
-    """How many of the layers keep their folds."""
-    return {"all": num_layers, "last": 1, "none": 0}[config.output.folds]
+def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
+    """Zeros for each layer k that is kept, of whose hidden states `devices[k]` is the device.
 
-
-def choose_precision(config: Config, num_tokens: int, hidden_size: int) -> Precision:
-    """The precision of the products: with `auto` float64 for few tokens.
-
-    Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
-    would cost a fifth of a long pass, where float32 errors are smaller and are measured.
+    Raises:
+        UserError: the sums do not fit the free memory, or there is no such layer.
     """
-    if config.product_dtype != "auto":
-        return config.product_dtype
-    return "float64" if num_tokens <= max(2**14, 32 * hidden_size) else "float32"
+    precision = choose_precision(config.product_dtype, num_tokens, d)
+    kept = stored.numbers_of_layers(config.output.layers, len(devices))
+    with_folds = {"none": [], "last": kept[-1:], "all": kept}[config.output.folds]
+    shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
+
+    def lack(on_host: bool) -> str:
+        needed: dict[torch.device, int] = defaultdict(int)
+        for k, shape in shapes.items():
+            tensors = LayerSums(shape, torch.device("meta"), precision).tensors().values()  # take no memory
+            needed[torch.device("cpu") if on_host else devices[k]] += sum(tensor.nbytes for tensor in tensors)
+        return missing_memory(needed)
+
+    choice = config.placement.accumulate_on
+    on_host = choice == "cpu" or (choice == "auto" and devices[0].type == "cuda" and bool(lack(on_host=False)))
+    if lacking := lack(on_host):
+        raise UserError(f"{lacking} Try fewer --layers, --folds none, --accumulate_on cpu or --device_map auto.")
+    return {k: LayerSums(shapes[k], devices[k], precision, config.pooling, on_host) for k in kept}
 
 
-def accumulate_moments(
+@torch.inference_mode()
+def accumulate(
     model: PreTrainedModel,
     tokens: TokenizedTexts,
     data: LabelledTexts,
     folds: np.ndarray,
     config: Config,
-    pooled_file: np.memmap | None = None,
-    unfinished: Callable[[int], Unfinished] | None = None,
-    advance: Callable[[float], object] | None = None,
-) -> MomentSums:
-    """One pass over the texts, every layer at once; only one layer's states are alive at a time.
-
-    Many processes take a share each; the sums of all are those of the first process at the end.
+    pooled: np.ndarray | None = None,
+    partial: PartialPass | None = None,
+) -> dict[str, Tensor]:
+    """The moments of n texts by one pass: `layer.<k>.<name>` and, of labels, `<name>`; processes share the texts.
 
     Args:
-        model: base model without lm_head.
-        tokens: n texts.
+        model: base model without lm_head; one layer's states are alive at a time.
+        tokens: of the texts.
         data: their labels are read.
         folds: number of the fold of each text, (n,).
-        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on ("cpu" or not).
-        pooled_file: (layers saved, n, d), filled in place; holds the last layers, at most all.
-        unfinished: gives the state on disk of a pass of so many steps; None: none is kept.
-        advance: told the share of the tokens in each batch, instead of a progress bar.
+        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on.
+        pooled: (layers saved, n, d), filled in place; holds the last layers, at most all.
+        partial: the sums of an unfinished pass; None: the pass cannot be continued.
 
     Raises:
-        UserError: a non-finite state, naming layer and text.
+        UserError: a state is not finite, naming layer and text.
     """
-    device, devices, team = input_device(model), layer_devices(model), processes()
-    kept = numbers_of_layers(config.output.layers, len(devices))
-    of_folds = num_fold_layers(config, len(kept))
-    sizes = Sizes(len(kept), model.config.hidden_size, data.num_labels, config.num_folds, of_folds)
-    precision = choose_precision(config, int(tokens.lengths.sum()), sizes.hidden_size)
-    on_host = config.placement.accumulate_on == "cpu"
-    sums = MomentSums(sizes, tokens.lengths, [devices[layer] for layer in kept], precision, on_host)
-    first_saved = len(devices) - len(pooled_file) if pooled_file is not None else len(devices)
-    finite: list[Tensor] = []  # of the current batch, (b,) a layer
-
-    def add_layer(batch: Batch, layer: int, hidden_states: Tensor) -> None:
-        if layer not in kept:
-            return
-        at, batch = kept.index(layer), batch.on(hidden_states.device)
-        mean = sums.add_tokens(at, hidden_states, batch.lengths)
-        pooled = mean if config.pooling == "mean" else pool(hidden_states, batch.lengths, "last").double()
-        finite.append(mean.isfinite().all(1).to(device))  # a sum over all tokens shows any of them; read once a batch
-        sums.add_pooled(at, pooled, batch)
-        if pooled_file is not None and layer >= first_saved:
-            pooled_file[layer - first_saved, batch.rows] = pooled.float().cpu().numpy()
+    device, devices, world = input_device(model), layer_devices(model), processes()
+    sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
+    tensors = {f"layer.{k}.{name}": value for k in sums for name, value in sums[k].tensors().items()}
 
     def add_batch(rows: np.ndarray) -> None:
+        rows = rows[np.argsort(folds[rows], kind="stable")]  # so that the texts of a fold are neighbours
+        ends = np.searchsorted(folds[rows], np.arange(config.num_folds + 1)).tolist()
+        fold_texts = [slice(start, end) for start, end in itertools.pairwise(ends)]
         input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
-        finite.clear()
-        targets, of_fold = one_hot_targets(data, rows), one_hot(torch.from_numpy(folds[rows]), config.num_folds)
-        batch = Batch(rows, lengths, targets.to(device), of_fold.to(device))
-        visit_hidden_states(model, input_ids, functools.partial(add_layer, batch))
-        sums.add_labels(batch.on(devices[kept[0]]))
-        if not (all_finite := torch.stack(finite)).all():
+        targets = one_hot_targets(data, rows).to(device)
+        finite: dict[int, Tensor] = {}
+
+        def add_layer(layer: int, x: Tensor) -> None:
+            if layer not in sums:
+                return
+            mean, m = sums[layer].add(x, lengths, targets, fold_texts)
+            finite[layer] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
+            if pooled is not None and layer >= len(devices) - len(pooled):
+                pooled[layer - len(devices), rows] = m.float().cpu().numpy()
+
+        visit_hidden_states(model, input_ids, add_layer)
+        if not (all_finite := torch.stack(list(finite.values()))).all():  # read once a batch: a GPU waits for it
             at, text = (~all_finite).nonzero()[0].tolist()
             raise UserError(
-                f"Non-finite hidden states at layer {kept[at]}, row {rows[text]} of the split ({config.model.dtype}). "
-                "Half precision overflows on some models: try --dtype float32 or bfloat16."
+                f"Non-finite hidden states at layer {list(finite)[at]}, row {rows[text]} of the split "
+                f"({model.dtype}). Half precision overflows on some models: try --dtype float32 or bfloat16."
             )
 
     blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK)
-    run_steps(
-        share_of(blocks, tokens.lengths, team.rank, team.size), tokens.lengths, sums, add_batch, unfinished, advance
-    )
-    team.sum_at_first([*itertools.chain.from_iterable(sums.sums.values()), *sums.labels.values()])
-    return sums
+    steps = share_of(blocks, tokens.lengths, world.rank, world.size)
+    num_tokens = [int(tokens.lengths[step.rows].sum()) for step in steps]
+    for number in (partial or PartialPass()).remaining(tensors, num_tokens):
+        add_batch(steps[number].rows)
+        if steps[number].ends_block:
+            for layer in sums.values():
+                layer.end_block()
+    world.sum_at_first([total for layer in sums.values() for total in layer.sums.values()])
+    averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
+    del tensors
+    for k in list(sums):  # the sums of a layer go before the moments of the next are made
+        found = sums.pop(k).averages(len(folds), averages["fold_num_samples"])
+        averages |= {f"layer.{k}.{name}": value for name, value in found.items()}
+    return averages
 
 
 # ------------------------------------------------------------------ find or make
 def config_path(config: Config) -> Path:
-    """Where the moments of a config go."""
-    return moments_path(config.run, config.model, config.data, config.split)
+    """The file of the moments of a config."""
+    return stored.moments_path(config.run, config.model, config.data, config.split)
 
 
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
@@ -207,157 +325,110 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     Those of the embedded model are made, of each of `splits`, if they are missing.
 
     Raises:
-        UserError: no moments, naming the command that makes them; or moments of another setting that is given, or of
-            other weights of the model.
+        UserError: no moments, moments of another setting that is given, or of other weights of the model.
     """
     path = config_path(config)
     if not path.is_file():
-        check_embedded(config, path)
+        stored.check_embedded(config, path)
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
-    config = settings_from_moments(config, path)
+    config = results.settings_from_moments(config, path)
     if fingerprint := known_fingerprint(config.model, config.run):
-        check_identity(read_identity(path), {"config": {}, "model_fingerprint": fingerprint}, path)
+        results.check_identity(results.read_identity(path), {"config": {}, "model_fingerprint": fingerprint}, path)
     return path, config
 
 
-def ensure(
-    config: Config,
-    data: LabelledTexts,
-    renew: bool = False,
-    advance: Callable[[float], object] | None = None,
-    keep_texts: bool = True,
-) -> Path:
-    """The moments of `data`, with the pooled states beside them if asked for; made where they are not there.
-
-    Args:
-        config: what does not fit it is refused, or replaced with --overwrite.
-        data: the texts of its split.
-        renew: make them also where they are there.
-        advance: of `accumulate_moments`.
-        keep_texts: False where nobody reads the texts afterwards: they are most of what grows with their number.
-
-    Raises:
-        UserError: moments of another identity are there; or what the pass itself refuses.
-    """
-    path, output = config_path(config), config.output
-    identity = {
+def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
+    """The identity of the moments of these texts."""
+    return {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
         "fingerprint": data.fingerprint,
         "label_names": data.label_names,
     }
 
-    def is_there() -> bool:
+
+def ensure(config: Config, data: LabelledTexts) -> Path:
+    """The moments of `data`, made where they are missing; with the pooled states beside them if asked for.
+
+    Raises:
+        UserError: moments of another identity, without --overwrite; or of `compute`.
+    """
+    path, output = config_path(config), config.output
+
+    def is_current() -> bool:
         try:
-            return not renew and is_complete(path, identity, output.folds, output.save_pooled, output.layers)
+            return stored.is_complete(path, identity_of(config, data), output.folds, output.save_pooled, output.layers)
         except UserError:
             if not config.run.overwrite:
                 raise
             return False
 
-    if processes().object_of_first(is_there):
-        print(f"reused, already complete with these settings:\n{path}")
-        remove_unfinished(path, pooled_path(path))  # of a run that was killed when it had written the result
-    else:
-        make(config, data, identity, advance, keep_texts)
-        print(path)
+    with results.one_run_at_a_time(path):
+        if not processes().object_of_first(is_current):
+            compute(config, replace(data, texts=list(data.texts)))
+            return path
+        processes().object_of_first(lambda: remove_partial(path))  # of a run that was killed with the result written
+    print(f"reused, already complete with these settings:\n{path}")
     return path
 
 
-def place(config: Config, model_config: PreTrainedConfig, tokens: TokenizedTexts, num_labels: int) -> Config:
-    """The config with the place of the sums decided; prints what the pass needs.
+def compute(config: Config, data: LabelledTexts) -> None:
+    """Runs the model over the texts, and writes the moments and, if asked for, the pooled states.
 
-    Raises:
-        UserError: that does not fit, or there is no such layer.
+    `data.texts` is empty afterwards: the texts are most of what grows with their number.
     """
-    device, item = pick_device(config.run.device), getattr(torch, config.model.dtype).itemsize
-    num_layers = len(numbers_of_layers(config.output.layers, model_config.num_hidden_layers + 1))
-    of_folds = num_fold_layers(config, num_layers)
-    sizes = Sizes(num_layers, model_config.hidden_size, num_labels, config.num_folds, of_folds)
-    precision = choose_precision(config, int(tokens.lengths.sum()), sizes.hidden_size)
-    num_tokens = max(
-        int(tokens.lengths[rows].max()) * len(rows)
-        for rows in token_batches(tokens.lengths, config.run.batch_tokens(device))
-    )
-    num_saved = {"none": 0, "last": 1, "all": model_config.num_hidden_layers + 1}[config.output.save_pooled]
-    need = Need.of(
-        model_config, sizes, precision, item,
-        weights=item * num_parameters(config.model, config.run),
-        num_tokens=num_tokens,
-        pooled=4 * num_saved * len(tokens.lengths) * sizes.hidden_size,
-    )  # fmt: skip
-    on_host = keep_on_host(need, device, config.placement.accumulate_on)
-    check_fits(need, device, config_path(config), on_host, config.placement.device_map != "none")
-    return with_values(config, accumulate_on="cpu" if on_host else "device")
-
-
-def make(
-    config: Config,
-    data: LabelledTexts,
-    identity: dict,
-    advance: Callable[[float], object] | None = None,
-    keep_texts: bool = True,
-) -> None:
-    """Runs the model over the texts and writes the moments, and the pooled states if asked for."""
-    path, device, team = config_path(config), pick_device(config.run.device), processes()
-    check_writable(path)
-    team.object_of_first(lambda: check_states(path, identity, config.run.overwrite))
+    path, device, world = config_path(config), pick_device(config.run.device), processes()
+    results.check_writable(path)
+    identity = identity_of(config, data)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
     folds = assign_folds(data.texts, config.num_folds)
-    if not keep_texts:
-        data.texts.clear()
-    config = place(config, model_config, tokens, data.num_labels)
+    data.texts.clear()
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
+    num_layers, d = model.config.num_hidden_layers + 1, model.config.hidden_size
+    num_saved = {"none": 0, "last": 1, "all": num_layers}[config.output.save_pooled]
     metadata = {
         **identity,
         **stored_as(config.model),
+        **stored.describe_texts(tokens.token_ids, tokens.offsets),
+        "num_texts_cut": tokens.num_cut,
+        "max_length": tokens.max_length,
+        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
+        "num_layers": num_layers,
+        "layers": stored.numbers_of_layers(config.output.layers, num_layers),
+        "hidden_size": d,
         "environment": environment(),
-        **describe(data, tokens),
     }
-    num_layers = model.config.num_hidden_layers + 1
-    metadata |= {"layers": numbers_of_layers(config.output.layers, num_layers), "num_layers": num_layers}
-    pooled_file = None
-    if config.output.save_pooled != "none":
-        num_saved = num_layers if config.output.save_pooled == "all" else 1
-        shapes = {"pooled": (num_saved, len(folds), model.config.hidden_size), "labels": (len(folds),)}
-        pooled_file = PooledFile(pooled_path(path), shapes, metadata, team)
-        pooled_file.tensors["labels"][:] = data.labels
-
-    def unfinished(num_steps: int) -> Unfinished:
-        way = {"num_steps": num_steps, "tokens_per_batch": config.run.batch_tokens(device), "device": device.type}
-        way |= {name: value for name, value in all_settings(config).items() if name in CHANGING_STATES}
-        way |= {"environment": metadata["environment"]}
-        usable = pooled_file is None or pooled_file.is_old
-        return Unfinished(path, identity, way, team, config.output.minutes_per_state, usable)
-
-    try:
-        pooled = pooled_file.tensors["pooled"] if pooled_file else None
-        sums = accumulate_moments(model, tokens, data, folds, config, pooled, unfinished, advance)
-        if team.rank == 0:
-            save_tensors(path, by_layer(sums.averages(), metadata["layers"]), metadata)
-        if pooled_file:  # after the moments: whoever is stopped in between finds both, unfinished, the next time
-            pooled_file.finish()
-    except BaseException:
-        if pooled_file and states_beside(path):
-            pooled_file.close()
-        elif pooled_file:
-            pooled_file.discard()
-        raise
-    if team.rank == 0:
-        remove_unfinished(path, pooled_path(path))
-    team.wait()
+    run_settings = all_settings(with_values(config, overwrite=False)) | {
+        "device": device.type,
+        "tokens_per_batch": config.run.batch_tokens(device),
+        "num_processes": world.size,
+        "environment": metadata["environment"],
+    }
+    partial = PartialPass(path, identity, config.output.minutes_per_state, run_settings)
+    shape = (num_saved, len(folds), d) if num_saved else None
+    with resumable_pass(partial, shape, config.run.overwrite) as pooled:
+        tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
+        tensors |= {"labels": torch.as_tensor(data.labels), "folds": torch.from_numpy(folds)}
+        if world.rank == 0:
+            metadata["pooled_crc32"] = checksums(pooled) if num_saved else []
+            results.save_tensors(path, tensors, metadata)
+    print(path)
 
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
     data = load_texts(config.data, config.run, config.split)
-    ensure(config, data, renew=config.run.overwrite, keep_texts=False)
+    if not config.run.overwrite:
+        ensure(config, data)
+        return
+    with results.one_run_at_a_time(config_path(config)):
+        compute(config, data)
 
 
 if __name__ == "__main__":

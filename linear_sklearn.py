@@ -4,7 +4,7 @@
     python linear_sklearn.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --ridge
     python linear_sklearn.py --solver saga --score_split train       # as in the paper's Figure 2
 
-Reads results/moments/<model>/<dataset>/{train,test}.pooled.safetensors and makes them, by one pass of cache.py each,
+Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy and makes them, by one pass of cache.py each,
 where they are missing. Fits on train, scores on train and test.
 Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf; with --score_split train
 <dataset>.train.png, .pdf), NTPS in it where K_sweep.py has run.
@@ -33,13 +33,14 @@ from torch import Tensor
 
 import cache
 from utils.algebra.linalg import whiten, without_constants
-from utils.algebra.moments import load_pooled, moments_path, open_pooled, pooled_path
+from utils.algebra.moments import moments_path
+from utils.algebra.pooled import load_pooled, open_pooled, pooled_path
 from utils.algebra.products import ProductDtype
 from utils.algebra.ridge import load_folds, ridge_path
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.identity import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
-from utils.results import find_result, load_json, result_path, save_json, settings_from_moments
+from utils.results import find_result, load_json, read_identity, result_path, save_json, settings_from_moments
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import (
     Data,
@@ -199,8 +200,7 @@ def check_labels(train: LabelledTexts) -> None:
 
 def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts]) -> dict:
     """The result of all layers, each read, fitted and forgotten by one of the processes."""
-    with open_pooled(paths["train"]) as (pooled, metadata):
-        num_layers, num_train, width = pooled.get_shape()
+    num_layers, num_train, width = open_pooled(paths["train"]).shape
     rows = (num_train, len(data["test"].texts))
     workers = config.output.num_workers if probe_device(config).type == "cpu" else 1  # they would share the one device
     num_workers = num_processes(workers, config.output.memory_gb, num_layers, rows, width, data["train"].num_labels)
@@ -211,7 +211,7 @@ def probe_layers(config: Config, paths: dict[str, Path], data: dict[str, Labelle
         layers = joblib.Parallel(n_jobs=num_workers)(calls)
     return {
         "environment": environment(),
-        "features": metadata["environment"],
+        "features": read_identity(paths["train"])["environment"],
         "num_samples": dict(zip(("train", "test"), rows, strict=True)),
         "num_classes": len(data["train"].label_names),
         "num_features": width,

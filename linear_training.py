@@ -5,7 +5,7 @@
     python linear_training.py --validation_share 0.1 --patience 5 --num_epochs 500
     python linear_training.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --dtype bfloat16
 
-Reads results/moments/<model>/<dataset>/{train,test}.pooled.safetensors; cache.py makes them here if they are missing.
+Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy; cache.py makes them here if they are missing.
 Writes results/linear_training/<model>/<dataset>/{metrics.json,history.csv,head.safetensors}; with --standardize to
 <dataset>.standardized/, so that the paper's probe and a converged one are beside each other.
 
@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
-from utils.algebra.moments import load_pooled, moments_path
+from utils.algebra.moments import moments_path
+from utils.algebra.pooled import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
 from utils.models.identity import load_config, stored_as

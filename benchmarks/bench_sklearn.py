@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import linear_sklearn
-from utils.algebra.moments import open_pooled
+from utils.algebra.pooled import open_pooled
 from utils.data.load import load_texts
 from utils.results import save_json
 from utils.script import environment, run_script
@@ -50,8 +50,7 @@ def cached_features(config: Config) -> tuple[list[Tensor], np.ndarray]:
     probe = with_values(linear_sklearn.Config(), **names)
     data = load_texts(probe.data, probe.run, "train")
     path = linear_sklearn.find_features(probe, "train", data)
-    with open_pooled(path) as (states, _):
-        pooled = states[:].numpy()
+    pooled = open_pooled(path)
     return [torch.from_numpy(StandardScaler().fit_transform(layer)) for layer in pooled], data.labels
 
 

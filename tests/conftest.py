@@ -128,21 +128,27 @@ def rows_path(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
 
-def stacked(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors as a file has them: those of layers, which come as a list, along a first axis."""
-    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in tensors.items()}
-
-
-def load_moments(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of moments, those of layers stacked along a first axis in their order."""
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in their order."""
     found: dict[str, Any] = {}
-    tensors = load_file(path)
     for key in sorted(tensors, key=lambda key: int(key.split(".")[1]) if key.startswith("layer.") else -1):
         if key.startswith("layer."):
             found.setdefault(key.split(".", 2)[2], []).append(tensors[key])
         else:
             found[key] = tensors[key]
-    return stacked(found)
+    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def load_moments(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of moments, as `stacked` has them."""
+    return stacked(load_file(path))
+
+
+def load_pooled_states(folder: Path, split: str) -> dict[str, np.ndarray]:
+    """Pooled states (layers, n, d) and labels (n,) of the only moments of this split below a folder, as written."""
+    [path] = folder.glob(f"moments/*/*/{split}.pooled.npy")
+    labels = load_file(path.with_name(f"{split}.safetensors"))["labels"]
+    return {"pooled": np.load(path), "labels": labels.numpy()}
 
 
 def configure(module: ModuleType, **values: Any) -> Any:

@@ -9,12 +9,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import tyro
 
@@ -154,3 +158,35 @@ def pick_device(device: str) -> torch.device:
             f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
         ) from None
     return chosen
+
+
+def missing_memory(needed: dict[torch.device, int]) -> str:
+    """A sentence about the first device with less free memory than needed, in bytes; empty where all fits."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run that share the main memory
+    for device, num_bytes in needed.items():
+        is_cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available // sharing
+        if num_bytes > free:
+            return f"The sums of the pass need {num_bytes / 1e9:.1f} GB; {device} has {free / 1e9:.1f} GB free."
+    return ""
+
+
+@dataclass
+class Termination:
+    """Whether the system has asked the run to end."""
+
+    asked: bool = False
+
+
+@contextmanager
+def termination_noted() -> Iterator[Termination]:
+    """SIGTERM, by which clusters announce the end, is noted for the body to ask for, and does not end it."""
+    noted = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(noted, "asked", True))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -10,13 +10,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 import cache
 from tests.conftest import (
     configure,
     load_moments,
+    load_pooled_states,
     make_texts,
     retrain,
     run_command,
@@ -83,7 +84,7 @@ def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_p
     assert tokens.lengths.min() == 1 and tokens.lengths.max() > 10
     budget = texts_per_batch * int(tokens.lengths.max())
     config = configure(cache, num_folds=3, pooling=pooling, product_dtype="float64", tokens_per_batch=budget)
-    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, config).averages())
+    averages = stacked(cache.accumulate(model, tokens, data, folds, config))
     dense = dense_moments(model, token_lists(tokens), cache.one_hot_targets(data), pooling)
     for symbol, name in NAMES.items():
         scale = dense[symbol].abs().max()
@@ -94,7 +95,7 @@ def test_every_further_sum_equals_the_definition(model_dirs):
     texts = make_texts(30, seed=5)
     model, tokens, data, folds = setup(model_dirs["qwen2"], texts)
     config = configure(cache, num_folds=3, folds="all", product_dtype="float64", tokens_per_batch=64)
-    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, config).averages())
+    averages = stacked(cache.accumulate(model, tokens, data, folds, config))
     targets = cache.one_hot_targets(data)
     pooled, prefixes, following = [], [], []
     for ids in token_lists(tokens):
@@ -138,7 +139,7 @@ def test_half_precision_model_is_summed_in_float64(model_dirs):
     model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(12, seed=8))
     model = model.to(torch.bfloat16)
     one_by_one = configure(cache, num_folds=3, tokens_per_batch=1)
-    averages = stacked(cache.accumulate_moments(model, tokens, data, folds, one_by_one).averages())
+    averages = stacked(cache.accumulate(model, tokens, data, folds, one_by_one))
     targets = cache.one_hot_targets(data)
     dense = dense_moments(model, token_lists(tokens), targets, "mean")  # the same states, one text at a time
     for symbol, name in NAMES.items():
@@ -153,8 +154,7 @@ def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path
         save_pooled="all", tokens_per_batch=200,
     )  # fmt: skip
     cache.main(config)
-    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
-    features, data = load_file(path), load_texts(config.data, config.run, "train")
+    features, data = load_pooled_states(tmp_path, "train"), load_texts(config.data, config.run, "train")
     assert features["labels"].tolist() == data.labels.tolist()
     model = AutoModel.from_pretrained(model_dirs["qwen2"], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
@@ -163,7 +163,7 @@ def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path
         with torch.no_grad():
             states = model(**tokenizer(data.texts[row], return_tensors="pt"), output_hidden_states=True).hidden_states
         for layer, state in enumerate(states):
-            torch.testing.assert_close(features["pooled"][layer, row], state[0].mean(0), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(features["pooled"][layer, row], state[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, tmp_path):
@@ -171,13 +171,13 @@ def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, t
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
     config = configure(cache, **names, save_pooled="last")
     cache.main(config)
-    [path] = tmp_path.glob("moments/*/*/train.pooled.safetensors")
-    mean = load_file(path)["pooled"]
+    [path] = tmp_path.glob("moments/*/*/train.pooled.npy")
+    mean = np.load(path)
     of_last = with_values(config, pooling="last")
     cache.main(with_values(of_last, save_pooled="none", overwrite=True))
     cache.main(of_last)
-    last = load_file(path)["pooled"]
-    assert (mean - last).abs().max() > 0.1
+    last = np.load(path)
+    assert np.abs(mean - last).max() > 0.1
     written = path.stat().st_mtime_ns
     cache.main(of_last)  # now they fit
     assert path.stat().st_mtime_ns == written
@@ -191,16 +191,17 @@ def test_memory_does_not_grow_with_the_texts(model_dirs):
         gc.collect()
         model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9, longest=5))
         alive: list[int] = []
-        add_labels = cache.MomentSums.add_labels
+        add = cache.LayerSums.add
 
-        def add_and_count(sums, *rest, alive=alive, add_labels=add_labels):
-            add_labels(sums, *rest)
+        def add_and_count(sums, *rest, alive=alive, add=add):
+            added = add(sums, *rest)
             tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
             alive.append(sum(found.nbytes for found in tensors))
+            return added
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache.MomentSums, "add_labels", add_and_count)
-            cache.accumulate_moments(model, tokens, data, folds, configure(cache, num_folds=3, tokens_per_batch=64))
+            patch.setattr(cache.LayerSums, "add", add_and_count)
+            cache.accumulate(model, tokens, data, folds, configure(cache, num_folds=3, tokens_per_batch=64))
         peaks.append(max(alive))
     assert len(alive) > 10
     assert peaks[1] < 1.1 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
@@ -332,10 +333,10 @@ def test_a_pass_that_breaks_off_leaves_no_file(model_dirs, rows_path, tmp_path, 
     seen = []
 
     def interrupt(*_):
-        seen.extend(tmp_path.rglob("*.tmp"))
+        seen.extend(tmp_path.rglob("*.partial.npy"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache.MomentSums, "add_labels", interrupt)
+    monkeypatch.setattr(cache.LayerSums, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cache.main(configure(cache, **names, save_pooled="all"))
     assert len(seen) == 1  # the pooled states were being written

@@ -1,27 +1,19 @@
-"""What a pass needs is said before it, close to what it takes; parts of it can be left away or put elsewhere."""
+"""Sums that do not fit are refused; layers can be left out, and sums or weights put elsewhere."""
 
-import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from transformers import DistilBertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DistilBertConfig
 
 import alignment_vis
 import cache
 import K_sweep
 from tests.conftest import (
-    WORDS,
     configure,
     load_moments,
-    make_texts,
-    make_tokenizer,
-    run_command,
     run_in_process,
-    write_rows,
 )
-from utils.algebra.memory import free_host_memory
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -36,79 +28,53 @@ def moments(folder) -> dict[str, torch.Tensor]:
     return load_moments(path)
 
 
-# ------------------------------------------------------------------ the estimate
-# in each of them another part is most of the estimate; the last three are of a batch of 64 texts of 240 words
-SHAPES = {
-    "weights": (256, {"intermediate_size": 12000, "num_hidden_layers": 6}),
-    "sums": (960, {"intermediate_size": 64, "num_hidden_layers": 4, "num_key_value_heads": 1}),
-    "feed-forward": (128, {"intermediate_size": 1024, "num_hidden_layers": 2}),
-    "attention": (384, {"intermediate_size": 64, "num_hidden_layers": 2}),
-    "products": (384, {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 1}),
-}
-# Every array of more than 64 KB goes back to the system as soon as it is not needed, as those above 32 MB always do:
-# else the peak depends on how a heap of small arrays happens to break up.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read as Linux gives it")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_peak_memory_is_as_estimated(shape, tmp_path):
-    """The peak of a process from before the model is loaded until the result is written, within a fifth."""
-    tokenizer, (width, more) = make_tokenizer(), SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, num_attention_heads=4, max_position_embeddings=512, **more
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    is_long, random = shape not in ("weights", "sums"), np.random.default_rng(0)
-    texts = [" ".join(random.permutation(WORDS * 20)) for _ in range(64)] if is_long else make_texts(60)
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": f"class {i % 2}"} for i, t in enumerate(texts)])
-    names = ["--model_name", tmp_path / "model", "--dataset_name", rows, "--results_dir", tmp_path / "results"]
-    options = ["--split", "all", "--tokens_per_batch", 20000 if is_long else 256]
-    options += ["--product_dtype", "float64" if shape == "products" else "float32"]
-    done = run_command("-m", "tests.peak_memory", *names, *options, env=os.environ | GIVE_BACK)
-    assert done.returncode == 0, done.stderr
-    estimate, measured = map(int, done.stdout.split())
-    assert abs(estimate / measured - 1) <= 0.2, f"{estimate:,} estimated, {measured:,} measured"
-
-
-def test_what_cannot_fit_is_refused_before_the_model_is_loaded(model_dirs, rows_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.algebra.memory.free_host_memory", lambda: 10_000)
-    monkeypatch.setattr(cache, "load_base_model", lambda *_: pytest.fail("the model is loaded"))
-    with pytest.raises(UserError, match=r"cpu has 0 MB free .* --dtype bfloat16.*--layers.*--device_map auto"):
+def test_sums_that_do_not_fit_are_refused_before_they_are_allocated(model_dirs, rows_path, tmp_path, monkeypatch):
+    memory = type("Memory", (), {"available": 10_000})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    with pytest.raises(UserError, match=r"sums of the pass need 0.0 GB; cpu has 0.0 GB free. Try fewer --layers"):
         cache.main(settings(model_dirs, rows_path, tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    d, c, folds = 32, 3, 5
+    shared = 2 * d * d + 3 * d + 8 * d  # C0, C1, their means, |s_T|^2, errors
+    pooled = d * d + d * c + 2 * d + 1
+    expected = 8 * (4 * shared + (3 + folds) * pooled)  # four layers, folds of the last
+    memory.available = expected
+    cache.main(settings(model_dirs, rows_path, tmp_path, product_dtype="float64"))
+    memory.available = expected - 1
+    with pytest.raises(UserError, match="sums of the pass need"):
+        cache.main(settings(model_dirs, rows_path, tmp_path, product_dtype="float64", overwrite=True))
 
 
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+class Stand(torch.Tensor):
+    """A tensor that says it is on a device of type mps and refuses float64, whose numbers are on the CPU."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype, device="mps")
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        args = torch.utils._pytree.tree_map(lambda x: x.numbers if isinstance(x, Stand) else x, args)
+        leaves = str(kwargs.get("device", "mps")) == "cpu"
+        if not leaves:
+            kwargs.pop("device", None)
+        result = function(*args, **kwargs)
+        assert leaves or result.dtype != torch.float64, f"{function} makes float64 on a device without it"
+        return result if leaves else Stand(result)
 
 
-@pytest.mark.parametrize(
-    "membership, folder, names",
-    [
-        ("0::/job/step", "job/step", ("memory.max", "memory.current", "inactive_file")),
-        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),  # that of the job around it
-        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),  # a container that sees its own folder only
-        (
-            "3:cpu:/\n4:memory:/job\n0::/",
-            "memory/job",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
-        ("4:memory:/not/mounted", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
-    ],
-)
-def test_the_limit_of_a_job_is_the_memory_there_is(membership, folder, names, tmp_path, monkeypatch):
-    limit, use, of_files = names
-    (tmp_path / "root" / folder).mkdir(parents=True)
-    for name, content in ((limit, "5000000\n"), (use, "3000000\n"), ("memory.stat", f"anon 7\n{of_files} 1000000\n")):
-        (tmp_path / "root" / folder / name).write_text(content)
-    (tmp_path / "self").write_text(membership + "\n")
-    monkeypatch.setattr("utils.algebra.memory.CGROUPS", tmp_path / "root")
-    monkeypatch.setattr("utils.algebra.memory.OWN_CGROUPS", tmp_path / "self")
-    assert free_host_memory() == 3_000_000
-    (tmp_path / "root" / folder / limit).write_text("max\n")
-    assert free_host_memory() > 3_000_000
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_nothing_in_float64_is_made_on_a_device_without_it(precision):
+    x, lengths, y = torch.randn(3, 5, 8), torch.tensor([5, 4, 1]), torch.eye(3, dtype=torch.float64)
+    plain, moved = (cache.LayerSums((8, 3, 1), torch.device(name), precision) for name in ("cpu", "mps"))
+    plain.add(x, lengths, y, [])
+    moved.add(Stand(x), Stand(lengths), y, [])
+    assert moved.device.type == "cpu"
+    assert all(torch.equal(plain.sums[name], value) for name, value in moved.sums.items())
 
 
 def test_what_is_no_causal_lm_is_refused_before_it_is_measured(model_dirs, rows_path, tmp_path):
@@ -118,12 +84,6 @@ def test_what_is_no_causal_lm_is_refused_before_it_is_measured(model_dirs, rows_
         cache.main(settings({"llama": folder}, rows_path, tmp_path))
 
 
-def test_a_disk_that_is_too_small_is_refused(model_dirs, rows_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.algebra.memory.free_disk", lambda path: 10_000)
-    with pytest.raises(UserError, match=r"Free space, set --results_dir"):
-        cache.main(settings(model_dirs, rows_path, tmp_path))
-
-
 # ------------------------------------------------------------------ less, or elsewhere
 def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
     whole, some = (settings(model_dirs, rows_path, tmp_path / name, folds="all") for name in ("whole", "some"))
@@ -131,7 +91,8 @@ def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
     cache.main(with_values(some, layers=(-1, 1)))
     expected, found = moments(tmp_path / "whole"), moments(tmp_path / "some")
     for name, value in expected.items():
-        of_layers = name not in ("label_mean", "label_second_moment", "fold_num_samples") and "fold_label" not in name
+        of_layers = name not in ("labels", "folds", "label_mean", "label_second_moment", "fold_num_samples")
+        of_layers &= "fold_label" not in name
         assert torch.equal(found[name], value[[1, 3]] if of_layers else value), name
     scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (whole, some)]
     assert scores[0]["layers"][3] == scores[1]["layers"][1] and scores[0]["score"] == scores[1]["score"]

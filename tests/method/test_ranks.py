@@ -16,7 +16,7 @@ import cache
 import K_sweep
 from tests.conftest import make_texts, write_rows
 from utils.algebra.linalg import NestedBasis
-from utils.algebra.moments import LayerMoments, by_layer, load_layer, rounding_statistics
+from utils.algebra.moments import LayerMoments, describe_texts, load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
 from utils.models.load import TokenizedTexts
@@ -139,18 +139,17 @@ def layer_moments(model, texts, data, config: cache.Config, path) -> list[LayerM
     """The moments as K_sweep.py reads them from the file of cache.py."""
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
     tokens = TokenizedTexts(np.concatenate(texts).astype(np.int32), offsets, 512)
-    averages = cache.accumulate_moments(model, tokens, data, np.zeros(len(texts), int), config).averages()
+    tensors = cache.accumulate(model, tokens, data, np.zeros(len(texts), int), config)
     counts = {"num_samples": len(texts), "num_tokens": offsets[-1].item(), "num_pairs": offsets[-1].item() - len(texts)}
     metadata = {
-        "layers": list(range(len(averages["pooled_mean"]))),
+        "layers": list(range(model.config.num_hidden_layers + 1)),
         "config": result_settings(config),
         "class_counts": None,
         **counts,
     }
-    save_tensors(path, by_layer(averages, metadata["layers"]), metadata | {"rounding": rounding_statistics(tokens)})
+    save_tensors(path, tensors, metadata | describe_texts(tokens.token_ids, offsets))
     with open_tensors(path) as (file, metadata):
-        layers = range(len(averages["pooled_mean"]))
-        return [load_layer(file, metadata, layer, torch.device("cpu")) for layer in layers]
+        return [load_layer(file, metadata, layer, torch.device("cpu")) for layer in metadata["layers"]]
 
 
 def exact_states(model, texts) -> list[list[np.ndarray]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.algebra.moments import rounding_statistics
+from utils.algebra.moments import describe_texts
 from utils.models.batches import BATCH_COST, token_batches
 from utils.models.load import TokenizedTexts
 
@@ -71,6 +71,6 @@ def test_distinct_texts_and_their_pairs_are_counted(texts):
     tokens = TokenizedTexts(
         np.concatenate(texts).astype(np.int32), np.concatenate([[0], np.cumsum([len(text) for text in texts])]), None
     )
-    found, distinct = rounding_statistics(tokens), set(map(tuple, texts))
+    found, distinct = describe_texts(tokens.token_ids, tokens.offsets)["rounding"], set(map(tuple, texts))
     assert found["num_distinct_texts"] == len(distinct)
     assert found["num_distinct_pairs"] == sum(len(text) - 1 for text in distinct)

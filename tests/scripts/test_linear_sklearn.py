@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
@@ -21,7 +20,15 @@ from sklearn.preprocessing import StandardScaler
 import cache
 import K_sweep
 import linear_sklearn
-from tests.conftest import ROOT, configure, make_texts, run_command, run_in_process, write_rows
+from tests.conftest import (
+    ROOT,
+    configure,
+    load_pooled_states,
+    make_texts,
+    run_command,
+    run_in_process,
+    write_rows,
+)
 from utils.algebra.ridge import ridge_path
 from utils.data import load as data_module
 from utils.data.load import LabelledTexts, load_texts
@@ -269,14 +276,14 @@ def result_of(config) -> dict:
 
 
 def features_path(config, split):
-    [path] = config.run.results_dir.glob(f"moments/*/*/{split}.pooled.safetensors")
+    [path] = config.run.results_dir.glob(f"moments/*/*/{split}.pooled.npy")
     return path
 
 
 def test_result_equals_scikit_learn_and_k_sweep(config):
     linear_sklearn.main(with_values(config, ridge=True))
     result = result_of(config)
-    parts = {split: load_file(features_path(config, split)) for split in ("train", "test")}
+    parts = {split: load_pooled_states(config.run.results_dir, split) for split in ("train", "test")}
     [ntps_path] = config.run.results_dir.glob("ntps/*/rows.json")
     sweep = json.loads(ntps_path.read_text())
     for entry, swept in zip(result["layers"], sweep["layers"], strict=True):
@@ -408,12 +415,12 @@ def test_features_of_other_settings_are_refused_by_name(config):
     assert result_of(config)["config"]["pooling"] == "last"
 
 
-def test_non_finite_features_name_the_layer(config):
-    path = features_path(config, "train")
-    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    states = np.memmap(path, np.float32, "r+", offset=header, shape=(3, 168, 32))
-    states[1, 5, 7] = np.inf
-    states.flush()
+def test_non_finite_features_name_the_layer(config, monkeypatch):
+    states = torch.ones(168, 32)
+    states[5, 7] = torch.inf
+    monkeypatch.setattr(
+        linear_sklearn, "load_pooled", lambda path, layer: states if layer == 1 else torch.rand(168, 32)
+    )
     with pytest.raises(UserError, match="layer 1, row 5"):
         linear_sklearn.main(config)
     assert not (config.run.results_dir / "linear_sklearn").exists()
@@ -435,8 +442,8 @@ def test_regression(model_dirs, tmp_path, capsys):
         linear_sklearn, **names, results_dir=tmp_path / "results", ridge=True, num_workers=1, picture=False
     )
     linear_sklearn.main(config)
-    result, features = result_of(config), load_file(features_path(config, "test"))
-    train = load_file(features_path(config, "train"))
+    result, features = result_of(config), load_pooled_states(config.run.results_dir, "test")
+    train = load_pooled_states(config.run.results_dir, "train")
     reference = LinearRegression().fit(train["pooled"][2].astype(np.float64), train["labels"])
     predictions = reference.predict(features["pooled"][2].astype(np.float64))
     scores = result["layers"][2]["test"]

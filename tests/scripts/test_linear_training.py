@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import cache
 import linear_training
-from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
+from tests.conftest import configure, kill_at, load_pooled_states, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
 from utils import results
 from utils.data.load import load_texts
@@ -93,13 +93,13 @@ def test_epochs_over_stored_states_equal_epochs_through_the_model(model_dirs, ro
 
 def test_the_model_runs_once(model_dirs, rows_path, tmp_path, monkeypatch):
     calls = []
-    real = cache.accumulate_moments
+    real = cache.accumulate
 
     def counted(*arguments):
         calls.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(cache, "accumulate_moments", counted)
+    monkeypatch.setattr(cache, "accumulate", counted)
     linear_training.main(settings(model_dirs, rows_path, tmp_path))
     assert len(calls) == 2  # train and test
     linear_training.main(settings(model_dirs, rows_path, tmp_path, learning_rate=1e-3, overwrite=True))
@@ -128,8 +128,7 @@ def test_the_saved_head_scores_as_reported_on_raw_states(model_dirs, rows_path, 
     )
     folder, metrics = result(tmp_path)
     head = load_file(folder / "head.safetensors")
-    [pooled_path] = tmp_path.glob("moments/*/*/test.pooled.safetensors")
-    pooled = load_file(pooled_path)
+    pooled = {name: torch.from_numpy(value) for name, value in load_pooled_states(tmp_path, "test").items()}
     outputs = pooled["pooled"][-1] @ head["weight"].T + head["bias"]
     accuracy = (outputs.argmax(1) == pooled["labels"]).float().mean().item()
     assert accuracy == pytest.approx(metrics["last"]["test_accuracy"], abs=1e-6)

@@ -1,25 +1,21 @@
 """The moments that cache.py writes, read back one layer at a time, with the settings they were made with."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.algebra.linalg import Noise, rounding
-from utils.data.load import LabelledTexts
-from utils.models.load import TokenizedTexts
-from utils.results import check_identity, difference, open_tensors, read_identity, remedy, result_path
+from utils.algebra.pooled import has_pooled
+from utils.results import check_identity, difference, open_tensors, read_identity, result_path
 from utils.script import UserError
 from utils.settings import Data, Model, Run, command_line, result_settings, with_values
 
@@ -37,11 +33,6 @@ SHARED = ("label_mean", "label_second_moment")  # the labels are the same at eve
 def moments_path(run: Run, model: Model, data: Data, split: str) -> Path:
     """Where the moments of a split are."""
     return result_path("moments", run, model, data) / f"{split}.safetensors"
-
-
-def pooled_path(moments: Path) -> Path:
-    """Where the pooled states are that belong to a file of moments."""
-    return moments.with_suffix(".pooled.safetensors")
 
 
 @dataclass(frozen=True)
@@ -178,99 +169,77 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
     return LayerMoments(**tensors, **counts, rounding=load_rounding(file, metadata, layer, device))
 
 
-def rounding_statistics(tokens: TokenizedTexts) -> dict[str, float]:
-    """Of the token counts T and of the distinct texts: what K_sweep.py needs to tell rounding from rank."""
-    lengths = tokens.lengths.astype(float)
-    digests = bytearray()  # 16 bytes a text, which no two texts share: a copy of each would be another corpus
-    for start, end in itertools.pairwise(tokens.offsets):
-        digests += hashlib.blake2b(tokens.token_ids[start:end].tobytes(), digest_size=16).digest()
+def describe_texts(token_ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
+    """Counts of n texts, and the statistics from which `load_rounding` tells rounding from rank.
+
+    Args:
+        token_ids: of all texts, end to end, (num_tokens,).
+        offsets: text i is token_ids[offsets[i] : offsets[i + 1]], (n + 1,).
+    """
+    lengths = np.diff(offsets)
+    digests = bytearray()  # 16 bytes a text instead of a copy of it
+    for start, end in itertools.pairwise(offsets):
+        digests += hashlib.blake2b(token_ids[start:end].tobytes(), digest_size=16).digest()
     _, first = np.unique(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2), axis=0, return_index=True)
-    return {
+    rounding_statistics = {
         "mean_inverse_length": float((1 / lengths).mean()),
         "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
         "num_distinct_texts": len(first),
-        "num_distinct_pairs": int((tokens.lengths[first] - 1).sum()),
+        "num_distinct_pairs": int((lengths[first] - 1).sum()),
     }
+    counts = {"num_samples": len(lengths), "num_tokens": int(lengths.sum()), "num_pairs": int((lengths - 1).sum())}
+    return {**counts, "rounding": rounding_statistics}
 
 
-def describe(data: LabelledTexts, tokens: TokenizedTexts) -> dict[str, Any]:
-    """What is kept beside the moments about the texts they were taken over."""
+def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Averages of the labels (n, c) of each fold, over all texts and over each fold; the same at every layer."""
+    found = [(y.sum(0), y.T @ y, torch.tensor(len(y), dtype=torch.float64)) for y in labels_of_folds]
+    mean, second, sizes = map(torch.stack, zip(*found, strict=True))
     return {
-        "num_samples": len(tokens.lengths),
-        "num_tokens": int(tokens.lengths.sum()),
-        "num_pairs": int((tokens.lengths - 1).sum()),
-        "num_texts_at_max_length": int((tokens.lengths == tokens.max_length).sum()),
-        "max_length": tokens.max_length,
-        "rounding": rounding_statistics(tokens),
-        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
+        "label_mean": mean.sum(0) / sizes.sum(),
+        "label_second_moment": second.sum(0) / sizes.sum(),
+        "fold_num_samples": sizes,
+        "fold_label_mean": mean / sizes.clamp(min=1)[:, None],
+        "fold_label_second_moment": second / sizes.clamp(min=1)[:, None, None],
     }
 
 
+# ------------------------------------------------------------------ layers
 def is_complete(
-    path: Path, identity: dict[str, Any], folds: str, save_pooled: str, layers: tuple[int, ...] | None = None
+    path: Path, identity: dict[str, Any], folds: str, save_pooled: str, layers: tuple[int, ...] | None
 ) -> bool:
-    """Whether the moments, and the folds and pooled states that are asked for, are there with this identity.
+    """Whether the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
 
     Args:
         path: of the moments.
-        identity: of what is asked for.
+        identity: as `check_identity` compares it.
         folds: layers whose folds are asked for, "none", "last" or "all".
         save_pooled: layers whose pooled states are asked for, likewise.
         layers: those whose moments are asked for; None: all.
 
     Raises:
-        UserError: moments of another identity are there, or of layers that are not among those asked for.
+        UserError: moments of another identity, or of layers that are not among those asked for.
     """
     if not path.is_file():
         return False
     with open_tensors(path) as (file, metadata):
         check_identity(metadata, identity, path)
-        asked, there = numbers_of_layers(layers, metadata["num_layers"]), metadata["layers"]
-        num_fold_layers = sum(key.endswith(".fold_pooled_mean") for key in file.keys())  # noqa: SIM118, no dict
-    lacking = set(asked) - set(there)
-    if lacking and set(there) - set(asked):
-        both = " ".join(map(str, sorted({*there, *asked})))
+        keys = file.keys()
+    asked, stored = numbers_of_layers(layers, metadata["num_layers"]), metadata["layers"]
+    lacking = set(asked) - set(stored)
+    if lacking and set(stored) - set(asked):
+        both = " ".join(map(str, sorted({*stored, *asked})))
         raise UserError(
-            f"{path} has layers {' '.join(map(str, there))}, which would be lost. Keep them with --layers {both}, "
+            f"{path} has layers {' '.join(map(str, stored))}, which would be lost. Keep them with --layers {both}, "
             "replace them with --overwrite, or write elsewhere with --results_dir."
         )
-    if lacking or (folds == "last" and there[-1] != asked[-1]):
-        return False
-    num_layers = len(there)
-    if num_fold_layers < {"none": 0, "last": 1, "all": num_layers}[folds]:
-        return False
-    if save_pooled == "none":
-        return True
-    if not pooled_path(path).is_file():
-        return False
-    with open_pooled(path) as (pooled, stored):
-        is_all = pooled.get_shape()[0] > 1
-        same = all(stored.get(name) == value for name, value in identity.items())
-        return same and (is_all or save_pooled == "last")
-
-
-# ------------------------------------------------------------------ pooled states
-@contextlib.contextmanager
-def open_pooled(moments: Path) -> Iterator[tuple[Any, dict]]:
-    """Yields the pooled states beside a file of moments, (layers, n, d), read as they are sliced, and their metadata.
-
-    Raises:
-        UserError: they are damaged.
-    """
-    path = pooled_path(moments)
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            pooled, metadata = file.get_slice("pooled"), json.loads(file.metadata()["json"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}). {remedy(moments)}") from None
-        yield pooled, metadata
-
-
-def load_pooled(moments: Path, layer: int) -> Tensor:
-    """Pooled states of one of the layers saved beside a file of moments, (n, d) float32; -1 is the last layer."""
-    with open_pooled(moments) as (pooled, _):
-        return pooled[layer % pooled.get_shape()[0]]
+    with_folds = {"none": [], "last": asked[-1:], "all": asked}[folds]
+    num_pooled = {"none": 0, "last": 1, "all": metadata["num_layers"]}[save_pooled]
+    return (
+        not lacking
+        and all(f"layer.{layer}.fold_pooled_mean" in keys for layer in with_folds)
+        and has_pooled(path, metadata, num_pooled)
+    )
 
 
 # ------------------------------------------------------------------ find
@@ -312,23 +281,6 @@ def held_out_path(path: Path, config: Any) -> Path | None:
 
 
 # ------------------------------------------------------------------ layers
-def by_layer(averages: Mapping[str, Tensor | list[Tensor]], layers: list[int]) -> dict[str, Tensor]:
-    """Tensors as a file of moments has them: `layer.<k>.<name>`, and those that all layers share by their name.
-
-    Args:
-        averages: a list holds one tensor for each of the last of `layers`, at most all.
-        layers: numbers of the layers kept.
-    """
-    tensors = {}
-    for name, value in averages.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            numbers = layers[len(layers) - len(value) :]
-            tensors |= {f"layer.{layer}.{name}": part for layer, part in zip(numbers, value, strict=True)}
-    return tensors
-
-
 def check_has_layer(metadata: dict, layer: int) -> None:
     """Raises UserError where the moments do not hold a layer."""
     layers = metadata["layers"]

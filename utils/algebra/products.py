@@ -1,61 +1,177 @@
-"""Products X'Y of prefix sums in the precision that is asked for, on tensor cores too.
+"""C0 and C1 from matrix products in lower precision than float64: the fast form of `prefix_moments` in cache.py.
 
-A tensor core reads 10 bits of the mantissa of each float32 (TF32) and adds up in float32, several times as fast as
-float32 itself. Numbers are rounded to these bits here, and not by the core: a product is then the same on a CPU, up to
-the order of its sums, and what it costs in NTPS is measured there (benchmarks/bench_products.py).
+The products s_t s_t' and s_t x_{t+1}' are most of the work of a pass; float64 takes twice as long for them as float32
+on a CPU, and on a GPU far longer than bfloat16. Adding up the prefix sums in float32 would not do: s_t grows with t,
+its rounding with it, and the errors fill all d coordinates. Where the states span fewer than d directions, such
+errors look like further directions: the rank of C0 comes out too high, and V, whose number of columns is a fraction
+of that rank, changes. Prefix sums are therefore added up in float64, and rounded once, for the product. They are also
+taken around a centre c near the mean state: with s_t = q_t + t c, the part t c dwarfs q_t, but it is known and needs
+no large product. Only q_t is rounded, so that errors are relative to the spread of the states and not to their mean.
+The products of a block of batches are added up in float32; then the block, with the terms of the centre, is added to
+float64 sums. The cost of rounding is measured: for a few fixed random signs z, the exact C0 z and C1 z are thin
+float64 products, and their difference from the rounded C0 and C1 times z is kept. K_sweep.py cuts the spectrum of C0
+above this error, so that no direction of rounding passes for one of the data. Prefix sums, conversion and measurement
+together take about a quarter of the time of the large products at d = 576, and less for a larger d.
 
-    tf32    X and Y in 10 bits each
-    tf32x3  X = X1 + X2 with 10 bits each, likewise Y; X1'Y1 + X1'Y2 + X2'Y1, that is 21 bits in three products
+    float32     q and x in float32
+    bfloat16x2  q = q1 + q2 in two bfloat16 numbers, 16 bits: C0 = q1'q1 + q1'q2 + q2'q1 and C1 = q1'x + q2'x, where the
+                states x of a bfloat16 model are exact; other states are x = x1 + x2, and q1'x2 is added. Tensor cores
+                multiply bfloat16 numbers without rounding and add up in float32; on a CPU float32 does the same.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-Precision = Literal["float32", "float64", "tf32", "tf32x3"]
+from utils.algebra.linalg import NUM_PROBES, noise_probes
+
+Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # of a `Config`; auto: by the number of tokens
-DROPPED_BITS = 23 - 10  # of float32's mantissa
+NUM_STRIPES = 4  # C0 is symmetric: of each stripe of its rows only the part from its diagonal block on is computed
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """What products of a precision are kept in."""
-    return torch.float64 if precision == "float64" else torch.float32
+def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: int) -> Precision:
+    """The precision of the products of a pass: with `auto` float64 for few tokens, else float32.
+
+    Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
+    would cost a fifth of a long pass, where float32 errors are smaller and are measured.
+    """
+    if product_dtype != "auto":
+        return product_dtype
+    return "float64" if num_tokens <= max(2**14, 32 * hidden_size) else "float32"
 
 
-def num_copies(precision: Precision) -> int:
-    """How often the numbers that are multiplied are in memory."""
-    return 2 if precision == "tf32x3" else 1
+def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors that add up to `numbers` to 2^-16 of each."""
+    high = numbers.bfloat16()
+    return high, (numbers - high).bfloat16()
 
 
-def round_to_tf32_(numbers: Tensor) -> Tensor:
-    """The same float32 tensor with every number rounded to the nearest of 10 bits, in place."""
-    bits = numbers.view(torch.int32)
-    bits.add_(1 << (DROPPED_BITS - 1)).bitwise_and_(-1 << DROPPED_BITS)
-    return numbers
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left' right, for float32 `total`; products of bfloat16 numbers are exact and added up in float32."""
+    if total.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
 
 
-def factors(numbers: Tensor, precision: Precision) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (X, Y) whose products X'Y add up to that of `numbers` with itself; `numbers` itself may be overwritten."""
-    if precision in ("float32", "float64"):
-        return [(numbers, numbers)]
-    if precision == "tf32":
-        high = round_to_tf32_(numbers)
-        return [(high, high)]
-    high = round_to_tf32_(numbers.clone())
-    low = round_to_tf32_(numbers.sub_(high))
-    return [(high, low), (low, high), (high, high)]
+def add_square(total: Tensor, rows: Tensor) -> None:
+    """total += rows' rows, on the diagonal and right of it; left of it some elements are not computed."""
+    size = len(total)
+    step = -(-size // NUM_STRIPES)
+    for start in range(0, size, step):
+        stripe = slice(start, start + step)
+        add_product(total[stripe, start:], rows[:, stripe], rows[:, start:])
 
 
-@contextlib.contextmanager
-def tensor_cores(precision: Precision) -> Iterator[None]:
-    """Lets CUDA multiply float32 on tensor cores where the precision is theirs, and nowhere else."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = precision.startswith("tf32")
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
+class CentredProducts:
+    """The prefix moments of one layer over a block of batches, around the mean state of the block's first batch."""
+
+    def __init__(self, hidden_size: int, precision: Precision, device: torch.device) -> None:
+        d, p = hidden_size, NUM_PROBES
+        self.precision = precision
+        self.probes = noise_probes(d).T.contiguous().to(device)  # Z', (p, d)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.second = zeros(d, d, dtype=torch.float32)  # sum of q q', its upper triangle
+        self.mixed = zeros(d if precision == "bfloat16x2" else 0, d, dtype=torch.float32)  # sum of q2 q1'
+        self.following = zeros(d, d, dtype=torch.float32)  # sum of q_t x_{t+1}'
+        self.centre = zeros(d)
+        self.exact = zeros(2 * p, d)  # Z' times the sum of q q'; Z' times the sum of x_{t+1} q_t'
+        self.prefix_sum, self.next_sum = zeros(d), zeros(d)  # of s_t, of x_{t+1}
+        self.position_prefix, self.position_next = zeros(d), zeros(d)  # sums of t q_t, of t x_{t+1}
+        self.position_square = zeros()  # sum of t^2
+        self.num_batches = torch.zeros((), dtype=torch.int64)  # on the CPU: read at every batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes between two flushes, by name."""
+        found = {f"block_{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        del found["block_probes"]
+        return found
+
+    def add(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Adds the states of a batch.
+
+        Args:
+            x: (b, T, d), right-padded, in the dtype of the model.
+            lengths: tokens per text, (b,).
+
+        Returns:
+            The sum of all states of each text, s_T, (b, d) float64.
+        """
+        texts, position = (torch.arange(1, size + 1, device=x.device) for size in x.shape[:2])
+        if self.num_batches == 0:
+            weights = (position <= lengths[:, None]) / (len(texts) * lengths[:, None])
+            self.centre.copy_(weights.to(x.dtype).flatten() @ x.flatten(0, 1))
+        self.num_batches += 1
+
+        t = position * (position < lengths[:, None])  # (b, T), 0 for the last token and for padding
+        q = (x - self.centre).cumsum_(1)
+        totals = q[texts - 1, lengths - 1] + lengths[:, None] * self.centre
+        self.add_vectors(q, x, t, lengths, totals)
+
+        has_next = t > 0
+        q = q.to(torch.float32) * has_next[..., None]
+        # rows t of q and t + 1 of x; the last row of a text is 0 in q, so that no text meets its neighbour
+        self.multiply(q.flatten(0, 1)[:-1], x.flatten(0, 1)[1:])
+        return totals
+
+    def add_vectors(self, q: Tensor, x: Tensor, t: Tensor, lengths: Tensor, totals: Tensor) -> None:
+        """Adds to everything but the large products, in float64.
+
+        x_{t+1}'z needs no product: it is the step from q_t'z to q_{t+1}'z, plus c'z.
+        """
+        rows = q.flatten(0, 1)
+        along = (self.probes @ rows.T).unflatten(1, t.shape)  # z'q_t, (p, b, T)
+        next_along = pad(along.diff(dim=2), (0, 1)) + (self.probes @ self.centre)[:, None, None]
+        weights = torch.cat([along, next_along, torch.ones_like(along[:1])]) * (t > 0)
+        thin = torch.cat([weights, t[None].double()]).flatten(1) @ rows
+        self.exact += thin[:-2]
+        prefix_sum = thin[-2] + t.sum() * self.centre
+        self.prefix_sum += prefix_sum
+        self.position_prefix += thin[-1]
+        self.next_sum += totals.sum(0) - x[:, 0].double().sum(0)
+        self.position_next += (lengths - 1).double() @ totals - prefix_sum  # summation by parts
+        self.position_square += t.square().sum()
+
+    def multiply(self, q: Tensor, x: Tensor) -> None:
+        """Adds the large products of rows q_t and x_{t+1}, (pairs, d)."""
+        if self.precision == "float32":
+            add_square(self.second, q)
+            add_product(self.following, q, x)
+            return
+        q_high, q_low = split(q)
+        x_high, *x_low = (x,) if x.dtype == torch.bfloat16 else split(x)
+        add_square(self.second, q_high)
+        add_product(self.mixed, q_low, q_high)
+        for part in (q_high, q_low):
+            add_product(self.following, part, x_high)
+        for part in x_low:
+            add_product(self.following, q_high, part)
+
+    def flush(self) -> dict[str, Tensor]:
+        """The sums of `prefix_moments` over the block, and the errors of C0 Z and C1 Z, (d, p); starts a new block."""
+        upper = self.second.double()
+        second = upper.triu() + upper.triu(1).T
+        if len(self.mixed):
+            second += self.mixed.double() + self.mixed.double().T
+        following, z, c = self.following.double(), self.probes.T, self.centre
+        exact_second, exact_next = self.exact.chunk(2)
+        errors = second @ z - exact_second.T, following @ z - exact_next.T
+        second.addr_(self.position_prefix, c).addr_(c, self.position_prefix + self.position_square * c)
+        following.addr_(c, self.position_next)
+        sums = {
+            "prefix_second_moment": second,
+            "prefix_next_cross_moment": following,
+            "prefix_mean": self.prefix_sum.clone(),
+            "next_mean": self.next_sum.clone(),
+            "prefix_second_error": errors[0],
+            "prefix_next_error": errors[1],
+        }
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        return sums

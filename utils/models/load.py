@@ -75,6 +75,19 @@ def auto_class_of(model: Model, config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if is_visual and not is_causal else AutoModelForCausalLM
 
 
+def num_parameters(model: Model, run: Run) -> int:
+    """Parameters of the causal LM, each once however many modules share it, from the configuration alone.
+
+    Raises:
+        UserError: it is of no causal LM.
+    """
+    config = read_config(model, run)
+    with torch.device("meta"):
+        made = auto_class_of(model, config).from_config(config, trust_remote_code=run.trust_remote_code)
+        made.tie_weights()
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
 def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
     """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
 
@@ -163,6 +176,7 @@ class TokenizedTexts:
     token_ids: np.ndarray  # (num_tokens,) int32
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int | None  # None: no limit
+    num_cut: int = 0  # texts that are longer than max_length and lost their end
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -233,4 +247,8 @@ def tokenize(
             f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
             "they do not belong together. Name the right one with --tokenizer_name."
         )
-    return TokenizedTexts(token_ids, offsets, max_length)
+    long = np.flatnonzero(np.diff(offsets) == max_length) if max_length else []
+    num_cut = sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > int(max_length or 0) for row in long)
+    if num_cut:
+        print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
+    return TokenizedTexts(token_ids, offsets, max_length, num_cut)

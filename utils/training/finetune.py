@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.optimization import Adafactor
 
-from utils.algebra.memory import check_training_fits, num_parameters
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.check import check_gradients, self_check
@@ -233,9 +232,6 @@ def finetune(
     tokens = {
         split: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for split, part in data.items()
     }
-    of_weights, of_gradients = config.bytes_of_parameter
-    parameters = num_parameters(config.model, config.run)
-    check_training_fits(of_weights * parameters, of_gradients * parameters, place.device)
     set_seed(config.data.seed)
     trainable = build(config, place.device)
     trainable.decoder.to(place.device)

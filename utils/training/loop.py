@@ -30,12 +30,11 @@ from utils.models.check import routes_tokens
 from utils.models.identity import model_fingerprint
 from utils.parallel import processes
 from utils.results import check_state, find_result, save_json, state_if_there_is_place, write_atomically
-from utils.script import UserError, environment, pick_device
+from utils.script import UserError, environment, pick_device, termination_noted
 from utils.settings import Session, all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
 from utils.training.state import load_state, save_state
-from utils.unfinished import termination_noted
 
 
 # ------------------------------------------------------------------ a run

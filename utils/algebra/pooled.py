@@ -1,0 +1,90 @@
+"""The pooled states of all texts in a file beside the moments, `<split>.pooled.npy`: (layers saved, n, d) float32.
+
+The file is filled in place, by all processes, under a partial name; the moments keep its CRC-32, layer by layer.
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.results import open_tensors, remedy
+from utils.script import UserError
+
+
+def pooled_path(moments: Path) -> Path:
+    """The file of the pooled states that belong to a file of moments."""
+    return moments.with_suffix(".pooled.npy")
+
+
+def partial_pooled_path(moments: Path) -> Path:
+    """The name of the pooled states beside a file of moments until all are filled in."""
+    return moments.with_suffix(".pooled.partial.npy")
+
+
+def has_shape(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file holds a float32 array of this shape."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return found.shape == shape and found.dtype == np.float32
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Makes a file of float32 zeros, unless there is one; a full disk shows here, and not as a SIGBUS in the pass."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def checksums(pooled: np.ndarray) -> list[int]:
+    """CRC-32 of each layer of pooled states (layers, n, d); the moments keep them."""
+    return [zlib.crc32(np.ascontiguousarray(layer).data) for layer in pooled]
+
+
+def open_pooled(moments: Path) -> np.ndarray:
+    """The pooled states beside a file of moments, (layers saved, n, d) float32, as a memory map; last layer last.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = pooled_path(moments)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or missing ({error}). {remedy(moments)}") from None
+
+
+def load_pooled(moments: Path, layer: int) -> Tensor:
+    """The pooled states of one layer beside a file of moments, (n, d) float32; -1 is the last layer.
+
+    Raises:
+        UserError: they are not those that were written with the moments.
+    """
+    pooled = open_pooled(moments)[layer].copy()
+    with open_tensors(moments) as (_, metadata):
+        written = metadata["pooled_crc32"]
+    if not written or checksums(pooled[None]) != [written[layer]]:
+        raise UserError(f"{pooled_path(moments)} is damaged or of other moments. {remedy(moments)}")
+    return torch.from_numpy(pooled)
+
+
+def has_pooled(moments: Path, metadata: dict, num_layers: int) -> bool:
+    """Whether the pooled states of the last `num_layers` layers lie beside the moments that they belong to."""
+    written = metadata["pooled_crc32"]
+    if not num_layers:
+        return True
+    if len(written) < num_layers or not pooled_path(moments).is_file():
+        return False
+    pooled = open_pooled(moments)
+    return len(pooled) == len(written) and checksums(pooled[-1:]) == written[-1:]
