@@ -196,7 +196,7 @@ def measure(subject: Subject, config: Config, tokens_per_batch: int) -> dict:
 
     def run_cache(tokens_per_batch: int) -> None:
         cache_config = cache.Config(product_dtype=config.product_dtype, run=Run(tokens_per_batch=tokens_per_batch))
-        cache.accumulate_moments(model, tokens, subject.data, subject.folds, cache_config)
+        cache.accumulate(model, tokens, subject.data, subject.folds, cache_config)
 
     ways: dict[str, Callable[[], object]] = {
         "cache": partial(run_cache, tokens_per_batch),

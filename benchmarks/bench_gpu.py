@@ -6,7 +6,7 @@
 The weights are random, in bfloat16 and made on the device, so that nothing is downloaded; speed does not depend on
 them. Texts of half to one and a half times the mean length. Both ways run in every round, each precision of the
 products after the other; ratios are of the fastest rounds. Memory is the largest that PyTorch had allocated during a
-pass, beside what cache.py said it would need. Errors are of the last layer's scores against float64 products.
+pass. Errors are of the last layer's scores against float64 products.
 
 Writes results/benchmarks/bench_gpu.json.
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 from statistics import mean
 from typing import get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 import cache
 import K_sweep
-from benchmarks.bench_cache import NUM_FOLDS, make_folds, make_labels, make_tokens, plain_forward, seconds
+from benchmarks.bench_cache import make_folds, make_labels, make_tokens, plain_forward, seconds
 from benchmarks.bench_products import DECODERS, Decoder
-from utils.algebra.memory import Need
-from utils.algebra.moment_sums import MomentSums, Sizes
 from utils.algebra.moments import NORMS, PER_LAYER, SHARED, LayerMoments
 from utils.algebra.products import Precision
 from utils.algebra.scores import SCORES
@@ -78,20 +78,12 @@ def make_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
         return AutoModel.from_config(model_config(name), dtype=getattr(torch, dtype)).eval()
 
 
-def expected_memory(model: PreTrainedModel, precision: Precision, tokens_per_batch: int) -> int:
-    """What cache.py says that its pass needs, in bytes."""
-    sizes = Sizes(model.config.num_hidden_layers + 1, model.config.hidden_size, NUM_CLASSES, NUM_FOLDS, 1)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    item = model.dtype.itemsize
-    need = Need.of(model.config, sizes, precision, item, weights=weights, num_tokens=tokens_per_batch)
-    return need.memory
-
-
-def last_layer_scores(sums: MomentSums, num_texts: int) -> dict[str, float]:
+def last_layer_scores(tensors: dict[str, Tensor], lengths: np.ndarray) -> dict[str, float]:
     """Mean over K of every score of the last layer."""
-    averages = sums.averages()
-    tensors = {name: averages[name][-1] for name in (*PER_LAYER, *NORMS)} | {name: averages[name] for name in SHARED}
-    moments = LayerMoments(**tensors, num_samples=num_texts, num_pairs=sums.num_pairs)  # type: ignore[arg-type]
+    last = max(int(key.split(".")[1]) for key in tensors if key.startswith("layer."))
+    found = {name: tensors[f"layer.{last}.{name}"] for name in (*PER_LAYER, *NORMS)}
+    counts = {"num_samples": len(lengths), "num_pairs": int((lengths - 1).sum())}
+    moments = LayerMoments(**found, **{name: tensors[name] for name in SHARED}, **counts)  # type: ignore[arg-type]
     layer = K_sweep.sweep_layer(moments, None, K_sweep.Config(num_null_draws=2), 0)
     return {name: mean(layer.scores[name].tolist()) for name in SCORES}
 
@@ -109,12 +101,12 @@ def measure(name: str, config: Config, device: torch.device) -> dict:
         settings = cache.Config(product_dtype=precision, run=run)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        passes, again, sums = [], [], list[MomentSums]()
+        passes, again, sums = [], [], list[dict[str, Tensor]]()
         for _ in range(config.num_rounds):
             sums.clear()  # of the round before
             passes.append(
                 seconds(
-                    lambda: sums.append(cache.accumulate_moments(model, tokens, data, folds, settings)),  # noqa: B023
+                    lambda: sums.append(cache.accumulate(model, tokens, data, folds, settings)),  # noqa: B023
                     device,
                 )
             )
@@ -122,8 +114,7 @@ def measure(name: str, config: Config, device: torch.device) -> dict:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         found: dict = {"seconds": passes, "forward_seconds": again, "ratio": min(passes) / min(*times, *again)}
         found |= {"tokens_per_second": row["num_tokens"] / min(passes), "peak_bytes": peak}
-        found["expected_bytes"] = expected_memory(model, precision, config.tokens_per_batch)
-        found["scores"] = last_layer_scores(sums.pop(), config.num_texts) if config.errors else None
+        found["scores"] = last_layer_scores(sums.pop(), tokens.lengths) if config.errors else None
         row["precisions"][precision] = found
     return row
 
@@ -133,10 +124,9 @@ def print_row(row: dict) -> None:
     exact = row["precisions"].get("float64", {}).get("scores")
     for precision, found in row["precisions"].items():
         error = exact and max(abs(found["scores"][name] - exact[name]) for name in SCORES)
-        peak, expected = ((value or 0) / 1e9 for value in (found["peak_bytes"], found["expected_bytes"]))
         print(
-            f"{row['model']:13} {precision:8} pass {min(found['seconds']):7.2f} s, pass / forward {found['ratio']:5.2f}"
-            f", {found['tokens_per_second']:9,.0f} tokens/s, peak {peak:5.1f} GB, said {expected:5.1f} GB"
+            f"{row['model']:13} {precision:10} pass {min(found['seconds']):7.2f} s, ratio {found['ratio']:5.2f}"
+            f", {found['tokens_per_second']:9,.0f} tokens/s, peak {(found['peak_bytes'] or 0) / 1e9:5.1f} GB"
             + (f", largest error {error:.1e}" if exact else "")
         )
 

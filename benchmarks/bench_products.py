@@ -3,8 +3,8 @@
     python -m benchmarks.bench_products
     python -m benchmarks.bench_products --model_name smollm2 --dataset_name rotten_tomatoes --max_samples 200
 
-Error: cache.py and K_sweep.py once for each precision, on the CPU, where products of numbers rounded for tensor cores
-are the same but for the order of their sums; the largest difference from float64 products over all layers.
+Error: cache.py and K_sweep.py once for each precision, on the CPU, where products of bfloat16 numbers are exact and
+added up in float32, as on tensor cores; the largest difference from float64 products over all layers.
 
 Time: operations and bytes per token of the forward pass in bfloat16 and of cache.py's sums beside it; their ratio if
 each ran at the peak of its kind. The peaks are those of an H100 SXM without sparsity, from its data sheet. On a CPU
@@ -25,8 +25,7 @@ from typing import NamedTuple, get_args
 
 import cache
 import K_sweep
-from utils.algebra.moment_sums import NUM_STRIPES
-from utils.algebra.products import Precision
+from utils.algebra.products import NUM_STRIPES, Precision
 from utils.algebra.scores import SCORES
 from utils.results import load_json, save_json
 from utils.script import environment, run_script
@@ -34,7 +33,7 @@ from utils.settings import all_settings, with_values
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BFLOAT16_PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM: FLOP/s, bytes/s
-PEAKS = {"float64": 67e12, "float32": 67e12, "tf32": 495e12, "tf32x3": 495e12 / 3}
+PEAKS = {"float64": 67e12, "float32": 67e12, "bfloat16x2": 989e12}
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,18 @@ class Decoder(NamedTuple):
         weights = d * (2 * self.queries + 2 * self.keys) + 3 * d * self.intermediate_size
         return self.num_layers * (2 * weights + 2 * num_tokens * self.queries)
 
-    def product_flops(self) -> float:
-        """Of a token: C1 whole, C0 in stripes right of the diagonal."""
-        share_of_c0 = (NUM_STRIPES + 1) / (2 * NUM_STRIPES)
-        return (self.num_layers + 1) * 2 * (1 + share_of_c0) * self.hidden_size**2
+    def product_flops(self, precision: Precision) -> float:
+        """Of a token: C1 whole, C0 in stripes from the diagonal on; with two parts q1'q1, q2'q1, q1'x and q2'x."""
+        num_products = (NUM_STRIPES + 1) / (2 * NUM_STRIPES) + (3 if precision == "bfloat16x2" else 1)
+        return (self.num_layers + 1) * 2 * num_products * self.hidden_size**2
 
     def bytes_moved(self, precision: Precision) -> float:
-        """Of a token: every pass of `centred_prefixes` over (t, d) numbers, and what the products read."""
-        item = 8 if precision == "float64" else 4
-        # centre, cumsum, pairs, mask, two thin products
-        prefixes = (2 + 8) + (8 + 8) + 2 * (8 + item) + 4 * item + 8 + 8
-        rounding = {"tf32": 8 * item, "tf32x3": 23 * item}.get(precision, 0)
-        stripes = (3 if precision == "tf32x3" else 1) * (2 * item + NUM_STRIPES * item)
-        return (self.num_layers + 1) * self.hidden_size * (prefixes + rounding + stripes)
+        """Of a token of a bfloat16 model: each pass of `CentredProducts.add` over (T, d) numbers."""
+        prefixes = (2 + 8) + (8 + 8) + 8 + 8  # centre, cumulative sum, two thin products
+        rounding = (8 + 4) + (4 + 4)  # to float32, mask
+        item = 2 if precision == "bfloat16x2" else 4
+        parts = (4 + 2) + (4 + 2 + 2) if precision == "bfloat16x2" else 2 + 4
+        return (self.num_layers + 1) * self.hidden_size * (prefixes + rounding + parts + item * (NUM_STRIPES + 5))
 
 
 DECODERS = {
@@ -88,10 +86,10 @@ DECODERS = {
 
 def predict(decoder: Decoder, num_tokens: int) -> dict[str, float]:
     """Operations of a token and, for each precision, bytes and pass / forward with everything at its peak."""
-    forward, products = decoder.forward_flops(num_tokens), decoder.product_flops()
+    forward, products = decoder.forward_flops(num_tokens), decoder.product_flops("float32")
     row = {"forward_gflop": forward / 1e9, "product_gflop": products / 1e9, "one_peak": 1 + products / forward}
     for precision in PRECISIONS:
-        seconds = products / PEAKS[precision] + decoder.bytes_moved(precision) / BANDWIDTH
+        seconds = decoder.product_flops(precision) / PEAKS[precision] + decoder.bytes_moved(precision) / BANDWIDTH
         row[f"{precision}_megabytes"] = decoder.bytes_moved(precision) / 1e6
         row[precision] = 1 + seconds / (forward / BFLOAT16_PEAK)
     return row
@@ -121,14 +119,16 @@ def main(config: Config) -> None:
         }
         for precision, layers in found.items()
     }
-    print("largest difference from float64 products, over all layers\n" + " " * 9 + "".join(f"{n:>15}" for n in SCORES))
+    print(
+        "largest difference from float64 products, over all layers\n" + " " * 11 + "".join(f"{n:>15}" for n in SCORES)
+    )
     for precision, error in errors.items():
-        print(f"{precision:9}" + "".join(f"{error[name]:15.1e}" for name in SCORES))
+        print(f"{precision:11}" + "".join(f"{error[name]:15.1e}" for name in SCORES))
     predicted = {name: predict(decoder, config.num_tokens) for name, decoder in DECODERS.items()}
     print("\nGFLOP per token: forward, products; pass / forward at one peak, and on an H100 by precision")
     for name, row in predicted.items():
         print(f"{name:13}" + "".join(f"{row[key]:10.3f}" for key in ("forward_gflop", "product_gflop", "one_peak"))
-              + "".join(f"{precision:>9}{row[precision]:6.2f}" for precision in PRECISIONS))  # fmt: skip
+              + "".join(f"{precision:>12}{row[precision]:6.2f}" for precision in PRECISIONS))  # fmt: skip
     path = config.results_dir / "benchmarks" / "bench_products.json"
     result = {"errors": errors, "predicted": predicted}
     save_json(path, {"config": all_settings(config), "environment": environment(), **result})

@@ -26,13 +26,13 @@ def test_ratios_and_errors_of_a_tiny_model(monkeypatch, tmp_path, capsys):
     bench_gpu.main(config)
     path = tmp_path / "benchmarks" / "bench_gpu.json"
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == str(path) and "Qwen2-0.5B    tf32x3" in out
+    assert out.splitlines()[-1] == str(path) and "Qwen2-0.5B    bfloat16x2" in out
     [row] = json.loads(path.read_text())["rows"]
-    assert list(row["precisions"]) == ["float32", "float64", "tf32", "tf32x3"] and 80 * 6 < row["num_tokens"] < 80 * 19
+    assert list(row["precisions"]) == ["float32", "float64", "bfloat16x2"] and 80 * 6 < row["num_tokens"] < 80 * 19
     scores = {precision: found["scores"] for precision, found in row["precisions"].items()}
     for name, exact in scores["float64"].items():
         assert 0 < exact < 1 and abs(scores["float32"][name] - exact) < 1e-3
-    assert scores["tf32"] != scores["float64"], "each precision is one of its own"
+    assert scores["bfloat16x2"] != scores["float64"], "each precision is one of its own"
 
 
 def test_models_have_the_sizes_of_the_papers(monkeypatch):

@@ -75,19 +75,6 @@ def auto_class_of(model: Model, config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if is_visual and not is_causal else AutoModelForCausalLM
 
 
-def num_parameters(model: Model, run: Run) -> int:
-    """Parameters of the causal LM, each once however many modules share it, from the configuration alone.
-
-    Raises:
-        UserError: it is of no causal LM.
-    """
-    config = read_config(model, run)
-    with torch.device("meta"):
-        made = auto_class_of(model, config).from_config(config, trust_remote_code=run.trust_remote_code)
-        made.tie_weights()
-    return sum(parameter.numel() for parameter in made.parameters())
-
-
 def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
     """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
 
