@@ -59,11 +59,6 @@ class Config(FinetuningConfig):
             raise ValueError("--adapter_dir needs --init pretrained: random weights take no adapter")
 
     @property
-    def bytes_of_parameter(self) -> tuple[int, int]:
-        """Of its weight and of its gradient, float32 both whatever the products are."""
-        return 4, 4
-
-    @property
     def kind(self) -> str:
         """What the result is: the folder under `results_dir`, and part of the trained model's name."""
         return "from_scratch" if self.init == "random" else "full_finetuning"

@@ -25,8 +25,10 @@ from tests.conftest import (
     stacked,
     write_rows,
 )
+from utils.algebra.moments import describe_texts, load_rounding
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.load import tokenize
+from utils.results import read_identity
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -132,6 +134,45 @@ def test_equal_texts_share_a_fold_in_any_order():
     texts = make_texts(50)
     folds = cache.assign_folds(texts + texts[::-1], 5)
     assert (folds[:50] == folds[50:][::-1]).all() and len(set(folds)) == 5
+    assert cache.assign_folds(["", "a", "the red house", "Straße 7", "a"], 5).tolist() == [0, 2, 3, 4, 2]
+    assert cache.assign_folds(["", "a", "the red house", "Straße 7"], 3).tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_the_noise_of_rounded_states_is_four_times_what_rounding_leaves(pooling):
+    """Variance of the error of pooled states and prefix sums when states are rounded to bfloat16, by drawing them."""
+    random = np.random.default_rng(0)
+    shape = num_texts, num_tokens, d = 4000, 6, 4
+    x = 2 ** random.uniform(0, 3, shape) * random.choice([-1, 1], shape)  # the logarithm of mantissas is uniform
+    error = torch.from_numpy(x).bfloat16().double().numpy() - x
+    pooled = error.mean(1) if pooling == "mean" else error[:, -1]
+    prefix = error.cumsum(1)[:, :-1]
+    tensors = {
+        "layer.0.token_square": torch.from_numpy(np.square(x).sum(1).mean(0)),
+        "layer.0.prefix_second_error": torch.zeros(d, 4),
+        "layer.0.prefix_next_error": torch.zeros(d, 4),
+    }
+    file = type("File", (), {"get_tensor": lambda self, key: tensors[key]})()
+    offsets = np.arange(num_texts + 1) * num_tokens
+    metadata = describe_texts(np.arange(offsets[-1], dtype=np.int32), offsets)
+    metadata["config"] = {"dtype": "bfloat16", "pooling": pooling}
+    noise = load_rounding(file, metadata, 0, torch.device("cpu"))
+    # of this x the mean of x^2 is 3 / (2 log 2) 4^e: an average over tokens counts large mantissas more, texts do not
+    factor = 4 * 9 / (16 * np.log(2) ** 2)
+    assert noise.pooled.sum().item() == pytest.approx(factor * np.square(pooled).mean(0).sum(), rel=0.05)
+    assert noise.prefix.sum().item() == pytest.approx(factor * np.square(prefix).sum(1).mean(0).sum(), rel=0.05)
+
+
+def test_texts_that_are_cut_are_counted_and_said(model_dirs, rows_path, tmp_path, capsys):
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    config = configure(cache, **names, max_length=8)
+    cache.main(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["qwen2"])
+    lengths = [len(tokenizer(text)["input_ids"]) for text in load_texts(config.data, config.run, "train").texts]
+    num_cut = sum(length > 8 for length in lengths)
+    assert 0 < num_cut < sum(length >= 8 for length in lengths)  # a text of exactly 8 tokens loses nothing
+    assert f"{num_cut} of 168 texts cut at 8 tokens" in capsys.readouterr().out
+    assert read_identity(cache.config_path(config))["num_texts_cut"] == num_cut
 
 
 def test_half_precision_model_is_summed_in_float64(model_dirs):

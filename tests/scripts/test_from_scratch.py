@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM
 import cache
 import from_scratch
 import linear_training
-import lora_finetuning
 from tests.conftest import configure, run_in_process
 from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps
-from utils.script import UserError
 from utils.settings import with_values
 
 pytestmark = pytest.mark.slow
@@ -45,21 +43,6 @@ def test_loss_falls_and_every_weight_is_trained_in_float32(settings, model_dirs,
     losses = take_steps(run, 40)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert not any(torch.equal(parameter, before[name]) for name, parameter in run.model.named_parameters())
-
-
-def test_what_cannot_fit_is_refused_before_the_model_is_made(settings, model_dirs, monkeypatch, capsys):
-    """Float32 weights and gradients, where LoRA needs weights of its dtype alone."""
-    model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen2"])
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr("utils.algebra.memory.free_host_memory", lambda: 5 * parameters)
-    with pytest.raises(UserError, match=r"cpu has 0 MB free and about 0 MB would be needed. Try lora_finetuning"):
-        from_scratch.main(configure(from_scratch, **settings))
-    lora_finetuning.main(configure(lora_finetuning, **settings, dtype="float32"))
-    monkeypatch.setattr("utils.algebra.memory.free_host_memory", lambda: 3 * parameters)
-    lora_finetuning.main(configure(lora_finetuning, **settings, dtype="bfloat16", overwrite=True))
-    with pytest.raises(UserError, match="--dtype bfloat16"):
-        lora_finetuning.main(configure(lora_finetuning, **settings, dtype="float32", overwrite=True))
-    assert "needs about 0 MB for weights and 0 MB for gradients; what a batch keeps" in capsys.readouterr().out
 
 
 def test_random_weights_follow_the_seed_and_are_not_the_pretrained_ones(settings):

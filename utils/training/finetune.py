@@ -79,11 +79,6 @@ class FinetuningConfig:
         if self.model.dtype == "float16":
             raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
 
-    @property
-    def bytes_of_parameter(self) -> tuple[int, int]:
-        """Of its weight and of its gradient: weights of --dtype, of which hardly any is trained, unless all are."""
-        return getattr(torch, self.model.dtype).itemsize, 0
-
 
 @dataclass
 class Trainable:
