@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +34,13 @@ from tqdm import tqdm
 
 import cache
 from utils.algebra.features import feature_scores
-from utils.algebra.linalg import NestedBasis, Noise, projected_norms, rounding, whiten
-from utils.algebra.moments import LayerMoments, check_has_layer, held_out_path, load_layer
-from utils.algebra.nulls import draw_permuted_factors, euclidean_null, random_scores, random_stream, whitened_null
+from utils.algebra.linalg import NestedBasis, Noise, rounding, whiten
+from utils.algebra.moments import LayerMoments, check_has_layer, find_scores, held_out_path, load_layer
+from utils.algebra.nulls import permuted_scores, random_scores, random_stream
 from utils.algebra.ridge import load_folds, probe_scores
 from utils.algebra.scores import LayerScores, option_suffix, print_table, summarize
 from utils.pictures import plot_sweep, save_figure
-from utils.results import check_identity, find_result, open_tensors, result_path, save_json
+from utils.results import open_tensors, result_path, save_json
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
 
@@ -204,41 +205,21 @@ def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ the scores
-@dataclass(frozen=True)
-class NestedSubspaces:
-    """The subspaces that the first K columns of V span, one in another, for each fraction."""
-
-    ks: list[int]  # K for each fraction
-    basis: NestedBasis  # of V: Q
-    whitened_basis: NestedBasis  # of W' Sigma V, W the whitener of Sigma
-    dims: list[int]  # columns of Q that the first K span
-    whitened_dims: list[int]
-
-    @classmethod
-    def of(cls, v: Tensor, sigma: Tensor, whitener: Tensor, fractions: tuple[float, ...]) -> "NestedSubspaces":
-        """The nested subspaces of V, (d, rank C0), first column first; the whitener is that of Sigma."""
-        ks = num_directions(fractions, v.shape[1])
-        v = v[:, : max(ks)]
-        # a column that the pooled states do not see is one of rounding, beside the most they could vary along it
-        sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
-        basis, whitened_basis = NestedBasis.of(v), NestedBasis.of(whitener.T @ (sigma @ v), sizes)
-        return cls(ks, basis, whitened_basis, basis.dimensions(ks), whitened_basis.dimensions(ks))
+def whitened_basis(v: Tensor, ks: list[int], sigma: Tensor, whitener: Tensor) -> NestedBasis:
+    """The nested basis of W' Sigma V: where Sigma is whitened, the first K columns span what a probe sees of V_K."""
+    v = v[:, : max(ks)]
+    # a column that the pooled states do not see is one of rounding, beside the most they could vary along it
+    sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
+    return NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
 
 
 def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bool) -> Tensor:
     """Share of each informative direction, and of the tied space, within U_k, averaged over all bases: (ks, r + 1).
 
-    Any basis of an eigenspace is a solution: U_k holds each direction of one in equal parts, (k - directions before
-    it) / its dimension. The largest is the space of eigenvalue 0; with n <= d the others are the class frequencies,
-    often equal.
+    Any basis of an eigenspace is a solution: U_k holds each of its directions in equal parts, (k - directions before
+    it) / its dimension. Eigenvalue 0 has `num_tied` of them; with n <= d class frequencies, often equal, are others.
 
     Differs from the paper: the released script takes whatever basis the solver returns.
-
-    Args:
-        k_us: columns of U for each fraction.
-        eigenvalues: of the informative directions, largest first, (r,).
-        num_tied: dimension of the space of eigenvalue 0.
-        largest: whether U starts with the largest eigenvalues or with the smallest.
     """
     is_next = eigenvalues.diff().abs() > 1e-9 * eigenvalues[:-1]
     eigenspace = torch.cat([is_next.new_zeros(min(1, len(eigenvalues))), is_next]).cumsum(0)
@@ -249,35 +230,32 @@ def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bo
     return torch.cat([weights[:, eigenspace], weights[:, -1:]], dim=1)
 
 
-def ntps(u: Eigenspace, nested: NestedSubspaces, config: Config) -> dict[str, Tensor]:
+def ntps(u: Eigenspace, basis: NestedBasis, fractions: tuple[float, ...], largest: bool = True) -> dict[str, Tensor]:
     """The paper's score over all k_U directions, and the same ratio over the r informative ones only, (fractions,).
 
     NTPS = (|P U_r|^2 + g |P Z|^2) / (|U_r|^2 + g |Z|^2), each direction of U_r weighted, Z the tied space, g its share.
     """
-    space = nested.basis.q.T @ u.whitener
-    labels = space @ u.coordinates
-    inside, whole = projected_norms(labels, nested.dims), labels.square().sum(0)
-    tied_inside = projected_norms(space, nested.dims).sum(1) - inside.sum(1)  # Z itself is never formed
+    space, (rank, num_informative) = u.whitener, u.coordinates.shape
+    inside, whole = basis.projected_norms(u.vectors), u.vectors.square().sum(0)
+    tied_inside = basis.projected_norms(space).sum(1) - inside.sum(1)  # Z itself is never formed
     tied_whole = space.square().sum() - whole.sum()
-    rank, num_informative = u.coordinates.shape
-    k_us, largest = num_directions(config.fractions, rank), config.eigenvectors == "largest"
-    weights = tie_weights(k_us, u.eigenvalues, rank - num_informative, largest)
+    weights = tie_weights(num_directions(fractions, rank), u.eigenvalues, rank - num_informative, largest)
     informative, share = weights[:, :-1], weights[:, -1]
     score = ((informative * inside).sum(1) + share * tied_inside) / (informative @ whole + share * tied_whole)
     return {"ntps": score.clamp(0, 1), "ntps_label": inside.sum(1) / whole.sum()}
 
 
-def retained(labels: Eigenspace, nested: NestedSubspaces) -> dict[str, Tensor]:
+def retained(labels: Eigenspace, whitened: NestedBasis) -> dict[str, Tensor]:
     """`ntps_whitened`, the overlap where Sigma is whitened, and `retained`, directions weighted by their eigenvalues.
 
     `retained` is the share of the explained label variance that a linear probe with intercept keeps within V_K.
     """
-    inside = projected_norms(nested.whitened_basis.q.T @ labels.coordinates, nested.whitened_dims)
+    inside = whitened.projected_norms(labels.coordinates)
     return {"ntps_whitened": inside.mean(1), "retained": inside @ labels.eigenvalues / labels.eigenvalues.sum()}
 
 
 def excess_loss(
-    sigma: Tensor, labels: Eigenspace, nested: NestedSubspaces, ntps_whitened: Tensor, retained: Tensor
+    sigma: Tensor, labels: Eigenspace, basis: NestedBasis, ntps_whitened: Tensor, retained: Tensor
 ) -> dict[str, Tensor]:
     """The loss that a linear probe with intercept adds inside V_K, and its bounds, (fractions,) each.
 
@@ -285,8 +263,7 @@ def excess_loss(
     (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
     The Euclidean ones of the theorem also replace Sigma by its extreme eigenvalues.
     """
-    directions = nested.basis.q.T @ labels.vectors
-    missing = directions.square().sum() - projected_norms(directions, nested.dims).sum(1)
+    missing = labels.vectors.square().sum() - basis.projected_norms(labels.vectors).sum(1)
     largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
     if labels.whitener.shape[1] == len(sigma):  # 1 / the largest of the inverse: its small ones keep their digits
         smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
@@ -301,28 +278,8 @@ def excess_loss(
 
 
 # ------------------------------------------------------------------ one layer
-def null_draws(
-    moments: LayerMoments, u: Eigenspace, labels: Eigenspace, nested: NestedSubspaces, config: Config, layer_index: int
-) -> dict[str, Tensor]:
-    """The scores under permuted labels, (num_null_draws, fractions) each."""
-    random, rank = random_stream("permuted labels", config.data.seed, layer_index), labels.whitener.shape[1]
-    draws = draw_permuted_factors(rank, moments.num_samples, moments.label_covariance, config.num_null_draws, random)
-    to_perception = u.whitener.T @ (moments.pooled_covariance @ labels.whitener) @ nested.whitened_basis.q
-    mean = torch.zeros_like(moments.pooled_mean) if config.center else moments.pooled_mean
-    offset = torch.outer(u.whitener.T @ mean, moments.label_mean)  # permuting leaves the product of the means alone
-    space = nested.basis.q.T @ u.whitener
-    return {
-        "ntps_label": euclidean_null(draws, to_perception, offset, space, nested.dims),
-        **whitened_null(draws, nested.whitened_dims),
-    }
-
-
 def sweep_layer(
-    moments: LayerMoments,
-    held_out: LayerMoments | None,
-    config: Config,
-    layer_index: int,
-    num_random_draws: int = 0,
+    moments: LayerMoments, held_out: LayerMoments | None, config: Config, layer_index: int, num_random_draws: int = 0
 ) -> LayerScores:
     """Every score of one layer over all fractions.
 
@@ -344,17 +301,24 @@ def sweep_layer(
     if not v.shape[1] or not len(labels.eigenvalues):
         return layer
 
-    nested = NestedSubspaces.of(v, sigma, whitener, config.fractions)
-    chance = torch.tensor(nested.ks) / len(sigma)
-    whitened = retained(labels, nested)
-    scores = {**ntps(u, nested, config), "chance": chance, **whitened, **excess_loss(sigma, labels, nested, **whitened)}
+    ks = num_directions(config.fractions, v.shape[1])
+    basis, whitened = NestedBasis.of(v[:, : max(ks)], ks), whitened_basis(v, ks, sigma, whitener)
+    scores = ntps(u, basis, config.fractions, config.eigenvectors == "largest") | retained(labels, whitened)
+    scores["chance"] = torch.tensor(ks) / len(sigma)
+    scores |= excess_loss(sigma, labels, basis, scores["ntps_whitened"], scores["retained"])
+    random = partial(random_stream, seed=config.data.seed, layer_index=layer_index)
+    null = permuted_scores(
+        moments,
+        (u.whitener, whitener),
+        (basis, whitened),
+        config.center,
+        config.num_null_draws,
+        random("permuted labels"),
+    )
     random_v = {}
     if num_random_draws:
-        random = random_stream("random V", config.data.seed, layer_index)
-        random_v = random_scores(
-            u.vectors, whitener.T @ sigma, labels.coordinates, labels.eigenvalues, nested.ks, num_random_draws, random
-        )
-    null = null_draws(moments, u, labels, nested, config, layer_index)
+        explained = labels.coordinates, labels.eigenvalues
+        random_v = random_scores(u.vectors, whitener.T @ sigma, explained, ks, num_random_draws, random("random V"))
     return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
 
@@ -362,19 +326,6 @@ def sweep_layer(
 def output_path(config: Config) -> Path:
     """The path of the result; options other than the default are in the name."""
     return result_path("ntps", config.run, config.model, config.data, f"{option_suffix(result_settings(config))}.json")
-
-
-def find_scores(config: Config, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored result of this identity; None where there is none, or the held-out moments have come or gone since."""
-    path, held_out = output_path(config), identity["held_out"]
-    stored = find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, config.run)
-    if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
-        change = "has no held-out numbers yet" if held_out else "has held-out numbers of moments that are gone"
-        print(f"{path} {change}: made again.")
-        return find_result(path, identity, dataclasses.replace(config.run, overwrite=True))
-    if stored:
-        check_identity(stored, identity, path)
-    return stored
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
@@ -393,7 +344,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             "moments": {name: value for name, value in metadata.items() if name != "environment"},
             "held_out": other_metadata and {"fingerprint": other_metadata["fingerprint"]},
         }
-        if stored := find_scores(config, identity):
+        if stored := find_scores(output_path(config), identity, config.run):
             return stored
         last, layers = metadata["num_layers"] - 1, []
         check_has_layer(metadata, last)  # the score is that of the last layer

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils.algebra.linalg import NestedBasis, projected_norms
+from utils.algebra.linalg import NestedBasis
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
 from utils.results import open_tensors, write_atomically
@@ -76,7 +76,7 @@ class Config:
 # ------------------------------------------------------------------ ntps in a basis that is not averaged over
 def score_of_columns(u: Tensor, v: Tensor, k_us: list[int], k_vs: list[int]) -> float:
     """|P U_k|^2 / |U_k|^2 averaged over the fractions, the columns of U (d, rank M) and V (d, rank C0) as they come."""
-    inside = projected_norms(NestedBasis.of(v).q.T @ u, k_vs)
+    inside = NestedBasis.of(v, k_vs).projected_norms(u)
     norms = u.square().sum(0)
     return float(np.mean([(inside[i, :k].sum() / norms[:k].sum()).item() for i, k in enumerate(k_us)]))
 

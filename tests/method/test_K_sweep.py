@@ -14,6 +14,7 @@ from sklearn.linear_model import LinearRegression
 
 import K_sweep
 from tests.conftest import configure
+from utils.algebra.linalg import NestedBasis
 from utils.algebra.moments import LayerMoments, Rounding
 from utils.algebra.scores import EXCESS, SCORES
 
@@ -217,9 +218,8 @@ def ntps_of(u, u_whitener, v, fractions, order="largest") -> np.ndarray:
     """`ntps` of columns U = W A, largest eigenvalue first and all of them different."""
     coordinates = tensor(np.linalg.lstsq(u_whitener, u, rcond=None)[0])
     solved = K_sweep.Eigenspace(tensor(u_whitener), coordinates, torch.arange(u.shape[1], 0, -1).double())
-    identity = torch.eye(len(u), dtype=torch.float64)
-    nested = K_sweep.NestedSubspaces.of(tensor(v), identity, identity, fractions)
-    return K_sweep.ntps(solved, nested, configure(K_sweep, fractions=fractions, eigenvectors=order))["ntps"].numpy()
+    basis = NestedBasis.of(tensor(v), K_sweep.num_directions(fractions, v.shape[1]))
+    return K_sweep.ntps(solved, basis, fractions, order == "largest")["ntps"].numpy()
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9))

@@ -10,7 +10,6 @@ from utils.algebra.linalg import (
     Noise,
     inverse_root,
     noise_probes,
-    projected_norms,
     whiten,
     without_constants,
 )
@@ -84,15 +83,32 @@ def test_nested_basis_spans_what_qr_spans_at_every_k(num_vectors):
     random = np.random.default_rng(num_vectors)
     vectors = random.normal(size=(12, num_vectors)) * np.logspace(0, 6, num_vectors)
     points = random.normal(size=(12, 7))
-    basis = NestedBasis.of(tensor(vectors)).q.numpy()
-    coordinates = basis.T @ points
+    ks = list(range(1, num_vectors + 1))
+    basis = NestedBasis.of(tensor(vectors), ks)
+    assert basis.dims == ks
+    np.testing.assert_allclose(basis.q.T @ basis.q.numpy(), np.eye(12), atol=1e-12)  # Q is square and orthogonal
     q = np.linalg.qr(vectors)[0]
-    np.testing.assert_allclose(np.abs(coordinates[:num_vectors]), np.abs(q.T @ points), atol=1e-12)
-    np.testing.assert_allclose(np.square(coordinates).sum(0), np.square(points).sum(0))  # Q is square and orthogonal
-    ks = [1, num_vectors, 12]
-    inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks[:2]]
-    found = projected_norms(tensor(coordinates), ks).numpy()
-    np.testing.assert_allclose(found, [*inside, np.square(points).sum(0)], atol=1e-12)
+    inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks]
+    np.testing.assert_allclose(basis.projected_norms(tensor(points)), inside, atol=1e-12)
+
+
+def test_a_nested_basis_counts_the_dimensions_that_the_first_columns_span():
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(90, 75))
+    vectors[:, 3] = vectors[:, :3] @ [1, -2, 3]
+    vectors[:, 10:20] = vectors[:, :8] @ random.normal(size=(8, 10))
+    vectors[:, 70] = vectors[:, :60] @ random.normal(size=60)
+    ks = [1, 3, 4, 5, 9, 12, 20, 21, 66, 71, 75]
+    basis = NestedBasis.of(tensor(vectors), ks)
+    for k, dimension in zip(ks, basis.dims, strict=True):
+        expected, found = scipy.linalg.orth(vectors[:, :k], rcond=1e-10), basis.q[:, :dimension].numpy()
+        assert dimension == expected.shape[1]
+        np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-10)
+
+
+def test_a_column_of_rounding_spans_nothing():
+    vectors = np.random.default_rng(0).normal(size=(20, 6)) * [1e-16, 1e-16, 1, 1, 1, 1]
+    assert NestedBasis.of(tensor(vectors), [1, 2, 3, 6], torch.ones(6).double()).dims == [0, 0, 1, 4]
 
 
 @pytest.mark.parametrize(("smallest", "rank"), [(4.5e-8, 50), (1e-9, 49)])

@@ -15,7 +15,6 @@ from transformers import AutoModel
 import cache
 import K_sweep
 from tests.conftest import make_texts, write_rows
-from utils.algebra.linalg import NestedBasis
 from utils.algebra.moments import LayerMoments, describe_texts, load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
@@ -197,30 +196,6 @@ def test_rank_and_scores_are_those_of_exact_arithmetic(case, dtype, product_dtyp
         assert (found["rank_u"], found["rank_v"]) == (expected["rank_u"], expected["rank_v"]), layer
         for name in SCORES:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance, err_msg=f"{layer} {name}")
-
-
-# ------------------------------------------------------------------ bases
-def test_a_nested_basis_counts_what_the_first_columns_span():
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(90, 75))
-    vectors[:, 3] = vectors[:, :3] @ [1, -2, 3]
-    vectors[:, 10:20] = vectors[:, :8] @ random.normal(size=(8, 10))
-    vectors[:, 70] = vectors[:, :60] @ random.normal(size=60)
-    basis = NestedBasis.of(torch.from_numpy(vectors))
-    q = basis.q.numpy()
-    for k in (1, 3, 4, 5, 9, 12, 20, 21, 66, 71, 75):
-        [dimension] = basis.dimensions([k])
-        expected = scipy.linalg.orth(vectors[:, :k], rcond=1e-10)
-        assert dimension == expected.shape[1]
-        found = q[:, :dimension]
-        np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-10)
-
-
-def test_a_column_of_rounding_spans_nothing():
-    random = np.random.default_rng(0)
-    vectors = torch.from_numpy(random.normal(size=(20, 6)))
-    vectors[:, :2] *= 1e-16
-    assert NestedBasis.of(vectors, torch.ones(6).double()).dimensions([1, 2, 3, 6]) == [0, 0, 1, 4]
 
 
 # ------------------------------------------------------------------ layers without a score

@@ -105,16 +105,16 @@ class NestedBasis:
     """An orthogonal matrix whose first columns span the first k of some vectors, for every k."""
 
     q: Tensor  # Q, (d, d)
-    num_spanned: list[int]  # [k]: how many columns of Q span the first k vectors; less than k where these are dependent
+    dims: list[int]  # of the spans: how many columns of Q span the first k vectors, for each k
 
     @classmethod
-    def of(cls, vectors: Tensor, sizes: Tensor | None = None) -> "NestedBasis":
+    def of(cls, vectors: Tensor, ks: list[int], sizes: Tensor | None = None) -> "NestedBasis":
         """The basis of the columns of `vectors`, (d, k), in their order, dependent ones left out.
 
         Args:
+            ks: numbers of vectors whose spans are of interest.
             vectors: one within sqrt(d * eps) of the span of those before it is dependent.
-            sizes: (k,), sizes that rounding is relative to: a vector of sqrt(d * eps) of its size is zero; None: its
-                length.
+            sizes: (k,), what rounding is relative to: a vector of sqrt(d * eps) of its size is zero; None: its length.
         """
         tolerance = math.sqrt(rounding(len(vectors)))
         lengths = vectors.norm(dim=0)
@@ -125,11 +125,11 @@ class NestedBasis:
         if (r.diagonal().abs() <= tolerance).any():  # a dependent column must not take a place in Q
             kept = independent_columns(columns, tolerance)
             q = torch.linalg.qr(columns[:, kept], mode="complete").Q
-        return cls(q, np.searchsorted(kept, np.arange(columns.shape[1] + 1)).tolist())
+        return cls(q, np.searchsorted(kept, ks).tolist())
 
-    def dimensions(self, ks: list[int]) -> list[int]:
-        """How many columns of Q span the first k vectors, for each k."""
-        return [self.num_spanned[k] for k in ks]
+    def projected_norms(self, vectors: Tensor) -> Tensor:
+        """|P_k x_j|^2 for the projector on each span and each vector x_j, (d, n): (len(ks), n)."""
+        return torch.nn.functional.pad((self.q.T @ vectors).square().cumsum(0), (0, 0, 1, 0))[self.dims]
 
 
 def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
@@ -147,8 +147,3 @@ def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
                 kept.append(start + j)
         basis = torch.cat([basis, *(column[:, None] for column in new)], dim=1)
     return kept
-
-
-def projected_norms(coordinates: Tensor, ks: list[int]) -> Tensor:
-    """|P_k x_j|^2 for each k of `ks` and each vector x_j, from its coordinates Q' X: (len(ks), n)."""
-    return torch.nn.functional.pad(coordinates.square().cumsum(0), (0, 0, 1, 0))[ks]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.algebra.linalg import Noise, rounding
 from utils.algebra.pooled import has_pooled
-from utils.results import check_identity, difference, open_tensors, read_identity, result_path
+from utils.results import check_identity, difference, find_result, open_tensors, read_identity, result_path
 from utils.script import UserError
 from utils.settings import Data, Model, Run, command_line, result_settings, with_values
 
@@ -278,6 +278,25 @@ def held_out_path(path: Path, config: Any) -> Path | None:
     command = command_line("cache.py", wanted, {*result_settings(config), "results_dir", "overwrite"})
     print(f"No held-out numbers: {held_out} was made {how}. Run: {command}")
     return None
+
+
+def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
+    """The stored scores at `path`; None where they have to be made, also as their held-out moments have come or gone.
+
+    Args:
+        path: of the result of K_sweep.py.
+        identity: as for `difference`; its `held_out` is None without held-out moments.
+        run: `overwrite` is read.
+    """
+    held_out = identity["held_out"]
+    stored = find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
+    if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
+        change = "has no held-out numbers yet" if held_out else "has held-out numbers of moments that are gone"
+        print(f"{path} {change}: made again.")
+        return find_result(path, identity, dataclasses.replace(run, overwrite=True))
+    if stored:
+        check_identity(stored, identity, path)
+    return stored
 
 
 # ------------------------------------------------------------------ layers

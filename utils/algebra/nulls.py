@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.algebra.linalg import NestedBasis, inverse_root, projected_norms, rounding
+from utils.algebra.linalg import NestedBasis, inverse_root, rounding
+from utils.algebra.moments import LayerMoments
 
 STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1,), "random V": (2,)}
 
@@ -103,6 +104,32 @@ def euclidean_null(
     return inside[:, dims] / inside[:, -1:]
 
 
+def permuted_scores(
+    moments: LayerMoments,
+    whiteners: tuple[Tensor, Tensor],
+    bases: tuple[NestedBasis, NestedBasis],
+    center: bool,
+    num_draws: int,
+    random: np.random.Generator,
+) -> dict[str, Tensor]:
+    """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
+
+    Args:
+        moments: of the layer.
+        whiteners: of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma).
+        bases: nested bases of V, and of V where Sigma is whitened.
+        center: the perception problem is that of Sigma: no part of it comes from the means.
+        num_draws: number of draws.
+        random: source of randomness.
+    """
+    (of_perception, of_sigma), (basis, whitened) = whiteners, bases
+    draws = draw_permuted_factors(of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random)
+    to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
+    offset = (0 if center else 1) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
+    euclidean = euclidean_null(draws, to_perception, offset, basis.q.T @ of_perception, basis.dims)
+    return {"ntps_label": euclidean, **whitened_null(draws, whitened.dims)}
+
+
 # ------------------------------------------------------------------ random V
 def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]:
     """|P U|^2 / |U|^2 for a random projector P of rank k: its mean at each k, and the deviation of the mean over all k.
@@ -126,8 +153,7 @@ def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]
 def random_scores(
     directions: Tensor,
     to_whitened: Tensor,
-    labels: Tensor,
-    weights: Tensor,
+    explained: tuple[Tensor, Tensor],
     ks: list[int],
     num_draws: int,
     random: np.random.Generator,
@@ -137,8 +163,7 @@ def random_scores(
     Args:
         directions: U_r, (d, r).
         to_whitened: W' Sigma, W the whitener of Sigma: takes V to the whitened space, (rank, d).
-        labels: P, the orthonormal label directions there, (rank, r).
-        weights: the variance that each explains, (r,).
+        explained: P, the orthonormal label directions there, (rank, r), and the variance that each explains, (r,).
         ks: columns of V for each fraction.
         num_draws: of the whitened scores.
         random: source of randomness.
@@ -146,12 +171,11 @@ def random_scores(
     mean, deviation = euclidean_overlap(directions, ks)
     scores = {"ntps_label": {"fractions": mean.tolist(), "mean": mean.mean().item(), "std": deviation}}
     variances, axes = torch.linalg.eigh(to_whitened @ to_whitened.T)
-    deviations, labels = variances.clamp(min=0).sqrt(), axes.T @ labels
+    labels, weights = axes.T @ explained[0], explained[1]
     drawn: dict[str, list[Tensor]] = {"ntps_whitened": [], "retained": []}
     for _ in range(num_draws):
         v = torch.from_numpy(random.standard_normal((len(variances), max(ks)))).to(labels)
-        basis = NestedBasis.of(deviations[:, None] * v)
-        inside = projected_norms(basis.q.T @ labels, basis.dimensions(ks))
+        inside = NestedBasis.of(variances.clamp(min=0).sqrt()[:, None] * v, ks).projected_norms(labels)
         drawn["ntps_whitened"].append(inside.mean(1))
         drawn["retained"].append(inside @ weights / weights.sum())
     for name, draws in drawn.items():
