@@ -10,7 +10,7 @@ files are named, skipped and counted, and so is a model and dataset that one of 
 nothing. Writes, a row each:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
-    layers.csv.gz   the same, layer and fraction: the scores there (V by autoregression, before LoRA)
+    layers.csv.gz   the same, layer and fraction: the scores there (before LoRA; of random V at the middle layer alone)
     features.csv    model, dataset, seed, layer: scores of the pooled states that need neither U nor V
     probes.csv      model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv    model, dataset, seed, method: scores on test at the last step
@@ -77,11 +77,12 @@ def score_row(path: Path, result: Row) -> Row:
 
 
 def layer_rows(path: Path, result: Row) -> Iterator[Row]:
-    """Rows of layers.csv.gz."""
-    config = {"coordinates": "as_is", **result["config"]}
-    keys = cell_keys(path, config) | {name: config[name] for name in ("split", "eigenvectors", "coordinates", "center")}
-    is_kept = config["subspace"] == "autoregression" and not keys["model"].endswith("+lora")
-    for layer in result["layers"] if is_kept else ():
+    """Rows of layers.csv.gz: V by autoregression at every layer, a random V at the middle one, before LoRA."""
+    config, layers = {"coordinates": "as_is", **result["config"]}, result["layers"]
+    keys = cell_keys(path, config)
+    keys |= {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
+    kept = {"autoregression": layers, "random": [layers[len(layers) // 2]]}.get(config["subspace"], [])
+    for layer in kept if not keys["model"].endswith("+lora") else ():
         for index, fraction in enumerate(result["fractions"]):
             scores = {name: layer[name] and layer[name][index] for name in (*SCORES, "chance")}
             yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}

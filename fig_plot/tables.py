@@ -162,8 +162,10 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
             check_columns(name, table)
     except (ValueError, csv.Error, OSError, EOFError) as error:  # those of pandas, gzip and the decoder among them
         raise UserError(f"{path} is no whole table ({error}). Make it again: python -m fig_plot.{module}") from None
-    if name in ("scores", "layers") and "coordinates" not in table:  # of a version without that setting
-        table.insert(list(table).index("eigenvectors") + 1, "coordinates", "as_is")
+    if name in ("scores", "layers"):  # of a version without these columns
+        for column, value in (("coordinates", "as_is"), ("subspace", "autoregression")):
+            if column not in table:
+                table[column] = value
     return table
 
 
@@ -236,7 +238,7 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
 def training_columns(data_dir: Path) -> pd.DataFrame:
     """Test accuracy of each way of training, a row per model, dataset and seed; NTPS and probes need none."""
     if not table_path("training", data_dir).is_file():
-        return pd.DataFrame(columns=[*SEED_KEYS, *METHOD_COLUMNS.values()], dtype=object)
+        return pd.DataFrame(columns=SEED_KEYS, dtype=object)
     training = read_table("training", data_dir)
     wide = training.pivot_table(index=SEED_KEYS, columns="method", values="test_accuracy").reset_index()
     return wide.rename(columns=METHOD_COLUMNS)

@@ -20,17 +20,19 @@ SCRIPTS = (
 )
 SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment"}
 SETTINGS |= {"dataset_flags", "resources", "after", "results_dir"}
+POOLED_SUFFIX = ".pooled.npy"  # of the pooled states beside the moments
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
 def folder_name(name: str) -> str:
-    """The name under results of a model or dataset, as utils/script.py gives it once the model is there."""
+    """The name under results of a model or dataset, as `path_name` of utils/settings.py gives it."""
     path = Path(name)
     if path.suffix in DATA_FILES:
-        return path.stem
-    if path.is_dir() or name.count("/") > 1:
-        return path.resolve().name
-    return name.strip("/").replace("/", "__")
+        found = path.stem
+    else:
+        is_local = path.is_dir() or name.count("/") > 1
+        found = path.resolve().name if is_local else name.strip("/").replace("/", "__")
+    return found.translate(str.maketrans("{}", "()"))
 
 
 def to_flags(settings: dict[str, Any]) -> str:
@@ -51,22 +53,23 @@ class Grid:
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Ends with one sentence where the yaml file names what there is not."""
-        known = {"models": self.config.get("models", {}), "datasets": self.config.get("datasets", [])}
-        wrong = [f"the setting {name!r}" for name in self.config.keys() - SETTINGS]
-        wrong += [f"the script {name!r}" for name in self.config.get("scripts", {}).keys() - set(SCRIPTS)]
-        named = {"only": [name for names in self.config.get("only", {}).values() for name in names]}
-        named["dataset_flags"] = list(self.config.get("dataset_flags", {}))
-        wrong += [f"the dataset {name!r}, in `{setting}`" for setting, names in named.items()
-                  for name in names if name not in known["datasets"]]  # fmt: skip
-        for model, spec in known["models"].items():
-            wrong += [f"seeds of {kind!r}, at {model}" for kind in spec["seeds"].keys() - set(KINDS)]
-        wrong += [f"the control {name!r}, in `controls_after`" for name in self.config.get("controls_after", [])
-                  if name not in self.config.get("controls", {})]  # fmt: skip
+        """Ends with one sentence where the yaml file has a name that nothing knows."""
+        models, datasets = self.config.get("models", {}), self.config.get("datasets", [])
+        in_only = {name for names in self.config.get("only", {}).values() for name in names}
+        controls, after = self.config.get("controls", {}), self.config.get("controls_after", [])
+        named = [  # the place in the file, the names used, the names known
+            ("as a setting", self.config.keys(), SETTINGS),
+            ("in `scripts`", self.config.get("scripts", {}).keys(), SCRIPTS),
+            ("in `only`", in_only, datasets),
+            ("in `dataset_flags`", self.config.get("dataset_flags", {}).keys(), datasets),
+            ("in `controls_after`", after, controls),
+            *((f"in `seeds` of {model}", spec["seeds"].keys(), KINDS) for model, spec in models.items()),
+        ]
+        wrong = [f"{name!r}, {place}" for place, used, known in named for name in used if name not in known]
         if wrong:
-            sys.exit(f"error: a study knows nothing of {'; '.join(sorted(set(wrong)))}. Correct its yaml file.")
-        if empty := [name for name, values in known.items() if not values]:
-            sys.exit(f"error: the study has no {' and no '.join(empty)}. Name some in its yaml file.")
+            sys.exit(f"error: a study knows nothing of {'; '.join(sorted(wrong))}. Correct its yaml file.")
+        if not (models and datasets):
+            sys.exit(f"error: the study has no {'datasets' if models else 'models'}. Name some in its yaml file.")
 
     @property
     def root(self) -> str:
@@ -89,24 +92,28 @@ class Grid:
         return {"" if not flags else f".{name}": flags for name, flags in self.config["controls"].items()}
 
     # -------------------------------------------------------------- commands
-    def flags(self, script: str, seed: str, model: str, dataset: str, **more: Any) -> str:
+    def flags(self, rule: str, cell: Any, **more: Any) -> str:
         """The flags of a cell's command.
 
         Args:
-            script: whose settings in the yaml apply.
-            seed, model, dataset: as in the names of its files.
-            more: flags of this cell alone.
+            rule: of the Snakefile; the settings of its script in the yaml file apply.
+            cell: the wildcards of its files: seed, model, dataset, and control or layer where it has one.
+            more: flags of this rule alone.
         """
-        name = self.models[model]
-        settings = {"model_name": name, "dataset_name": self.datasets[dataset], "seed": seed}
+        name, dataset = self.models[cell.model], self.datasets[cell.dataset]
+        seed_dir = f"{self.root}/seed{cell.seed}"
+        settings = {"model_name": name, "dataset_name": dataset, "seed": cell.seed}
         settings |= self.config.get("flags", {}) | self.config["models"][name].get("flags", {})
-        settings |= self.config.get("dataset_flags", {}).get(self.datasets[dataset], {})
+        settings |= self.config.get("dataset_flags", {}).get(dataset, {})
+        script = {"cache_after": "cache", "K_sweep_after": "K_sweep", "before_after": "lora"}.get(rule, rule)
         own = self.config.get("scripts", {}).get(script, {}) | more
-        return to_flags(settings | own | {"results_dir": f"{self.root}/seed{seed}"})
-
-    def adapter(self, seed: str, model: str, dataset: str) -> str:
-        """Where lora_finetuning.py puts the adapter of a cell."""
-        return f"{self.root}/seed{seed}/lora/{model}/{dataset}/adapter"
+        if rule.startswith("K_sweep"):
+            own |= self.controls[cell.control]
+        if rule == "alignment":
+            own |= {"layer": cell.layer}
+        if rule in ("cache_after", "K_sweep_after"):
+            own |= {"adapter_dir": f"{seed_dir}/lora/{cell.model}/{cell.dataset}/adapter"}
+        return to_flags(settings | own | {"results_dir": seed_dir})
 
     # -------------------------------------------------------------- what has to be there
     def num_seeds(self, kind: str, model: str, dataset: str) -> int:
@@ -153,34 +160,31 @@ class Grid:
             for at in self.config.get("alignment", [])
         ]
 
-    # -------------------------------------------------------------- what the cells need
+    # -------------------------------------------------------------- memory and time
     def memory(self, rule: str, model: str) -> int:
-        """Megabytes of main memory of a cell at its first attempt: libraries, weights, and what the rule adds to them.
+        """Megabytes of main memory of a cell at its first attempt: libraries, weights, and sums or gradients.
 
         A pass of cache.py keeps 32 bytes for each entry of a d x d matrix of each layer (M, C0 and C1 in float64, their
-        products in float32), and the folds of the last layer. Training keeps activations and, of what is trained,
-        weights and gradients in float32. The factors are bytes for each parameter or each entry of a matrix. Of SmolLM2
-        they ask 2.4 GB for cache, 1.6 for K_sweep and linear_sklearn, 2.0 for linear_training and 3.1 for lora; the
-        largest peaks of its cells were 1.7, 1.0, 0.7, 0.7 and 2.9 GB.
+        products in float32). Training keeps weights, activations and gradients in float32. Of SmolLM2 this asks 2.4 GB
+        for cache, 1.6 for K_sweep and linear_sklearn and 3.1 for lora; its largest peaks were 1.7, 1.0, 0.7 and 2.9 GB.
         """
         spec = self.config["models"][self.models[model]]
         weights, width, layers = (float(spec.get(name, 0)) for name in ("parameters", "hidden_size", "num_layers"))
-        square = 8 * width**2
+        bytes_of_matrix = 8 * width**2
         added = {
-            "cache": 4 * weights + 4 * (layers + 1) * square + 5 * square,
-            "K_sweep": 24 * square,
-            "linear_sklearn": 24 * square,
-            "linear_training": 4 * weights,
-            "alignment": 4 * weights + 12 * square,
+            "cache": 4 * weights + (4 * (layers + 1) + 5) * bytes_of_matrix,
+            "alignment": 4 * weights + 12 * bytes_of_matrix,
+            "before_after": 4 * weights + (4 * (layers + 1) + 5) * bytes_of_matrix,
             "lora": 12 * weights,
             "full_finetuning": 24 * weights,
             "from_scratch": 24 * weights,
         }
-        return 1500 + round(added[rule] / 1e6)
+        return 1500 + round(added.get(rule, 4 * weights + 24 * bytes_of_matrix) / 1e6)
 
     def resources(self, rule: str) -> dict[str, Any]:
         """Resources of a rule as Snakemake takes them; each attempt after the first has more memory and time."""
-        asked = {"runtime": 60} | self.config.get("resources", {}).get(rule, {})
+        shared = {"K_sweep_after": "K_sweep", "linear_training_converged": "linear_training", "before_after": "cache"}
+        asked = {"runtime": 60} | self.config.get("resources", {}).get(shared.get(rule, rule), {})
         runtime = asked.pop("runtime")
         found: dict[str, Callable[..., int] | int | str] = {
             "mem_mb": lambda wildcards, attempt: attempt * self.memory(rule, wildcards.model),

@@ -64,7 +64,8 @@ def is_same_name(stored: Any, asked: Any) -> bool:
 def path_name(name: str) -> str:
     """The name of a model or dataset under results: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a file -> its stem.
 
-    A folder gives its name; a generic name such as `checkpoint-500` has those of its parents before it.
+    A folder gives its name; a generic name such as `checkpoint-500` has those of its parents before it. Braces become
+    parentheses: Snakemake would take them for a pattern.
     """
     path = Path(resolve(name))
     if not path.is_absolute() and path.suffix != ".gguf":  # a .gguf file that is gone keeps its name
@@ -75,7 +76,7 @@ def path_name(name: str) -> str:
         if not GENERIC.fullmatch(parts[0]) or not parent.name:
             break
         parts.insert(0, parent.name)
-    return "__".join(parts)
+    return "__".join(parts).translate(str.maketrans("{}", "()"))
 
 
 # ------------------------------------------------------------------ checks

@@ -24,6 +24,12 @@ Reads the CSV files of collect.py. Writes beside them, for each study:
     findings_layer_choice.csv   question 8: the layer that each score chooses
     findings_shared_tasks.csv   the tasks that it shares with the study of --tables_dir itself: of task or model?
 
+and over the models of all studies, in --tables_dir itself:
+
+    findings_which_model.csv    question 7: share of datasets on which a score orders two models as the outcome does
+    findings_special.csv        question 9: `retained` minus random V per model, and its sign in two models
+    findings_coordinates.csv    question 10: each score in every scaling of the coordinates, at the last two layers
+
 A correlation across models is within each task, averaged over tasks. Models with random weights have tables of their
 own and rows among the controls and the changes by LoRA; they are left out of all else.
 """
@@ -34,6 +40,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from fig_plot.findings.comparisons import (
+    best_test_accuracy,
+    coordinate_rows,
+    lead_of_layers,
+    special_rows,
+    which_model_rows,
+)
 from fig_plot.findings.correlations import Draws
 from fig_plot.findings.procedure import like_for_like_rows, selection_rows, sensitivity_rows, twin_rows
 from fig_plot.findings.published import published_tables
@@ -68,6 +81,7 @@ from fig_plot.tables import (
     save_csv,
     table_path,
     trained_models,
+    without_random_weights,
 )
 from utils.data.table import PAPER_KEYS
 from utils.script import run_script
@@ -89,9 +103,36 @@ class Config:
 
 
 def plain_layers(data_dir: Path) -> pd.DataFrame:
-    """Rows of layers.csv.gz that were solved on training rows, as they are and not centred."""
+    """Rows of layers.csv.gz of V by autoregression, solved on training rows as they are."""
+    layers = train_layers(data_dir)
+    return layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
+
+
+def train_layers(data_dir: Path) -> pd.DataFrame:
+    """Rows of layers.csv.gz that were solved on training rows, not centred."""
     layers = read_table("layers", data_dir)
-    return layers[(layers["split"] == "train") & ~layers["center"] & (layers["coordinates"] == "as_is")]
+    return layers[(layers["split"] == "train") & ~layers["center"]]
+
+
+def comparison_tables(studies: Iterable[Path], draws: Draws) -> dict[str, pd.DataFrame]:
+    """The tables over the models of all studies; of a model and dataset that two studies have the first counts."""
+    cells, layers = [], []
+    for data_dir in studies:
+        best = best_test_accuracy(read_table("probes", data_dir))
+        cells.append(trained_models(load_cells(data_dir)).merge(best, on=CELL_KEYS, how="left"))
+        of_largest = train_layers(data_dir).query("eigenvectors == 'largest'")
+        layers.append(of_largest.groupby([*CELL_KEYS, "coordinates", "subspace", "layer"], as_index=False).mean(
+            numeric_only=True))  # fmt: skip
+    every = pd.concat(cells, ignore_index=True).drop_duplicates(CELL_KEYS)
+    every_layer = pd.concat(layers, ignore_index=True)
+    every_layer = every_layer.drop_duplicates([*CELL_KEYS, "coordinates", "subspace", "layer"])
+    as_is = without_random_weights(every_layer.query("coordinates == 'as_is'"))
+    rows: dict[str, Iterable] = {
+        "which_model": which_model_rows(every, draws),
+        "special": special_rows(lead_of_layers(every, as_is), draws),
+        "coordinates": coordinate_rows(every_layer.query("subspace == 'autoregression'"), every, draws),
+    }
+    return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
 def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
@@ -150,11 +191,12 @@ def main(config: Config) -> None:
         write_tables(data_dir, published_tables(data_dir, draws))
         return
     tables_dir = config.tables_dir or DATA_DIR
-    others = None
-    for data_dir in find_studies(tables_dir):
+    others, studies = None, find_studies(tables_dir)
+    for data_dir in studies:
         write_tables(data_dir, study_tables(data_dir, draws, others))
         if data_dir == tables_dir:
             others = trained_models(load_cells(data_dir))
+    write_tables(tables_dir, comparison_tables(studies, draws))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -108,14 +109,17 @@ def test_a_misspelt_study_ends_in_one_sentence(wrong, message):
 
 def test_a_dataset_has_flags_of_its_own():
     study = grid("smollm2")
-    of_trec, of_emotion = (study.flags("cache", "0", "smollm2", dataset) for dataset in ("trec", "emotion"))
+    of_trec, of_emotion, of_toxigen = (
+        study.flags("cache", SimpleNamespace(seed="0", model="smollm2", dataset=dataset))
+        for dataset in ("trec", "emotion", "toxigen")
+    )
     assert "--label_column coarse_label" in of_trec and "--label_column" not in of_emotion
-    assert parse(cache.Config, shlex.split(study.flags("cache", "0", "smollm2", "toxigen"))).data.divide_train
+    assert parse(cache.Config, shlex.split(of_toxigen)).data.divide_train
 
 
 def test_another_attempt_has_twice_the_memory_and_the_time():
     found = grid("paper").resources("lora")
-    of_8b = type("wildcards", (), {"model": "meta-llama__Meta-Llama-3-8B"})
+    of_8b = SimpleNamespace(model="meta-llama__Meta-Llama-3-8B")
     first, second = ({name: found[name](of_8b, n) for name in ("mem_mb", "runtime")} for n in (1, 2))
     assert {name: 2 * value for name, value in first.items()} == second
     assert first["mem_mb"] > 2 * 8e9 / 1e6  # its weights in bfloat16 at least
@@ -136,22 +140,16 @@ def test_a_cell_asks_for_what_cache_says_that_it_needs(study, name):
 @needs_snakemake
 @pytest.mark.slow
 def test_the_whole_paper_grid_can_be_planned():
-    """By what `make study STUDY=paper` runs, to the word; only that it plans."""
-    made = subprocess.run(
-        ["make", "--dry-run", "study", "STUDY=paper"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    [first_seed, collect] = [
-        shlex.split(command) for command in re.findall(r"\S+ -m snakemake [^;\n]*", made.stdout.replace("\\\n", " "))
-    ]
-    assert (first_seed[-1], collect[-1]) == ("first_seed", "collect")
-    planning = ["--dry-run", "--config", "results_dir=nowhere"]
+    """By the plain command, and by the words of `make study STUDY=paper`."""
+    plain = ["-s", "runs/Snakefile", "--configfile", "runs/paper.yaml", "-n", "--cores", "2"]
     planned = subprocess.run(
-        [SNAKEMAKE.with_name("python"), *collect[1:3], *planning, *collect[3:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
+        [SNAKEMAKE, *plain, "--config", "results_dir=nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
+    command = ["make", "--dry-run", "study", "STUDY=paper"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    calls = [shlex.split(call) for call in re.findall(r"\S+ -m snakemake [^;\n]*", made)]
+    assert [call[-1] for call in calls] == ["first_seed", "collect"]
+    assert all(call[3:7] == ["-s", "runs/Snakefile", "--configfile", "runs/paper.yaml"] for call in calls)
     assert planned.returncode == 0, planned.stderr
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", planned.stdout, flags=re.MULTILINE))
     assert {name: int(jobs[name]) for name in ("cache", "K_sweep", "lora", "cache_after", "before_after")} == {
@@ -185,6 +183,23 @@ def study(model_dirs, rows_path, tmp_path_factory) -> tuple[Path, dict, subproce
     }
     (folder / "toy.json").write_text(json.dumps(config))
     return folder, config, snakemake(folder / "toy.json", "--keep-going", "--rerun-triggers", "mtime", "params")
+
+
+@needs_snakemake
+@pytest.mark.slow
+def test_odd_file_names_and_a_single_control_can_be_planned(tmp_path):
+    """A blank and braces in the names of the data and of the folder of results; V by largest eigenvalues alone."""
+    rows = tmp_path / "my {odd} rows.jsonl"
+    rows.touch()
+    config = {"study": "odd", "results_dir": str(tmp_path / "a folder"), "controls": {"largest": {}},
+              "models": {"tiny": {"seeds": {"closed_form": 1}}}, "datasets": [str(rows)]}  # fmt: skip
+    (tmp_path / "odd.json").write_text(json.dumps(config))
+    planned = snakemake(tmp_path / "odd.json", "--dry-run", "--printshellcmds")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    [command] = [line for line in planned.stdout.splitlines() if "K_sweep.py" in line]
+    words = shlex.split(command.split(">")[0])
+    assert words[words.index("--dataset_name") + 1] == str(rows) and path_name(str(rows)) == "my (odd) rows"
+    assert "my (odd) rows.json" in planned.stdout and folder_name(str(rows)) == "my (odd) rows"
 
 
 @needs_snakemake

@@ -69,6 +69,11 @@ def read_results(results_dir: Path, pattern: str) -> dict[Path, dict]:
     return {path: json.loads(path.read_text()) for path in sorted(results_dir.rglob(pattern))}
 
 
+def placed(rows: list[dict]) -> list[tuple[Path, dict]]:
+    """Each row with a file of its own."""
+    return [(Path(f"file{i}.json"), row) for i, row in enumerate(rows)]
+
+
 def six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
@@ -145,30 +150,43 @@ def test_a_second_run_is_the_same_to_the_byte_and_nothing_is_pickled(monkeypatch
     first = {path.name: path.read_bytes() for path in data.iterdir()}
     collected(monkeypatch, results_dir)
     assert first == {path.name: path.read_bytes() for path in data.iterdir()}
-    assert {Path(name).suffix for name in first} == {".csv", ".json"}
+    assert {Path(name).suffix for name in first} == {".csv", ".gz", ".json"}
     assert not any(content.startswith(b"\x80") for content in first.values())  # a pickle's first byte
     sources = json.loads(first["sources.json"])
     assert sources["num_results"] == 16 and len(sources["environments"]) == 1
 
 
-def test_a_table_of_other_results_does_not_stay(monkeypatch, results_dir):
+def test_nothing_is_deleted_and_a_table_without_rows_now_is_named(monkeypatch, results_dir, capsys):
     _, data = collected(monkeypatch, results_dir)
-    assert (data / "training.csv").is_file()
+    before = (data / "training.csv").read_bytes()
     for folder in [*results_dir.rglob("lora"), *results_dir.rglob("linear_training")]:
         shutil.rmtree(folder)
-    code, _ = collected(monkeypatch, results_dir, "--strict")
-    assert code == 0 and not (data / "training.csv").exists() and (data / "scores.csv").is_file()
+    code, _ = collected(monkeypatch, results_dir)
+    assert code == 0 and (data / "training.csv").read_bytes() == before
+    assert f"older: {data / 'training.csv'} is of an earlier run" in capsys.readouterr().err
+
+
+def test_by_default_the_tables_are_beside_the_results_without_studies_and_benchmarks(monkeypatch, results_dir):
+    """`results/study/` is collected only by its own name; the committed tables are not touched."""
+    for name in ("study", "benchmarks"):
+        shutil.copytree(results_dir / "seed1", results_dir / name / "seed1")
+    shutil.move(results_dir / "seed1", results_dir.parent / "elsewhere")
+    assert run_in_process(monkeypatch, SCRIPT, "--results_dir", results_dir) == 0
+    scores = pd.read_csv(results_dir / "tables" / "scores.csv")
+    assert set(scores["seed"]) == {0}
+    assert run_in_process(monkeypatch, SCRIPT, "--results_dir", results_dir / "study") == 0
+    assert set(pd.read_csv(results_dir / "study" / "tables" / "scores.csv")["seed"]) == {1}
 
 
 def test_a_study_in_two_pieces_has_the_tables_of_the_whole(monkeypatch, results_dir):
     code, whole = collected(monkeypatch, results_dir)
-    expected = {path.name: path.read_text() for path in whole.glob("*.csv")}
+    expected = {path.name: path.read_bytes() for path in whole.glob("*.csv*")}
     for path in whole.iterdir():
         path.unlink()
     for piece in ("seed1", "seed0", "seed0"):  # once more changes nothing
         places = ["--results_dir", results_dir / piece, "--output_dir", whole, "--keep"]
         assert code == run_in_process(monkeypatch, SCRIPT, *map(str, places)) == 0
-    assert {path.name: path.read_text() for path in whole.glob("*.csv")} == expected
+    assert {path.name: path.read_bytes() for path in whole.glob("*.csv*")} == expected
     assert json.loads((whole / "sources.json").read_text())["command"].endswith("--keep")
 
 
@@ -213,26 +231,26 @@ def test_a_result_with_a_list_or_a_word_in_place_of_a_number_is_skipped(monkeypa
 def test_names_that_pandas_would_take_for_something_else_are_kept_once(tmp_path):
     rows = [{"model": "a", "dataset": name, "seed": 0, "layer": 0, "word": word}
             for name in ("2024", "NA", "1e3") for word in ("null", "None", "nan", "")]  # fmt: skip
-    table = collect.to_table("alignment", rows)
+    table = collect.to_table("alignment", placed(rows))
     save_csv(tmp_path / "alignment.csv", table)
     written = (tmp_path / "alignment.csv").read_text()
-    save_csv(tmp_path / "alignment.csv", collect.with_rows_of(tmp_path / "alignment.csv", table))
+    save_csv(tmp_path / "alignment.csv", collect.with_rows_of("alignment", tmp_path, table))
     assert (tmp_path / "alignment.csv").read_text() == written and written.count("\n") == 13
     assert set(read_table("alignment", tmp_path)["dataset"]) == {"2024", "NA", "1e3"}
 
 
 def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_not():
     row = {"dataset": "imdb", "seed": 0, "num_classes": 2, "num_train": 100, "bag_of_words_accuracy": 0.878}
-    table = collect.to_table("datasets", [row, row | {"bag_of_words_accuracy": 0.877}])
+    table = collect.to_table("datasets", placed([row, row | {"bag_of_words_accuracy": 0.877}]))
     assert table["bag_of_words_accuracy"].tolist() == [0.878]
-    with pytest.raises(UserError, match="two different results of dataset imdb, seed 0"):
-        collect.to_table("datasets", [row, row | {"num_train": 99}])
+    with pytest.raises(UserError, match=r"two different results of dataset imdb, seed 0: file0\.json and file1\.json"):
+        collect.to_table("datasets", placed([row, row | {"num_train": 99}]))
 
 
 def test_whole_numbers_keep_all_their_digits(tmp_path):
     """Also in a column that is empty for another model."""
     rows = [{"model": "a", "num_parameters": 1378944, "loss": 2.123456789}, {"model": "b", "num_parameters": None}]
-    save_csv(tmp_path / "models.csv", collect.to_table("models", rows))
+    save_csv(tmp_path / "models.csv", collect.to_table("models", placed(rows)))
     assert (tmp_path / "models.csv").read_text().splitlines()[1:] == ["a,1378944,2.12346", "b,,"]
 
 
@@ -254,7 +272,7 @@ def test_options_are_not_part_of_the_datasets_name(name, dataset, options):
     config = configure(K_sweep, dataset_name=dataset, **options)
     path = Path(f"ntps/tiny/{name}.json")
     assert K_sweep.output_path(config).name == path.name  # the name that K_sweep.py gives it
-    assert collect.dataset_of(path, result_settings(config)) == dataset
+    assert collect.cell_keys(path, result_settings(config))["dataset"] == dataset
 
 
 def test_a_closed_form_score_without_a_meaning_is_left_out():
@@ -329,13 +347,6 @@ def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, mod
     ]
 
 
-def test_strict_ends_with_exit_code_1(monkeypatch, results_dir, model_dirs):
-    spoil(results_dir, model_dirs["qwen2"].name, model_dirs["llama"].name)
-    message, data = collected(monkeypatch, results_dir, "--strict")
-    assert str(message).startswith("error: 5 results skipped or missing")
-    assert (data / "scores.csv").is_file()
-
-
 @pytest.mark.parametrize("is_foreign", [False, True])
 def test_no_results_is_a_users_mistake(monkeypatch, tmp_path, is_foreign):
     if is_foreign:
@@ -369,4 +380,4 @@ def test_two_different_results_of_the_same_name_are_refused(monkeypatch, results
     result["score"]["ntps"]["value"] += 0.1
     save_json(again, result)
     message, _ = collected(monkeypatch, results_dir)
-    assert "two different results of model" in str(message) and "--results_dir" in str(message)
+    assert f": {again} and {path}. Name one" in str(message) and "two different results of model" in str(message)

@@ -1,0 +1,155 @@
+"""Questions 7, 9 and 10 of docs/findings.md, of any number of models; question 8 is `layer_choice_rows`.
+
+Each function yields the rows of one CSV file beside the tables of all studies; `cells` has a row per model and dataset
+of every study, `draws` are those of the intervals, over datasets.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fig_plot.findings.correlations import Draws, bootstrap_interval, mean_cell, mean_spearman
+from fig_plot.findings.questions import known
+from fig_plot.tables import CELL_KEYS, CONTROLS, FEATURE_SCORES, MEASURES, RUN_SCORES, matrix, without_random_weights
+from utils.algebra.scores import SCORES
+
+ORDERED = ("best_test_accuracy", "lora_accuracy")  # the outcomes of question 7
+LARGER, BETTER_ELSEWHERE = "num_parameters", "better on the others"
+Rows = Iterator[dict[str, Any]]
+
+
+def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy of the best layer's probe, a row per model and dataset; seeds averaged at each layer first."""
+    accuracy = probes.groupby([*CELL_KEYS, "layer"])["test_accuracy"].mean()
+    return accuracy.groupby(CELL_KEYS).max().rename("best_test_accuracy").reset_index()
+
+
+# ------------------------------------------------------------------ question 7: which model?
+def is_right(score: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Whether differences of a score between two models have the sign of the outcome's, ties of the score one half.
+
+    Args:
+        score: difference on each dataset, (datasets,).
+        outcome: likewise; nan is given where it is 0 or either is missing.
+    """
+    agreement = np.sign(score) * np.sign(outcome) / 2 + 0.5
+    return np.where(np.isfinite(agreement) & (outcome != 0), agreement, np.nan)
+
+
+def elsewhere(difference: np.ndarray) -> np.ndarray:
+    """For each dataset the mean difference over the other datasets; nan where there is none."""
+    present = np.isfinite(difference)
+    others = present.sum() - present
+    total = np.nansum(difference) - np.where(present, difference, 0)
+    return np.divide(total, others, where=others > 0, out=np.full(len(difference), np.nan))
+
+
+def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_which_model.csv: share of datasets on which a score orders two models as the outcome does.
+
+    For each pair of models with a dataset in common, and over all pairs (`all`): the mean over the pairs of a dataset,
+    then over datasets. `lead` is over the better of the two baselines.
+    """
+    cells = without_random_weights(cells)
+    scores = known(cells, (LARGER, *RUN_SCORES, *CONTROLS, *FEATURE_SCORES))
+    for outcome in known(cells, ORDERED):
+        target, shares = matrix(cells, outcome), dict[str, dict[str, pd.Series]]()
+        for first, second in itertools.combinations(target.index, 2):
+            difference = (target.loc[first] - target.loc[second]).to_numpy(float)
+            if not np.nansum(np.abs(difference)):
+                continue
+            right = {BETTER_ELSEWHERE: is_right(elsewhere(difference), difference)}
+            for name in scores:
+                table = matrix(cells, name)
+                right[name] = is_right((table.loc[first] - table.loc[second]).to_numpy(float), difference)
+            shares[f"{first}, {second}"] = {name: pd.Series(of, target.columns) for name, of in right.items()}
+        everything = {name: pd.concat([of[name] for of in shares.values()], axis=1).mean(axis=1)
+                      for name in (*scores, BETTER_ELSEWHERE)} if len(shares) > 1 else {}  # fmt: skip
+        for models, of_pair in (*shares.items(), *([("all", everything)] if everything else [])):
+            baselines = {name: of_pair[name].mean() for name in (LARGER, BETTER_ELSEWHERE) if name in of_pair}
+            best = max(baselines, key=lambda name: np.nan_to_num(baselines[name]))
+            for name, share in of_pair.items():
+                if share.notna().any():
+                    value = bootstrap_interval(mean_cell, share, draws=draws)
+                    lead = bootstrap_interval(mean_cell, share - of_pair[best], draws=draws)
+                    yield {"outcome": outcome, "models": models, "score": name, "share": value.value, "low": value.low,
+                           "high": value.high, "best_baseline": best, "lead": lead.value, "lead_low": lead.low,
+                           "lead_high": lead.high, "datasets": int(share.notna().sum())}  # fmt: skip
+
+
+# ------------------------------------------------------------------ question 9: is V special?
+def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_special.csv: `retained` minus that of random V, per model and for each pair of models.
+
+    A model has the mean lead over datasets and how many leads are positive; a pair the share of datasets with leads of
+    the same sign, and Spearman's correlation of the leads over datasets.
+
+    Args:
+        leads: model, dataset, place (last or middle layer) and lead.
+        draws: of the intervals, over datasets.
+    """
+    for place, rows in leads.groupby("place", sort=False):
+        table = matrix(rows, "lead")
+        for model, of_model in table.iterrows():
+            found = bootstrap_interval(mean_cell, of_model, draws=draws)
+            yield {"place": place, "models": model, "statistic": "mean lead", **found._asdict(),
+                   "positive": int((of_model > 0).sum()), "datasets": int(of_model.notna().sum())}  # fmt: skip
+        for first, second in itertools.combinations(table.index, 2):
+            both = table.loc[[first, second]].dropna(axis=1).to_numpy(float)
+            if both.shape[1] < 3:
+                continue
+            same = bootstrap_interval(mean_cell, np.sign(both[0]) == np.sign(both[1]), draws=draws)
+            order = bootstrap_interval(mean_spearman, both[:1], both[1:], draws=draws)
+            for statistic, found in (("same sign", same), ("Spearman", order)):
+                yield {"place": place, "models": f"{first}, {second}", "statistic": statistic, **found._asdict(),
+                       "datasets": both.shape[1]}  # fmt: skip
+
+
+def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+    """`retained` minus that of random V: model, dataset, place, lead.
+
+    Args:
+        cells: for the last layer, where K_sweep.py draws many random V.
+        layers: rows of layers.csv.gz; for the middle layer those with `subspace` random are needed, too.
+    """
+    last = cells[[*CELL_KEYS, "retained_lead"]].rename(columns={"retained_lead": "lead"}).assign(place="last")
+    middle = layers.groupby("model")["layer"].transform(lambda of_model: sorted(set(of_model))[len(set(of_model)) // 2])
+    at_middle = layers[layers["layer"] == middle]
+    means = at_middle.groupby([*CELL_KEYS, "subspace"])["retained"].mean().unstack()
+    if "random" not in means:
+        return last
+    lead = (means["autoregression"] - means["random"]).rename("lead").reset_index().assign(place="middle")
+    return pd.concat([last, lead], ignore_index=True)
+
+
+# ------------------------------------------------------------------ question 10: the scale of the coordinates
+def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_coordinates.csv: each score in every scaling of the coordinates, at the last two layers.
+
+    Over the datasets that have all scalings: mean and spread in this one, the spread over scalings (mean over
+    datasets), and as `<measure>` Spearman's correlation with the accuracies and the error of question 2.
+
+    Args:
+        layers: rows of layers.csv.gz with column `coordinates`.
+        cells: a row per model and dataset, for the measures.
+        draws: of the intervals, over datasets.
+    """
+    for model, rows in without_random_weights(layers).groupby("model"):
+        outcomes = cells[cells["model"] == model].set_index("dataset")
+        for layer, score in itertools.product(sorted(set(rows["layer"]))[-2:], SCORES):
+            at_layer = rows[rows["layer"] == layer]
+            table = at_layer.groupby(["dataset", "coordinates"])[score].mean().unstack().dropna()
+            if table.shape[1] < 2 or len(table) < 2:
+                continue
+            for coordinates, values in table.items():
+                row = {"model": model, "layer": layer, "score": score, "coordinates": coordinates,
+                       "mean": values.mean(), "sd_over_datasets": values.std(),
+                       "sd_over_scalings": table.std(axis=1).mean(), "datasets": len(table)}  # fmt: skip
+                for measure in known(outcomes, MEASURES[:3]):
+                    target = outcomes[measure].reindex(table.index).to_numpy(float)
+                    found = bootstrap_interval(mean_spearman, values.to_numpy()[None], target[None], draws=draws)
+                    row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+                yield row

@@ -1,0 +1,113 @@
+"""Questions 7, 9 and 10 on planted answers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from fig_plot.findings.comparisons import (
+    best_test_accuracy,
+    coordinate_rows,
+    elsewhere,
+    lead_of_layers,
+    special_rows,
+    which_model_rows,
+)
+from fig_plot.findings.correlations import Draws
+from utils.algebra.scores import SCORES
+
+DRAWS = Draws(200, 0)
+DATASETS = [f"data{i}" for i in range(8)]
+
+
+def made_up_cells(num_models: int) -> pd.DataFrame:
+    """`retained` orders the models on six of eight datasets, `ntps` on none; a larger model is better on five."""
+    rows = []
+    for i, dataset in enumerate(DATASETS):
+        for model in range(num_models):
+            better = model if i < 5 else -model
+            rows.append({"model": f"m{model}", "dataset": dataset, "best_test_accuracy": 0.5 + better / 10,
+                         "retained": better if i < 6 else -better, "ntps": -better,
+                         "num_parameters": 10.0**model})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_share_of_datasets_on_which_a_score_orders_the_models(num_models):
+    rows = pd.DataFrame(which_model_rows(made_up_cells(num_models), DRAWS))
+    pairs = {2: {"m0, m1"}, 3: {"m0, m1", "m0, m2", "m1, m2", "all"}}[num_models]
+    assert set(rows.models) == pairs and set(rows.outcome) == {"best_test_accuracy"}
+    for models in pairs:
+        found = rows[rows.models == models].set_index("score")
+        assert found.share[["retained", "ntps", "num_parameters"]].tolist() == pytest.approx([6 / 8, 0, 5 / 8])
+        # without itself the other datasets are better by 4 to 3 for five of them, and by 5 to 2 for the rest
+        assert found.share["better on the others"] == pytest.approx(5 / 8)
+        assert found.lead["retained"] == pytest.approx(1 / 8) and found.lead["ntps"] == pytest.approx(-5 / 8)
+        assert found.low["retained"] <= 6 / 8 <= found.high["retained"] and (found.datasets == 8).all()
+
+
+def test_ties_of_a_score_count_one_half_those_of_the_outcome_nothing_and_random_twins_take_no_part():
+    cells = made_up_cells(2)
+    cells.loc[cells.dataset == "data0", "retained"] = 1.0
+    cells.loc[cells.dataset == "data7", "best_test_accuracy"] = 0.5
+    cells = pd.concat([cells, cells[cells.model == "m0"].assign(model="tiny-random", best_test_accuracy=0.9)])
+    found = pd.DataFrame(which_model_rows(cells, DRAWS)).set_index("score")
+    assert set(found.models) == {"m0, m1"}
+    assert found.share["retained"] == pytest.approx((0.5 + 5) / 7) and found.datasets["retained"] == 7
+
+
+def test_the_mean_elsewhere_leaves_the_dataset_itself_out():
+    np.testing.assert_allclose(elsewhere(np.array([1.0, 2, np.nan, 6])), [4, 3.5, 3, 1.5])
+    assert np.isnan(elsewhere(np.array([1.0, np.nan]))[0])
+
+
+def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
+    probes = pd.DataFrame([{"model": "m", "dataset": "a", "seed": seed, "layer": layer, "test_accuracy": accuracy}
+                           for seed, of_seed in enumerate([(0.1, 0.9, 0.5), (0.3, 0.1, 0.7)])
+                           for layer, accuracy in enumerate(of_seed)])  # fmt: skip
+    assert best_test_accuracy(probes).best_test_accuracy.tolist() == pytest.approx([0.6])
+
+
+def test_leads_over_random_subspaces_and_their_sign_in_two_models():
+    """At the last layer of the cells, at the middle one of the layers; two datasets change sign."""
+    random = np.random.default_rng(0)
+    first = random.uniform(0.1, 1, 8) * np.array([1, 1, 1, 1, -1, -1, -1, 1])
+    second = np.abs(first) * np.array([1, 1, 1, 1, -1, -1, 1, -1])
+    cells = pd.DataFrame([{"model": model, "dataset": dataset, "retained_lead": lead}
+                          for model, of in (("one", first), ("two", second))
+                          for dataset, lead in zip(DATASETS, of, strict=True)])  # fmt: skip
+    layers = pd.DataFrame([{"model": "one", "dataset": dataset, "layer": layer, "subspace": v, "fraction": fraction,
+                            "retained": 0.5 + (v == "autoregression") * lead * (layer == 1)}
+                           for dataset, lead in zip(DATASETS, first, strict=True) for layer in (0, 1, 2)
+                           for v in ("autoregression", "random") for fraction in (0.2, 0.8)])  # fmt: skip
+    rows = pd.DataFrame(special_rows(lead_of_layers(cells, layers), DRAWS))
+    rows = rows.set_index(["place", "models", "statistic"])
+    for place in ("last", "middle"):
+        assert rows.value[(place, "one", "mean lead")] == pytest.approx(first.mean())
+        assert rows.positive[(place, "one", "mean lead")] == 5
+    assert rows.value[("last", "one, two", "same sign")] == pytest.approx(6 / 8)
+    assert rows.value[("last", "one, two", "Spearman")] == pytest.approx(spearmanr(first, second).statistic)
+    assert ("middle", "one, two", "Spearman") not in rows.index
+
+
+def test_a_score_in_every_scaling_at_the_last_two_layers():
+    """`ntps` follows accuracy standardized and not as it is; the first layer takes no part."""
+    accuracy = np.arange(8) / 10
+    layers, means = [], {"as_is": 0.9 - accuracy / 10, "standardized": 0.6 + accuracy / 5}
+    for layer in (0, 1, 2):
+        for coordinates, values in means.items():
+            for dataset, value in zip(DATASETS, values, strict=True):
+                for shift in (-0.1, 0.1):
+                    layers.append({"model": "one", "dataset": dataset, "layer": layer, "coordinates": coordinates,
+                                   **dict.fromkeys(SCORES, value + shift)})  # fmt: skip
+    cells = pd.DataFrame({"model": "one", "dataset": DATASETS, "probe_accuracy": accuracy})
+    rows = pd.DataFrame(coordinate_rows(pd.DataFrame(layers), cells, DRAWS))
+    assert set(rows.layer) == {1, 2} and set(rows.score) == set(SCORES) and (rows.datasets == 8).all()
+    of = rows[(rows.layer == 2) & (rows.score == "ntps")].set_index("coordinates")
+    assert of.probe_accuracy.to_dict() == pytest.approx({"as_is": -1, "standardized": 1})
+    spread = pd.DataFrame(means).std(axis=1).mean()
+    for coordinates, values in means.items():
+        assert of["mean"][coordinates] == pytest.approx(values.mean())
+        assert of.sd_over_datasets[coordinates] == pytest.approx(np.std(values, ddof=1))
+        assert of.sd_over_scalings[coordinates] == pytest.approx(spread)
+    assert not list(coordinate_rows(pd.DataFrame(layers).query("coordinates == 'as_is'"), cells, DRAWS))
