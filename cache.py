@@ -296,7 +296,7 @@ def accumulate(
                 f"({model.dtype}). Half precision overflows on some models: try --dtype float32 or bfloat16."
             )
 
-    blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK)
+    blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK, tokens.rope_limit)
     steps = share_of(blocks, tokens.lengths, world.rank, world.size)
     num_tokens = [int(tokens.lengths[step.rows].sum()) for step in steps]
     for number in (partial or PartialPass()).remaining(tensors, num_tokens):

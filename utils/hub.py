@@ -1,15 +1,12 @@
-"""What the hub's libraries raise, as one sentence that says what fixes it; and the nearest known name."""
+"""Errors of the hub's libraries as one sentence that names the remedy; and the nearest known name."""
 
 import contextlib
 import difflib
-import json
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError
 
 from utils.script import CANNOT_WRITE, UserError
 
@@ -84,6 +81,9 @@ ERRORS: tuple[tuple[tuple[type[BaseException], ...], str, str, str], ...] = (
         "needs another configuration",
         "Name it: --dataset_name {name}:<config>. {message}",
     ),
+    ((SafetensorError,), "", "has weights that are {damaged}", "{again}"),
+    ((Exception,), "PytorchStreamReader|pickle data", "has weights that are {damaged}", "{again}"),
+    ((Exception,), r"line \d+ column \d+|valid json", "has a JSON file that is {damaged}", "{again}"),
     (
         (ValueError, OSError),
         "backend tokenizer",
@@ -118,30 +118,6 @@ def shorten(message: str) -> str:
     return line if len(line) <= 400 else f"{line[:400]} ..."
 
 
-def damaged_file(folder: Path | None) -> str:
-    """The first file of a folder that is not what its name says, and what is wrong with it; empty if there is none."""
-    for path in sorted(folder.iterdir()) if folder and folder.is_dir() else []:
-        if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".json", ".model"):
-            continue
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if head.startswith(b"version https://git-lfs"):
-            return f"{path} is a pointer of git-lfs and not the file itself; run: git lfs pull"
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-                if path.name == "tokenizer.json":
-                    tokenizers.Tokenizer.from_file(str(path))
-            elif path.suffix == ".bin" and head[:1] != b"\x80" and not zipfile.is_zipfile(path):
-                return f"{path} is damaged or cut short; download it again"
-        except Exception as error:  # tokenizers raises bare Exceptions
-            return f"{path} is damaged or cut short ({shorten(str(error))}); download it again"
-    return ""
-
-
 @contextlib.contextmanager
 def hub_errors(repository: Repository) -> Iterator[None]:
     """Turns what is raised while the repository is loaded into one sentence that says what fixes it.
@@ -159,8 +135,6 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         for cause in chain:
             if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:  # a full disk is not the hub's fault
                 raise cause from None
-        if damage := damaged_file(repository.folder):
-            raise UserError(f"{repository.kind} {repository.name} cannot be read: {damage}.") from error
         said = " ".join(str(error).split())
         facts = {name: getattr(repository, name) for name in ("name", "url", "revision", "revision_flag", "instead")}
         is_local = repository.folder is not None and repository.folder.is_dir()
@@ -169,6 +143,8 @@ def hub_errors(repository: Repository) -> Iterator[None]:
             "message": shorten(said),
             "error": type(error).__name__,
             "nearest": nearest(repository.name, repository.known),
+            "damaged": f"damaged, cut short or a pointer of git-lfs ({shorten(said)})",
+            "again": "Download it again; for a pointer run: git lfs pull.",
         }
         for kinds, pattern, fault, remedy in ERRORS:
             if re.search(pattern, said, re.IGNORECASE) and any(isinstance(cause, kinds) for cause in chain):

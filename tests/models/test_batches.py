@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
-from utils.models.batches import BATCH_COST, token_batches
+from utils.models.batches import BATCH_COST, assign_folds, token_batches
 from utils.models.load import TokenizedTexts
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
@@ -63,6 +63,24 @@ def test_equal_lengths_fill_whole_batches():
     batches = token_batches(np.full(100, 7), 70)
     assert [len(batch) for batch in batches] == [10] * 10
     assert [len(batch) for batch in token_batches(np.full(3, 7), 2)] == [1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 500), st.integers(1, 60))
+def test_no_batch_has_texts_on_both_sides_of_a_limit(lengths, budget, limit):
+    batches = token_batches(lengths, budget, limit)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(set(lengths[batch] > limit)) == 1
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+    assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
+
+
+def test_the_fold_of_a_text_is_pinned():
+    """Another hash or another rule would move texts between folds, and with them every number of another run."""
+    texts = ["the river", "a", "ünï ☃", "the red house"]
+    assert assign_folds(texts, 5).tolist() == [3, 2, 3, 3]
+    assert assign_folds(texts[::-1] + texts, 5).tolist() == [3, 3, 2, 3, 3, 2, 3, 3]
 
 
 @settings(max_examples=100, deadline=None)

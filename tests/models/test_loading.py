@@ -12,6 +12,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
     Gemma3Config,
@@ -81,12 +83,15 @@ def pointer(path):
 
 
 DAMAGES = {
-    "safetensors cut short": (lambda f: cut(f / "model.safetensors"), r"llama/model\.safetensors is damaged or cut"),
-    "bin cut short": (as_pickle, r"llama/pytorch_model\.bin is damaged or cut short"),
-    "pointer": (lambda f: pointer(f / "model.safetensors"), r"model\.safetensors is a pointer of git-lfs"),
-    "pointer for tokens": (lambda f: pointer(f / "tokenizer.json"), r"tokenizer\.json is a pointer of git-lfs"),
-    "tokenizer": (lambda f: cut(f / "tokenizer.json"), r"llama/tokenizer\.json is damaged or cut short"),
-    "config": (lambda f: cut(f / "config.json"), r"llama/config\.json is damaged or cut short"),
+    "safetensors cut short": (lambda f: cut(f / "model.safetensors"), r"llama has weights that are damaged, cut short"),
+    "bin cut short": (as_pickle, r"llama has weights that are damaged, cut short"),
+    "pointer": (lambda f: pointer(f / "model.safetensors"), r"llama has weights that are .* a pointer of git-lfs"),
+    "pointer for tokens": (
+        lambda f: pointer(f / "tokenizer.json"),
+        r"Tokenizer of .*llama has .* a pointer of git-lfs",
+    ),
+    "tokenizer": (lambda f: cut(f / "tokenizer.json"), r"Tokenizer of .*llama has a JSON file that is damaged, cut"),
+    "config": (lambda f: cut(f / "config.json"), r"llama has a JSON file that is damaged, cut .*config\.json"),
     "vocabulary": (
         lambda f: change_config(f, vocab_size=307),
         r"lm_head\.weight is \(300, 32\) in its files and \(307, 32\) by its config",
@@ -111,6 +116,11 @@ DAMAGES = {
         lambda f: change_config(f, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
         r"cannot be loaded with .*llama/config\.json.*spiral",
     ),
+    "rope of a layer type": (
+        lambda f: change_config(f, rope_scaling={"type": "spiral", "factor": 2.0}, rope_parameters=None),
+        "spiral",
+    ),
+    "list": (lambda f: change_config(f, intermediate_size=[48, 48]), r"cannot be loaded with .*intermediate_size"),
     "null": (lambda f: change_config(f, num_attention_heads=None), r"config\.json.*num_attention_heads"),
     "architecture": (lambda f: change_config(f, model_type="spiral"), "spiral"),
     "no tokenizer": (
@@ -134,7 +144,7 @@ def test_the_traceback_is_shown_when_asked_for(llama, rows_path, tmp_path, monke
     cut(llama / "model.safetensors")
     common = ["--model_name", llama, "--dataset_name", rows_path, "--results_dir", tmp_path, "--max_samples", 30]
     message = run_in_process(monkeypatch, "cache.py", *common)
-    assert "damaged or cut short" in message and "Traceback" not in capsys.readouterr().err
+    assert "damaged, cut short" in message and "Traceback" not in capsys.readouterr().err
     assert run_in_process(monkeypatch, "cache.py", *common, "--debug") == message
     assert "SafetensorError" in capsys.readouterr().err
 
@@ -246,6 +256,20 @@ def test_an_adapter_of_the_bare_model_is_applied(llama, tmp_path):
     peft_model = save_adapter(tmp_path / "bare", AutoModel.from_pretrained(llama), target_modules=["q_proj"])
     expected = states(peft_model)
     torch.testing.assert_close(adapted_states(llama, tmp_path / "bare"), expected, rtol=0, atol=1e-5)
+    assert (expected - states(load_base_model(Model(str(llama)), RUN, CPU))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_an_adapter_trained_for_classification_is_applied_without_its_head(llama, task, tmp_path, capsys):
+    """PEFT saves the head of a classifier beside the LoRA weights of the decoder."""
+    auto_class = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForTokenClassification
+    classifier = auto_class.from_pretrained(llama, num_labels=3)
+    classifier.config.pad_token_id = 0
+    peft_model = save_adapter(tmp_path / "adapter", classifier, target_modules=["q_proj", "v_proj"], task_type=task)
+    assert any("score" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    expected = states(peft_model.get_base_model().model)
+    torch.testing.assert_close(adapted_states(llama, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
+    assert "is left out (score)" in capsys.readouterr().out
     assert (expected - states(load_base_model(Model(str(llama)), RUN, CPU))).abs().max() > 1e-2
 
 

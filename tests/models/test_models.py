@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,16 +18,19 @@ from transformers import (
     BloomConfig,
     LlamaConfig,
     MambaConfig,
+    Phi3Config,
     Qwen2Config,
     XLNetConfig,
 )
 
 from tests.conftest import make_texts, make_tokenizer, retrain, run_in_process
 from utils.hub import hub_errors
+from utils.models.batches import token_batches
+from utils.models.check import self_check
 from utils.models.identity import load_config, model_fingerprint
-from utils.models.load import TokenizedTexts, load_base_model, load_causal_lm, load_tokenizer, tokenize
+from utils.models.load import TokenizedTexts, load_base_model, load_causal_lm, load_tokenizer, rope_limit, tokenize
 from utils.models.openelm import OpenELMConfig
-from utils.models.states import decoder_layers, visit_hidden_states
+from utils.models.states import decoder_layers, decoder_of, visit_hidden_states
 from utils.models.table import FAMILIES, MODELS, repository
 from utils.script import UserError
 from utils.settings import Model, Run
@@ -196,6 +200,8 @@ def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp
     assert retrained != original
     both = model_fingerprint(Model(str(copy), adapter_dir=model_dirs["llama"]), RUN)
     assert both.startswith(retrained) and both != retrained
+    other_tokenizer = model_fingerprint(Model(str(copy), tokenizer_name=str(model_dirs["llama"])), RUN)
+    assert other_tokenizer.startswith(f"{retrained}+") and len(other_tokenizer) == 2 * len(retrained) + 1
 
 
 # ------------------------------------------------------------------ tokens
@@ -222,6 +228,59 @@ def test_a_length_that_the_model_cannot_read_is_refused_and_no_limit_is_none(fol
     for unlimited in (MambaConfig(vocab_size=300), XLNetConfig(vocab_size=300), BloomConfig(vocab_size=300)):
         tokens = tokenize(["the river " * 1000], make_tokenizer(), unlimited)
         assert tokens.max_length is None and tokens.lengths[0] >= 2000
+
+
+def test_the_own_limit_of_a_tokenizer_holds_and_the_texts_it_cuts_are_counted(folders, capsys):
+    config = load_config(Model(str(folders["Qwen/Qwen2-0.5B"])), RUN)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    texts = ["the river"] * 3 + ["the river " * 9, "the red house " * 30]
+    lengths = [len(make_tokenizer()(text)["input_ids"]) for text in texts]
+    tokens = tokenize(texts, tokenizer, config)
+    assert tokens.max_length == 8 and tokens.lengths.tolist() == [min(length, 8) for length in lengths]
+    assert tokens.num_cut == 2 and "2 of 5 texts cut at 8 tokens" in capsys.readouterr().out
+    exact = tokenize(texts, tokenizer, config, max_length=max(lengths))  # the limit asked for goes before the own one
+    assert exact.num_cut == 0 and exact.lengths.tolist() == lengths
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_adds_bos_keeps_it_and_nothing_else_changes(folders):
+    config = load_config(Model(str(folders["Qwen/Qwen2-0.5B"])), RUN)
+    plain, tokenizer, texts = make_tokenizer(), make_tokenizer(), make_texts(6, seed=2, longest=60)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    tokens = tokenize(texts, tokenizer, config, max_length=10)
+    for text, ids in zip(texts, np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):
+        assert ids.tolist() == [0, *plain(text)["input_ids"]][:10]
+
+
+# ------------------------------------------------------------------ LongRoPE
+def longrope(limit: int = 16) -> Phi3Config:
+    """Phi-3 whose positions are scaled in texts of more than 16 tokens."""
+    return Phi3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=limit, pad_token_id=0, eos_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0],
+            "original_max_position_embeddings": limit,
+        },
+    )  # fmt: skip
+
+
+def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_alone():
+    torch.manual_seed(0)
+    decoder = decoder_of(AutoModelForCausalLM.from_config(longrope(), dtype=torch.float32).eval())
+    texts = make_texts(30, seed=3, longest=20)
+    tokens = tokenize(texts, make_tokenizer(), decoder.config)
+    assert tokens.rope_limit == 16 and 5 < (tokens.lengths > 16).sum() < 25
+    self_check(decoder, tokens, "phi3")
+    for rows in token_batches(tokens.lengths, 4096, tokens.rope_limit):
+        together = states_of(decoder, tokens.pad(rows)[0])
+        for position, row in enumerate(rows):
+            alone = states_of(decoder, tokens.pad(np.array([row]))[0])
+            for batch_state, single_state in zip(together, alone, strict=True):
+                found = batch_state[position, : tokens.lengths[row]]
+                torch.testing.assert_close(found, single_state[0], rtol=0, atol=1e-5)
+    assert rope_limit(CONFIGS["Qwen/Qwen2-0.5B"]) is None
 
 
 def test_tokens_are_those_of_the_tokenizer_truncated(folders):

@@ -42,6 +42,11 @@ def batch(case: str) -> dict[str, Tensor]:
     return {"input_ids": golden(case, "input_ids"), "attention_mask": golden(case, "attention_mask")}
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the next tokens, over the labels that are not -100."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """On models this small a second thread costs more than it brings, ten times more on a busy machine."""
@@ -78,20 +83,19 @@ def load(checkpoint: Path, auto_class=AutoModelForCausalLM, **kwargs):
 
 
 # ------------------------------------------------------------------ the published numbers
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_golden(case, checkpoint, attention):
-    model = load(checkpoint, attn_implementation=attention)
-    assert model.config._attn_implementation == attention
+def test_golden(case, checkpoint):
+    model = load(checkpoint)
     valid = golden(case, "attention_mask").bool()
-    output = model(**batch(case), labels=golden(case, "labels"), output_hidden_states=True, use_cache=False)
+    output = model(**batch(case), output_hidden_states=True, use_cache=False)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     for layer, states in enumerate(output.hidden_states):
         assert relative_error(states, golden(case, f"hidden_states.{layer}"), valid) < 1e-5, layer
     assert relative_error(output.logits, golden(case, "logits"), valid) < 1e-5
 
     expected = GOLDEN["cases"][case]
-    assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-6)
-    output.loss.backward()
+    loss = next_token_loss(output.logits, golden(case, "labels"))
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+    loss.backward()
     norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
     assert norms == pytest.approx(expected["grad_norm"], rel=1e-4)
 
@@ -244,81 +248,18 @@ def test_untied_and_ungated_variants(tmp_path):
     assert torch.equal(load(tmp_path)(input_ids).logits, model(input_ids).logits)
 
 
-# ------------------------------------------------------------------ padding, attention, cache
+# ------------------------------------------------------------------ padding
 def test_padding_and_company_change_nothing(case, checkpoint):
     model = load(checkpoint, AutoModel)
     input_ids, mask = golden(case, "input_ids"), golden(case, "attention_mask")
     masked = model(input_ids, attention_mask=mask).last_hidden_state
-    other_padding = torch.where(mask.bool(), input_ids, 7)
-    bare = model(other_padding).last_hidden_state
-    left = torch.stack([row.roll(-int(n)) for row, n in zip(input_ids, mask.sum(1), strict=True)])
-    left_mask = mask.flip(1)
-    positions = (left_mask.cumsum(1) - 1).clamp(min=0)
-    left_padded = model(left, attention_mask=left_mask, position_ids=positions).last_hidden_state
-    assert left_padded.isfinite().all()  # rows that see nothing must not spread NaN
+    bare = model(torch.where(mask.bool(), input_ids, 7)).last_hidden_state
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = model(input_ids[row : row + 1, :length]).last_hidden_state[0]
-        for states in (masked[row, :length], bare[row, :length], left_padded[row, -length:]):
+        for states in (masked[row, :length], bare[row, :length]):
             assert relative_error(states, alone) < 1e-5
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_sdpa_equals_eager(case, checkpoint, masked):
-    inputs = batch(case) if masked else {"input_ids": golden(case, "input_ids")}
-    valid = golden(case, "attention_mask").bool()
-    eager_model = load(checkpoint, attn_implementation="eager")
-    eager = eager_model(**inputs, output_attentions=True)
-    sdpa = load(checkpoint, attn_implementation="sdpa")(**inputs)
-    assert relative_error(sdpa.logits, eager.logits, valid) < 1e-5
-    heads = [weights.shape[1] for weights in eager.attentions]
-    assert heads == eager_model.config.num_query_heads
-    for weights in eager.attentions:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-        assert weights.triu(1).abs().max() == 0
-
-
-def test_no_mask_is_built_without_padding(case, checkpoint, monkeypatch):
-    """The published code builds a mask of 2048 x 2048 at every call."""
-    model, masks = load(checkpoint, AutoModel), []
-
-    def record(hidden_states, attention_mask, **kwargs):
-        masks.append(attention_mask)
-        return hidden_states
-
-    monkeypatch.setattr(model.layers[0], "forward", record)
-    model(golden(case, "input_ids"))
-    model(**batch(case))
-    b, t = golden(case, "input_ids").shape
-    assert masks[0] is None
-    assert masks[1].shape == (b, 1, t, t) and masks[1].dtype == torch.bool
-
-
-def test_cached_generation_equals_uncached(case, checkpoint):
-    model = load(checkpoint)
-    ids = golden(case, "input_ids")[:1]
-    full = model(ids, use_cache=False)
-    assert full.past_key_values is None
-    cache, steps = None, []
-    for chunk in ids.split([5, *[1] * 4, ids.shape[1] - 9], dim=1):
-        output = model(chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(output.logits)
-    assert relative_error(torch.cat(steps, 1), full.logits) < 1e-5
-
-    length = int(golden(case, "attention_mask")[1].sum())
-    prompts = golden(case, "input_ids")[:2, :length].clone()
-    mask = torch.ones_like(prompts)
-    mask[1, :3] = 0  # left padding
-    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
-    cached, uncached = (model.generate(prompts, use_cache=use_cache, **settings) for use_cache in (True, False))
-    assert torch.equal(cached, uncached) and cached.shape[1] > length
-
-
-def test_logits_to_keep(case, checkpoint):
-    model = load(checkpoint)
-    full = model(golden(case, "input_ids")).logits
-    for keep, expected in ((1, full[:, -1:]), (torch.tensor([0, 4]), full[:, [0, 4]])):
-        torch.testing.assert_close(model(golden(case, "input_ids"), logits_to_keep=keep).logits, expected)
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(input_ids, attention_mask=mask.flip(1))
 
 
 # ------------------------------------------------------------------ training and precision
@@ -330,7 +271,7 @@ def test_gradient_checkpointing_gives_equal_gradients(case, checkpoint):
         model.transformer.layers[0].attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         if forwards == 2:
             model.activation_checkpointing_enable()
-        model(**batch(case), labels=golden(case, "labels")).loss.backward()
+        next_token_loss(model(**batch(case)).logits, golden(case, "labels")).backward()
         assert len(calls) == forwards
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -339,7 +280,7 @@ def test_gradient_checkpointing_gives_equal_gradients(case, checkpoint):
 def test_lora_on_qkv_proj(case, checkpoint):
     torch.manual_seed(0)
     model = get_peft_model(load(checkpoint), LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False))
-    model(**batch(case), labels=golden(case, "labels")).loss.backward()
+    next_token_loss(model(**batch(case)).logits, golden(case, "labels")).backward()
     with_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     assert len(with_gradient) == 2 * model.config.num_hidden_layers
     assert all("qkv_proj.lora_" in name for name in with_gradient)
@@ -363,14 +304,13 @@ def test_bfloat16(case, checkpoint):
     assert relative_error(output.logits.float(), golden(case, "logits"), valid) < 0.05
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_bfloat16_autocast(case, checkpoint, attention):
-    model = load(checkpoint, attn_implementation=attention)
+def test_bfloat16_autocast(case, checkpoint):
+    model = load(checkpoint)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(**batch(case), labels=golden(case, "labels"), output_hidden_states=True)
+        output = model(**batch(case), output_hidden_states=True)
     assert {states.dtype for states in output.hidden_states} == {torch.float32}
     assert output.logits.dtype == torch.bfloat16
     valid = golden(case, "attention_mask").bool()
     assert relative_error(output.logits.float(), golden(case, "logits"), valid) < 0.05
-    output.loss.backward()
+    next_token_loss(output.logits.float(), golden(case, "labels")).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -123,6 +123,22 @@ def owner_of(key: str, owners: set[str]) -> str:
     return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in owners), "")
 
 
+def leave_out_head(config: PeftConfig, weights: dict[str, Tensor], causal_lm: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights without those of a head that the causal LM has not, such as the `score` of a classifier."""
+    known = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
+    saved: Any = getattr(config, "modules_to_save", None) or ()
+    heads = [name for name in saved if name not in known]
+    kept = {key: weight for key, weight in weights.items() if not set(key.split(".")) & set(heads)}
+    if len(kept) < len(weights):
+        left_out = sorted({name for key in weights.keys() - kept.keys() for name in key.split(".") if name in heads})
+        print(
+            f"The head of the adapter in {folder} is left out ({', '.join(left_out)}): no hidden state depends on it."
+        )
+    if saved:
+        config.modules_to_save = [name for name in saved if name in known] or None  # type: ignore[attr-defined]
+    return kept
+
+
 def merge_adapter(causal_lm: Any, model: Model, run: Run) -> Any:
     """The causal LM with the adapter of `model.adapter_dir` merged into it.
 
@@ -145,6 +161,7 @@ def merge_adapter(causal_lm: Any, model: Model, run: Run) -> Any:
             f"The adapter in {folder} is one of {config.peft_type.value}: it adds tokens and cannot be merged into "
             "weights. --adapter_dir takes LoRA."
         )
+    weights = leave_out_head(config, weights, causal_lm, folder)
     target = find_target(causal_lm, list(weights), folder)
     check_base_model(causal_lm, config, model, run)
     try:

@@ -18,7 +18,7 @@ BATCH_COST = 64  # what a batch costs by itself, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
 
 
-def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
     Of all cuts between texts of different lengths the one with the fewest padded tokens plus `BATCH_COST` for each
@@ -27,10 +27,14 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray
     Args:
         lengths: tokens of each text, (n,).
         tokens_per_batch: most padded tokens of a batch; a longer text is a batch of its own.
+        rope_limit: texts longer than this and others never share a batch.
 
     Returns:
         Arrays of indices; every text is in exactly one.
     """
+    if rope_limit is not None:
+        sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))
+        return [rows[batch] for rows in sides if len(rows) for batch in token_batches(lengths[rows], tokens_per_batch)]
     order = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(-lengths, return_counts=True)
     values, ends = -values, np.concatenate([[0], np.cumsum(counts)])
@@ -56,17 +60,20 @@ class Step:
     ends_block: bool
 
 
-def token_steps(lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int) -> list[list[Step]]:
+def token_steps(
+    lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int, rope_limit: int | None = None
+) -> list[list[Step]]:
     """The batches of `token_batches`, in blocks of at least so many pairs of neighbouring tokens; the last has fewer.
 
     Args:
         lengths: tokens of each text, (n,).
         tokens_per_batch: as in `token_batches`.
         pairs_per_block: fewest pairs (t, t+1) of a block.
+        rope_limit: as in `token_batches`.
     """
     blocks: list[list[Step]] = []
     block: list[Step] = []
-    batches, num_pairs = token_batches(lengths, tokens_per_batch), 0
+    batches, num_pairs = token_batches(lengths, tokens_per_batch, rope_limit), 0
     for number, rows in enumerate(batches, 1):
         num_pairs += int((lengths[rows] - 1).sum())
         ends = num_pairs >= pairs_per_block or number == len(batches)

@@ -164,6 +164,7 @@ class TokenizedTexts:
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int | None  # None: no limit
     num_cut: int = 0  # texts that are longer than max_length and lost their end
+    rope_limit: int | None = None  # texts on both sides of this length never share a batch
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -196,10 +197,27 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def rope_limit(config: PreTrainedConfig) -> int | None:
+    """The length above which LongRoPE (arXiv 2402.13753) rotates every position of a batch by other angles.
+
+    The states of a short text then depend on the longest text of its batch. None for other models.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [settings for settings in rope.values() if isinstance(settings, dict)]
+    limits = [
+        settings.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for settings in (rope, *per_layer_type)
+        if settings.get("rope_type") == "longrope"
+    ]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def tokenize(
     texts: list[str], tokenizer: Tokenizer, config: PreTrainedConfig, max_length: int | None = None
 ) -> TokenizedTexts:
-    """All texts as token ids, truncated to `max_length` or to the model's context, if it has one.
+    """All texts as token ids, truncated to `max_length` or to the context; prints how many lost their end.
+
+    Without `max_length` the limit is the model's context or the tokenizer's own limit, the smaller one.
 
     Raises:
         UserError: a text without any token, a tokenizer that is not the model's, or a length that it cannot read.
@@ -210,19 +228,18 @@ def tokenize(
     if max_length is None:
         own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
         max_length = min((length for length in (limit, own) if length), default=None)
+    options = {"padding": False, "return_attention_mask": False, "verbose": False}
     ids, lengths = array("i"), array("q")  # as compact as what is returned, which they become without a copy
+    num_cut = 0
     for start in tqdm(range(0, len(texts), TEXTS_PER_CHUNK), desc="tokenize", unit="chunk", leave=False):
-        encoded = tokenizer(
-            texts[start : start + TEXTS_PER_CHUNK],
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        for of_text in encoded:
-            ids.extend(of_text)
-            lengths.append(len(of_text))
+        chunk = texts[start : start + TEXTS_PER_CHUNK]
+        encoded = tokenizer(chunk, truncation=max_length is not None, max_length=max_length, **options)["input_ids"]
+        for text_ids in encoded:
+            ids.extend(text_ids)
+            lengths.append(len(text_ids))
+        if full := [text for text, text_ids in zip(chunk, encoded, strict=True) if len(text_ids) == max_length]:
+            whole = tokenizer(full, truncation=False, **options)["input_ids"]
+            num_cut += sum(len(text_ids) > max_length for text_ids in whole)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):
@@ -234,8 +251,6 @@ def tokenize(
             f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
             "they do not belong together. Name the right one with --tokenizer_name."
         )
-    long = np.flatnonzero(np.diff(offsets) == max_length) if max_length else []
-    num_cut = sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > int(max_length or 0) for row in long)
     if num_cut:
         print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
-    return TokenizedTexts(token_ids, offsets, max_length, num_cut)
+    return TokenizedTexts(token_ids, offsets, max_length, num_cut, rope_limit(config))

@@ -9,25 +9,23 @@ Written from the paper, the published names and shapes, and the measured behavio
 against its numbers (tests/models/test_openelm.py). What is special: heads and feed-forward width grow from the first
 layer to the last ("layer-wise scaling", section 2.1 there).
 
-Shapes: b batch, t tokens, s tokens seen (cached + new), d `hidden_size`, h `head_dim`, v `vocab_size`; in one layer
+It gives hidden states and logits of right-padded texts; there is no cache and no generation.
+
+Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`; in one layer
 q query heads, k key/value heads, feed-forward width f.
 """
 
 # ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -48,7 +46,6 @@ class OpenELMConfig(PreTrainedConfig):
     """
 
     model_type = "openelm"
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_transformer_layers",
@@ -76,7 +73,7 @@ class OpenELMConfig(PreTrainedConfig):
     rope_freq_constant: float = 10000
     rope_max_length: int = 4096  # informative: it sized a table, and here there is none
     initializer_range: float = 0.02  # informative: see OpenELMPreTrainedModel
-    use_cache: bool = True
+    use_cache: bool = True  # informative: there is no cache
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -185,42 +182,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, for `attn_implementation="eager"`; it alone returns the weights.
-
-    query (b, q, t, h), key, value (b, k, s, h), mask (b, 1, t, s) to add -> output (b, t, q, h), weights (b, q, t, s)
-    """
-    # query head n reads key/value head n // (q/k): each one repeated in place, not the whole row
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    logits = query @ key.transpose(2, 3) * scaling
-    if mask is not None:
-        logits = logits + mask
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class ResidualLinear(nn.Linear):
     """A Linear that closes a residual branch; a class of its own because it is initialised smaller."""
 
 
 class OpenELMAttention(nn.Module):
-    """Causal grouped-query attention with normalised queries and keys: (b, t, d) -> (b, t, d), and the weights."""
+    """Causal grouped-query attention with normalised queries and keys: (b, t, d) -> (b, t, d)."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
         super().__init__()
         query_heads, kv_heads, _ = config.layer_sizes()[layer_idx]
-        self.config = config
-        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.split_sizes = [query_heads, kv_heads, kv_heads]
-        # the names that the library's attention functions read
-        self.num_key_value_groups = config.num_gqa_groups
-        self.is_causal = True
-        self.scaling = config.head_dim**-0.5
-
         # output features: all query heads, then all key heads, then all value heads
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.split_sizes) * config.head_dim, bias=False)
         normalize = config.normalize_qk_projections
@@ -228,27 +201,14 @@ class OpenELMAttention(nn.Module):
         self.k_norm = OpenELMRMSNorm(config.head_dim) if normalize else nn.Identity()
         self.out_proj = ResidualLinear(query_heads * config.head_dim, config.model_dim, bias=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, q + 2k, h)
         query, key, value = heads.split(self.split_sizes, dim=2)
         # the dtype of the values: under autocast, the float32 weight of the norm has made the other two float32
         query = apply_rotary(self.q_norm(query), *rotary).to(value.dtype).transpose(1, 2)
         key = apply_rotary(self.k_norm(key), *rotary).to(value.dtype).transpose(1, 2)
-        value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        name = self.config._attn_implementation
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return self.out_proj(output.flatten(2)), weights
+        output = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True, enable_gqa=True)
+        return self.out_proj(output.transpose(1, 2).flatten(2))
 
 
 class OpenELMFeedForward(nn.Module):
@@ -280,9 +240,8 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = OpenELMRMSNorm(config.model_dim)
         self.ffn = OpenELMFeedForward(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.attn(self.attn_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), rotary)
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
 
 
@@ -294,10 +253,9 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     _input_embed_layer = "token_embeddings"
     _no_split_modules = ["OpenELMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     # saved by the published code for untied models, never read
     _keys_to_ignore_on_load_unexpected = [r"transformer\.classifier\.weight"]
-    _can_record_outputs = {"hidden_states": OpenELMDecoderLayer, "attentions": OpenELMAttention}
+    _can_record_outputs = {"hidden_states": OpenELMDecoderLayer}
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
@@ -334,55 +292,33 @@ class OpenELMModel(OpenELMPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states of every position. Right padding needs no mask, and without one attention is faster.
+    ) -> BaseModelOutput:
+        """Hidden states of every position of right-padded texts.
 
         Args:
             input_ids: (b, t), or instead `inputs_embeds` (b, t, d).
-            attention_mask: (b, s), 0 at padding; a (b, 1, t, s) mask is used as it is.
-            position_ids: (b, t); by default the place in the sequence.
-            use_cache: by default as in the configuration; give False where only hidden states are wanted.
+            attention_mask: (b, t), 0 at padding; behind right padding the causal mask hides it already.
 
         Returns:
             `last_hidden_state` (b, t, d), after the final norm. With `output_hidden_states=True`, `hidden_states`:
             layers + 1 tensors (b, t, d), the first the embeddings, the last `last_hidden_state`.
+
+        Raises:
+            ValueError: padding on the left.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.token_embeddings(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        # given position_ids are searched for packed sequences; the default ones, made below, need not be
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if position_ids is None:
-            num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_seen)[None]
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_freq_constant)
-
-        hidden_states = inputs_embeds
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("OpenELM here reads texts that are padded on the right.")
+        hidden_states = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_freq_constant)
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, rotary=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+            hidden_states = layer(hidden_states, rotary)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
-class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
+class OpenELMForCausalLM(OpenELMPreTrainedModel):
     """`OpenELMModel` and next-token logits, in the published models from the embedding matrix (arXiv 2404.14619)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
@@ -394,41 +330,10 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Next-token logits, and the loss if `labels` is given; arguments as in `OpenELMModel.forward`.
-
-        Args:
-            labels: (b, t), the input ids with -100 at padding; shifted by one here.
-            logits_to_keep: the number of last positions whose logits are wanted, or their indices; 0 is all.
-
-        Returns:
-            `logits` (b, t or the number kept, v); `loss`, averaged over the labels that are not -100.
-        """
-        outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+        """Next-token logits (b, t, v); arguments as in `OpenELMModel.forward`."""
+        outputs = self.transformer(input_ids, **kwargs)
+        return CausalLMOutput(logits=self.lm_head(outputs.last_hidden_state), hidden_states=outputs.hidden_states)
 
 
 def register() -> None:

@@ -136,7 +136,7 @@ def predict(
     """
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
-    batches = token_batches(tokens.lengths, tokens_per_batch)
+    batches = token_batches(tokens.lengths, tokens_per_batch, tokens.rope_limit)
     try:
         for rows in batches[accelerator.process_index :: accelerator.num_processes]:
             outputs[torch.from_numpy(rows).to(device)] = model(*(tensor.to(device) for tensor in tokens.pad(rows)))
