@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
-from utils.models.batches import BATCH_COST, assign_folds, token_batches
+from utils.models.batches import BATCH_COST, assign_folds, split_rows, token_batches
 from utils.models.load import TokenizedTexts
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
@@ -74,6 +74,17 @@ def test_no_batch_has_texts_on_both_sides_of_a_limit(lengths, budget, limit):
         assert len(set(lengths[batch] > limit)) == 1
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
     assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 60))
+def test_rows_of_a_step_are_split_by_side_and_size(lengths, size, limit):
+    rows = np.random.default_rng(0).permutation(len(lengths))[: len(lengths) // 2]
+    parts = split_rows(rows, size, lengths > limit)
+    assert sorted(np.concatenate([rows[:0], *parts])) == sorted(rows)
+    assert all(0 < len(part) <= size and len(set(lengths[part] > limit)) == 1 for part in parts)
+    plain = split_rows(rows, size)
+    assert np.array_equal(np.concatenate([rows[:0], *plain]), rows) and all(0 < len(part) <= size for part in plain)
 
 
 def test_the_fold_of_a_text_is_pinned():

@@ -105,6 +105,8 @@ def test_a_tokenizer_that_adds_bos_keeps_it(llama_file, tmp_path):
     texts = make_texts(5)
     with_bos = [[7, *ids] for ids in load_tokenizer(llama_file)(texts)["input_ids"]]
     assert load_tokenizer(path)(texts)["input_ids"] == with_bos
+    load_tokenizer(path).save_pretrained(tmp_path / "folder")  # as random twins and trained models are saved
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder")(texts)["input_ids"] == with_bos
     tokens = tokenize(texts, load_tokenizer(path), load_config(path), max_length=4)
     assert tokens.token_ids.tolist() == [token for ids in with_bos for token in ids[:4]]
 

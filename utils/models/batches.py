@@ -52,6 +52,12 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | 
     return batches
 
 
+def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> list[np.ndarray]:
+    """The rows in parts of at most `size`, in their order; rows of different `sides`, (n,) bool, never share a part."""
+    groups = [rows] if sides is None else [rows[sides[rows] == side] for side in (True, False)]
+    return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
+
+
 @dataclass(frozen=True)
 class Step:
     """One forward pass."""

@@ -171,6 +171,11 @@ class TokenizedTexts:
         """Tokens per text, (n,)."""
         return np.diff(self.offsets)
 
+    @property
+    def sides(self) -> np.ndarray | None:
+        """True for a text longer than `rope_limit`, (n,); None without such a limit."""
+        return None if self.rope_limit is None else self.lengths > self.rope_limit
+
     def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token.
 

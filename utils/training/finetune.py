@@ -201,6 +201,7 @@ def build_run(
         place=place,
         identity=identity,
         session=config.session,
+        sides=tokens["train"].sides,
     )
 
 

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from utils.data.load import LabelledTexts
+from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
 from utils.models.identity import model_fingerprint
 from utils.parallel import processes
@@ -75,6 +76,7 @@ class TrainingRun:
     identity: dict[str, Any]  # settings and fingerprints; a state of another run has others
     session: Session
     stop: Callable[[list[dict]], bool] = lambda history: False  # asked after each evaluation
+    sides: np.ndarray | None = None  # (n,) training rows of different sides never share a forward pass
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -281,7 +283,7 @@ def accumulate_gradients(run: TrainingRun, progress: Progress, model: nn.Module,
     rank, world = accelerator.process_index, accelerator.num_processes
     own = rows[rank::world]
     weight = world / num_rows if len(own) else 0.0
-    parts = np.split(own, range(progress.batch_size, len(own), progress.batch_size)) if len(own) else [rows[:1]]
+    parts = split_rows(own, progress.batch_size, run.sides) or [rows[:1]]
     torch.manual_seed(int(np.random.SeedSequence((run.seed, progress.step, rank)).generate_state(1)[0]))  # dropout
     total = torch.zeros((), device=run.targets.device)
     for number, part in enumerate(parts, 1):
