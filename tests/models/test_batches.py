@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
-from utils.models.batches import BATCH_COST, assign_folds, split_rows, token_batches
+from utils.models.batches import BATCH_COST, split_rows, token_batches
 from utils.models.load import TokenizedTexts
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
@@ -85,13 +85,6 @@ def test_rows_of_a_step_are_split_by_side_and_size(lengths, size, limit):
     assert all(0 < len(part) <= size and len(set(lengths[part] > limit)) == 1 for part in parts)
     plain = split_rows(rows, size)
     assert np.array_equal(np.concatenate([rows[:0], *plain]), rows) and all(0 < len(part) <= size for part in plain)
-
-
-def test_the_fold_of_a_text_is_pinned():
-    """Another hash or another rule would move texts between folds, and with them every number of another run."""
-    texts = ["the river", "a", "ünï ☃", "the red house"]
-    assert assign_folds(texts, 5).tolist() == [3, 2, 3, 3]
-    assert assign_folds(texts[::-1] + texts, 5).tolist() == [3, 3, 2, 3, 3, 2, 3, 3]
 
 
 @settings(max_examples=100, deadline=None)
