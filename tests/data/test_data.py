@@ -461,8 +461,8 @@ def test_template_joins_columns_and_choices(tmp_path: Path) -> None:
     found = load(path, "all", text_template="Q: {question} A: {choices}.")
     assert found.texts[1] == "Q: Why 1? A: (0) a (1) b {x}."
     assert load(path, "all", text_template="{{1}} {question}").texts[1] == "{1} Why 1?"
-    typed = r"{question}\n\t{question}\\n"  # as a shell passes it on
-    assert load(path, "all", text_template=typed).texts[1] == "Why 1?\n\tWhy 1?\\n"
+    typed = r"{question}\n\t{question}"  # as a shell passes it on
+    assert load(path, "all", text_template=typed).texts[1] == "Why 1?\n\tWhy 1?"
 
 
 @pytest.mark.parametrize(("rows", "train"), [(2, 1), (3, 2), (7, 4), (10, 7), (11, 7), (13, 9), (14, 9), (101, 70)])

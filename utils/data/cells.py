@@ -135,12 +135,7 @@ def _is_finite(word: str) -> bool:
 
 
 def told_missing(labels: Sequence[Any], missing: Sequence[int]) -> str:
-    """How the labels that are left out are written, and where they stand, for a warning.
-
-    Args:
-        labels: the cells of one split.
-        missing: numbers of its rows without a label, from 0.
-    """
+    """How the labels of these rows (numbers from 0), which are left out, are written, and where they stand."""
     words = Counter(labels[row].strip() for row in missing if isinstance(labels[row], str) and labels[row].strip())
     told = f": rows {listed([row + 1 for row in missing])}"
     if words:
@@ -149,15 +144,7 @@ def told_missing(labels: Sequence[Any], missing: Sequence[int]) -> str:
 
 
 def check_words(source: str, labels: Mapping[str, Sequence[Any]]) -> None:
-    """Refuses words among numbers with decimals, each of which would become a class.
-
-    Args:
-        source: name of the dataset, for the message.
-        labels: cells by split, as `label_cells` gives them.
-
-    Raises:
-        UserError: fewer than half of the labels of a split are words, and some others have decimals.
-    """
+    """Raises UserError where few labels of a split (cells by split) are words, and the others numbers with decimals."""
     for part, cells in labels.items():
         present = [(row, str(label)) for row, label in enumerate(cells, 1) if not is_missing(label, True)]
         words = [(row, word) for row, word in present if not _is_finite(word)]
@@ -171,16 +158,7 @@ def check_words(source: str, labels: Mapping[str, Sequence[Any]]) -> None:
 
 
 def target_cells(source: str, part: str, labels: Sequence[Any]) -> list[float | None]:
-    """Regression targets as finite numbers; a missing one is None.
-
-    Args:
-        source: name of the dataset, for messages.
-        part: the split.
-        labels: its cells, as `label_cells` gives them.
-
-    Raises:
-        UserError: a target is no number, or infinite; its row is named. Or True and 1 are both targets.
-    """
+    """Regression targets as finite numbers; a missing one is None. Raises UserError naming another one's row."""
     check_truth_values(source, labels)
     numbers: list[float | None] = []
     for row, label in enumerate(labels, 1):
@@ -206,15 +184,7 @@ def check_truth_values(source: str, labels: Sequence[Any]) -> None:
 
 
 def class_values(source: str, labels: Sequence[Any]) -> list[Any]:
-    """Labels as values that sort and compare: whole numbers as int, everything else as str.
-
-    Args:
-        source: name of the dataset, for messages.
-        labels: cells as `label_cells` gives them, none missing.
-
-    Raises:
-        UserError: True and 1 are both labels.
-    """
+    """Labels, none missing, as values that sort and compare: whole numbers as int, everything else as str."""
     check_truth_values(source, labels)
     if all(is_number(label) and is_whole(label) for label in labels):
         return [int(label) for label in labels]
@@ -224,10 +194,7 @@ def class_values(source: str, labels: Sequence[Any]) -> list[Any]:
 
 
 def _tell_near_classes(source: str, classes: set[str], written: bool) -> None:
-    """Warns of classes that may be one, or a missing label, or (where `written` as strings) targets.
-
-    Classes that may be one differ by case, by blanks within, or as 1, 01 and 1.0 do.
-    """
+    """Warns of classes that may be one (a and A, 1 and 01), a missing label, or (`written` as strings) targets."""
     near: dict[str, list[str]] = {}
     for name in sorted(classes):
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())

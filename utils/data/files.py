@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.hub import Repository, hub_errors
 from utils.script import UserError
 
 if TYPE_CHECKING:
@@ -54,11 +53,7 @@ class Table:
 
 # ------------------------------------------------------------------ text, JSON, csv
 def decode(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        UserError: the file cannot be read, has another encoding, or holds zero bytes.
-    """
+    """The text of a file. Raises UserError where it cannot be read, has another encoding or holds zero bytes."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -87,42 +82,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(where: str, text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        UserError: no value, two equal keys, thousands of digits or of nested brackets.
-    """
+    """The value of a JSON text. Raises UserError where it is none, or has two equal keys or thousands of digits."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg}, {f'line {error.lineno}, ' if error.lineno > 1 else ''}column {error.colno}"
         raise UserError(
             f"{where} is not JSON that can be read ({reason}): {text.strip()[:60]!r}. Write one object a line, such as "
             '{"text": "...", "label": "..."}, or one list of objects.'
         ) from None
 
 
-def _is_one_value(text: str) -> bool:
-    """Whether a text is a list or a single value, and not one value a line; costs no more than reading one value."""
-    if text.lstrip().startswith("["):
-        return True
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _read_json(path: Path) -> Table:
-    """The table of a list of objects or of one object a line; a key that an object lacks is a missing cell.
-
-    Raises:
-        UserError: anything else, such as the columns of a table or {"data": [...]}.
-    """
+    """A list of objects, or one object a line; a key that an object lacks is a missing cell."""
     text = decode(path)
-    if _is_one_value(text):
-        content = _parse(str(path), text)
-        records: Iterable[tuple[int, Any]] = enumerate(content if isinstance(content, list) else [content], 1)
+    if text.lstrip().startswith("["):
+        records: Iterable[tuple[int, Any]] = enumerate(_parse(str(path), text), 1)
     else:
         lines = enumerate(io.StringIO(text, newline=None), 1)  # a raw U+2028 ends no line
         records = ((number, _parse(f"{path}, line {number}", line)) for number, line in lines if line.strip())
@@ -149,11 +126,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _read_delimited(path: Path, advice: str, **dialect: Any) -> Table:
-    """The table of a file with a header and separators; every cell stays the string that is written.
-
-    Raises:
-        UserError: a row has more or fewer cells than the header, two columns have one name, an open quotation.
-    """
+    """A header and rows of as many cells; every cell stays the string that is written."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
     reader = csv.reader(io.StringIO(decode(path), newline=""), strict=True, **dialect)
     rows: list[list[str]] = []
@@ -204,11 +177,7 @@ class ArrowColumn:
 
 
 def arrow_table(where: str, content: "pyarrow.Table") -> Table:
-    """The columns of an Arrow table, and the class names that `datasets` keeps in its metadata.
-
-    Raises:
-        UserError: two columns have one name.
-    """
+    """The columns of an Arrow table, and the class names that `datasets` keeps in its metadata."""
     names = content.column_names
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -253,11 +222,7 @@ def check_class_names(found: Sequence[Mapping[str, list[str]]], where: str) -> N
 
 
 def _read(files: Sequence[Path]) -> Table:
-    """The rows of the files of one split; a column that a file lacks is missing cells there.
-
-    Raises:
-        UserError: a file cannot be read, or no file has a row.
-    """
+    """The rows of the files of one split; a column that a file lacks is missing cells there."""
     for file in files:
         if file.suffix.lower() not in READERS:
             raise UserError(f"{file} is none of the files that can be read: {', '.join(READERS)}.")
@@ -283,11 +248,7 @@ def _split_of(relative: Path) -> str | None:
 
 
 def _read_by_name(folder: Path) -> dict[str, Table]:
-    """The tables of the data files of a folder, whose names say the split.
-
-    Raises:
-        UserError: no data file, some that belong to no split, one in two formats.
-    """
+    """The tables of the data files of a folder, whose names say the split."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:
@@ -316,12 +277,10 @@ def _names_subsets(folder: Path) -> bool:
 
 
 def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
-    """The tables of one subset; which files belong to it, the library `datasets` reads from README.md.
-
-    Raises:
-        UserError: no such subset, none is named where several are, or README.md names no file.
-    """
+    """The tables of one subset; the library `datasets` reads from README.md which files belong to it."""
     import datasets
+
+    from utils.hub import Repository, hub_errors
 
     with hub_errors(Repository(str(folder), "Dataset", (), "a file of it")):
         names = datasets.get_dataset_config_names(str(folder))
@@ -338,6 +297,8 @@ def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
 def _read_saved(folders: Iterable[Path], top: Path) -> dict[str, Table]:
     """The tables of folders that `Dataset.save_to_disk` wrote, each one split."""
     import datasets
+
+    from utils.hub import Repository, hub_errors
 
     found = {}
     for folder in folders:

@@ -13,8 +13,6 @@ read, `cells.py` which labels count as missing and which cells are text. Nothing
 """
 
 import hashlib
-import re
-import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,6 @@ import numpy as np
 from utils.data.cells import (
     check_words,
     class_values,
-    holds_text,
     is_missing,
     is_number,
     is_whole,
@@ -36,7 +33,7 @@ from utils.data.cells import (
     typed,
 )
 from utils.data.files import VALIDATION_NAMES, Table, check_class_names
-from utils.data.sources import Source, find_source
+from utils.data.sources import Source, find_source, join_texts, label_column_name, read_column, text_pieces
 from utils.data.splits import (
     grouped_split,
     leaked_share,
@@ -54,7 +51,6 @@ LEAK_WARNING = 0.01  # share of test texts that are also in train from which on 
 MAX_MEAN = 1e5  # of targets, in their standard deviations: its square costs 10 of the 16 digits of float64
 SPREADS = (1e-15, 1e15)  # of targets: standard deviations whose powers float64 and float32 hold
 MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
-ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}  # a shell passes them on as two characters
 
 
 @dataclass(frozen=True)
@@ -88,69 +84,6 @@ class Rows:
         rows = list(rows)
         groups = None if self.groups is None else self.groups[rows]
         return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)
-
-
-# ------------------------------------------------------------------ columns
-def _column(source: Source, part: Table, name: str, flag: str) -> list[Any]:
-    """One column; `flag` names another one. Raises UserError where there is no such column."""
-    if name not in part.columns:
-        present = ", ".join(part.columns) or "none"
-        raise UserError(f"{source.name} has no column {name!r}; columns: {present}. Name one with {flag}.")
-    return list(part.columns[name][:])
-
-
-def label_column_name(settings: Data, source: Source, part: Table) -> str:
-    """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
-    chosen = settings.label_column or (source.spec.label_column if source.spec else None)
-    return chosen or next((name for name in ("label", "labels") if name in part.columns), "label")
-
-
-def text_pieces(settings: Data, source: Source, part: Table, label: str) -> list[tuple[str, str | None]]:
-    r"""A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
-
-    In a template \n, \t and \\ are a line break, a tab and a backslash.
-
-    Raises:
-        UserError: two ways are asked for, the template is malformed, or no column is the evident one.
-    """
-    if settings.text_column and settings.text_template:
-        raise UserError("--text_column and --text_template exclude each other: give one of them.")
-    if settings.text_column:
-        return [("", settings.text_column)]
-    template = settings.text_template or (source.spec.text_template if source.spec else None)
-    if template is not None:
-        try:
-            parsed = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
-        names = [name for _, name, _, _ in parsed if name is not None]
-        if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
-            raise UserError(
-                f'--text_template {template!r} must name columns in braces, like "{{question}} {{choices}}".'
-            )
-        return [(re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], text), name) for text, name, _, _ in parsed]
-    if "text" in part.columns:
-        return [("", "text")]
-    candidates = [name for name in part.columns if name != label and holds_text(part.columns[name][:])]
-    if len(candidates) != 1:
-        raise UserError(
-            f"Which column of {source.name} is the text? Columns: {', '.join(part.columns) or 'none'}. "
-            "Name one with --text_column, or several with --text_template."
-        )
-    return [("", candidates[0])]
-
-
-def _join_texts(source: Source, part_name: str, part: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
-    """One text per row; empty where every column is blank, whatever the template puts around them."""
-    flag = "--text_column or --text_template"
-    names = [name for _, name in pieces if name is not None]
-    columns = [render_column(source.name, part_name, name, _column(source, part, name, flag)) for name in names]
-    texts = []
-    for cells in zip(*columns, strict=True):
-        rest = iter(cells)
-        joined = "".join(literal + (next(rest) if name is not None else "") for literal, name in pieces)
-        texts.append(joined if any(cell.strip() for cell in cells) else "")
-    return texts
 
 
 # ------------------------------------------------------------------ rows
@@ -202,15 +135,11 @@ def choose_parts(source: Source, label: str, split: str, divide_train: bool = Fa
 
 
 def _labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
-    """The rows that have a label, by part, and whether the task is a regression.
-
-    Raises:
-        UserError: a missing column, no row, no label, or an empty text in the user's own data.
-    """
+    """The rows that have a label, by part, and whether the task is a regression."""
     first = next(iter(tables.values()))
     label = label_column_name(settings, source, first)
     pieces = text_pieces(settings, source, first, label)
-    written = {part: _column(source, rows, label, "--label_column") for part, rows in tables.items()}
+    written = {part: read_column(source, rows, label, "--label_column") for part, rows in tables.items()}
     check_class_names([rows.class_names for rows in tables.values()], f"the splits of {source.name}")
     cells = label_cells(source.name, [cell for of_part in written.values() for cell in of_part])
     regression, labels = _is_regression(settings, source, cells), split_like(cells, written)
@@ -220,7 +149,7 @@ def _labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> 
         check_words(source.name, labels)
     parts = {}
     for part, rows in tables.items():
-        texts = _join_texts(source, part, rows, pieces)
+        texts = join_texts(source, part, rows, pieces)
         empty = [row for row, text in enumerate(texts, 1) if not text]
         if empty and source.own:
             raise UserError(
@@ -234,7 +163,7 @@ def _labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> 
             told = f"{len(missing)} {part} rows of {source.name} without a label (missing or -1) are left out"
             warn(told + told_missing(written[part], missing))
         group_by = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
-        columns = [render_column(source.name, part, name, _column(source, rows, name, "--dataset_revision"))
+        columns = [render_column(source.name, part, name, read_column(source, rows, name, "--dataset_revision"))
                    for name in group_by]  # fmt: skip
         kept = sorted(set(range(len(texts))) - set(missing))
         parts[part] = Rows(texts, labels[part], linked_groups(columns) if columns else None).take(kept)
@@ -279,11 +208,7 @@ def _without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
 
 # ------------------------------------------------------------------ labels
 def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[str, Rows], list[str]]:
-    """Rows with labels 0..c-1, and the c class names: the classes of the first part (train, if it exists), sorted.
-
-    Raises:
-        UserError: a single class, too many, or, in the user's own data, a class that train lacks.
-    """
+    """Rows with labels 0..c-1, and the c class names: the classes of the first part (train, if it exists), sorted."""
     values = class_values(source.name, [cell for rows in parts.values() for cell in rows.labels])
     labels = split_like(values, {part: rows.labels for part, rows in parts.items()})
     first = next(iter(parts))
@@ -316,12 +241,7 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
 
 
 def _check_targets(name: str, parts: Mapping[str, np.ndarray]) -> None:
-    """Refuses regression targets whose moments, sums of squares about 0, would lose their digits.
-
-    Raises:
-        UserError: the targets of the first part are all equal, or the spread of a part is extreme, by itself or beside
-            the mean; those of a later part may be all equal.
-    """
+    """Refuses regression targets whose moments, sums of squares about 0, would lose their digits."""
     first = next(iter(parts))
     for part, numbers in parts.items():
         if numbers.min() == numbers.max():

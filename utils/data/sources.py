@@ -1,12 +1,15 @@
-"""The place that a dataset's rows come from: the hub, a local file or folder, a local copy, the docstring tasks."""
+"""A dataset's tables by its name (hub, local file or folder, local copy, docstring task), and their text and label."""
 
+import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from utils.data.cells import holds_text, render_column
 from utils.data.files import READERS, Table, arrow_table, read_files
 from utils.data.table import DATASETS, PARQUET_BRANCH, SPECS, DatasetSpec
-from utils.hub import Repository, hub_errors, nearest
 from utils.script import UserError
+from utils.settings import Data
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,16 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
         return _copied_source(name, datasets_dir)
     if name in DATASETS:
         return _hub_source(name, DATASETS[name], revision)
-    path, (folder, _, subset) = Path(name).expanduser(), name.rpartition(":")
+    path, (folder, _, subset) = Path(name), name.rpartition(":")
     if path.exists():
         return Source(name, read_files(path), own=True)
-    if folder and Path(folder).expanduser().is_dir():
-        return Source(name, read_files(Path(folder).expanduser(), subset), own=True)
+    if folder and Path(folder).is_dir():
+        return Source(name, read_files(Path(folder), subset), own=True)
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"There is no file or folder {path.absolute()}.")
     if "/" not in name:
+        from utils.hub import nearest
+
         known = [spec.key for spec in SPECS]
         raise UserError(
             f"There is no dataset {name!r}.{nearest(name, known)} Known: {', '.join(known)}, docstrings/<task>; "
@@ -61,12 +66,10 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
 
 
 def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> Source:
-    """A dataset of the hub; `name` may be `id:config` where it is not in the table.
-
-    Raises:
-        UserError: unknown, gated, offline, no such revision or configuration, no data file that can be read.
-    """
+    """A dataset of the hub; `name` may be `id:config` where it is not in the table."""
     import datasets
+
+    from utils.hub import Repository, hub_errors
 
     hub_id, _, config = (spec.hub_id, "", spec.config) if spec else name.partition(":")
     revision = revision or (spec.revision if spec else None)
@@ -92,15 +95,7 @@ def _copy_folder(folder: Path, name: str) -> Path:
 
 
 def _copied_source(name: str, folder: Path) -> Source:
-    """A dataset from its local copy, read as if it came from the hub: template, label, split rule, class names.
-
-    Args:
-        name: key or hub id of the table, or the id of any other dataset.
-        folder: holds `<key with / as __>/{train,test,validation}.parquet` in the hub's own columns.
-
-    Raises:
-        UserError: no such folder, no copy in it, a file that cannot be read or holds no row.
-    """
+    """A dataset from `<key with / as __>/{train,test,validation}.parquet`, read as if it came from the hub."""
     spec, copy = DATASETS.get(name), _copy_folder(folder, name)
     if not folder.is_dir():
         raise UserError(f"--datasets_dir: there is no folder {folder.absolute()}. It holds one folder per dataset.")
@@ -116,3 +111,64 @@ def _copied_source(name: str, folder: Path) -> Source:
         names = {spec.label_column: list(spec.class_names)}
         splits = {split: Table(rows.columns, {**names, **rows.class_names}) for split, rows in splits.items()}
     return Source(name, splits, spec, copy=copy)
+
+
+# ------------------------------------------------------------------ columns
+def read_column(source: Source, part: Table, name: str, flag: str) -> list[Any]:
+    """One column; `flag` names another one. Raises UserError where there is no such column."""
+    if name not in part.columns:
+        present = ", ".join(part.columns) or "none"
+        raise UserError(f"{source.name} has no column {name!r}; columns: {present}. Name one with {flag}.")
+    return list(part.columns[name][:])
+
+
+def label_column_name(settings: Data, source: Source, part: Table) -> str:
+    """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
+    chosen = settings.label_column or (source.spec.label_column if source.spec else None)
+    return chosen or next((name for name in ("label", "labels") if name in part.columns), "label")
+
+
+def text_pieces(settings: Data, source: Source, part: Table, label: str) -> list[tuple[str, str | None]]:
+    """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
+
+    Raises:
+        UserError: two ways are asked for, the template is malformed, or no column is the evident one.
+    """
+    if settings.text_column and settings.text_template:
+        raise UserError("--text_column and --text_template exclude each other: give one of them.")
+    if settings.text_column:
+        return [("", settings.text_column)]
+    template = settings.text_template or (source.spec.text_template if source.spec else None)
+    if template is not None:
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
+        names = [name for _, name, _, _ in parsed if name is not None]
+        if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
+            raise UserError(
+                f'--text_template {template!r} must name columns in braces, like "{{question}} {{choices}}".'
+            )
+        return [(literal, name) for literal, name, _, _ in parsed]
+    if "text" in part.columns:
+        return [("", "text")]
+    candidates = [name for name in part.columns if name != label and holds_text(part.columns[name][:])]
+    if len(candidates) != 1:
+        raise UserError(
+            f"Which column of {source.name} is the text? Columns: {', '.join(part.columns) or 'none'}. "
+            "Name one with --text_column, or several with --text_template."
+        )
+    return [("", candidates[0])]
+
+
+def join_texts(source: Source, part_name: str, part: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
+    """One text per row; empty where every column is blank, whatever the template puts around them."""
+    flag = "--text_column or --text_template"
+    names = [name for _, name in pieces if name is not None]
+    columns = [render_column(source.name, part_name, name, read_column(source, part, name, flag)) for name in names]
+    texts = []
+    for cells in zip(*columns, strict=True):
+        rest = iter(cells)
+        joined = "".join(literal + (next(rest) if name is not None else "") for literal, name in pieces)
+        texts.append(joined if any(cell.strip() for cell in cells) else "")
+    return texts
