@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -16,14 +15,11 @@ from transformers import AutoModel, AutoTokenizer
 import cache
 from tests.conftest import (
     configure,
-    load_moments,
     load_pooled_states,
     make_texts,
-    retrain,
     run_command,
     run_in_process,
     stacked,
-    write_rows,
 )
 from utils.algebra.moments import describe_texts, load_rounding
 from utils.data.load import LabelledTexts, load_texts
@@ -275,19 +271,6 @@ def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path,
     assert sorted(file.name for file in path.parent.iterdir()) == ["train.safetensors"]
 
 
-def test_a_retrained_model_under_the_same_path_is_noticed(model_dirs, rows_path, tmp_path):
-    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
-    config = configure(cache, model_name=str(folder), dataset_name=str(rows_path), results_dir=tmp_path)
-    cache.main(config)
-    retrain(folder)
-    with pytest.raises(UserError, match=r"other weights of the model.*--overwrite"):
-        cache.main(config)
-    path = moments_file(folder, tmp_path)
-    before = load_moments(path)["pooled_second_moment"]
-    cache.main(with_values(config, overwrite=True))
-    assert not torch.equal(load_moments(path)["pooled_second_moment"], before)
-
-
 def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
     names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
     cache.main(configure(cache, **names, split="all"))
@@ -300,18 +283,6 @@ def test_result_says_how_it_was_made(model_dirs, rows_path, tmp_path):
     assert metadata["environment"]["packages"]["torch"] == torch.__version__
     assert metadata["config"]["split"] == "all" and metadata["num_pairs"] == metadata["num_tokens"] - 240
     assert header["layer.0.prefix_second_moment"]["dtype"] == "F64" and len(metadata["model_fingerprint"]) == 16
-
-
-def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
-    def rows(labels):
-        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
-
-    texts = make_texts(40)
-    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows("ab")), results_dir=tmp_path)
-    cache.main(config)
-    rows("ac")
-    with pytest.raises(UserError, match="other rows"):
-        cache.main(config)
 
 
 def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import alignment_vis
 import cache
-from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
+from tests.conftest import configure, make_texts, run_in_process, write_rows
 from utils import separability
 from utils.pictures import plot_alignment
 from utils.results import open_tensors
@@ -322,17 +322,6 @@ def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
     cache.main(configure(cache, **base, pooling="last", overwrite=True))
     with pytest.raises(UserError, match="made from other moments"):
         alignment_vis.main(last)
-
-
-def test_a_retrained_model_is_noticed(config, model_dirs, tmp_path):
-    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / model_dirs["qwen2"].name)
-    config = with_values(config, model_name=str(folder))
-    base = {name: flatten(config)[name] for name in ("model_name", "dataset_name", "results_dir")}
-    cache.main(configure(cache, **base, overwrite=True))
-    alignment_vis.main(config)
-    retrain(folder)
-    with pytest.raises(UserError, match="other weights of the model"):
-        alignment_vis.main(config)
 
 
 def test_settings_left_at_their_default_are_those_of_the_moments(config):

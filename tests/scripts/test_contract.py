@@ -16,7 +16,7 @@ import K_sweep
 import linear_sklearn
 import linear_training
 import lora_finetuning
-from tests.conftest import configure, retrain, run_in_process
+from tests.conftest import configure, retrain, run_in_process, write_rows
 from utils.results import read_identity
 from utils.script import UserError
 
@@ -147,6 +147,21 @@ def test_other_weights_under_the_same_name_are_refused(copied, monkeypatch, tmp_
     forbid(monkeypatch, case)
     with pytest.raises(UserError, match="with other weights of the model"):
         run(case, settings, model_name=str(folder))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["text", "label"])
+def test_changed_rows_under_the_same_name_are_refused(copied, monkeypatch, tmp_path, change):
+    case, settings, path = copied
+    if case.module in (K_sweep, alignment_vis):
+        pytest.skip("the moments stand for the rows")
+    rows = [json.loads(line) for line in Path(settings["dataset_name"]).read_text().splitlines()]
+    values = [row[change] for row in rows]
+    rows = [row | {change: value} for row, value in zip(rows, values[1:] + values[:1], strict=True)]
+    forbid(monkeypatch, case)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="from other rows"):
+        run(case, settings, dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)))
     assert path.read_bytes() == before
 
 

@@ -317,35 +317,6 @@ def test_a_state_comes_back_whole_and_only_to_its_own_run(tmp_path):
 
 
 # ------------------------------------------------------------------ writing
-SCRIPTS = ("cache.py", "linear_training.py", "lora_finetuning.py", "from_scratch.py", "linear_sklearn.py")
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Makes it a mistake to run a model."""
-
-    def fail(*_):
-        raise AssertionError("the work has begun")
-
-    monkeypatch.setattr("utils.models.load.load_weights", fail)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("place", ["a file", "a long name", "below a file", "a loop of links"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    script, place, model_dirs, rows_path, tmp_path, monkeypatch, no_model
-):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    results = {"a file": "file", "a long name": "x" * 300, "below a file": "file/below", "a loop of links": "loop"}[
-        place
-    ]
-    arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--max_samples", 30]
-    message = run_in_process(monkeypatch, script, *arguments, "--results_dir", tmp_path / results)
-    assert message.startswith("error: cannot write") and "--results_dir" in message and len(message) < 500
-    assert (tmp_path / "file").read_text() == ""
-
-
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_folder_without_permission_or_read_only_is_named(code, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
