@@ -37,7 +37,7 @@ from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """What is written beside the metrics."""
+    """Results beside the metrics."""
 
     save_model: bool = True  # write the trained model too, 4 bytes a parameter
 
@@ -60,13 +60,12 @@ class Config(FinetuningConfig):
 
     @property
     def kind(self) -> str:
-        """What the result is: the folder under `results_dir`, and part of the trained model's name."""
+        """The folder under `results_dir`, and part of the trained model's name."""
         return "from_scratch" if self.init == "random" else "full_finetuning"
 
 
-def build(config: FinetuningConfig, device: torch.device) -> Trainable:
-    """The causal LM with float32 weights, whatever its configuration says; its decoder, of which all is trained."""
-    assert isinstance(config, Config)
+def build(config: Config) -> Trainable:
+    """The decoder of the causal LM, all its weights float32 and trained, and the function that saves the model."""
     if config.init == "pretrained":
         in_float32 = with_values(config.model, dtype="float32")
         model: Any = load_causal_lm(in_float32, config.run, torch.device("cpu"))
@@ -86,12 +85,12 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
                 model.save_pretrained(temporary)
                 load_tokenizer(config.model, config.run, model.config).save_pretrained(temporary)
 
-    return Trainable(decoder_of(model), save, config.model.dtype)
+    return decoder_of(model), save
 
 
 def main(config: Config) -> None:
-    """Trains and writes the result, unless it is there already."""
-    load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    """Trains and writes the result, unless it exists already."""
+    load_config(config.model, config.run)  # a wrong name is refused before the data are read
     finetune(config, config.kind, build, load_splits(config.data, config.run))
 
 

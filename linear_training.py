@@ -20,12 +20,13 @@ with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 import cache
@@ -35,17 +36,16 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
 from utils.models.identity import load_config, stored_as
 from utils.parallel import processes
-from utils.results import result_path, settings_from_moments
+from utils.results import one_run_at_a_time, result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.training.loop import (
-    Place,
+    METRICS,
     TrainingRun,
     find_finished,
     make_identity,
-    make_place,
-    print_scores,
     save_result,
+    start_accelerator,
     train,
 )
 from utils.training.objective import BatchOrder, Head, Objective, save_head
@@ -81,25 +81,19 @@ class Config:
             raise ValueError("--patience needs a --validation_share above 0")
 
 
-# ------------------------------------------------------------------ features
+# ------------------------------------------------------------------ states and rows
 def pooled_states(config: Config, split: Literal["train", "test"], data: LabelledTexts) -> Tensor:
-    """The pooled state of each text at the last layer, (n, d) float32; from cache.py's file, made if it is missing.
-
-    Raises:
-        UserError: stored states of other settings or rows, or a state that is not finite.
-    """
+    """The pooled state of each text at the last layer, (n, d) float32; from cache.py's file, made if it is missing."""
     wanted = cache.Config(
         split, config.pooling, model=config.model, data=config.data, output=cache.Output("last"), run=config.run
     )
-    path = cache.ensure(settings_from_moments(wanted, cache.config_path(wanted)), data)
-    states = load_pooled(path, -1)
-    if not (finite := states.isfinite().all(1)).all():
-        raise UserError(f"The state of {split} row {(~finite).nonzero()[0].item()} is not finite. Try --dtype float32.")
-    return states
+    path = cache.config_path(wanted)
+    wanted = settings_from_moments(wanted, path, ("num_folds", "product_dtype"))  # which cannot affect the states
+    return load_pooled(cache.ensure(wanted, data), -1)
 
 
 def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows to train on and of those to validate on, each sorted; at least one of both, with a share.
+    """Numbers of the rows to train on and of those to validate on, each sorted; with a share at least one of both.
 
     Raises:
         UserError: no row is left to train on.
@@ -117,6 +111,12 @@ def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.nd
     return np.setdiff1d(np.arange(num_rows), held_out), held_out
 
 
+def standardization(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each coordinate, (d,) float64; the deviation of a constant is 1."""
+    spread = states.double().std(0, correction=0)
+    return states.double().mean(0), torch.where(spread > 0, spread, 1)
+
+
 def epochs_without_progress(history: list[dict]) -> int:
     """Evaluations since the one with the lowest validation loss."""
     losses = [row["validation_loss"] for row in history]
@@ -126,48 +126,65 @@ def epochs_without_progress(history: list[dict]) -> int:
 # ------------------------------------------------------------------ run
 @torch.no_grad()
 def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Scores on each part but train, its name before theirs."""
+    """Scores on each part but train, as `<part>_<score>`."""
     scores: dict[str, Any] = {}
     for part, (states, targets) in parts.items():
         if part != "train":
-            measured = objective.scores(head(states).cpu(), targets)
-            scores |= {f"{part}_{name}": value for name, value in measured.items()}
+            found = objective.scores(head(states).cpu(), targets)
+            scores |= {f"{part}_{name}": value for name, value in found.items()}
     return scores
 
 
-def build_optimizer(head: Head, config: Config, num_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW, and its learning rate over the steps."""
-    optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    if config.schedule == "none":
-        return optimizer, get_constant_schedule(optimizer)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, round(config.warmup * num_steps), num_steps)
+def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
+    """Trains the probe on `train` and writes its result, unless it exists already.
 
-
-def build_run(
-    config: Config,
-    parts: dict[str, tuple[Tensor, Tensor]],
-    objective: Objective,
-    identity: dict[str, Any],
-    place: Place,
-) -> TrainingRun:
-    """Head, optimiser, schedule and evaluation over states in memory.
-
-    Args:
-        config: hyperparameters.
-        parts: states (n, d) and targets (n,) of `train`, `test` and, if asked for, `validation`.
-        objective: loss and scores.
-        identity: settings and fingerprints.
-        place: processes, device, and the result folder.
+    Returns the metrics, in every process.
     """
-    device, seed = place.device, config.data.seed
+    ending = ".standardized" if config.standardize else ""
+    folder = result_path("linear_training", config.run, config.model, config.data, ending)
+    accelerator = start_accelerator(config, folder)
+    identity = make_identity(config, data)
+    with one_run_at_a_time(folder / METRICS):
+        if (stored := find_finished(config, folder, identity)) is not None:
+            return stored
+        kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
+        states = {split: pooled_states(config, split, data[split]) for split in ("train", "test")}
+        mean = spread = None
+        if config.standardize:
+            mean, spread = standardization(states["train"][kept])
+            states = {split: ((found - mean) / spread).float() for split, found in states.items()}
+        objective = Objective.of(data["train"])
+        targets = {split: objective.targets(data[split].labels) for split in states}
+        parts = {"train": (states["train"][kept], targets["train"][kept]), "test": (states["test"], targets["test"])}
+        if len(held_out):
+            parts["validation"] = (states["train"][held_out], targets["train"][held_out])
+        probe = build_run(config, parts, objective, identity, accelerator, folder)
+        progress = train(probe)
+        extra = {"hidden_size": states["train"].shape[1], **stored_as(config.model)}
+        return save_result(
+            probe, progress, data, extra,
+            lambda: save_head(folder / "head.safetensors", probe.model, objective, identity, mean, spread),
+        )  # fmt: skip
+
+
+def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective: Objective,
+              identity: dict[str, Any], accelerator: Accelerator, folder: Path) -> TrainingRun:  # fmt: skip
+    """Head, optimiser (AdamW), schedule and evaluation over states in memory.
+
+    `parts` has the states (n, d) and targets (n,) of `train`, `test` and, if asked for, `validation`.
+    """
+    device = accelerator.device
     parts = {name: (states.to(device), targets) for name, (states, targets) in parts.items()}
     states, targets = parts["train"]
-    set_seed(seed)
+    set_seed(config.data.seed)
     head = Head(states.shape[1], objective.num_labels, config.dropout).to(device)
-    order = BatchOrder(len(states), config.batch_size, seed)
+    order = BatchOrder(len(states), config.batch_size, config.data.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
-    optimizer, scheduler = build_optimizer(head, config, num_steps)
-
+    optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    if config.schedule == "none":
+        scheduler = get_constant_schedule(optimizer)
+    else:
+        scheduler = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * num_steps), num_steps)
     return TrainingRun(
         model=head,
         inputs=lambda rows: (states[torch.from_numpy(rows).to(device)],),
@@ -180,58 +197,17 @@ def build_run(
         num_steps=num_steps,
         steps_per_evaluation=order.steps_per_epoch,
         batch_size=config.batch_size,
-        seed=seed,
-        place=place,
+        accelerator=accelerator,
+        folder=folder,
         identity=identity,
         session=config.session,
         stop=lambda history: config.patience is not None and epochs_without_progress(history) >= config.patience,
     )
 
 
-def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
-    """Trains the probe on `train` and writes its result, unless it is there already.
-
-    Returns the metrics, in every process.
-    """
-    ending = ".standardized" if config.standardize else ""
-    place = make_place(config, result_path("linear_training", config.run, config.model, config.data, ending))
-    identity = make_identity(config, data)
-    if (stored := find_finished(config, identity, place)) is not None:
-        return stored
-    kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
-    train_states, test_states = (
-        pooled_states(config, "train", data["train"]),
-        pooled_states(config, "test", data["test"]),
-    )
-    centre = spread = None
-    if config.standardize:
-        centre, spread = train_states[kept].double().mean(0), train_states[kept].double().std(0, correction=0)
-        spread = torch.where(spread > 0, spread, 1)  # a constant coordinate becomes 0
-        train_states, test_states = (((s - centre) / spread).float() for s in (train_states, test_states))
-    objective = Objective.of(data["train"])
-    train_targets, test_targets = objective.targets(data["train"].labels), objective.targets(data["test"].labels)
-    parts = {"train": (train_states[kept], train_targets[kept]), "test": (test_states, test_targets)}
-    if len(held_out):
-        parts["validation"] = (train_states[held_out], train_targets[held_out])
-    probe = build_run(config, parts, objective, identity, place)
-    progress = train(probe)
-
-    def save_weights() -> None:
-        save_head(place.folder / "head.safetensors", probe.model, objective, identity, centre, spread)
-
-    def write() -> dict:
-        extra = {"hidden_size": train_states.shape[1], **stored_as(config.model)}
-        metrics = save_result(probe, progress, data, extra, save_weights)
-        print_scores(metrics)
-        print(place.metrics_path)
-        return metrics
-
-    return processes().object_of_first(write)
-
-
 def main(config: Config) -> None:
-    """Trains the probe and writes its result, unless it is there already."""
-    load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    """Trains the probe and writes its result, unless it exists already."""
+    load_config(config.model, config.run)  # a wrong name is refused before the data are read
     config = settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
     run(config, load_splits(config.data, config.run))
 

@@ -36,18 +36,19 @@ from utils.models.load import load_causal_lm
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
-from utils.results import load_json, read_identity, replace_folder, result_path, save_json, settings_from_moments
+from utils.results import check_identity, read_identity, replace_folder, result_path, save_json, settings_from_moments
 from utils.script import UserError, run_script
-from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, flatten, result_settings, with_values
+from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.training.loop import find_finished, make_identity
 
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """What is made besides."""
+    """Results beside the adapter."""
 
-    ntps_after: bool = False  # then NTPS before and after, linear probe and gain, as one table
+    ntps_after: bool = False  # also NTPS before and after, linear probe and gain, as one table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,31 +79,17 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
     Raises:
         UserError: no targets are known, a target is not a projection inside the decoder, or there is no such layer.
     """
-    model_config: Any = model.config
-    decoder = decoder_of(model)
+    decoder, name = decoder_of(model), config.model.model_name
     family, num_layers = FAMILIES.get(decoder.config.model_type), len(decoder_layers(decoder))
-    targets = config.target_modules or (family.lora_target_modules if family else None)
-    projections = {  # GPT-2 keeps its matrices the other way round, in Conv1D
-        name.rsplit(".", 1)[-1]: isinstance(module, Conv1D)
-        for name, module in decoder.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-    }
-    present = ", ".join(sorted(projections))
-    if not targets:
-        raise UserError(
-            f"Which projections of {config.model.model_name} ({model_config.model_type}) get LoRA? Name some with "
-            f"--target_modules; it has {present}."
-        )
-    if missing := [target for target in targets if target not in projections]:
-        raise UserError(
-            f"{config.model.model_name} has no {', '.join(missing)}; --target_modules can name "
-            f"{present}, the projections of its decoder."
-        )
+    targets = config.target_modules or (family.lora_target_modules if family else ())
+    kinds = {path.rsplit(".", 1)[-1]: type(module) for path, module in decoder.named_modules()
+             if isinstance(module, torch.nn.Linear | Conv1D)}  # fmt: skip
+    if not targets or (missing := set(targets) - set(kinds)):
+        wrong = f"{name} has no {', '.join(sorted(missing))}" if targets else f"No projections of {name} are known"
+        raise UserError(f"{wrong}. Choose --target_modules among those of its decoder: {', '.join(sorted(kinds))}.")
     if not 0 <= config.start_layer < num_layers:
-        raise UserError(
-            f"--start_layer {config.start_layer}: {config.model.model_name} has layers 0 to {num_layers - 1}."
-        )
-    spec = MODELS.get(config.model.model_name)
+        raise UserError(f"--start_layer {config.start_layer}: {name} has layers 0 to {num_layers - 1}.")
+    spec = MODELS.get(name)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -110,21 +97,20 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         bias="none",
         target_modules=list(targets),
         layers_to_transform=list(range(config.start_layer, num_layers)) if config.start_layer else None,
-        fan_in_fan_out=any(projections[target] for target in targets),
+        fan_in_fan_out=any(kinds[target] is Conv1D for target in targets),  # GPT-2 keeps its matrices transposed
         task_type=TaskType.CAUSAL_LM,
     )
     try:
         peft_model: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     except NoMatchingPeftModuleError as error:
-        raise UserError(f"LoRA fits nothing in {config.model.model_name} ({error}). See --target_modules.") from None
+        raise UserError(f"LoRA fits nothing in {name} ({error}). See --target_modules.") from None
     # PEFT writes down where the model was loaded from, for `tiny` a path of this machine
-    peft_model.active_peft_config.base_model_name_or_path = spec.path if spec else config.model.model_name
+    peft_model.active_peft_config.base_model_name_or_path = spec.path if spec else name
     return peft_model
 
 
-def build(config: FinetuningConfig, device: torch.device) -> Trainable:
-    """The pretrained LM with an adapter; the decoder inside the PEFT model, so that no logits are computed."""
-    assert isinstance(config, Config)
+def build(config: Config) -> Trainable:
+    """The decoder inside the PEFT model, so that no logits are computed, and the function that saves the adapter."""
     peft_model = add_adapter(load_causal_lm(config.model, config.run, torch.device("cpu")), config)
     causal_lm: Any = peft_model.get_base_model()
 
@@ -134,105 +120,94 @@ def build(config: FinetuningConfig, device: torch.device) -> Trainable:
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
             save_base_model(temporary, peft_model, config.model, config.run)
 
-    return Trainable(decoder_of(causal_lm), save, config.model.dtype)
+    return decoder_of(causal_lm), save
 
 
 # ------------------------------------------------------------------ NTPS before and after
-def scores_before_after(config: Config, data: dict[str, LabelledTexts]) -> tuple[dict, dict]:
-    """The results of K_sweep.py without and with the adapter, all settings the same; made where they are not there.
-
-    Raises:
-        UserError: stored moments or scores of other settings, or of another model.
-    """
-    run = replace(config.run, overwrite=False)
-    in_float32 = with_values(config.model, dtype="float32")  # unless moments are there in another dtype
-    plain = cache.Config(pooling=config.training.pooling, model=in_float32, data=config.data, run=run)
-    free = ("num_folds", "product_dtype", "dtype")
-    found = flatten(settings_from_moments(plain, cache.config_path(plain)))
-    plain = with_values(plain, **{name: found[name] for name in free})
-    sweep = K_sweep.Config(model=plain.model, data=config.data, run=replace(run, device="cpu"))
-    if K_sweep.output_path(sweep).is_file():
-        result = load_json(K_sweep.output_path(sweep))
-        stored, made = result["config"], result["moments"]["config"]
-        plain = with_values(plain, **{name: made[name] for name in free})
-        options = {name: stored[name] for name in ("num_null_draws", "seed")}
-        sweep = with_values(replace(sweep, model=plain.model), **options, fractions=tuple(stored["fractions"]))
-    adapter_dir = result_path("lora", config.run, config.model, config.data) / "adapter"
-    adapted = with_values(plain, adapter_dir=adapter_dir)
-    before = sweep_model(plain, sweep, data)
-    return before, sweep_model(adapted, with_values(sweep, adapter_dir=adapter_dir), data)
+def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
+    """Settings of the plain model's moments and scores: those of stored scores or moments, else the defaults."""
+    run, model = replace(config.run, overwrite=False), with_values(config.model, dtype="float32")
+    moments = cache.Config(pooling=config.training.pooling, model=model, data=config.data, run=run)
+    sweep = K_sweep.Config(model=model, data=config.data, run=replace(run, device="cpu"))
+    free, path = ("num_folds", "product_dtype", "dtype"), K_sweep.output_path(sweep)
+    if not path.is_file():
+        moments = settings_from_moments(moments, cache.config_path(moments), free)
+        return moments, replace(sweep, model=moments.model)
+    stored = read_identity(path)
+    moments = with_values(moments, **{name: stored["moments"]["config"][name] for name in free})
+    options = {name: stored["config"][name] for name in ("num_null_draws", "num_random_draws", "seed")}
+    sweep = with_values(replace(sweep, model=moments.model), **options, fractions=tuple(stored["config"]["fractions"]))
+    return moments, sweep
 
 
 def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
-    """The result of K_sweep.py of one model; what is there of an earlier adapter at the same place is replaced.
+    """The result of K_sweep.py of one model; that of an earlier adapter at the same path is replaced.
 
-    The moments of a finished result need not be there any more: in a study they are deleted once they are read.
+    Raises:
+        UserError: stored moments or scores of other settings, classes or rows, or of another model.
     """
-    fingerprint = model_fingerprint(moments.model, moments.run)
-    path = K_sweep.output_path(sweep)
-    if path.is_file() and not cache.config_path(moments).is_file():
-        stored = load_json(path)
-        identity = {"config": result_settings(moments), "model_fingerprint": fingerprint}
-        rows = [stored["moments"]["fingerprint"], (stored["held_out"] or {}).get("fingerprint")]
-        if (
-            stored["config"] == result_settings(sweep)
-            and {name: stored["moments"][name] for name in identity} == identity
-            and rows == [data[split].fingerprint for split in ("train", "test")]
-        ):
-            return stored
+    fingerprint, path = model_fingerprint(moments.model, moments.run), K_sweep.output_path(sweep)
 
-    def renewing(path: Path, run: Run) -> Run:
-        stored = read_identity(path) if path.is_file() else None
-        found = stored and stored.get("moments", stored).get("model_fingerprint")
-        return replace(run, overwrite=moments.model.adapter_dir is not None and found not in (None, fingerprint))
+    def run_at(path: Path) -> Run:
+        stored = read_identity(path) if moments.model.adapter_dir and path.is_file() else None
+        is_stale = stored is not None and stored.get("moments", stored)["model_fingerprint"] != fingerprint
+        return replace(moments.run, overwrite=is_stale)
 
+    run = run_at(path)
+    if path.is_file() and not run.overwrite and not cache.config_path(moments).is_file():
+        stored = read_identity(path)  # a study deletes moments once they are read
+        of_train = {"config": result_settings(moments), "model_fingerprint": fingerprint}
+        of_train |= {"fingerprint": data["train"].fingerprint, "label_names": data["train"].label_names}
+        check_identity(stored, {"config": result_settings(sweep)}, path)
+        check_identity(stored["moments"], of_train, path)
+        held_out = {"config": {}, **(stored["held_out"] or {})}
+        check_identity(held_out, {"config": {}, "fingerprint": data["test"].fingerprint}, path)
+        return stored
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
-        cache.ensure(replace(wanted, run=renewing(cache.config_path(wanted), moments.run)), data[split])
-    return processes().object_of_first(
-        lambda: K_sweep.run(replace(sweep, run=renewing(K_sweep.output_path(sweep), sweep.run)))
-    )
+        cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
+    return processes().object_of_first(lambda: K_sweep.run(replace(sweep, run=replace(run, device="cpu"))))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
-    """The result of linear_training.py, with its defaults where it has to be made."""
-    path = result_path("linear_training", config.run, config.model, config.data) / "metrics.json"
-    if path.is_file():
-        return load_json(path)
-    probe = linear_training.Config(config.training.pooling, model=config.model, data=config.data)
-    run = replace(config.run, overwrite=False)
-    return linear_training.run(replace(with_values(probe, dtype=dtype), run=run), data)
-
-
-def before_after(config: Config, metrics: dict, data: dict[str, LabelledTexts]) -> dict:
-    """NTPS of the model before and after LoRA, linear probe, LoRA and gain.
+    """The result of linear_training.py, whatever the probe's hyperparameters; with its defaults if it has to be made.
 
     Raises:
-        UserError: stored scores or a stored probe of other rows than those of `metrics`.
+        UserError: a stored result of other pooling, classes or rows, or of another model.
     """
-    before, after = scores_before_after(config, data)
-    probe = probe_metrics(config, before["moments"]["config"]["dtype"], data)
-    rows = {"K_sweep.py": before["moments"]["fingerprint"], "linear_training.py": probe["train_fingerprint"]}
-    for script, fingerprint in rows.items():
-        if fingerprint != metrics["train_fingerprint"]:
-            raise UserError(f"The result of {script} is of other rows than this run. Run it again with --overwrite.")
-    default = result_settings(linear_training.Config(model=config.model, data=config.data))
-    changed = {name: value for name, value in probe["config"].items() if value != default.get(name)}
-    return compare(before, after, probe, metrics) | {"probe_settings": changed}
+    run, model = replace(config.run, overwrite=False), with_values(config.model, dtype=dtype)
+    probe = linear_training.Config(config.training.pooling, model=model, data=config.data, run=run)
+    path = result_path("linear_training", run, model, config.data) / "metrics.json"
+    if not path.is_file():
+        return linear_training.run(probe, data)
+    metrics, identity = read_identity(path), make_identity(probe, data) | {"label_names": data["train"].label_names}
+    for name in {*vars(probe), "dtype"} - {"pooling"}:
+        identity["config"].pop(name, None)
+    check_identity(metrics, identity, path)
+    return metrics
 
 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
-    """Trains, or finds the finished run; then the table of NTPS before and after, if asked for."""
-    load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    """Trains, or finds the finished run; with --ntps_after also the table of NTPS before and after."""
+    load_config(config.model, config.run)  # a wrong name is refused before the data are read
     data = load_splits(config.data, config.run)
-    metrics = finetune(config, "lora", build, data)
-    if config.output.ntps_after:  # the passes of cache.py and the probe by all processes, K_sweep.py by the first
-        result = before_after(config, metrics, data)
-        path = result_path("lora", config.run, config.model, config.data) / "before_after.json"
-        processes().object_of_first(lambda: save_json(path, result))
-        print_comparison(result)
-        print(path)
+    folder = result_path("lora", config.run, config.model, config.data)
+    if not config.output.ntps_after:
+        finetune(config, "lora", build, data)
+        return
+    metrics = find_finished(config, folder, make_identity(config, data))
+    moments, sweep = stored_settings(config)  # before the training: stored results that do not fit are refused first
+    before = sweep_model(moments, sweep, data)
+    probe = probe_metrics(config, moments.model.dtype, data)
+    metrics = metrics or finetune(config, "lora", build, data)
+    adapted = {"adapter_dir": folder / "adapter"}
+    after = sweep_model(with_values(moments, **adapted), with_values(sweep, **adapted), data)
+    defaults = result_settings(linear_training.Config(model=config.model, data=config.data))
+    result = compare(before, after, probe, metrics, defaults)
+    processes().object_of_first(lambda: save_json(folder / "before_after.json", result))
+    print_comparison(result)
+    print(folder / "before_after.json")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from utils.models.states import pool, run_base_model
 from utils.results import save_json
 from utils.script import environment, pick_device, run_script
 from utils.settings import all_settings, with_values
-from utils.training.loop import make_identity, make_place, train
+from utils.training.loop import make_identity, start_accelerator, train
 from utils.training.objective import BatchOrder, Head, Objective
 
 
@@ -54,8 +54,9 @@ def ours(config: linear_training.Config, data: dict[str, LabelledTexts]) -> tupl
     passes = time.perf_counter() - start
     objective = Objective.of(data["train"])
     parts = {split: (states[split], objective.targets(part.labels)) for split, part in data.items()}
-    place = make_place(config, config.run.results_dir)
-    run = linear_training.build_run(config, parts, objective, make_identity(config, data), place)
+    accelerator = start_accelerator(config, config.run.results_dir)
+    identity = make_identity(config, data)
+    run = linear_training.build_run(config, parts, objective, identity, accelerator, config.run.results_dir)
     return passes, train(run).seconds
 
 

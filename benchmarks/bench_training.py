@@ -35,7 +35,7 @@ from utils.results import save_json
 from utils.script import environment, pick_device, run_script, set_seed
 from utils.settings import Dtype, all_settings, path_name, with_values
 from utils.training.finetune import build_run
-from utils.training.loop import Progress, TrainingRun, make_identity, make_place, train_step
+from utils.training.loop import Progress, TrainingRun, start_accelerator, train_step
 from utils.training.objective import BatchOrder
 
 
@@ -73,10 +73,10 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
         tokens = {
             split: tokenize(part.texts, tokenizer, model_config, config.max_length) for split, part in data.items()
         }
-        place = make_place(settings, Path(folder))
+        accelerator = start_accelerator(settings, Path(folder))
         set_seed(settings.data.seed)
-        trainable = script.build(settings, place.device)
-        run = build_run(settings, trainable, data, tokens, make_identity(settings, data), place)
+        decoder, _ = script.build(settings)
+        run = build_run(settings, decoder, data, tokens, accelerator, Path(folder))
     return run, tokens
 
 
@@ -105,7 +105,7 @@ def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str
         return {"outputs": torch.cat(outputs)}
 
     run.model.decoder.forward = masked
-    order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.seed)
+    order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.order.seed)
     return replace(run, inputs=inputs, evaluate=evaluate, order=order)
 
 
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
         runs[name], tokens = make_run(config)
         if name == "plain":
             runs[name] = make_plain(runs[name], tokens, config.plain_padding)
-    progress = {name: Progress(run.batch_size) for name, run in runs.items()}
+    progress = {name: Progress() for name in runs}
     times: dict[str, dict[str, list[float]]] = {name: {"steps": [], "evaluation": []} for name in runs}
     for round_number in range(config.num_rounds + 1):
         for name, run in runs.items():

@@ -16,8 +16,8 @@ import pandas as pd
 from utils.algebra.scores import NULL_SCORES, SCORES
 from utils.results import write_atomically
 from utils.script import UserError
-from utils.training.before_after import ADAPTED, pair
 
+ADAPTED = "+lora"  # end of the name of a model with a merged adapter
 DATA_DIR = Path(__file__).resolve().parent / "data"
 CELL_KEYS = ["model", "dataset"]
 SEED_KEYS = [*CELL_KEYS, "seed"]
@@ -298,7 +298,10 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     if "retained_random_mean" in scores:
         scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
         names = (*names, "retained_lead")
-    return pair(scores, SEED_KEYS, names)
+    scores = scores[[*SEED_KEYS, *names]]
+    adapted = scores["model"].str.endswith(ADAPTED)
+    after = scores[adapted].assign(model=scores["model"].str.removesuffix(ADAPTED))
+    return after.merge(scores[~adapted], on=SEED_KEYS, suffixes=("", "_before"))
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:

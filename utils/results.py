@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -366,10 +366,10 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
     return stored
 
 
-def settings_from_moments(config: AnyConfig, moments: Path) -> AnyConfig:
+def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[str] | None = None) -> AnyConfig:
     """The config of a script that starts from moments: settings it leaves at their default are read from the file.
 
-    Without such a file the config comes back as it is.
+    Without such a file the config comes back as it is. With `names` only these settings are read.
 
     Raises:
         UserError: a setting that is given differs from that of the moments.
@@ -381,7 +381,7 @@ def settings_from_moments(config: AnyConfig, moments: Path) -> AnyConfig:
     omitted = {name for name in asked if asked[name] == default[name]}
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
         omitted.add("model_name")
-    shared = [name for name in asked if name in stored]
+    shared = [name for name in asked if name in stored and (names is None or name in names)]
     given = {
         name: asked[name] for name in shared if name not in omitted and not is_same(name, stored[name], asked[name])
     }

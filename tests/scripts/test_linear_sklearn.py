@@ -1,42 +1,28 @@
 """linear_sklearn.py: its solvers equal scikit-learn's and the moments', its scores the formulas; its command line."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
-from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cache
 import K_sweep
 import linear_sklearn
-from tests.conftest import (
-    ROOT,
-    configure,
-    load_pooled_states,
-    make_texts,
-    run_command,
-    run_in_process,
-    write_rows,
-)
-from utils.algebra.ridge import ridge_path
-from utils.data import load as data_module
-from utils.data.load import LabelledTexts, load_texts
+from tests.conftest import configure, load_pooled_states, make_texts, run_command, run_in_process, write_rows
+from utils.data.load import LabelledTexts
+from utils.results import save_json
 from utils.script import UserError
 from utils.settings import with_values
 from utils.training.baselines import bag_of_words_folds, text_baselines
 from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.training.probes import fit_logistic, num_processes, preconditioned_start
+from utils.training.probes import fit_logistic, preconditioned_start
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +34,11 @@ def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tupl
     features = random.normal(size=(num, width)) @ mixing
     logits = features @ random.normal(size=(width, num_classes)) + random.gumbel(size=(num, num_classes)) * 8
     return torch.tensor(StandardScaler().fit_transform(features)).float(), logits.argmax(1)
+
+
+def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, seed=0):
+    """The fit of linear_sklearn.py with C = 1."""
+    return fit_logistic(features, labels, solver, 1.0, max_iter, tolerance, seed)
 
 
 def objective(features, labels, weights, intercept, inverse_penalty: float = 1.0) -> float:
@@ -74,7 +65,7 @@ def test_start_lies_near_the_optimum(inverse_penalty):
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_lbfgs_finds_what_scikit_learn_finds_from_zero(num_classes):
     features, labels = make_features(500, 30, num_classes)
-    model, solver = fit_logistic(features, labels, linear_sklearn.Config())
+    model, solver = fit(features, labels)
     exact = LogisticRegression(tol=1e-9, max_iter=10_000).fit(features.double().numpy(), labels)
     cold = LogisticRegression(max_iter=10_000).fit(features.numpy(), labels)
     assert solver["converged"] and solver["num_iterations"] < cold.n_iter_[0] / 2
@@ -83,16 +74,14 @@ def test_lbfgs_finds_what_scikit_learn_finds_from_zero(num_classes):
     assert model.coef_.shape == exact.coef_.shape
 
 
-def test_saga_is_the_paper_s_and_never_silently_capped():
+def test_saga_equals_scikit_learn_and_is_never_silently_capped():
     features, labels = make_features(200, 10, 3)
-    config = configure(linear_sklearn, solver="saga", seed=3)
-    model, solver = fit_logistic(features, labels, config)
+    model, solver = fit(features, labels, "saga", 1000, 0.01, seed=3)
     paper = LogisticRegression(max_iter=1000, solver="saga", tol=0.01, random_state=3).fit(features.numpy(), labels)
     np.testing.assert_array_equal(model.coef_, paper.coef_)
     assert solver == {"num_iterations": paper.n_iter_[0], "converged": True}
     for name in ("saga", "lbfgs"):
-        capped = with_values(config, solver=name, max_iter=2, tolerance=1e-9)
-        assert fit_logistic(features, labels, capped)[1]["converged"] is False
+        assert fit(features, labels, name, max_iter=2, tolerance=1e-9)[1]["converged"] is False
 
 
 @pytest.mark.parametrize(("num", "width"), [(300, 20), (60, 80)])
@@ -121,49 +110,18 @@ def test_least_squares_survives_a_massive_coordinate():
     )
 
 
-def test_ridge_from_moments_equals_scikit_learn_on_the_same_folds():
-    random = np.random.default_rng(0)
-    features, labels = make_features(240, 30, 3)
-    x = features.double().numpy() * np.logspace(2, -2, 30) + random.normal(size=30) * 10
-    x[:, 7] = 4.2  # constant: it must stay out
-    y, fold = np.eye(3)[labels], random.choice(5, 240, p=[0.3, 0.3, 0.25, 0.15, 0])  # ragged, one fold empty
-    moments: dict[str, torch.Tensor] = {}
-    counts = np.bincount(fold, minlength=5).astype(float)
-
-    def average(values):
-        return torch.tensor(np.stack([values[fold == f].sum(0) / max(1, (fold == f).sum()) for f in range(5)]))
-
-    moments["fold_pooled_second_moment"] = average(np.einsum("ni,nj->nij", x, x))
-    moments["fold_pooled_label_cross_moment"] = average(np.einsum("ni,nj->nij", x, y))
-    moments["fold_label_second_moment"] = average(np.einsum("ni,nj->nij", y, y))
-    moments["fold_pooled_mean"], moments["fold_label_mean"] = average(x), average(y)
-    alphas = (0.1, 10.0, 1000.0)
-    path = ridge_path(moments, torch.tensor(counts), alphas)
-    baseline = sum(np.square(y[fold == f] - y[fold != f].mean(0)).sum() for f in range(4))
-    for alpha, r2 in zip(alphas, path["r2"], strict=True):
-        pipeline = make_pipeline(StandardScaler(), Ridge(alpha))
-        predictions = cross_val_predict(pipeline, x, y, cv=PredefinedSplit(fold))
-        assert r2 == pytest.approx(1 - np.square(y - predictions).sum() / baseline, abs=1e-9)
-    assert (
-        path["best_r2"] == max(path["r2"]) and path["alphas"][path["r2"].index(path["best_r2"])] == path["best_alpha"]
-    )
-    with pytest.raises(UserError, match="one fold"):
-        ridge_path(moments, torch.tensor([240.0, 0, 0, 0, 0]).double(), alphas)
-
-
 @pytest.mark.slow
 def test_array_api_gives_the_same_fit():
     """The GPU's path, on CPU tensors; in a process of its own, as scipy reads its switch when it is imported."""
     script = """
-import linear_sklearn, sklearn, torch
+import utils, sklearn, torch
 from sklearn.linear_model import LogisticRegression
-from tests.scripts.test_linear_sklearn import make_features
-from utils.training.probes import fit_logistic
+from tests.scripts.test_linear_sklearn import fit, make_features
 for num_classes in (2, 4):
     features, labels = make_features(400, 20, num_classes)
-    expected, _ = fit_logistic(features, labels, linear_sklearn.Config())
+    expected, _ = fit(features, labels)
     with sklearn.config_context(array_api_dispatch=True):
-        model, solver = fit_logistic(features, labels, linear_sklearn.Config())
+        model, solver = fit(features, labels)
         probabilities = model.predict_proba(features)
     assert isinstance(model.coef_, torch.Tensor) and solver["converged"]
     torch.testing.assert_close(probabilities, torch.tensor(expected.predict_proba(features.numpy())), atol=1e-3, rtol=0)
@@ -171,17 +129,6 @@ print("equal")
 """
     result = run_command("-c", script)
     assert result.stdout.strip() == "equal", result.stderr
-
-
-def test_processes_follow_memory_cores_and_size():
-    job: dict[str, Any] = {"num_layers": 25, "rows": (100_000, 10_000), "width": 1000, "num_classes": 20}
-    one_layer = (4 * 110_000 + 8 * 100_000) * 1000 / 2**30  # float32 features, those of train also in float64
-    assert num_processes(8, 1000.0, **job) == 8
-    assert num_processes(99, 1000.0, **job) == 25
-    assert num_processes(8, 3.2 * one_layer, **job) == 2  # logits and matrices take their share
-    with pytest.raises(UserError, match="memory_gb"):
-        num_processes(8, one_layer, **job)
-    assert num_processes(None, 1000.0, 5, (800, 200), 100, 10) == 1
 
 
 # ------------------------------------------------------------------ scores and baselines
@@ -227,6 +174,31 @@ def test_baselines_of_numbers():
     assert baselines["bag_of_words"]["r2"] > 0.8 and baselines["bag_of_words"]["pearson"] == pytest.approx(1)
 
 
+def test_a_bag_of_words_equals_scikit_learn_and_reads_scripts_without_spaces():
+    texts, random = make_texts(120), np.random.default_rng(0)
+    labels = [text.count("red") % 3 for text in texts]
+    train, test = (labelled(texts[part], labels[part], ["a", "b", "c"]) for part in (slice(80), slice(80, None)))
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True, dtype=np.float32)
+    model = LogisticRegression(C=10, max_iter=10_000).fit(vectorizer.fit_transform(train.texts), train.labels)
+    found = text_baselines(train, test)["bag_of_words"]
+    assert found["accuracy"] == model.score(vectorizer.transform(test.texts), test.labels) < 1
+    probabilities = model.predict_proba(vectorizer.transform(test.texts))
+    assert found["log_loss"] == classification_scores(test.labels, probabilities)["log_loss"]
+    letters = {
+        "Chinese": "的一是在不了有和人这中大为上个国",
+        "Japanese": "あいうえおかきくけこ日本語文",
+        "Thai": "กขคงจฉชซฌญดตถทธนปผ",
+    }
+    for script in letters.values():  # the class is a pair of neighbours somewhere in one long run of characters
+        runs = ["".join(random.choice([*script[2:]], 30)) for _ in range(200)]
+        texts = [run[: i % 25] + script[:2][:: -1 if i % 2 else 1] + run[i % 25 :] for i, run in enumerate(runs)]
+        parts = [
+            labelled(texts[part], [i % 2 for i in range(200)][part], ["a", "b"])
+            for part in (slice(150), slice(150, None))
+        ]
+        assert text_baselines(*parts)["bag_of_words"]["accuracy"] > 0.95
+
+
 @pytest.mark.parametrize("offset", [1e5, 1e7])
 def test_targets_far_from_zero_have_the_scores_of_the_same_targets_around_it(offset):
     texts, random = make_texts(90), np.random.default_rng(0)
@@ -252,7 +224,7 @@ def made(model_dirs, rows_path, tmp_path_factory):
     results_dir = tmp_path_factory.mktemp("made")
     base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": results_dir}
     for split in ("train", "test"):
-        cache.main(configure(cache, **base, split=split, save_pooled="all", folds="all"))
+        cache.main(configure(cache, **base, split=split, save_pooled="all"))
     K_sweep.main(configure(K_sweep, **base, picture=False))
     return results_dir
 
@@ -260,7 +232,7 @@ def made(model_dirs, rows_path, tmp_path_factory):
 @pytest.fixture
 def config(made, model_dirs, rows_path, tmp_path):
     shutil.copytree(made, tmp_path / "results")
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "num_workers": 1}
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
     return configure(linear_sklearn, **names, picture=False, results_dir=tmp_path / "results")
 
 
@@ -281,7 +253,7 @@ def features_path(config, split):
 
 
 def test_result_equals_scikit_learn_and_k_sweep(config):
-    linear_sklearn.main(with_values(config, ridge=True))
+    linear_sklearn.main(config)
     result = result_of(config)
     parts = {split: load_pooled_states(config.run.results_dir, split) for split in ("train", "test")}
     [ntps_path] = config.run.results_dir.glob("ntps/*/rows.json")
@@ -303,32 +275,13 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
         assert entry["train"]["mse"] == pytest.approx(swept["probe_mse"], abs=1e-6)
         assert entry["train"]["r2"] == pytest.approx(swept["probe_r2"], abs=1e-5)
         assert entry["test"]["mse"] == pytest.approx(swept["probe_mse_held_out"], abs=1e-6)
-        texts = load_texts(config.data, config.run, "train").texts
-        fold = cache.assign_folds(texts, 5)
-        for alpha, r2 in zip(entry["ridge"]["alphas"], entry["ridge"]["r2"], strict=True):
-            pipeline, one_hot = make_pipeline(StandardScaler(), Ridge(alpha)), np.eye(3)[y["train"]]
-            predictions = cross_val_predict(pipeline, x["train"], one_hot, cv=PredefinedSplit(fold))
-            centres = np.stack([one_hot[fold != f].mean(0) for f in fold])
-            expected = 1 - np.square(one_hot - predictions).sum() / np.square(one_hot - centres).sum()
-            assert r2 == pytest.approx(expected, abs=1e-5)
         assert entry["solver"]["converged"]
     assert result["num_samples"] == {"train": 168, "test": 72} and result["samples_per_feature"] == 168 / 32
     assert 0.3 < result["baselines"]["majority"]["accuracy"] < 0.4 < result["baselines"]["bag_of_words"]["accuracy"]
 
 
-def test_ridge_uses_the_folds_that_are_kept_and_says_which_are_missing(config, capsys):
-    """cache.py keeps the folds of the last layer unless told otherwise."""
-    names = {name: getattr(config, name) for name in ("model", "data", "run")}
-    last = with_values(cache.Config(**names), save_pooled="all", overwrite=True)
-    cache.main(last)
-    linear_sklearn.main(with_values(config, ridge=True))
-    entries = result_of(config)["layers"]
-    assert [entry["ridge"] is None for entry in entries] == [True, True, False]
-    assert "no folds are stored of layer 0, 1: python cache.py --folds all" in capsys.readouterr().out
-
-
-def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
-    assert run_in_process(monkeypatch, *command(config, "--num_workers", "1")) == 0
+def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, *command(config)) == 0
     [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
     printed = capsys.readouterr().out
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
@@ -336,8 +289,33 @@ def test_command_line_writes_reuses_and_refuses(config, monkeypatch, capsys):
     first = result_of(config)
     linear_sklearn.main(with_values(config, score_split="train", picture=True))  # the same result, shown otherwise
     assert result_of(config) == first and path.with_name("rows.train.png").is_file()
-    with pytest.raises(UserError, match="solver: 'lbfgs' there, 'saga' now; inverse_penalty: "):
-        linear_sklearn.main(with_values(config, solver="saga", inverse_penalty=2.0))
+
+
+@pytest.mark.parametrize("stale", ["settings", "classes", "model", "rows"])
+def test_ntps_of_other_settings_classes_rows_or_weights_is_left_out(config, capsys, stale):
+    [path] = config.run.results_dir.glob("ntps/*/rows.json")
+    ntps = json.loads(path.read_text())
+    stored = ntps["moments"]
+    if stale == "settings":
+        stored["config"]["seed"] = 1
+    else:
+        stored[{"classes": "label_names", "model": "model_fingerprint", "rows": "fingerprint"}[stale]] = "of another"
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_sklearn, "plot_probes", lambda result, ntps, split: drawn.append(ntps))
+        patch.setattr(linear_sklearn, "save_figure", lambda *_: None)
+        linear_sklearn.main(with_values(config, picture=True))
+        save_json(path, ntps)
+        linear_sklearn.main(with_values(config, picture=True))
+    assert drawn[0] is not None and drawn[1] is None
+    words = {
+        "settings": "seed: 1 there, 0 now",
+        "classes": "other rows",
+        "model": "other weights",
+        "rows": "other rows",
+    }
+    told = capsys.readouterr().out
+    assert told.count("The picture shows the probes alone") == 1 and words[stale] in told
 
 
 @pytest.mark.slow
@@ -347,28 +325,6 @@ def test_processes_give_the_same_numbers(config, capsys):
     linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
     assert "2 at a time" in capsys.readouterr().out
     assert result_of(config)["layers"] == expected["layers"]
-
-
-def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
-    model, retrained = model_twins
-    names = {"model_name": str(model), "dataset_name": str(rows_path), "num_workers": 1, "picture": False}
-    config = configure(linear_sklearn, **names, results_dir=tmp_path / "results")
-    linear_sklearn.main(config)
-    before = result_of(config)
-    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
-    with pytest.raises(UserError, match=r"rows\.json was made with other weights of the model"):
-        linear_sklearn.main(config)
-    linear_sklearn.main(with_values(config, overwrite=True))
-    after = result_of(config)
-    assert after["model_fingerprint"] != before["model_fingerprint"]
-    assert after["layers"][1]["test"]["log_loss"] != before["layers"][1]["test"]["log_loss"]
-
-
-def test_a_run_reads_the_splits_once(config, tmp_path, monkeypatch, capsys):
-    calls, real = [], data_module.find_source
-    monkeypatch.setattr(data_module, "find_source", lambda *arguments: calls.append(arguments) or real(*arguments))
-    linear_sklearn.main(with_values(config, results_dir=tmp_path / "new"))
-    assert len(calls) == 1 and capsys.readouterr().out.count("168 train and 72 test texts") == 1
 
 
 def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
@@ -415,20 +371,9 @@ def test_features_of_other_settings_are_refused_by_name(config):
     assert result_of(config)["config"]["pooling"] == "last"
 
 
-def test_non_finite_features_name_the_layer(config, monkeypatch):
-    states = torch.ones(168, 32)
-    states[5, 7] = torch.inf
-    monkeypatch.setattr(
-        linear_sklearn, "load_pooled", lambda path, layer: states if layer == 1 else torch.rand(168, 32)
-    )
-    with pytest.raises(UserError, match="layer 1, row 5"):
-        linear_sklearn.main(config)
-    assert not (config.run.results_dir / "linear_sklearn").exists()
-
-
 def test_classes_without_texts_are_refused(config):
-    with pytest.raises(UserError, match="2 train texts are fewer than the 3 classes"):
-        linear_sklearn.main(with_values(config, max_samples=2))
+    with pytest.raises(UserError, match=r"No train text of class class .*Add some"):
+        linear_sklearn.main(with_values(config, max_samples=2, results_dir=config.run.results_dir / "few"))
     with pytest.raises(UserError, match="No train text of class b"):
         linear_sklearn.check_labels(labelled(["x"] * 4, [0, 0, 2, 0], ["a", "b", "c"]))
     linear_sklearn.check_labels(labelled(["x"], [0.5], []))
@@ -438,9 +383,7 @@ def test_regression(model_dirs, tmp_path, capsys):
     texts = make_texts(150)
     rows = [{"text": text, "label": len(text) / 7} for text in texts]
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
-    config = configure(
-        linear_sklearn, **names, results_dir=tmp_path / "results", ridge=True, num_workers=1, picture=False
-    )
+    config = configure(linear_sklearn, **names, results_dir=tmp_path / "results", picture=False)
     linear_sklearn.main(config)
     result, features = result_of(config), load_pooled_states(config.run.results_dir, "test")
     train = load_pooled_states(config.run.results_dir, "train")
@@ -452,37 +395,15 @@ def test_regression(model_dirs, tmp_path, capsys):
         reference.score(features["pooled"][2].astype(np.float64), features["labels"]), abs=1e-3
     )
     assert scores["pearson"] == pytest.approx(np.corrcoef(predictions, features["labels"])[0, 1], abs=1e-4)
-    assert "pearson" in capsys.readouterr().out and len(result["layers"][2]["ridge"]["r2"]) == 8
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_leaves_nothing_half_written(config):
-    call = command(config, "--solver", "saga", "--max_iter", "100000000", "--tolerance", "1e-300")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process: Any = subprocess.Popen(
-        [sys.executable, *map(str, call)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while "at a time" not in process.stdout.readline():  # the fits begin
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (config.run.results_dir / "linear_sklearn").exists() and not list(
-        config.run.results_dir.glob("**/*.tmp")
-    )
+    assert "pearson" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ridge": True, "num_folds": 1}, "num_folds"),
         ({"inverse_penalty": 0}, "inverse_penalty"),
-        ({"alphas": (0.0,)}, "alphas"),
-        ({"memory_gb": -1.0}, "memory_gb"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"num_workers": 0}, "num_workers"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

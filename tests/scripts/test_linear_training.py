@@ -1,35 +1,39 @@
-"""linear_training.py: epochs over stored states are epochs through the LM; and its command line."""
+"""linear_training.py: epochs over stored states are epochs through the LM; early stopping; states and kills."""
 
 import csv
+import errno
 import json
 import os
-import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer
 
 import cache
 import linear_training
-from tests.conftest import configure, kill_at, load_pooled_states, make_texts, run_in_process, write_rows
+from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
-from utils import results
 from utils.data.load import load_texts
 from utils.script import UserError
 from utils.settings import Run, with_values
-from utils.training import loop as training
+from utils.training import loop
 
 pytestmark = pytest.mark.slow
 
 
-def settings(model_dirs, rows, results_dir, **changes):
-    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows), "results_dir": results_dir}
-    return configure(linear_training, **{**base, "device": "cpu", "num_epochs": 4, **changes})
+@pytest.fixture
+def settings(model_dirs, rows_path, tmp_path):
+    """A function from changes to a config of a few epochs on made-up rows."""
+
+    def make(**changes):
+        base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+        return configure(linear_training, **{**base, "device": "cpu", "num_epochs": 4, **changes})
+
+    return make
 
 
 def result(results_dir):
@@ -41,6 +45,11 @@ def history(folder):
     return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
 
 
+def assert_same_histories(*results_dirs):
+    assert len({(result(results_dir)[0] / "history.csv").read_text() for results_dir in results_dirs}) == 1
+
+
+# ------------------------------------------------------------------ the method
 def train_through_the_model(config) -> list[float]:
     """Plain loop: every batch of every epoch goes through the frozen LM; mean training loss of each epoch.
 
@@ -77,69 +86,48 @@ def train_through_the_model(config) -> list[float]:
     return losses
 
 
-def test_epochs_over_stored_states_equal_epochs_through_the_model(model_dirs, rows_path, tmp_path):
-    config = settings(model_dirs, rows_path, tmp_path, dropout=0.2, learning_rate=1e-2)
+def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_path, monkeypatch):
+    config = settings(dropout=0.2, learning_rate=1e-2)
     expected = train_through_the_model(config)
     linear_training.main(config)
-    folder, _ = result(tmp_path)
-    losses = [float(row["train_loss"]) for row in history(folder)]
+    losses = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[0] - losses[-1] > 0.05  # and something has been learned
-    without = settings(model_dirs, rows_path, tmp_path, dropout=0.0, learning_rate=1e-2, overwrite=True)
-    linear_training.main(without)
-    others = [float(row["train_loss"]) for row in history(folder)]
+    monkeypatch.setattr(cache, "load_base_model", lambda *_: pytest.fail("the model runs again"))
+    linear_training.main(with_values(config, dropout=0.0, overwrite=True))
+    others = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
     assert abs(others[-1] - expected[-1]) > 1e-3  # the comparison can tell two runs apart
 
 
-def test_the_model_runs_once(model_dirs, rows_path, tmp_path, monkeypatch):
-    calls = []
-    real = cache.accumulate
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return real(*arguments)
-
-    monkeypatch.setattr(cache, "accumulate", counted)
-    linear_training.main(settings(model_dirs, rows_path, tmp_path))
-    assert len(calls) == 2  # train and test
-    linear_training.main(settings(model_dirs, rows_path, tmp_path, learning_rate=1e-3, overwrite=True))
-    assert len(calls) == 2
-
-
-def test_stored_states_of_every_layer_serve_too(model_dirs, rows_path, tmp_path):
-    linear_training.main(settings(model_dirs, rows_path, tmp_path / "one"))
+def test_stored_states_of_every_layer_serve_too(settings, tmp_path):
+    linear_training.main(settings(results_dir=tmp_path / "one"))
+    two = settings(results_dir=tmp_path / "two")
     for split in ("train", "test"):
-        one_run = settings(model_dirs, rows_path, tmp_path / "two")
-        moments = cache.Config(split, num_folds=3, model=one_run.model, data=one_run.data, run=one_run.run)
+        moments = cache.Config(split, num_folds=3, model=two.model, data=two.data, run=two.run)
         cache.main(with_values(moments, save_pooled="all"))
-    linear_training.main(settings(model_dirs, rows_path, tmp_path / "two"))
-    one, two = (history(result(tmp_path / folder)[0]) for folder in ("one", "two"))
-    assert len(one) == len(two) > 1
-    for row, other in zip(one, two, strict=True):  # two passes of the model: equal but for the last bit
-        assert {name: float(value) for name, value in row.items() if value} == pytest.approx(
-            {name: float(value) for name, value in other.items() if value}, rel=1e-5
-        )
+    linear_training.main(two)
+    rows = zip(*(history(result(tmp_path / folder)[0]) for folder in ("one", "two")), strict=True)
+    for row, other in rows:  # two passes of the model: equal but for the last bit
+        assert [float(value) for value in row.values()] == pytest.approx([float(v) for v in other.values()], rel=1e-5)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_the_saved_head_scores_as_reported_on_raw_states(model_dirs, rows_path, tmp_path, standardize):
-    linear_training.main(
-        settings(model_dirs, rows_path, tmp_path, standardize=standardize, learning_rate=1e-2, num_epochs=20)
-    )
+def test_the_saved_head_scores_as_reported_on_raw_states(settings, tmp_path, standardize):
+    config = settings(standardize=standardize, learning_rate=1e-2, num_epochs=20)
+    linear_training.main(config)
     folder, metrics = result(tmp_path)
     head = load_file(folder / "head.safetensors")
-    pooled = {name: torch.from_numpy(value) for name, value in load_pooled_states(tmp_path, "test").items()}
-    outputs = pooled["pooled"][-1] @ head["weight"].T + head["bias"]
-    accuracy = (outputs.argmax(1) == pooled["labels"]).float().mean().item()
+    [moments] = tmp_path.glob("moments/*/*/test.safetensors")
+    labels = torch.from_numpy(load_texts(config.data, config.run, "test").labels)
+    outputs = linear_training.load_pooled(moments, -1) @ head["weight"].T + head["bias"]
+    accuracy = (outputs.argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(metrics["last"]["test_accuracy"], abs=1e-6)
-    assert cross_entropy(outputs, pooled["labels"].long()).item() == pytest.approx(
-        metrics["last"]["test_loss"], abs=1e-4
-    )
+    assert cross_entropy(outputs, labels).item() == pytest.approx(metrics["last"]["test_loss"], abs=1e-4)
     assert accuracy > metrics["baselines"]["majority"]["accuracy"] + 0.1
     assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.5
 
 
-def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_path, tmp_path, monkeypatch):
+def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path, monkeypatch):
     """Planted losses: one epoch without progress is no reason to stop, two are; on test another epoch is the best."""
     losses, accuracies = iter([3, 2, 2.5, 1, 4, 5, 0.1, 0.1]), iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1])
 
@@ -147,45 +135,43 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(model_dirs, rows_p
         return {"validation_loss": next(losses), "test_loss": 1.0, "test_accuracy": next(accuracies)}
 
     monkeypatch.setattr(linear_training, "evaluate", planted)
-    linear_training.main(
-        settings(model_dirs, rows_path, tmp_path, validation_share=0.2, patience=2, num_epochs=8, batch_size=200)
-    )
+    linear_training.main(settings(validation_share=0.2, patience=2, num_epochs=8, batch_size=200))
     folder, metrics = result(tmp_path)
     assert [row["step"] for row in history(folder)] == ["1", "2", "3", "4", "5", "6"]
     assert metrics["num_steps"] == metrics["last"]["step"] == 6
     assert metrics["best"]["step"] == 4 and metrics["best_rule"] == "validation loss"
 
 
-def test_standardisation_sees_the_training_rows_alone(model_dirs, rows_path, tmp_path, monkeypatch):
+def test_standardisation_sees_the_training_rows_alone(settings, monkeypatch):
     """Not those that validate, and not those that test."""
     runs = []
     monkeypatch.setattr(linear_training, "train", lambda run: runs.append(run) or pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception):
-        linear_training.main(settings(model_dirs, rows_path, tmp_path, standardize=True, validation_share=0.4))
+        linear_training.main(settings(standardize=True, validation_share=0.4))
     [states] = runs[0].inputs(np.arange(len(runs[0].targets)))
     assert len(states) == 101 and states.mean(0).abs().max() < 1e-6
     torch.testing.assert_close(states.std(0, correction=0), torch.ones(32), rtol=0, atol=1e-6)
 
 
-def test_validation_rows_are_kept_out_of_training(model_dirs, rows_path, tmp_path):
-    data = load_texts(settings(model_dirs, rows_path, tmp_path).data, Run(), "train")
+def test_validation_rows_are_kept_out_of_training(settings):
+    data = load_texts(settings().data, Run(), "train")
     kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
     assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
 
 
-def test_cosine_ends_at_zero(model_dirs, rows_path, tmp_path):
-    linear_training.main(settings(model_dirs, rows_path, tmp_path, schedule="cosine", warmup=0.25))
+def test_cosine_ends_at_zero(settings, tmp_path):
+    linear_training.main(settings(schedule="cosine", warmup=0.25))
     rates = [float(row["learning_rate"]) for row in history(result(tmp_path)[0])]
     assert rates[0] <= 1e-4 and rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 2e-5
 
 
-def test_regression_reports_the_unit_of_the_labels(model_dirs, tmp_path):
+def test_regression_reports_the_unit_of_the_labels(settings, tmp_path):
     random = np.random.default_rng(0)
     rows = [{"text": t, "label": 100 + 3.5 * len(t.split()) + random.normal()} for t in make_texts(200)]
     path = write_rows(tmp_path / "lengths.jsonl", rows)
     linear_training.main(
-        settings(model_dirs, path, tmp_path, standardize=True, learning_rate=3e-2, num_epochs=60, pooling="last")
+        settings(dataset_name=str(path), standardize=True, learning_rate=3e-2, num_epochs=60, pooling="last")
     )
     folder, metrics = result(tmp_path)
     assert metrics["last"]["test_r2"] > 0.2 and metrics["last"]["test_mse"] < metrics["baselines"]["majority"]["mse"]
@@ -193,13 +179,13 @@ def test_regression_reports_the_unit_of_the_labels(model_dirs, tmp_path):
 
 
 # ------------------------------------------------------------------ command line
-def arguments(model_dirs, rows, results_dir, *more):
-    call = ["linear_training.py", "--model_name", model_dirs["qwen2"], "--dataset_name", rows]
-    return [*call, "--results_dir", results_dir, "--num_epochs", "3", *more]
+def arguments(config, *more):
+    call = ["linear_training.py", "--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
+    return [*call, "--results_dir", config.run.results_dir, "--device", "cpu", *more]
 
 
-def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path, capsys, monkeypatch):
-    call = arguments(model_dirs, rows_path, tmp_path)
+def test_command_line_writes_and_standardised_probes_stand_beside(settings, tmp_path, capsys, monkeypatch):
+    call = arguments(settings(), "--num_epochs", "3")
     assert run_in_process(monkeypatch, *call) == 0
     folder, metrics = result(tmp_path)
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
@@ -207,56 +193,34 @@ def test_command_line_writes_reuses_and_refuses(model_dirs, rows_path, tmp_path,
     assert metrics["config"]["num_epochs"] == 3 and metrics["environment"]["packages"]["torch"] == torch.__version__
     assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
     written = (folder / "metrics.json").stat().st_mtime_ns
-    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=3))
-    assert "reused" in capsys.readouterr().out
-    message = str(run_in_process(monkeypatch, *call, "--learning_rate", "0.5", "--dropout", "0"))
-    assert (
-        message.startswith("error: ")
-        and "dropout: 0.05 there, 0.0 now; learning_rate: 0.0001 there, 0.5 now" in message
-    )
-    assert run_in_process(monkeypatch, *call, "--standardize") == 0  # beside it, and not in its place
+    assert run_in_process(monkeypatch, *call, "--standardize") == 0
     assert (folder.parent / f"{folder.name}.standardized" / "metrics.json").is_file()
     assert (folder / "metrics.json").stat().st_mtime_ns == written
 
 
-def test_a_retrained_model_of_the_same_name_is_noticed(model_twins, rows_path, tmp_path):
-    model, retrained = model_twins
-    config = settings({"qwen2": model}, rows_path, tmp_path / "results")
-    linear_training.main(config)
-    _, before = result(tmp_path / "results")
-    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
-    with pytest.raises(UserError, match=r"metrics\.json was made with other weights of the model"):
-        linear_training.main(config)
-    linear_training.main(with_values(config, overwrite=True))  # the stale pooled states are made anew as well
-    _, after = result(tmp_path / "results")
-    assert after["model_fingerprint"] != before["model_fingerprint"]
-    assert after["last"]["test_loss"] != before["last"]["test_loss"]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_history(model_dirs, rows_path, tmp_path, capsys):
-    def config(place):
-        return settings(model_dirs, rows_path, tmp_path / place, num_epochs=150, validation_share=0.1)
-
-    more = ("--num_epochs", "150", "--minutes_per_state", "0.001", "--validation_share", "0.1", "--device", "cpu")
-    call = arguments(model_dirs, rows_path, tmp_path / "killed", *more)
+# ------------------------------------------------------------------ states
+def test_a_killed_run_goes_on_with_the_same_history(settings, tmp_path, capsys):
+    killed, whole = (settings(results_dir=tmp_path / name, num_epochs=150) for name in ("killed", "whole"))
+    call = arguments(killed, "--num_epochs", "150", "--minutes_per_state", "0.001")
     kill_at(lambda: list(tmp_path.glob("killed/linear_training/*/*/state.safetensors")), *call)
     assert not list((tmp_path / "killed").glob("linear_training/*/*/metrics.json"))
-    for place in ("killed", "whole"):
-        linear_training.main(config(place))
-        assert ("going on from step" in capsys.readouterr().out) == (place == "killed")
-    whole, killed = result(tmp_path / "whole")[0], result(tmp_path / "killed")[0]
-    assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
-    for name, tensor in load_file(whole / "head.safetensors").items():
-        assert torch.equal(tensor, load_file(killed / "head.safetensors")[name])
-    assert not (killed / "state.safetensors").exists()
+    for config in (killed, whole):
+        linear_training.main(config)
+        assert ("going on from step" in capsys.readouterr().out) == (config is killed)
+    assert_same_histories(tmp_path / "killed", tmp_path / "whole")
+    folder = result(tmp_path / "killed")[0]
+    for name, tensor in load_file(result(tmp_path / "whole")[0] / "head.safetensors").items():
+        assert torch.equal(tensor, load_file(folder / "head.safetensors")[name])
+    assert not (folder / "state.safetensors").exists()
 
 
-def terminated_at_step_5(config, rank):
-    """What a process runs: one of this rank gets SIGTERM in its fifth step."""
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
+def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
+    """Across machines it does not come to all at once: else one would wait for the gradients of the other."""
+    whole, ended = (settings(results_dir=tmp_path / name) for name in ("whole", "ended"))
 
     def run(own):
-        step, seen = training.train_step, []
+        step, seen = loop.train_step, []
 
         def terminated(*arguments):
             seen.append(0)
@@ -264,43 +228,24 @@ def terminated_at_step_5(config, rank):
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*arguments)
 
-        training.train_step = terminated
-        linear_training.main(with_values(config, minutes_per_state=60.0))
+        loop.train_step = terminated
+        linear_training.main(with_values(ended, minutes_per_state=60.0))
 
-    return run
-
-
-def test_sigterm_keeps_a_state_and_the_run_goes_on(model_dirs, rows_path, tmp_path, capsys):
-    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
-
-    assert exit_codes(start(terminated_at_step_5(ended, rank=0))) == [143]
-    capsys.readouterr()
+    assert exit_codes(start(run, size)) == [143] * size
+    capfd.readouterr()
     for config in (ended, whole):
-        linear_training.main(config)
-    assert "going on from step 5 of" in capsys.readouterr().out
-    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
-    assert histories[0] == histories[1]
-
-
-def test_sigterm_at_one_of_two_processes_ends_both_with_a_state(model_dirs, rows_path, tmp_path, capsys):
-    """As across machines, where it does not come to all at once: else one would wait for the gradients of the other."""
-    whole, ended = (settings(model_dirs, rows_path, tmp_path / name, num_epochs=4) for name in ("whole", "ended"))
-
-    assert exit_codes(start(terminated_at_step_5(ended, rank=1), 2)) == [143, 143]
-    for config in (ended, whole):
-        assert exit_codes(start(lambda rank, config=config: linear_training.main(config), 2)) == [0, 0]
-    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "ended")]
-    assert histories[0] == histories[1]
+        assert exit_codes(start(lambda _, config=config: linear_training.main(config), size)) == [0] * size
+    assert capfd.readouterr().out.count("going on from step 5 of") == 1
+    assert_same_histories(tmp_path / "whole", tmp_path / "ended")
 
 
 def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(
-    model_dirs, rows_path, tmp_path, monkeypatch, capsys
+    settings, tmp_path, monkeypatch, capsys
 ):
-    config = settings(model_dirs, rows_path, tmp_path / "results", num_epochs=4)
+    config = settings(results_dir=tmp_path / "results")
     linear_training.main(config)
     folder, old = result(tmp_path / "results")
-    again = with_values(config, learning_rate=1e-2, overwrite=True)
-    step = training.train_step
+    again, step = with_values(config, learning_rate=1e-2, overwrite=True), loop.train_step
 
     def interrupted(run, progress, model):
         if progress.step == 6:
@@ -308,52 +253,30 @@ def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_
         return step(run, progress, model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_step", interrupted)
+        patch.setattr(loop, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             linear_training.main(with_values(again, minutes_per_state=0.0))
     assert result(tmp_path / "results")[1] == old and (folder / "state.safetensors").is_file()
+    with pytest.raises(UserError, match=r"metrics\.json was made with other settings"):
+        linear_training.main(with_values(again, overwrite=False))
+    (folder / "metrics.json").rename(folder / "away")
+    with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
+        linear_training.main(with_values(config, dropout=0.5))
+    (folder / "away").rename(folder / "metrics.json")
     capsys.readouterr()
     linear_training.main(again)
     assert "going on from step 6 of" in capsys.readouterr().out
     linear_training.main(with_values(again, overwrite=False, results_dir=tmp_path / "whole"))
-    histories = [(result(tmp_path / name)[0] / "history.csv").read_text() for name in ("whole", "results")]
-    assert histories[0] == histories[1]
+    assert_same_histories(tmp_path / "whole", tmp_path / "results")
 
 
-def test_a_state_of_other_settings_goes_with_overwrite(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
-    config = settings(model_dirs, rows_path, tmp_path, num_epochs=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(linear_training, "save_result", lambda *arguments: pytest.fail("killed before the end"))
-        with pytest.raises(pytest.fail.Exception):
-            linear_training.main(with_values(config, minutes_per_state=0.0))
-    with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
-        linear_training.main(with_values(config, learning_rate=1e-2))
-    linear_training.main(with_values(config, learning_rate=1e-2, overwrite=True))
-    assert "going on" not in capsys.readouterr().out
+def test_without_space_for_a_state_training_goes_on(settings, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-
-def test_without_space_for_a_state_training_goes_on(model_dirs, rows_path, tmp_path, monkeypatch):
-    save = results.save_file
-
-    def full(tensors, path, metadata):
-        if "state.safetensors." in path.name:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save(tensors, path, metadata)
-
-    monkeypatch.setattr(results, "save_file", full)
-    linear_training.main(settings(model_dirs, rows_path, tmp_path, num_epochs=2, minutes_per_state=0.0))
+    monkeypatch.setattr(loop, "save_state", full)
+    linear_training.main(settings(num_epochs=2, minutes_per_state=0.0))
     assert result(tmp_path)[1]["num_steps"] > 0 and not list(tmp_path.rglob("state.*"))
-
-
-def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
-    texts = make_texts(60)
-
-    def rows(labels):
-        return write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": labels[i % 2]} for i, t in enumerate(texts)])
-
-    linear_training.main(settings(model_dirs, rows("ab"), tmp_path))
-    with pytest.raises(UserError, match="other rows"):
-        linear_training.main(settings(model_dirs, rows("ba"), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +291,7 @@ def test_changed_rows_are_not_mistaken_for_the_old_ones(model_dirs, tmp_path):
         ({"model_name": "tinny"}, "Did you mean tiny"),
     ],
 )
-def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, change, message):
+def test_mistakes_end_in_one_sentence(settings, tmp_path, change, message):
     with pytest.raises((UserError, ValueError), match=message):
-        linear_training.main(settings(model_dirs, rows_path, tmp_path, **change))
+        linear_training.main(settings(**change))
     assert not list(tmp_path.glob("linear_training/**/*.json"))

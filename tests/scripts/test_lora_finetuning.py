@@ -15,6 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import cache
+import K_sweep
 import lora_finetuning
 from tests.conftest import configure, kill_at, run_in_process
 from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps
@@ -22,6 +24,7 @@ from utils.data import load as data_module
 from utils.models.load import load_base_model
 from utils.models.states import run_base_model
 from utils.models.table import FAMILIES
+from utils.results import save_json
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -81,7 +84,7 @@ def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, mod
     losses = take_steps(run, 60)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     run.model.eval()
-    made_of["trainable"].save(config.run.results_dir)
+    made_of["save"](config.run.results_dir)
     adapter_dir = config.run.results_dir / "adapter"
     input_ids, _ = made_of["tokens"]["test"].pad(torch.arange(5).numpy())
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -133,7 +136,7 @@ def test_gradient_checkpointing_changes_no_number(settings, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_modules": ("q_proj", "query")}, "has no query; --target_modules can name .*q_proj"),
+        ({"target_modules": ("q_proj", "query")}, r"has no query\. Choose --target_modules among .*q_proj"),
         ({"start_layer": 2}, "has layers 0 to 1"),
         ({"rank": 0}, "rank must be at least 1"),
     ],
@@ -145,7 +148,9 @@ def test_mistakes_are_named(settings, change, message):
 
 def test_an_unknown_family_needs_targets(settings, monkeypatch):
     monkeypatch.delitem(FAMILIES, "qwen2")
-    with pytest.raises(UserError, match=r"--target_modules; it has down_proj, .*q_proj"):
+    with pytest.raises(
+        UserError, match=r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
+    ):
         make_run(lora_finetuning, configure(lora_finetuning, **settings))
     run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
     assert len(run.trained_parameters()) == 2 * 2 + 2
@@ -159,7 +164,7 @@ def arguments(settings, *more):
     return [*call, *more]
 
 
-def test_command_line_writes_reuses_and_refuses(settings, monkeypatch, capsys):
+def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypatch, capsys):
     assert run_in_process(monkeypatch, *arguments(settings, "--gradient_accumulation", "2")) == 0
     folder, metrics = result(settings["results_dir"])
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
@@ -172,20 +177,6 @@ def test_command_line_writes_reuses_and_refuses(settings, monkeypatch, capsys):
     assert metrics["last"]["step"] == 12 and metrics["best"]["step"] in (6, 12) and metrics["texts_per_step"] == 8
     assert {"test_loss", "test_accuracy", "test_balanced_accuracy", "test_macro_f1"} <= set(metrics["last"])
     assert {"majority", "bag_of_words"} <= set(metrics["baselines"])
-    lora_finetuning.main(configure(lora_finetuning, **settings, gradient_accumulation=2))
-    assert "reused" in capsys.readouterr().out
-    message = str(run_in_process(monkeypatch, *arguments(settings, "--rank", "8")))
-    assert message.startswith("error: ") and "rank: 32 there, 8 now" in message
-    assert "gradient_accumulation: 2 there, 1 now" in message
-
-
-def test_a_retrained_model_of_the_same_name_is_noticed(settings, model_twins):
-    model, retrained = model_twins
-    config = configure(lora_finetuning, **settings | {"model_name": str(model), "num_steps": 2})
-    lora_finetuning.main(config)
-    shutil.copytree(retrained, model, dirs_exist_ok=True)  # with its times, which are older than the result's
-    with pytest.raises(UserError, match=r"metrics\.json was made with other weights of the model"):
-        lora_finetuning.main(config)
 
 
 @pytest.mark.slow
@@ -273,3 +264,85 @@ def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     again = with_values(configure(lora_finetuning, **settings), ntps_after=True, overwrite=True)
     lora_finetuning.main(again)
     assert scores_of(settings["results_dir"], f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]
+
+
+def change(path, **values) -> None:
+    """Changes entries of a stored result; `moments.fingerprint` is one inside of another."""
+    content = json.loads(path.read_text())
+    for name, value in values.items():
+        *outer, last = name.split("__")
+        inner = content
+        for key in outer:
+            inner = inner[key]
+        inner[last] = value
+    save_json(path, content)
+
+
+@pytest.mark.parametrize(
+    ("result_of", "changes", "message"),
+    [
+        ("linear_training", {"config__pooling": "last"}, "pooling: 'last' there, 'mean' now"),
+        ("linear_training", {"config__seed": 1}, "seed: 1 there, 0 now"),
+        ("linear_training", {"train_fingerprint": "of others"}, "other rows"),
+        ("linear_training", {"test_fingerprint": "of others"}, "other rows"),
+        ("linear_training", {"label_names": ["a", "b", "c"]}, "other rows"),
+        ("linear_training", {"model_fingerprint": "of another"}, "other weights"),
+        ("ntps", {"moments__config__pooling": "last"}, "pooling: 'last' there, 'mean' now"),
+        ("ntps", {"moments__fingerprint": "of others"}, "other rows"),
+        ("ntps", {"moments__label_names": ["a", "b", "c"]}, "other rows"),
+        ("ntps", {"moments__model_fingerprint": "of another"}, "other weights"),
+        ("ntps", {"held_out__fingerprint": "of others"}, "other rows"),
+        ("ntps", {"held_out": None}, "other rows"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused_before_the_training(
+    compared, tmp_path, monkeypatch, result_of, changes, message
+):
+    """Moments are deleted once they are read, as in a study."""
+    shutil.copytree(compared["settings"]["results_dir"], tmp_path / "results")
+    for folder in ("lora", "moments"):
+        shutil.rmtree(tmp_path / "results" / folder)
+    [path] = [
+        path
+        for pattern in ("*/*.json", "*/*/metrics.json")
+        for path in (tmp_path / "results" / result_of).glob(pattern)
+        if "+lora" not in str(path)
+    ]
+    change(path, **changes)
+    monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
+    config = configure(lora_finetuning, **compared["settings"] | {"results_dir": tmp_path / "results"}, ntps_after=True)
+    with pytest.raises(UserError, match=message):
+        lora_finetuning.main(config)
+    assert not list(tmp_path.glob("results/moments"))
+
+
+def test_scores_without_held_out_rows_are_refused_before_the_training(settings, monkeypatch):
+    shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
+    cache.main(configure(cache, **shared))
+    K_sweep.main(configure(K_sweep, **shared, picture=False))
+    monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="other moments of the held-out split"):
+        lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
+
+
+def test_ntps_after_has_the_settings_of_the_scores_before(settings):
+    """Pooling is that of LoRA; dtype, folds and options are those of the stored scores, whose moments are deleted."""
+    settings |= {"pooling": "last", "num_steps": 2}
+    shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
+    for split in ("train", "test"):
+        cache.main(configure(cache, **shared, split=split, pooling="last", dtype="bfloat16", num_folds=3))
+    options = {"num_null_draws": 7, "num_random_draws": 3, "fractions": (0.3, 0.7), "seed": 4}
+    K_sweep.main(configure(K_sweep, **shared, picture=False, **options | {"seed": 0}))
+    results = settings["results_dir"]
+    shutil.rmtree(results / "moments")
+    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
+    folder, metrics = result(results)
+    name = folder.parent.name
+    before, after = scores_of(results, name), scores_of(results, f"{name}+lora")
+    [probe] = results.glob("linear_training/*/*/metrics.json")
+    assert (metrics["config"]["dtype"], metrics["config"]["pooling"]) == ("float32", "last")
+    made = [before["moments"]["config"], after["moments"]["config"], json.loads(probe.read_text())["config"]]
+    assert [(config["dtype"], config["pooling"]) for config in made] == [("bfloat16", "last")] * 3
+    assert [config["num_folds"] for config in made[:2]] == [3, 3]
+    for option in ("num_null_draws", "num_random_draws", "fractions"):
+        assert after["config"][option] == before["config"][option] == json.loads(json.dumps(options[option]))

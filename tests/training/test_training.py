@@ -28,7 +28,7 @@ from utils.training.loop import (
     accumulate_gradients,
     best_row,
     make_identity,
-    make_place,
+    start_accelerator,
     train,
     train_step,
 )
@@ -55,21 +55,20 @@ def model_folder(architecture: str, model_dirs: dict[str, Path]) -> Path:
 
 
 def make_run(script, config) -> tuple[TrainingRun, dict]:
-    """A run as `finetune` builds it, and what went into it."""
-    data = load_splits(config.data, config.run)
-    place = make_place(config, result_path("test", config.run, config.model, config.data))
+    """A run as `finetune` builds it; the function that saves it, and the tokens of train and test."""
+    data, folder = load_splits(config.data, config.run), result_path("test", config.run, config.model, config.data)
+    accelerator = start_accelerator(config, folder)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = {split: tokenize(part.texts, tokenizer, model_config) for split, part in data.items()}
     set_seed(config.data.seed)
-    trainable = script.build(config, place.device)
-    run = build_run(config, trainable, data, tokens, make_identity(config, data), place)
-    return run, {"trainable": trainable, "tokens": tokens}
+    decoder, save = script.build(config)
+    return build_run(config, decoder, data, tokens, accelerator, folder), {"save": save, "tokens": tokens}
 
 
 def take_steps(run: TrainingRun, number: int) -> list[float]:
     """The losses of the first steps of a run."""
-    progress = Progress(run.batch_size)
+    progress = Progress()
     return [train_step(run, progress, run.model) for _ in range(number)]
 
 
@@ -120,14 +119,6 @@ def test_rows_of_like_length_come_together_in_random_order():
 
 
 # ------------------------------------------------------------------ objective and head
-def test_a_class_beyond_the_head_is_refused():
-    objective = Objective(3, False)
-    assert objective.targets(np.array([0, 2])).tolist() == [0, 2]
-    for label in (3, -1):
-        with pytest.raises(UserError, match="the head has 3 outputs"):
-            objective.targets(np.array([0, label]))
-
-
 def test_regression_targets_are_scaled_and_scored_in_their_own_unit():
     labels = np.random.default_rng(0).normal(5000, 40, 200)
     data = LabelledTexts(["a"] * 200, labels, [], "")
@@ -171,7 +162,7 @@ def test_optimizer_is_the_papers_adafactor(settings):
     assert {name: group[name] for name in expected} == expected
     bias = run.model.head.linear.bias
     before = bias.detach().clone()
-    accumulate_gradients(run, Progress(run.batch_size), run.model, run.order(0))
+    accumulate_gradients(run, 0, run.model, run.order(0))
     gradient = bias.grad.clone()
     run.optimizer.step()  # the second moment is that of this step alone: the update is the sign of the gradient
     torch.testing.assert_close(bias.detach(), before * (1 - 1e-9) - 1e-4 * gradient.sign(), rtol=1e-5, atol=1e-8)
@@ -195,7 +186,7 @@ def test_defaults_are_the_papers(script):
 # ------------------------------------------------------------------ gradients and memory
 def gradients(run: TrainingRun) -> dict[str, torch.Tensor]:
     run.model.eval()  # without dropout, whose masks depend on the batch
-    accumulate_gradients(run, Progress(run.batch_size), run.model, run.order(0))
+    accumulate_gradients(run, 0, run.model, run.order(0))
     return {name: torch.as_tensor(parameter.grad) for name, parameter in run.trained_parameters().items()}
 
 
@@ -214,41 +205,22 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(settings, model_dirs
             torch.testing.assert_close(other[name] / scale, gradient / scale, rtol=0, atol=1e-5)
 
 
-def test_out_of_memory_halves_the_batch_and_keeps_the_step(settings, monkeypatch, capsys):
-    run, _ = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 16, "dropout": 0.0}))
-    whole, _ = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 16, "dropout": 0.0}))
-    forward, sizes = run.model.forward, []
-
-    def small_device(input_ids, lengths):
-        sizes.append(len(input_ids))
-        if len(input_ids) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(input_ids, lengths)
-
-    monkeypatch.setattr(run.model, "forward", small_device)
-    progress = Progress(run.batch_size)
-    assert train_step(run, progress, run.model) == pytest.approx(*take_steps(whole, 1), abs=1e-5)
-    assert sizes == [16, 8, 4, 4, 4, 4] and progress.batch_size == 4 and progress.step == 1
-    told = capsys.readouterr().out
-    assert "batch 16 -> 8, accumulation 1 -> 2" in told and "batch 8 -> 4, accumulation 2 -> 4" in told
-    for one, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-def test_a_device_too_small_for_one_text_is_a_users_error(settings, monkeypatch):
+def test_a_device_too_small_for_a_batch_is_a_users_error(settings, monkeypatch):
     run, _ = make_run(from_scratch, configure(from_scratch, **settings))
 
     def tiny_device(input_ids, lengths):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.model, "forward", tiny_device)
-    with pytest.raises(UserError, match=r"step 1 with --batch_size 1.*--gradient_checkpointing"):
+    with pytest.raises(UserError, match=r"step 1 with --batch_size 4. Try a smaller --batch_size with more --gradient"):
         take_steps(run, 1)
+    with pytest.raises(UserError, match=r"evaluation. Lower --tokens_per_batch \(1,?024\)"):
+        run.evaluate(run.model)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(settings, monkeypatch):
     run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings))
-    progress = Progress(run.batch_size)
+    progress = Progress()
     train_step(run, progress, run.model)
     weights = {name: parameter.detach().clone() for name, parameter in run.trained_parameters().items()}
     rows = ", ".join(map(str, run.order(1)))
@@ -268,7 +240,7 @@ def test_evaluation_does_not_depend_on_batches_and_padding(settings, model_dirs,
     run, made_of = make_run(from_scratch, configure(from_scratch, **settings))
     tokens = made_of["tokens"]["test"]
     run.model.eval()
-    alone, small, large = (predict(run.model, tokens, 3, budget, run.place.accelerator) for budget in (1, 100, 10**6))
+    alone, small, large = (predict(run.model, tokens, 3, budget, run.accelerator) for budget in (1, 100, 10**6))
     torch.testing.assert_close(small, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(large, alone, rtol=0, atol=1e-5)
     assert alone.abs().sum(1).min() > 0  # every text has been run
@@ -286,7 +258,7 @@ def test_processes_share_the_texts_without_counting_one_twice(settings):
 
     parts = [of_process(rank) for rank in range(3)]
     assert ((torch.stack(parts) != 0).any(2).sum(0) == 1).all()
-    torch.testing.assert_close(sum(parts), predict(run.model, tokens, 3, 100, run.place.accelerator))
+    torch.testing.assert_close(sum(parts), predict(run.model, tokens, 3, 100, run.accelerator))
 
 
 def test_processes_share_a_step_without_changing_its_gradient(settings):
@@ -295,14 +267,14 @@ def test_processes_share_a_step_without_changing_its_gradient(settings):
     run, _ = make_run(from_scratch, configure(from_scratch, **settings))
     expected = gradients(run)
     found = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
-    real = run.place.accelerator
+    real = run.accelerator
     for rank in range(3):
         run.optimizer.zero_grad(set_to_none=True)
         accelerator: Any = SimpleNamespace(
             process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
             no_sync=real.no_sync,
         )  # fmt: skip
-        for name, gradient in gradients(replace(run, place=replace(run.place, accelerator=accelerator))).items():
+        for name, gradient in gradients(replace(run, accelerator=accelerator)).items():
             found[name] += gradient / 3
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -313,7 +285,7 @@ def test_a_process_without_a_row_adds_nothing(settings, of):
     """Two rows, three processes: the third runs a row with weight 0 in training, and none in an evaluation."""
     run, made_of = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 3}))
     run.model.eval()
-    real, tokens = run.place.accelerator, made_of["tokens"]["test"]
+    real, tokens = run.accelerator, made_of["tokens"]["test"]
     third: Any = SimpleNamespace(
         process_index=2, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
         no_sync=real.no_sync,
@@ -322,8 +294,8 @@ def test_a_process_without_a_row_adds_nothing(settings, of):
         few = replace(tokens, token_ids=tokens.token_ids[: tokens.offsets[2]], offsets=tokens.offsets[:3])
         assert not predict(run.model, few, 3, 10**6, third).any() and predict(run.model, few, 3, 10**6, real).all()
         return
-    shared = replace(run, place=replace(run.place, accelerator=third))
-    assert accumulate_gradients(shared, Progress(3), run.model, np.array([5, 7])) == 0
+    shared = replace(run, accelerator=third)
+    assert accumulate_gradients(shared, 0, run.model, np.array([5, 7])) == 0
     for parameter in run.trained_parameters().values():
         assert parameter.grad is not None and not parameter.grad.any()
 
@@ -364,7 +336,7 @@ def test_changed_rows_of_either_split_alone_are_another_run(settings, split):
 def test_a_missing_tracker_names_the_package(settings):
     config = configure(from_scratch, **settings | {"track": "trackio"})
     with pytest.raises(UserError, match="pip install trackio"):
-        make_place(config, settings["results_dir"])
+        start_accelerator(config, settings["results_dir"])
 
 
 def test_settings_are_checked():

@@ -1,4 +1,4 @@
-"""What can be had without a language model: the majority class and a bag of words (or the mean, for regression)."""
+"""Baselines without a language model: the majority class and a bag of words (the mean and ridge, for regression)."""
 
 import re
 from typing import Any
@@ -61,19 +61,18 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     Returns:
         {"majority": scores, "bag_of_words": scores}, scores as in utils/training/metrics.py, of all classes of `train`.
     """
-    words, regression = tfidf_features(train.texts, test.texts), train.is_regression
+    bag, regression = tfidf_features(train.texts, test.texts), train.is_regression
     if regression:
-        words = (words[0].astype(np.float64), words[1].astype(np.float64))
-    nothing = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
+        bag = (bag[0].astype(np.float64), bag[1].astype(np.float64))
+    constant = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
     models = {
-        "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), nothing),
-        "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), words),
+        "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), constant),
+        "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), bag),
     }
     baselines = {}
     for name, (model, (train_features, test_features)) in models.items():
         model.fit(train_features, train.labels)
-        scores = score(model, test_features, test)
-        baselines[name] = scores | {"train": score(model, train_features, train)}
+        baselines[name] = score(model, test_features, test) | {"train": score(model, train_features, train)}
     return baselines
 
 
@@ -97,7 +96,7 @@ def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndar
 
 
 def score(model: Any, features: Any, data: LabelledTexts) -> dict[str, Any]:
-    """Scores of a fitted model; a class it has not seen gets probability 0."""
+    """Scores of a fitted model; a class without a training text gets probability 0."""
     if data.is_regression:
         return regression_scores(data.labels, model.predict(features))
     probabilities = np.zeros((len(data.labels), data.num_labels))

@@ -1,4 +1,4 @@
-"""Scores before and after LoRA: of one model and dataset as lora_finetuning.py writes them, of many as figures do."""
+"""The scores of one model and dataset before and after LoRA, as lora_finetuning.py writes them."""
 
 from typing import Any
 
@@ -6,73 +6,44 @@ import pandas as pd
 
 from utils.algebra.scores import SCORES
 
-ADAPTED = "+lora"  # what the name of a model with a merged adapter ends with
 
-
-def difference(before: float | None, after: float | None) -> float | None:
-    """After minus before; None where a layer without a score gives none."""
-    return None if before is None or after is None else after - before
-
-
-def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any]:
-    """Each score before and after, accuracy of linear probe and LoRA (R2 for regression) at the last step, and gain.
+def compare(before: dict, after: dict, probe: dict, lora: dict, probe_defaults: dict) -> dict[str, Any]:
+    """Each score before and after LoRA; accuracy (R2 for regression) of probe and LoRA at the last step, and the gain.
 
     Args:
-        before: result of K_sweep.py of the model.
-        after: of the model with the adapter merged.
-        probe: metrics of linear_training.py.
-        lora: metrics of lora_finetuning.py.
+        before, after: results of K_sweep.py, without and with the adapter.
+        probe, lora: metrics of linear_training.py and lora_finetuning.py.
+        probe_defaults: settings of linear_training.py that are not told.
     """
+    scores: dict[str, Any] = {}
+    for score in SCORES:
+        first, second = before["score"][score], after["score"][score]
+        known = first["value"] is not None and second["value"] is not None
+        difference = second["value"] - first["value"] if known else None
+        scores[score] = {"before": first, "after": second, "difference": difference}
     name = "test_accuracy" if "test_accuracy" in lora["last"] else "test_r2"
-    scores = {
-        score: {
-            "before": before["score"][score],
-            "after": after["score"][score],
-            "difference": difference(before["score"][score]["value"], after["score"][score]["value"]),
-        }
-        for score in SCORES
-    }
-    linear_value, lora_value = probe["last"][name], lora["last"][name]
     return {
         "config": lora["config"],
         "model_fingerprint": lora["model_fingerprint"],
         "rule": before["score"]["rule"],
         "ntps": scores,
         "score": name,
-        "linear_probe": linear_value,
-        "lora": lora_value,
-        "gain": lora_value - linear_value,
+        "linear_probe": probe["last"][name],
+        "lora": lora["last"][name],
+        "gain": lora["last"][name] - probe["last"][name],
+        "probe_settings": {k: v for k, v in probe["config"].items() if v != probe_defaults.get(k)},
     }
 
 
 def print_comparison(result: dict) -> None:
-    """The table of `compare`; `probe_settings` are those of the probe that are not the defaults."""
+    """Prints the table of `compare`."""
     rows = {
-        name: {"before": row["before"]["value"], "after": row["after"]["value"], "difference": row["difference"]}
-        for name, row in result["ntps"].items()
+        name: (row["before"]["value"], row["after"]["value"], row["difference"]) for name, row in result["ntps"].items()
     }
-    rows["linear probe, LoRA, gain"] = {
-        "before": result["linear_probe"],
-        "after": result["lora"],
-        "difference": result["gain"],
-    }
+    rows["linear probe, LoRA, gain"] = (result["linear_probe"], result["lora"], result["gain"])
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["before", "after", "difference"])
     formatters = {"difference": "{:+.4f}".format}
-    table = pd.DataFrame.from_dict(rows, orient="index")
     print("\n" + table.to_string(float_format="{:.4f}".format, formatters=formatters))
     print(f"NTPS: {result['rule']}; probe and LoRA: {result['score']} at the last step")
     changed = ", ".join(f"{name} {value}" for name, value in result["probe_settings"].items())
     print(f"The probe was trained with {changed or 'the defaults'} (linear_training.py).")
-
-
-def pair(scores: pd.DataFrame, keys: list[str], names: tuple[str, ...] = SCORES) -> pd.DataFrame:
-    """Scores after LoRA, with those before it in columns `<score>_before`: a row per adapted model and dataset.
-
-    Args:
-        scores: a row per model, dataset and whatever else is in `keys`, the adapted models among them.
-        keys: columns that tell the rows apart, `model` among them.
-        names: columns to pair.
-    """
-    scores = scores[[*keys, *names]]
-    adapted = scores["model"].str.endswith(ADAPTED)
-    after = scores[adapted].assign(model=scores["model"].str.removesuffix(ADAPTED))
-    return after.merge(scores[~adapted], on=keys, suffixes=("", "_before"))

@@ -1,4 +1,4 @@
-"""Train an LM and a linear head on labelled texts: what lora_finetuning.py and from_scratch.py share.
+"""Train an LM and a linear head on labelled texts: the shared part of lora_finetuning.py and from_scratch.py.
 
 The two scripts differ in how the model is built and in what is saved of it; settings, data, optimiser, schedule,
 evaluation and results are here. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
@@ -21,18 +21,16 @@ from utils.models.check import check_gradients, self_check
 from utils.models.identity import load_config, stored_as
 from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
 from utils.models.states import pool
-from utils.parallel import processes
-from utils.results import result_path
+from utils.results import one_run_at_a_time, result_path
 from utils.script import UserError, set_seed
-from utils.settings import Data, Dtype, Model, Run, Session, check_at_least_one, check_positive, check_shares
+from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
 from utils.training.loop import (
-    Place,
+    METRICS,
     TrainingRun,
     find_finished,
     make_identity,
-    make_place,
-    print_scores,
     save_result,
+    start_accelerator,
     train,
 )
 from utils.training.objective import BatchOrder, Head, Objective, save_head
@@ -40,7 +38,7 @@ from utils.training.objective import BatchOrder, Head, Objective, save_head
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """Of the head, the optimiser (Adafactor) and its schedule; the scripts give their values."""
+    """Hyperparameters of the head, the optimiser (Adafactor) and its schedule; the scripts give their values."""
 
     pooling: Literal["mean", "last"]  # pooled state of a text: mean of its tokens, or its last token
     dropout: float  # on the pooled state
@@ -60,14 +58,14 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class FinetuningSession(Session):
-    """How a training run is kept and shown; these change no number."""
+    """Settings of states and trackers of a training run; they cannot affect its results."""
 
     gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """What lora_finetuning.py and from_scratch.py have in common."""
+    """Settings that lora_finetuning.py and from_scratch.py share."""
 
     training: Hyperparameters
     model: Model = Model(dtype="bfloat16")
@@ -80,13 +78,9 @@ class FinetuningConfig:
             raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
 
 
-@dataclass
-class Trainable:
-    """A decoder ready for training, and how to write what was trained of it."""
-
-    decoder: Any  # base model without lm_head; what requires a gradient is trained
-    save: Callable[[Path], None]  # writes it under the result folder
-    dtype: Dtype = "float32"  # of the products
+# a decoder (base model without lm_head, whose parameters that require a gradient are trained), and the function that
+# writes its trained part into the folder of the result
+Trainable = tuple[Any, Callable[[Path], None]]
 
 
 # ------------------------------------------------------------------ model
@@ -106,27 +100,19 @@ class Classifier(nn.Module):
 
 def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[Adafactor, torch.optim.lr_scheduler.LambdaLR]:
     """Adafactor without first moment and with a plain learning rate, and warm-up with half a cosine down to 0."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = Adafactor(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        beta1=None,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False,
         relative_step=False,
-        warmup_init=False,
-    )
+    )  # fmt: skip
     # counted in optimiser steps and not wrapped by accelerate, which would step it once for each process
     num_warmup = round(config.warmup * config.num_steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, config.num_steps)
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int, accelerator: Accelerator
-) -> Tensor:
+def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int,
+            accelerator: Accelerator) -> Tensor:  # fmt: skip
     """Outputs of all texts, (n, c) float32 on the CPU, the same whatever the batches; each text is run once.
 
     Every process fills in the rows of its batches, and the sum over processes has them all.
@@ -146,45 +132,32 @@ def predict(
 
 
 # ------------------------------------------------------------------ run
-def texts_per_step(config: Hyperparameters, accelerator: Accelerator) -> int:
-    """Texts of one optimiser step, over all processes.
+def build_run(config: FinetuningConfig, decoder: Any, data: dict[str, LabelledTexts],
+              tokens: dict[str, TokenizedTexts], accelerator: Accelerator, folder: Path) -> TrainingRun:  # fmt: skip
+    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test.
 
     Raises:
-        UserError: fewer than there are processes.
+        UserError: a step has fewer texts than there are processes.
     """
-    texts = config.batch_size * config.gradient_accumulation
-    if texts < accelerator.num_processes:
+    training, device = config.training, accelerator.device
+    texts_per_step = training.batch_size * training.gradient_accumulation
+    if texts_per_step < accelerator.num_processes:
         raise UserError(
-            f"A step of --batch_size {config.batch_size} x --gradient_accumulation {config.gradient_accumulation} "
+            f"A step of --batch_size {training.batch_size} x --gradient_accumulation {training.gradient_accumulation} "
             f"texts cannot be shared by {accelerator.num_processes} processes. Raise one of them."
         )
-    return texts
-
-
-def build_run(
-    config: FinetuningConfig,
-    trainable: Trainable,
-    data: dict[str, LabelledTexts],
-    tokens: dict[str, TokenizedTexts],
-    identity: dict[str, Any],
-    place: Place,
-) -> TrainingRun:
-    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test."""
-    training, device = config.training, place.device
     objective = Objective.of(data["train"])
     train_targets, test_targets = (objective.targets(data[split].labels) for split in ("train", "test"))
-    head = Head(trainable.decoder.config.hidden_size, objective.num_labels, training.dropout)
+    head = Head(decoder.config.hidden_size, objective.num_labels, training.dropout)
     if config.session.gradient_checkpointing:
-        trainable.decoder.activation_checkpointing_enable({"use_reentrant": False})
-    model = Classifier(trainable.decoder, head, training.pooling, trainable.dtype).to(device)
+        decoder.activation_checkpointing_enable({"use_reentrant": False})
+    model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
     optimizer, scheduler = build_optimizer(model, training)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        most = config.run.batch_tokens(device)
-        outputs = predict(model, tokens["test"], objective.num_labels, most, place.accelerator)
+        outputs = predict(model, tokens["test"], objective.num_labels, config.run.batch_tokens(device), accelerator)
         return {f"test_{name}": value for name, value in objective.scores(outputs, test_targets).items()}
 
-    rows_per_step = texts_per_step(training, place.accelerator)
     return TrainingRun(
         model=model,
         inputs=lambda rows: tuple(tensor.to(device) for tensor in tokens["train"].pad(rows)),
@@ -192,63 +165,50 @@ def build_run(
         objective=objective,
         optimizer=optimizer,
         scheduler=scheduler,
-        order=BatchOrder(len(train_targets), rows_per_step, config.data.seed, tokens["train"].lengths),
+        order=BatchOrder(len(train_targets), texts_per_step, config.data.seed, tokens["train"].lengths),
         evaluate=evaluate,
         num_steps=training.num_steps,
         steps_per_evaluation=training.steps_per_evaluation,
         batch_size=training.batch_size,
-        seed=config.data.seed,
-        place=place,
-        identity=identity,
+        accelerator=accelerator,
+        folder=folder,
+        identity=make_identity(config, data),
         session=config.session,
         sides=tokens["train"].sides,
     )
 
 
-def finetune(
-    config: FinetuningConfig,
-    kind: str,
-    build: Callable[[FinetuningConfig, torch.device], Trainable],
-    data: dict[str, LabelledTexts],
-) -> dict:
-    """Trains and writes the result, unless it is there already; returns the metrics, in every process.
+def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts]) -> dict:
+    """Trains and writes the result, unless it exists already; returns the metrics, in every process.
 
     Args:
-        config: of the script.
+        config: settings of the script, a FinetuningConfig.
         kind: folder under `results_dir`.
-        build: makes the decoder; everything random in it follows from the seed set before.
+        build: makes the decoder from `config`; its random numbers follow from the seed set before.
         data: train and test.
     """
-    place = make_place(config, result_path(kind, config.run, config.model, config.data))
-    identity = make_identity(config, data)
-    if (stored := find_finished(config, identity, place)) is not None:
-        return stored
-    model_config = load_config(config.model, config.run)
-    tokenizer = load_tokenizer(config.model, config.run, model_config)
-    tokens = {
-        split: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for split, part in data.items()
-    }
-    set_seed(config.data.seed)
-    trainable = build(config, place.device)
-    trainable.decoder.to(place.device)
-    self_check(trainable.decoder, tokens["train"], config.model.model_name)
-    run = build_run(config, trainable, data, tokens, identity, place)
-    check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    progress = train(run)
+    folder = result_path(kind, config.run, config.model, config.data)
+    accelerator = start_accelerator(config, folder)
+    with one_run_at_a_time(folder / METRICS):
+        if (stored := find_finished(config, folder, make_identity(config, data))) is not None:
+            return stored
+        model_config = load_config(config.model, config.run)
+        tokenizer = load_tokenizer(config.model, config.run, model_config)
+        tokens = {
+            split: tokenize(part.texts, tokenizer, model_config, config.model.max_length)
+            for split, part in data.items()
+        }
+        set_seed(config.data.seed)
+        decoder, save = build(config)
+        decoder.to(accelerator.device)
+        self_check(decoder, tokens["train"], config.model.model_name)
+        run = build_run(config, decoder, data, tokens, accelerator, folder)
+        check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
+        progress = train(run)
 
-    def save_weights() -> None:
-        trainable.save(place.folder)  # the largest, and in one piece: where it does not fit, what was there stays
-        place.metrics_path.unlink(missing_ok=True)  # of an earlier run
-        save_head(place.folder / "head.safetensors", run.model.head, run.objective, run.identity)
+        def save_weights() -> None:
+            save(folder)  # the largest, and in one piece: if it does not fit, the old files stay
+            (folder / METRICS).unlink(missing_ok=True)  # of an earlier run
+            save_head(folder / "head.safetensors", run.model.head, run.objective, run.identity)
 
-    def write() -> dict:
-        extra: dict[str, Any] = stored_as(config.model)
-        extra |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if place.device.type == "cuda" else {}
-        metrics = save_result(run, progress, data, extra, save_weights)
-        print_scores(metrics)
-        print(place.metrics_path)
-        return metrics
-
-    return processes().object_of_first(write)
+        return save_result(run, progress, data, stored_as(config.model), save_weights)
