@@ -158,24 +158,6 @@ def r2_of(fits: list[RidgeFit]) -> float:
     return 1 - sum(fit.error for fit in fits) / baseline if baseline > 0 else math.nan
 
 
-def ridge_path(folds: dict[str, Tensor], counts: Tensor, alphas: tuple[float, ...]) -> dict[str, Any]:
-    """Cross-validated R2 of StandardScaler + Ridge(alpha) for each alpha, exactly, from the moments of the folds.
-
-    Args:
-        folds: `fold_*` of cache.py of one layer, averages over the texts of a fold, (f, ...), float64.
-        counts: texts per fold, (f,).
-        alphas: on the scale of sums, as scikit-learn's.
-
-    Raises:
-        UserError: all texts are in one fold.
-    """
-    check_several(len(counts.nonzero()), "--ridge")
-    pairs = [(train, test, eigenbasis(train)) for train, test in fold_moments(folds, counts)]
-    r2 = [r2_of([fit_ridge(*pair, (alpha,)) for pair in pairs]) for alpha in alphas]
-    best = max(range(len(alphas)), key=r2.__getitem__)
-    return {"alphas": list(alphas), "r2": r2, "best_alpha": alphas[best], "best_r2": r2[best]}
-
-
 class Value(NamedTuple):
     """A score, and its mean and standard deviation under permuted labels (nan: none)."""
 

@@ -181,7 +181,9 @@ def train(run: TrainingRun) -> Progress:
             bar.update()
             if progress.step % run.steps_per_evaluation == 0 or progress.step == run.num_steps:
                 add_row(run, progress, rate)
-                bar.set_postfix({name: value for name, value in progress.history[-1].items() if name in SHOWN})
+                bar.set_postfix(
+                    {name: value for name, value in progress.history[-1].items() if name in SHOWN}, refresh=False
+                )
             progress.seconds = earlier + time.monotonic() - started
             ends = any_asked(run, termination.asked) and progress.step < run.num_steps
             is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
