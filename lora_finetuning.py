@@ -160,9 +160,9 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
         of_train |= {"fingerprint": data["train"].fingerprint, "label_names": data["train"].label_names}
         check_identity(stored, {"config": result_settings(sweep)}, path)
         check_identity(stored["moments"], of_train, path)
-        held_out = {"config": {}, **(stored["held_out"] or {})}
-        check_identity(held_out, {"config": {}, "fingerprint": data["test"].fingerprint}, path)
-        return stored
+        if held_out := stored["held_out"]:  # else both passes are made
+            check_identity({"config": {}, **held_out}, {"config": {}, "fingerprint": data["test"].fingerprint}, path)
+            return stored
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])

@@ -310,7 +310,7 @@ def test_ntps_of_other_settings_classes_rows_or_weights_is_left_out(config, caps
     assert drawn[0] is not None and drawn[1] is None
     words = {
         "settings": "seed: 1 there, 0 now",
-        "classes": "other rows",
+        "classes": "other classes",
         "model": "other weights",
         "rows": "other rows",
     }
