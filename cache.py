@@ -5,7 +5,6 @@
     python cache.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --dtype bfloat16
     python cache.py --dataset_name my_rows.jsonl --text_column body --label_column topic
 
-Reads the dataset and the model.
 Writes results/moments/<model>/<dataset>/<split>.safetensors and, with --save_pooled, <split>.pooled.npy.
 
 Symbols: n texts, T tokens of a text, d hidden size, c classes (or regression targets). x_t is the state of a token,
@@ -24,7 +23,6 @@ signs Z, and token_square (d,), the mean over texts of the sum over t = 1..T of 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 import itertools
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +35,7 @@ from transformers import PreTrainedModel
 from utils import results
 from utils.algebra import moments as stored
 from utils.algebra.linalg import NUM_PROBES
+from utils.algebra.memory import keep_on_host
 from utils.algebra.partial import PartialPass, remove_partial, resumable_pass
 from utils.algebra.pooled import checksums
 from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
@@ -47,18 +46,8 @@ from utils.models.identity import known_fingerprint, load_config, model_fingerpr
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.parallel import processes
-from utils.script import UserError, environment, missing_memory, pick_device, run_script
-from utils.settings import (
-    Data,
-    Model,
-    Placement,
-    Run,
-    Unrecorded,
-    all_settings,
-    check_at_least_one,
-    result_settings,
-    with_values,
-)
+from utils.script import UserError, environment, pick_device, run_script
+from utils.settings import Data, Model, Placement, Run, Unrecorded, check_at_least_one, result_settings, with_values
 
 PAIRS_PER_BLOCK = 8192  # so many products are added up in their own precision before they move to float64
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
@@ -146,13 +135,9 @@ class LayerSums:
         pooling: Literal["mean", "last"] = "mean",
         on_host: bool = False,
     ) -> None:
-        """Zeros.
+        """Zeros, of shape (d, c, f): hidden size, labels, and folds that are kept apart (1: none are).
 
-        Args:
-            shape: hidden size d, labels c, and folds f whose pooled moments are kept apart; 1: none are.
-            device: of the hidden states.
-            precision, pooling: as in `Config`.
-            on_host: keep the sums in main memory; products move there at every batch.
+        The hidden states come from `device`; `on_host` keeps the sums in main memory.
         """
         (d, c, f), self.pooling, self.on_host = shape, pooling, on_host
         self.device = torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
@@ -164,7 +149,7 @@ class LayerSums:
         no_texts = pooled_moments(zeros(0, d), zeros(0, c))  # zeros of the right shapes
         self.sums = {name: zeros(f, *zero.shape) for name, zero in no_texts.items()}
         self.sums |= prefix_moments(zeros(0, 1, d), zeros(0)) | {"total_square": zeros(d)}
-        self.sums |= {"prefix_second_error": zeros(d, NUM_PROBES), "prefix_next_error": zeros(d, NUM_PROBES)}
+        self.sums |= {f"prefix_{name}_error": zeros(d, NUM_PROBES) for name in ("second", "next")}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes during a pass, by name."""
@@ -229,18 +214,9 @@ def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: i
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
     with_folds = {"none": [], "last": kept[-1:], "all": kept}[config.output.folds]
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
-
-    def lack(on_host: bool) -> str:
-        needed: dict[torch.device, int] = defaultdict(int)
-        for k, shape in shapes.items():
-            tensors = LayerSums(shape, torch.device("meta"), precision).tensors().values()  # take no memory
-            needed[torch.device("cpu") if on_host else devices[k]] += sum(tensor.nbytes for tensor in tensors)
-        return missing_memory(needed)
-
-    choice = config.placement.accumulate_on
-    on_host = choice == "cpu" or (choice == "auto" and devices[0].type == "cuda" and bool(lack(on_host=False)))
-    if lacking := lack(on_host):
-        raise UserError(f"{lacking} Try fewer --layers, --folds none, --accumulate_on cpu or --device_map auto.")
+    on_meta = (LayerSums(shape, torch.device("meta"), precision) for shape in shapes.values())  # takes no memory
+    num_bytes = [sum(tensor.nbytes for tensor in sums.tensors().values()) for sums in on_meta]
+    on_host = keep_on_host(num_bytes, [devices[k] for k in kept], config.placement.accumulate_on)
     return {k: LayerSums(shapes[k], devices[k], precision, config.pooling, on_host) for k in kept}
 
 
@@ -258,10 +234,8 @@ def accumulate(
 
     Args:
         model: base model without lm_head; one layer's states are alive at a time.
-        tokens: of the texts.
-        data: their labels are read.
-        folds: number of the fold of each text, (n,).
-        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on.
+        tokens, data, folds: the texts, their labels, and the number of the fold of each, (n,).
+        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on are read.
         pooled: (layers saved, n, d), filled in place; holds the last layers, at most all.
         partial: the sums of an unfinished pass; None: the pass cannot be continued.
 
@@ -281,12 +255,11 @@ def accumulate(
         finite: dict[int, Tensor] = {}
 
         def add_layer(layer: int, x: Tensor) -> None:
-            if layer not in sums:
-                return
-            mean, m = sums[layer].add(x, lengths, targets, fold_texts)
-            finite[layer] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
-            if pooled is not None and layer >= len(devices) - len(pooled):
-                pooled[layer - len(devices), rows] = m.float().cpu().numpy()
+            if layer in sums:
+                mean, m = sums[layer].add(x, lengths, targets, fold_texts)
+                finite[layer] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
+                if pooled is not None and layer >= len(devices) - len(pooled):
+                    pooled[layer - len(devices), rows] = m.float().cpu().numpy()
 
         visit_hidden_states(model, input_ids, add_layer)
         if not (all_finite := torch.stack(list(finite.values()))).all():  # read once a batch: a GPU waits for it
@@ -306,7 +279,7 @@ def accumulate(
                 layer.end_block()
     world.sum_at_first([total for layer in sums.values() for total in layer.sums.values()])
     averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
-    del tensors
+    tensors.clear()
     for k in list(sums):  # the sums of a layer go before the moments of the next are made
         found = sums.pop(k).averages(len(folds), averages["fold_num_samples"])
         averages |= {f"layer.{k}.{name}": value for name, value in found.items()}
@@ -322,10 +295,8 @@ def config_path(config: Config) -> Path:
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
     """The moments of a config, and the config with the settings that it leaves at their default read from them.
 
-    Those of the embedded model are made, of each of `splits`, if they are missing.
-
     Raises:
-        UserError: no moments, moments of another setting that is given, or of other weights of the model.
+        UserError: no moments (those of the embedded model are made), of another setting, or of other weights.
     """
     path = config_path(config)
     if not path.is_file():
@@ -375,10 +346,7 @@ def ensure(config: Config, data: LabelledTexts) -> Path:
 
 
 def compute(config: Config, data: LabelledTexts) -> None:
-    """Runs the model over the texts, and writes the moments and, if asked for, the pooled states.
-
-    `data.texts` is empty afterwards: the texts are most of what grows with their number.
-    """
+    """Runs the model over the texts and writes the moments; empties `data.texts`, most of what grows with n."""
     path, device, world = config_path(config), pick_device(config.run.device), processes()
     results.check_writable(path)
     identity = identity_of(config, data)
@@ -403,12 +371,9 @@ def compute(config: Config, data: LabelledTexts) -> None:
         "hidden_size": d,
         "environment": environment(),
     }
-    run_settings = all_settings(with_values(config, overwrite=False)) | {
-        "device": device.type,
-        "tokens_per_batch": config.run.batch_tokens(device),
-        "num_processes": world.size,
-        "environment": metadata["environment"],
-    }
+    run_settings = {"output": repr(replace(config.output, minutes_per_state=0)), "placement": repr(config.placement)}
+    run_settings |= {"tokens_per_batch": config.run.batch_tokens(device), "device": device.type}
+    run_settings |= {"num_processes": world.size, "environment": metadata["environment"]}
     partial = PartialPass(path, identity, config.output.minutes_per_state, run_settings)
     shape = (num_saved, len(folds), d) if num_saved else None
     with resumable_pass(partial, shape, config.run.overwrite) as pooled:

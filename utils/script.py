@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import tyro
 
@@ -158,17 +157,6 @@ def pick_device(device: str) -> torch.device:
             f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
         ) from None
     return chosen
-
-
-def missing_memory(needed: dict[torch.device, int]) -> str:
-    """A sentence about the first device with less free memory than needed, in bytes; empty where all fits."""
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run that share the main memory
-    for device, num_bytes in needed.items():
-        is_cuda = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available // sharing
-        if num_bytes > free:
-            return f"The sums of the pass need {num_bytes / 1e9:.1f} GB; {device} has {free / 1e9:.1f} GB free."
-    return ""
 
 
 @dataclass

@@ -1,0 +1,43 @@
+"""Whether the sums of a pass fit the free memory, asked before they are allocated."""
+
+import os
+from collections import defaultdict
+
+import psutil
+import torch
+
+from utils.script import UserError
+
+CPU = torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device; of the main memory the share of one of the processes on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
+    """Whether the sums are kept in main memory: if asked for, and with "auto" where they do not fit a GPU.
+
+    Args:
+        num_bytes: of the sums of each layer.
+        devices: of the hidden states of each layer.
+        accumulate_on: "auto", "device" or "cpu".
+
+    Raises:
+        UserError: the sums do not fit.
+    """
+    for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
+        needed: dict[torch.device, int] = defaultdict(int)
+        for device, size in zip(devices, num_bytes, strict=True):
+            needed[CPU if on_host or device.type != "cuda" else device] += size
+        lacking = [device for device, size in needed.items() if size > free_memory(device)]
+        if not lacking:
+            return on_host
+    needs, free = needed[lacking[0]] / 1e9, free_memory(lacking[0]) / 1e9
+    raise UserError(
+        f"The sums of the pass need {needs:.1f} GB; {lacking[0]} has {free:.1f} GB free. Try fewer --layers, "
+        "--folds none, --accumulate_on cpu or --device_map auto."
+    )
