@@ -39,8 +39,8 @@ from utils.algebra.memory import keep_on_host
 from utils.algebra.partial import PartialPass, remove_partial, resumable_pass
 from utils.algebra.pooled import checksums
 from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
-from utils.data.load import LabelledTexts, load_splits, load_texts
-from utils.models.batches import assign_folds, one_hot_targets, share_of, token_steps
+from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
+from utils.models.batches import assign_folds, share_of, token_steps
 from utils.models.check import self_check
 from utils.models.identity import known_fingerprint, load_config, model_fingerprint, stored_as
 from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize

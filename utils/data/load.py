@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from utils.data.cells import (
     check_words,
@@ -350,6 +352,16 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
 def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:
     """The texts and labels of one split, as `load_splits` gives them."""
     return load_splits(settings, run, split)[split]
+
+
+def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None)) -> Tensor:
+    """Labels of some rows as y, (b, c) float64: one-hot rows of classes, or the regression target as it is."""
+    labels = torch.from_numpy(np.asarray(data.labels)[rows])
+    if data.is_regression:
+        return labels.double().reshape(len(labels), -1)
+    # the one-hot of torch is int64, a second copy
+    targets = torch.zeros(len(labels), data.num_labels, dtype=torch.float64)
+    return targets.scatter_(1, labels.long()[:, None], 1)
 
 
 @dataclass(frozen=True)

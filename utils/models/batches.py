@@ -4,15 +4,10 @@ Batches are dealt out to processes by blocks, the units in which products are ad
 over a block is then the same number, in whatever process it is taken.
 """
 
-import functools
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from utils.data.load import LabelledTexts
 
 BATCH_COST = 64  # what a batch costs by itself, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
@@ -138,45 +133,6 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
     return groups
 
 
-# ------------------------------------------------------------------ what belongs to the texts
-def one_hot(numbers: Tensor, num_classes: int) -> Tensor:
-    """Rows of one 1 each, (n, c) float64; that of torch is int64, a second copy."""
-    return torch.zeros(len(numbers), num_classes, dtype=torch.float64).scatter_(1, numbers[:, None], 1)
-
-
-def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None)) -> Tensor:
-    """Labels of some rows as y, (b, c) float64: one-hot rows of classes, or the regression target as it is."""
-    labels = torch.from_numpy(np.asarray(data.labels)[rows])
-    if data.is_regression:
-        return labels.double().reshape(len(labels), -1)
-    return one_hot(labels.long(), data.num_labels)
-
-
 def assign_folds(texts: list[str], num_folds: int) -> np.ndarray:
     """Number of the fold of each text, (n,) int64, by a hash of the text: equal texts share a fold in any order."""
     return np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a layer's states are added up with: b texts of one forward pass."""
-
-    rows: np.ndarray  # (b,) numbers of the texts
-    lengths: Tensor  # (b,) tokens per text
-    targets: Tensor  # (b, c) float64
-    folds: Tensor  # (b, f) float64, one-hot
-    elsewhere: dict[torch.device, "Batch"] = field(default_factory=dict)  # where layers are on other devices
-
-    def on(self, device: torch.device) -> "Batch":
-        """The same on another device."""
-        if device == self.lengths.device:
-            return self
-        if device not in self.elsewhere:
-            lengths, targets, folds = (tensor.to(device) for tensor in (self.lengths, self.targets, self.folds))
-            self.elsewhere[device] = Batch(self.rows, lengths, targets, folds)
-        return self.elsewhere[device]
-
-    @functools.cached_property
-    def rows_of_folds(self) -> list[Tensor]:
-        """The texts of each fold, as positions within the batch."""
-        return [column.nonzero()[:, 0] for column in self.folds.T]
