@@ -364,6 +364,11 @@ def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
         assert found.accuracy[name] == pytest.approx(values.mean())
         assert found.lead[name] == pytest.approx((values - accuracy[:, -1]).mean())
     assert found.low["retained"] >= 0 >= found.high["ntps"] and set(found.tasks) == {4}
+    on_others = [accuracy[i, np.delete(accuracy, i, 0).mean(0).argmax()] for i in range(4)]
+    assert found.accuracy["best on the others"] == pytest.approx(np.mean(on_others))
+    for lead, other in (("over_middle", accuracy[:, 2]), ("over_others", on_others)):
+        assert found[lead]["retained"] == pytest.approx((accuracy.max(1) - other).mean())
+        assert found[f"{lead}_low"]["retained"] <= found[lead]["retained"] <= found[f"{lead}_high"]["retained"]
     table = pd.DataFrame(rows)
     table.loc[table.dataset == "task1", "retained"] = np.nan  # a score that one task does not have
     found = pd.DataFrame(layer_choice_rows(table, Draws(100))).set_index("chosen_by")

@@ -193,7 +193,8 @@ def write_tables(folder) -> None:
                                    ("largest", "pca", 0.2), ("largest", "random", 0.3)):  # fmt: skip
         row = base | {"eigenvectors": order, "subspace": subspace}
         row |= {name: value + shift for name, value in values.items()}
-        rows += [row, row | {"center": True, "ntps": 99.0}, row | {"split": "test", "ntps": -99.0}]
+        rows += [row | {"coordinates": "as_is"}, row | {"coordinates": "standardized", "ntps": 55.0}]
+        rows += [rows[-2] | {"center": True, "ntps": 99.0}, rows[-2] | {"split": "test", "ntps": -99.0}]
     rows[0] |= {"retained_random_mean": 0.5, "ntps_random_mean": 0.4}
     layer = {"train_accuracy": 0.9, "test_mse_over_variance": 0.7}
     save = {
@@ -212,7 +213,7 @@ def write_tables(folder) -> None:
 
 
 def test_every_column_of_a_cell_is_of_its_own_row(tmp_path):
-    """Centred and test results take no part; last layer, layer of the highest LogME, mean of many random V."""
+    """Centred, standardized and test results take no part; last layer, highest LogME, mean of many random V."""
     write_tables(tmp_path)
     [cell] = tables.load_cells(tmp_path).to_dict("records")
     expected = {
