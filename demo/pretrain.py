@@ -1,12 +1,12 @@
 """Pretrain a small causal language model on docstrings by next-token prediction: the embedded models.
 
-    python -m demo.pretrain --overwrite --compile  # the committed checkpoint again: half an hour on two CPU cores
-    python -m demo.pretrain --size small           # a step of the ladder: micro, tiny, small, medium, large
+    python -m demo.pretrain --overwrite --compile  # the committed tiny-lm again: half an hour on two CPU cores
+    python -m demo.pretrain --size micro           # the committed micro-lm; small, medium, large go to demo/runs/
 
-Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/tiny-lm/ for
-tiny and demo/runs/<size>/ for the other sizes: model.safetensors in bfloat16, config.json, the tokenizer and
-pretraining.json, all at once: a folder that has it is finished. Every few minutes the whole state goes to
-demo/runs/<size>/state.safetensors; the same command then goes on from there, over the same batches.
+Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/<size>-lm/ for
+tiny and micro, demo/runs/<size>/ for the others: model.safetensors in bfloat16, config.json, the tokenizer and
+pretraining.json, all at once. Every few minutes the whole state goes to demo/runs/<size>/state.safetensors; the same
+command continues from there, over the same batches.
 
 Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
 joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends, as usual in
@@ -15,6 +15,7 @@ pretraining.
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+import dataclasses
 import json
 import math
 import time
@@ -45,17 +46,19 @@ HELD_OUT_ONE_IN = 50  # documents kept apart to measure the loss on
 
 @dataclass(frozen=True)
 class Size:
-    """One step of the ladder."""
+    """One step of the ladder, and its defaults."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
     learning_rate: float  # peak
+    epochs: float = 2.5
+    product_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 SIZES = {
-    "micro": Size(64, 192, 2, 2, 6e-3),  # 0.4 million parameters
+    "micro": Size(64, 192, 2, 2, 6e-3, epochs=0.5, product_dtype="float32"),  # 0.4 million parameters
     "tiny": Size(128, 384, 4, 4, 4e-3),  # 1.4
     "small": Size(192, 576, 6, 6, 3e-3),  # 3.7
     "medium": Size(320, 960, 8, 5, 2e-3),  # 12
@@ -64,15 +67,14 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Place(Unrecorded):
-    """Where and how to train; these change no number."""
+class Output(Unrecorded):
+    """Device and files; these change no number."""
 
     device: str = "auto"  # auto, cpu, cuda, ...
     compile: bool = False  # torch.compile; needs a C++ compiler on CPU
     minutes_per_state: float = 3.0  # time between two saved states
-    stop_at_step: int | None = None  # save the state there and stop; the same command goes on from it
-    results_dir: Path = ROOT / "demo" / "runs"  # where the state of an unfinished run is
-    output_dir: Path | None = None  # by default demo/tiny-lm for tiny, <results_dir>/<size> for the others
+    results_dir: Path = ROOT / "demo" / "runs"  # the state of an unfinished run goes here
+    output_dir: Path | None = None  # by default demo/<size>-lm for tiny and micro, <results_dir>/<size> for the others
     overwrite: bool = False  # start afresh, replace a finished or unfinished run
 
 
@@ -81,7 +83,7 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     size: Literal["micro", "tiny", "small", "medium", "large"] = "tiny"  # model size
-    epochs: float = 2.5  # passes over the corpus
+    epochs: float | None = None  # passes over the corpus; by default those of the size
     learning_rate: float | None = None  # peak; by default that of the size
     batch_size: int = 16  # windows per step
     window: int = 256  # tokens per window
@@ -90,9 +92,9 @@ class Config:
     gradient_clip: float = 1.0  # largest gradient norm
     max_documents: int | None = None  # use the first so many documents only
     max_steps: int | None = None  # end, schedule included, after so many steps
-    product_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # float32 is faster on many CPUs
+    product_dtype: Literal["bfloat16", "float32"] | None = None  # by default that of the size; float32 suits many CPUs
     seed: int = 0  # of the initial weights and of the document order
-    place: Place = Place()
+    output: Output = Output()
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate")
@@ -225,7 +227,7 @@ def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config
     windows = torch.from_numpy(cut_windows(tokens, min(config.window, len(tokens) - 1)).astype(np.int64))
     model.eval()
     losses = [
-        next_token_loss(model, part.to(model.device), config.product_dtype).item() * len(part)
+        next_token_loss(model, part.to(model.device), str(config.product_dtype)).item() * len(part)
         for part in windows.split(64)
     ]
     model.train()
@@ -233,24 +235,17 @@ def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config
 
 
 # ------------------------------------------------------------------ training
-def train_step(
-    model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, learning_rate: float, config: Config
-) -> float:
-    """One update; returns the loss before it.
-
-    Raises:
-        UserError: the loss is no longer a finite number.
-    """
-    loss = next_token_loss(model, windows, config.product_dtype)
+def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, rate: float, config: Config) -> float:
+    """One update at this learning rate; returns the loss before it."""
+    loss = next_token_loss(model, windows, str(config.product_dtype))
     value = loss.item()
     if not math.isfinite(value):
-        raise UserError(f"The loss became {value}. Lower --learning_rate (now {learning_rate:g}), or --overwrite.")
+        raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}), or --overwrite.")
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(
-        [parameter for group in optimizer.param_groups for parameter in group["params"]], config.gradient_clip
-    )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
@@ -258,36 +253,34 @@ def train_step(
 
 def train(
     model: Qwen2ForCausalLM, documents: list[np.ndarray], held_out: list[np.ndarray], config: Config, state_path: Path
-) -> dict:
-    """Trains in place, from the saved state if there is one; returns the progress: step, seconds, losses.
+) -> dict[str, Any]:
+    """Trains in place, from the saved state if one exists; returns step, seconds and losses.
 
     Raises:
         UserError: the loss is no longer a finite number, or the saved state belongs to another run.
     """
-    num_steps = config.max_steps or round(config.epochs * steps_per_epoch(documents, config))
+    num_steps = config.max_steps or round((config.epochs or 0) * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
     optimizer = build_optimizer(model, config.weight_decay)
     parameters, identity = dict(model.named_parameters()), make_identity(config)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None, "history": []}
-    progress |= load_state(state_path, parameters, optimizer, identity) or {}
-    progress = {name: progress[name] for name in ("step", "seconds", "train_loss", "history")}
-    run_model = torch.compile(model) if config.place.compile else model
-    end = min(num_steps, config.place.stop_at_step or num_steps)
+    stored = load_state(state_path, parameters, optimizer, identity) or {}
+    progress |= {name: value for name, value in stored.items() if name in progress}
+    run_model = torch.compile(model) if config.output.compile else model
     started, saved = time.monotonic() - progress["seconds"], time.monotonic()
     bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
-    for step, batch in zip(range(progress["step"], end), batches(documents, config, progress["step"]), strict=False):
+    for step, batch in zip(
+        range(progress["step"], num_steps), batches(documents, config, progress["step"]), strict=False
+    ):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
         loss = train_step(run_model, optimizer, batch.to(model.device), rate, config)
         smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
         progress |= {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
-        speed = (step + 1) * config.batch_size * config.window / progress["seconds"]
         bar.update()
-        bar.set_postfix_str(f"loss {smoothed:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"loss {smoothed:.3f}", refresh=False)
         if (step + 1) % max(1, num_steps // 10) == 0:
-            held_out_loss = evaluate(model, held_out, config)
-            progress["history"].append({"step": step + 1, "held_out_loss": held_out_loss})
-            tqdm.write(f"step {step + 1}: held-out loss {held_out_loss:.4f} nats per token")
-        if step + 1 == end or time.monotonic() - saved > 60 * config.place.minutes_per_state:
+            progress["history"].append({"step": step + 1, "held_out_loss": evaluate(model, held_out, config)})
+        if step + 1 == num_steps or time.monotonic() - saved > 60 * config.output.minutes_per_state:
             save_state(state_path, parameters, optimizer, identity, progress)
             saved = time.monotonic()
     bar.close()
@@ -295,34 +288,39 @@ def train(
 
 
 # ------------------------------------------------------------------ run
-def output_folder(config: Config) -> Path:
-    """Where the finished model goes."""
-    default = ROOT / "demo" / "tiny-lm" if config.size == "tiny" else config.place.results_dir / config.size
-    return config.place.output_dir or default
+def complete_settings(config: Config) -> Config:
+    """The config with the defaults of its size, and its output folder."""
+    size, output = SIZES[config.size], config.output
+    folder = (
+        ROOT / "demo" / f"{config.size}-lm" if config.size in ("tiny", "micro") else output.results_dir / config.size
+    )
+    return dataclasses.replace(
+        config,
+        epochs=size.epochs if config.epochs is None else config.epochs,
+        product_dtype=config.product_dtype or size.product_dtype,
+        output=dataclasses.replace(output, output_dir=output.output_dir or folder),
+    )
 
 
 def make_identity(config: Config) -> dict[str, Any]:
-    """What makes two pretrainings the same: the settings and the docstrings."""
+    """The settings and the docstrings: two pretrainings with equal ones are the same."""
     return {"config": result_settings(config), "fingerprint": fingerprint()}
-
-
-def save_checkpoint(folder: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, report: dict) -> None:
-    """Replaces the folder by one with bfloat16 weights, config, tokenizer and the report."""
-    with replace_folder(folder) as temporary:
-        model.bfloat16().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        save_json(temporary / "pretraining.json", report)
 
 
 def main(config: Config) -> None:
     """Tokenizer, training, held-out loss, checkpoint."""
-    folder, state_path = output_folder(config), config.place.results_dir / config.size / "state.safetensors"
-    if config.place.overwrite:
+    command = command_line("-m demo.pretrain", config, set(result_settings(config)))
+    config = complete_settings(config)
+    folder, state_path = (
+        Path(str(config.output.output_dir)),
+        config.output.results_dir / config.size / "state.safetensors",
+    )
+    if config.output.overwrite:
         state_path.unlink(missing_ok=True)
-    if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.place.overwrite)):
+    if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.output.overwrite)):
         print(f"already complete, --overwrite trains it again\n{folder}")
         return
-    device = pick_device(config.place.device)
+    device = pick_device(config.output.device)
     train_texts, held_out_texts = split_documents(pretraining_corpus()[: config.max_documents])
     if not held_out_texts:
         raise UserError(f"None of the {len(train_texts)} documents is held out. Raise --max_documents.")
@@ -334,9 +332,6 @@ def main(config: Config) -> None:
     set_seed(config.seed)
     model = build_model(SIZES[config.size], tokenizer).to(device)  # type: ignore[arg-type]
     progress = train(model, documents, held_out, config, state_path)
-    if progress["step"] < progress["num_steps"]:
-        print(f"stopped at step {progress['step']} of {progress['num_steps']}; the same command goes on\n{state_path}")
-        return
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
         parameter.data = parameter.data.bfloat16().float()
     tokens_seen = progress["num_steps"] * config.batch_size * config.window
@@ -351,10 +346,16 @@ def main(config: Config) -> None:
         "epochs": round(tokens_seen / num_tokens, 3),
         "held_out_loss": evaluate(model, held_out, config),
         "unigram_loss": unigram_loss(documents, held_out),
-        "command": command_line("-m demo.pretrain", config, set(result_settings(config))),
+        "command": command,
         "environment": environment(),
     }
-    save_checkpoint(folder, model, tokenizer, report)
+    with replace_folder(folder) as temporary:
+        model.bfloat16().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        tokenizer.backend_tokenizer.save(
+            str(temporary / "tokenizer.json"), pretty=False
+        )  # indented it is twice as large
+        save_json(temporary / "pretraining.json", report)
     state_path.unlink(missing_ok=True)
     print(f"held-out loss {report['held_out_loss']:.4f} nats per token, unigram {report['unigram_loss']:.4f}")
     print(folder)

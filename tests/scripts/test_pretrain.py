@@ -61,12 +61,23 @@ def test_short_run_writes_a_model_that_loads(finished_run):
     assert len(tokenizer) <= model.config.vocab_size == 4096 and model.dtype == torch.bfloat16
 
 
-def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path):
-    pretrain.main(short_config(tmp_path, stop_at_step=3))
+def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path, monkeypatch):
+    step, rates = pretrain.train_step, []
+
+    def stopped_after_three(model, optimizer, windows, rate, config):
+        rates.append(rate)
+        if len(rates) == 4:
+            raise KeyboardInterrupt
+        return step(model, optimizer, windows, rate, config)
+
+    monkeypatch.setattr(pretrain, "train_step", stopped_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(short_config(tmp_path, minutes_per_state=0.0))
     with pytest.raises(UserError, match=r"state\.safetensors was made .*learning_rate: None there, 0\.5 now"):
         pretrain.main(short_config(tmp_path, learning_rate=0.5))
     assert not (tmp_path / "model").exists() and (tmp_path / "runs" / "tiny" / "state.safetensors").exists()
     pretrain.main(short_config(tmp_path))
+    assert len(rates) == 4 + 3 and rates[3] == rates[4]
     resumed, whole = report_of(tmp_path / "model"), report_of(finished_run[0] / "model")
     assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4)
     assert resumed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-4)
@@ -141,11 +152,12 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 
 # ------------------------------------------------------------------ the committed checkpoint
-def test_committed_checkpoint_is_small_and_says_where_it_comes_from():
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 4_000_000
-    report = report_of(CHECKPOINT)
-    assert set(report) >= FIELDS
-    assert report["config"]["size"] == "tiny" and report["config"]["max_steps"] is None
+@pytest.mark.parametrize(("size", "num_bytes"), [("tiny", 4_000_000), ("micro", 1_000_000)])
+def test_committed_checkpoint_is_small_and_says_how_it_was_made(size, num_bytes):
+    folder = ROOT / "demo" / f"{size}-lm"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < num_bytes
+    report, settings = report_of(folder), pretrain.complete_settings(configure(pretrain, size=size))
+    assert set(report) >= FIELDS and report["config"] == pretrain.make_identity(settings)["config"]
     assert re.match(r"python (-m demo\.pretrain|demo/pretrain\.py) ", report["command"])
     assert report["held_out_loss"] < report["unigram_loss"] - 2
 
