@@ -65,8 +65,6 @@ figures: $(READY)  ## every study at or below TABLES, drawn into FIGURES
 bench: $(READY)  ## speed of the pass, the solves, the probes and training, with random and docstring models
 	$(PYTHON) -m benchmarks.bench_cache
 	$(PYTHON) -m benchmarks.bench_k_sweep
-	$(PYTHON) -m benchmarks.bench_sklearn
-	$(PYTHON) -m benchmarks.bench_linear_training
 	$(PYTHON) -m benchmarks.bench_training
 
 clean:  ## remove the environments, results and caches

@@ -60,6 +60,8 @@ PAPER_WORDS = (
 # frequent in docstrings, the first two categories one token a word in the embedded model; chosen before any result
 DOCSTRING_WORDS = ("Array=array,matrix,tensor,vector", "Text=string,text,token,word", "Be=is,are,be,was,were")
 
+TIE = 1e-6  # eigenvalues whose difference is below this share of them count as equal
+
 
 @dataclass(frozen=True)
 class Config:
@@ -148,7 +150,8 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
     """The k eigenvectors of F F' u = lambda C u with the largest eigenvalues, (d, k), u' C u = 1; and these, (k,).
 
     Raises:
-        UserError: fewer than k eigenvalues are positive; further ones are tied at zero and have no basis of their own.
+        UserError: fewer than k eigenvalues are positive, or two of them are equal: tied directions have no basis of
+            their own, and the same rows in another order would give another picture.
     """
     solved = solve_generalized_eigenproblem(factor, denominator)
     k, num_positive = config.num_components, len(solved.eigenvalues)
@@ -158,6 +161,13 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
         raise UserError(
             f"The {name} problem of {config.data.dataset_name} has {num_positive} informative directions at layer "
             f"{config.layer}, --num_components asks for {k}: the further ones have an arbitrary basis. {remedy}"
+        )
+    values = solved.eigenvalues[: k + 1]
+    if (values.diff().abs() < TIE * values[:-1]).any():
+        raise UserError(
+            f"The {name} problem of {config.data.dataset_name} has equal eigenvalues at layer {config.layer} "
+            f"({', '.join(f'{value:.7g}' for value in values)}), so that its axes are arbitrary, as for classes "
+            "of equal size and fewer texts than dimensions. Take more texts, or another --layer."
         )
     return solved.vectors[:, :k], solved.eigenvalues[:k]
 
@@ -287,8 +297,8 @@ def main(config: Config) -> None:
             aligned = align(config, moments)
             result = {**identity, "environment": environment(), "num_samples": metadata["num_samples"], **aligned}
     print_table(result)
-    save_tables(result, path)
-    save_json(path, result)  # last: where the JSON is, CSV and picture are
+    save_json(path, result)
+    save_tables(result, path)  # the picture last: nothing is lost if it cannot be drawn
     print(path)
 
 

@@ -1,12 +1,10 @@
-"""What one layer of K_sweep.py costs, against three symmetric eigendecompositions of that size.
+"""The cost of one layer of K_sweep.py, against three symmetric eigendecompositions of that size.
 
     python -m benchmarks.bench_k_sweep
     python -m benchmarks.bench_k_sweep --device cuda --hidden_sizes 896 4096
 
-`layer` is NTPS with its variants, bounds and nulls; `closed form` is every other score of the layer (H-score, LogME,
-ridge, ...), judged by a second split. The measure is `scipy.linalg.eigh` with its default driver, on a GPU
-`torch.linalg.eigh`, three times, on the layer's own matrices; all run in every round, ratios are of the fastest rounds.
-
+`layer` is NTPS with its variants, bounds and nulls; `with closed form` adds the scores of features (H-score, LogME,
+ridge, ...). The measure is `scipy.linalg.eigh`, on a GPU `torch.linalg.eigh`, of the layer's own matrices.
 Writes results/benchmarks/bench_k_sweep.json.
 """
 
@@ -14,17 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import scipy.linalg
 import torch
 
 import K_sweep
-from benchmarks.bench_cache import seconds
+from benchmarks.harness import alternate, write_result
 from utils.algebra.features import feature_scores
 from utils.algebra.moments import LayerMoments
-from utils.results import save_json
-from utils.script import environment, pick_device, run_script
-from utils.settings import all_settings
+from utils.script import pick_device, run_script
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class Config:
     hidden_sizes: tuple[int, ...] = (512, 896, 2048)  # d
     num_classes: int = 6  # c
     num_rounds: int = 3  # rounds; the fastest counts
-    device: str = "cpu"  # where all is solved
-    results_dir: Path = Path("results")  # where the result goes
+    device: str = "cpu"  # cpu or cuda
+    results_dir: Path = Path("results")  # the result goes there
 
 
 def make_moments(hidden_size: int, num_classes: int, device: torch.device) -> LayerMoments:
@@ -66,31 +63,25 @@ def make_moments(hidden_size: int, num_classes: int, device: torch.device) -> La
 
 def main(config: Config) -> None:
     """Measures every hidden size and prints the table."""
-    device = pick_device(config.device)
-    print(f"{'d':>5} {'layer s':>9} {'3 eigh s':>9} {'ratio':>7} {'closed form s':>14} {'ratio of both':>14}")
-    rows = []
+    device, rows = pick_device(config.device), []
     for hidden_size in config.hidden_sizes:
         moments = make_moments(hidden_size, config.num_classes, device)
         matrices = (moments.pooled_second_moment, moments.prefix_second_moment, moments.pooled_covariance)
         on_gpu = device.type == "cuda"
         decompose: Callable = torch.linalg.eigh if on_gpu else scipy.linalg.eigh
         arrays = matrices if on_gpu else [matrix.numpy() for matrix in matrices]
-        times: dict[str, list[float]] = {"layer": [], "closed form": [], "eigh": []}
-        for _ in range(config.num_rounds):
-            times["layer"].append(seconds(partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0), device))
-            times["closed form"].append(seconds(partial(feature_scores, moments, moments), device))
-            times["eigh"].append(seconds(partial(list, map(decompose, arrays)), device))
-        layer, closed_form, eigh = map(min, times.values())
+        ways: dict[str, Any] = {
+            "layer": partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0),
+            "closed form": partial(feature_scores, moments, moments),
+            "eigh": lambda arrays=arrays, decompose=decompose: [decompose(array) for array in arrays],
+        }
+        times = alternate(ways, config.num_rounds, device)
+        layer, closed_form, eigh = (min(times[name]) for name in ("layer", "closed form", "eigh"))
         ratios = {"ratio": layer / eigh, "ratio_with_closed_form": (layer + closed_form) / eigh}
         rows.append({"hidden_size": hidden_size, "seconds": times, **ratios})
-        print(
-            f"{hidden_size:5d} {layer:9.3f} {eigh:9.3f} {ratios['ratio']:7.2f} {closed_form:14.3f}"
-            f" {ratios['ratio_with_closed_form']:14.2f}"
-        )
-    path = config.results_dir / "benchmarks" / "bench_k_sweep.json"
-    result = {"threads": torch.get_num_threads(), "device": str(device), "rows": rows}
-    save_json(path, {"config": all_settings(config), "environment": environment(), **result})
-    print(path)
+        told = f"with closed form {ratios['ratio_with_closed_form']:.2f}"
+        print(f"d = {hidden_size}: layer {layer:.3f} s, three eigh {eigh:.3f} s, ratio {ratios['ratio']:.2f}, {told}")
+    write_result(config, "bench_k_sweep", {"rows": rows})
 
 
 if __name__ == "__main__":

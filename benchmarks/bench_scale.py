@@ -11,7 +11,7 @@ alone, libraries and model included. Seconds are those of cache.py without the s
     length   of --length_tokens tokens in all, one point for each of --lengths
     width    the first of --num_texts, one point for each of --hidden_sizes
 
-Writes results/benchmarks/bench_scale.json, .csv, .png and .pdf.
+Writes results/benchmarks/bench_scale.json.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -20,8 +20,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,16 +31,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import cache
+from benchmarks.harness import write_result
 from utils.models.identity import load_config
 from utils.models.load import load_tokenizer
-from utils.pictures import STYLE, save_figure
-from utils.results import open_tensors, save_json, write_atomically
-from utils.script import environment, run_script
-from utils.settings import Model, Run, all_settings, with_values
+from utils.results import open_tensors
+from utils.script import run_script
+from utils.settings import Model, Run, with_values
 
 NUM_LAYERS = 2  # decoder layers: what is measured is how the cost grows
 MAX_POSITIONS = 4096
@@ -114,13 +111,6 @@ def make_rows(folder: Path, num_texts: int, length: int) -> str:
 
 
 # ------------------------------------------------------------------ one point, in a process of its own
-def peak_megabytes() -> float:
-    """The most memory that this process has had; on Linux not what the process had that started it."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
-
-
 def measure(model_name: str, dataset_name: str, results_dir: Path, device: str) -> dict[str, Any]:
     """Runs cache.py; returns its seconds, tokens, texts, and the peak memory of the process."""
     values: dict[str, Any] = {"model_name": model_name, "dataset_name": dataset_name, "results_dir": results_dir}
@@ -129,9 +119,11 @@ def measure(model_name: str, dataset_name: str, results_dir: Path, device: str) 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cache.main(config)
     seconds = time.perf_counter() - start
+    with open("/proc/self/status") as file:  # on Linux not the peak of the process that started this one
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
     with open_tensors(cache.config_path(config)) as (_, metadata):
         found = {name: metadata[name] for name in ("num_samples", "num_tokens")}
-    return {**found, "seconds": seconds, "peak_mb": peak_megabytes()}
+    return {**found, "seconds": seconds, "peak_mb": peak}
 
 
 def points(config: Config) -> Iterator[tuple[str, int, int, int]]:
@@ -161,7 +153,7 @@ def measure_all(config: Config) -> pd.DataFrame:
     return table
 
 
-# ------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------ claims
 def summarize(table: pd.DataFrame) -> dict[str, float]:
     """The claims as numbers: seconds for a token of the largest point over those of the one before; memory growth."""
     texts = table[table["series"] == "texts"].sort_values("num_samples")
@@ -176,40 +168,13 @@ def summarize(table: pd.DataFrame) -> dict[str, float]:
     return summary
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """Time for a token, and peak memory, over each of the three."""
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(9, 4.5), sharex="col", layout="constrained")
-        names = {
-            "texts": ("num_samples", "texts"),
-            "length": ("length", "tokens of a text"),
-            "width": ("hidden_size", "d"),
-        }
-        for column, (series, (name, label)) in zip(axes.T, names.items(), strict=True):
-            part = table[table["series"] == series].sort_values(name)
-            time_of_token = 1e6 * part["seconds"] / part["num_tokens"]
-            column[0].plot(part[name], time_of_token, "o-")
-            column[0].set(xscale="log", ylim=(0, 1.15 * time_of_token.max()), ylabel="microseconds per token")
-            column[1].plot(part[name], part["peak_mb"], "o-")
-            column[1].set(xscale="log", ylim=(0, 1.15 * table["peak_mb"].max()), xlabel=label, ylabel="peak MB")
-            column[1].set_xticks(part[name], [f"{value:,}" for value in part[name]], fontsize=7)
-            column[1].minorticks_off()
-    return figure
-
-
 def main(config: Config) -> None:
-    """Measures every point, prints the table and the claims, and draws them."""
+    """Measures every point, prints the table and the claims."""
     table = measure_all(config)
     summary = summarize(table)
     for name, value in summary.items():
         print(f"{name.replace('_', ' ')}: {value:.3g}")
-    path = config.results_dir / "benchmarks" / "bench_scale.json"
-    save_json(path, {"config": all_settings(config), "environment": environment(),
-                     "summary": summary, "rows": table.to_dict("records")})  # fmt: skip
-    with write_atomically(path.with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-    save_figure(plot(table), path)
-    print(path)
+    write_result(config, "bench_scale", {"summary": summary, "rows": table.to_dict("records")})
 
 
 if __name__ == "__main__":

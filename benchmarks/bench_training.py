@@ -8,11 +8,9 @@
 
 The plain loop (PEFT's model for LoRA) takes rows in random order, gives an attention mask, evaluates one text at a time
 and pads every batch, to the longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of
-like length, pads to the longest of the batch and evaluates batches of a token budget. Both run the decoder alone,
-without logits, and take the same number of texts a step. The two take turns in every round; ratios are of the fastest
-rounds. Texts are cut at `max_length`: on whole docstrings, up to 1,024 tokens long, the plain loop would lose by more.
-Memory: on a GPU the peak of allocated memory, on a CPU the activations that the largest step keeps for its backward
-pass.
+like length. Both run the decoder alone and take the same number of texts a step, in turns; ratios are of the fastest
+rounds. Memory: on a GPU the peak of allocated memory, on a CPU the activations that the largest step keeps for its
+backward pass.
 Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
@@ -27,13 +25,12 @@ import torch
 
 import from_scratch
 import lora_finetuning
-from benchmarks.bench_cache import seconds
+from benchmarks.harness import alternate, write_result
 from utils.data.load import load_splits, load_texts
 from utils.models.identity import load_config
 from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
-from utils.results import save_json
-from utils.script import environment, pick_device, run_script, set_seed
-from utils.settings import Dtype, all_settings, path_name, with_values
+from utils.script import pick_device, run_script, set_seed
+from utils.settings import Dtype, path_name, with_values
 from utils.training.finetune import build_run
 from utils.training.loop import Progress, TrainingRun, start_accelerator, train_step
 from utils.training.objective import BatchOrder
@@ -147,39 +144,28 @@ def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
 
 def main(config: Config) -> None:
     """Measures both loops in one run, prints the table and writes it."""
-    device = pick_device(config.device)
-    runs = {}
+    device, ways, runs = pick_device(config.device), dict[Any, Any](), {}
     for name in ("ours", "plain"):
-        runs[name], tokens = make_run(config)
-        if name == "plain":
-            runs[name] = make_plain(runs[name], tokens, config.plain_padding)
+        run, tokens = make_run(config)
+        runs[name] = run if name == "ours" else make_plain(run, tokens, config.plain_padding)
     progress = {name: Progress() for name in runs}
-    times: dict[str, dict[str, list[float]]] = {name: {"steps": [], "evaluation": []} for name in runs}
-    for round_number in range(config.num_rounds + 1):
-        for name, run in runs.items():
-            stepping = seconds(partial(steps, run, progress[name], config.num_steps), device)
-            evaluating = seconds(partial(evaluation, run), device)
-            if round_number:  # the first one warms up
-                times[name]["steps"].append(stepping)
-                times[name]["evaluation"].append(evaluating)
-    table = {}
-    for name, found in times.items():
-        table[name] = {
-            "steps_per_second": config.num_steps / min(found["steps"]),
-            "texts_evaluated_per_second": config.num_evaluated / min(found["evaluation"]),
-            "peak_bytes": peak_memory(runs[name], progress[name], config.num_steps),
+    for name, run in runs.items():
+        ways[name, "steps"] = partial(steps, run, progress[name], config.num_steps)
+        ways[name, "evaluation"] = partial(evaluation, run)
+    alternate(ways, 1, device)  # warm-up
+    fastest = {way: min(rounds) for way, rounds in alternate(ways, config.num_rounds, device).items()}
+    table = {
+        name: {
+            "steps_per_second": config.num_steps / fastest[name, "steps"],
+            "texts_evaluated_per_second": config.num_evaluated / fastest[name, "evaluation"],
+            "peak_bytes": float(peak_memory(run, progress[name], config.num_steps)),
         }
-    ratios = {key: table["ours"][key] / table["plain"][key] for key in table["ours"]}
-    print(f"\n{'':<8}{'steps/s':>12}{'texts evaluated/s':>20}{'peak MB':>10}")
+        for name, run in runs.items()
+    }
+    table["ratio"] = {key: value / table["plain"][key] for key, value in table["ours"].items()}
     for name, row in table.items():
-        print(
-            f"{name:<8}{row['steps_per_second']:>12.2f}{row['texts_evaluated_per_second']:>20.1f}"
-            f"{row['peak_bytes'] / 1e6:>10.0f}"
-        )
-    print(f"{'ratio':<8}" + "".join(f"{ratios[key]:>{w}.2f}" for key, w in zip(ratios, (12, 20, 10), strict=True)))
-    path = config.results_dir / "benchmarks" / f"bench_training.{path_name(config.model_name)}.{config.kind}.json"
-    save_json(path, {"config": all_settings(config), "environment": environment(), **table, "ratio": ratios})
-    print(path)
+        print(f"{name:<6}" + "".join(f"{value:14,.2f} {key.replace('_', ' ')}" for key, value in row.items()))
+    write_result(config, f"bench_training.{path_name(config.model_name)}.{config.kind}", table)
 
 
 if __name__ == "__main__":
