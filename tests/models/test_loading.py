@@ -270,6 +270,12 @@ def test_an_adapter_trained_for_classification_is_applied_without_its_head(llama
     expected = states(peft_model.get_base_model().model)
     torch.testing.assert_close(adapted_states(llama, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
     assert "is left out (score)" in capsys.readouterr().out
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight for name, weight in weights.items() if "score" in name}, path)
+    with pytest.raises(UserError, match="has no weights of the decoder"):
+        adapted_states(llama, tmp_path / "adapter")
+    save_file(weights, path)
     assert (expected - states(load_base_model(Model(str(llama)), RUN, CPU))).abs().max() > 1e-2
 
 
@@ -333,7 +339,7 @@ def test_adapters_that_change_no_state_are_refused(llama, tmp_path):
     save_adapter(tmp_path / "head", AutoModelForCausalLM.from_pretrained(llama), target_modules=["lm_head"])
     with pytest.raises(UserError, match="changes lm_head only"):
         adapted_states(llama, tmp_path / "head")
-    with pytest.raises(UserError, match=r"has no lm_head; --target_modules can name .*q_proj"):
+    with pytest.raises(UserError, match=r"has no lm_head\. Choose --target_modules among .*q_proj"):
         save_our_adapter(tmp_path / "adapter", llama, target_modules=("lm_head",))
     prompt = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(llama), prompt).save_pretrained(tmp_path / "prompt")

@@ -124,18 +124,22 @@ def owner_of(key: str, owners: set[str]) -> str:
 
 
 def leave_out_head(config: PeftConfig, weights: dict[str, Tensor], causal_lm: Any, folder: Path) -> dict[str, Tensor]:
-    """The weights without those of a head that the causal LM has not, such as the `score` of a classifier."""
+    """The weights without those of a head that the causal LM has not, such as the `score` of a classifier.
+
+    Raises:
+        UserError: no weight is left.
+    """
     known = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
     saved: Any = getattr(config, "modules_to_save", None) or ()
-    heads = [name for name in saved if name not in known]
-    kept = {key: weight for key, weight in weights.items() if not set(key.split(".")) & set(heads)}
+    heads = {name for name in saved if name.rpartition(".")[2] not in known}
+    kept = {key: weight for key, weight in weights.items() if not any(f".{head}." in key for head in heads)}
+    if not kept:
+        raise UserError(f"The adapter in {folder} has no weights of the decoder: it would change no hidden state.")
     if len(kept) < len(weights):
-        left_out = sorted({name for key in weights.keys() - kept.keys() for name in key.split(".") if name in heads})
-        print(
-            f"The head of the adapter in {folder} is left out ({', '.join(left_out)}): no hidden state depends on it."
-        )
-    if saved:
-        config.modules_to_save = [name for name in saved if name in known] or None  # type: ignore[attr-defined]
+        names = ", ".join(sorted(head for head in heads if any(f".{head}." in key for key in weights)))
+        print(f"The head of the adapter in {folder} is left out ({names}): no hidden state depends on it.")
+    if heads:
+        config.modules_to_save = [name for name in saved if name not in heads] or None  # type: ignore[attr-defined]
     return kept
 
 

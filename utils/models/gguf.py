@@ -15,17 +15,9 @@ import gguf
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers.pre_tokenizers import ByteLevel, Digits
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.integrations.gguf import reader as header
@@ -46,11 +38,11 @@ ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_
 
 
 class StoredTensor(NamedTuple):
-    """Location of a tensor in the file."""
+    """Shape, quantisation, first byte and end of a tensor in the file."""
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
-    start: int  # in bytes
+    start: int
     end: int
 
 
@@ -107,13 +99,10 @@ def locate(shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
 def quantisation(path: Path) -> str:
     """The file's own name of its quantisation (`Q4_1`, `F16`, ...), and the bits of a weight on average."""
     file = read_header(path)
-    try:
-        file_type = gguf.LlamaFileType(file.metadata.get("general.file_type", -1)).name
-    except ValueError:
-        file_type = "unknown"
+    names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
     num_weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     num_bytes = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-    name = file_type.removeprefix("MOSTLY_").removeprefix("ALL_")
+    name = names.get(file.metadata.get("general.file_type"), "unknown")
     return f"{name} ({8 * num_bytes / num_weights:.1f} bits a weight)"
 
 
@@ -164,8 +153,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"The tokenizer of {path} cannot be read ({error}). Name one with --tokenizer_name.") from None
     if vocabulary.get("pre_tokenizer_type") == "smollm":  # splits off each digit; transformers 5.23 does not know it
-        digits, words = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = PreTokenizers([digits, words])
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **options)
 
 
@@ -175,21 +164,17 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: of `load_config`, or the weights are not those of the architecture.
     """
-    config = load_config(path)
-    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    state = state_dict(read_header(path), config, path, dtype)
-    return causal_lm.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-
-
-def state_dict(file: Header, config: PreTrainedConfig, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights by the names that the causal LM gives them.
-
-    Raises:
-        UserError: a weight is missing, has another shape, or is not known to the architecture.
-    """
-    architecture = file.metadata["general.architecture"]
+    config, file = load_config(path), read_header(path)
     with torch.device("meta"):  # names and shapes only
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+        skeleton = AutoModelForCausalLM.from_config(config)
+    state = state_dict(file, skeleton, path, dtype)
+    return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def state_dict(file: Header, skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights by the names of the causal LM. Raises UserError for a missing, unknown or misshapen weight."""
+    config, architecture = skeleton.config, file.metadata["general.architecture"]
+    expected = skeleton.state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     names = gguf.get_tensor_name_map(GGUF_ARCHITECTURES[architecture], config.num_hidden_layers)
