@@ -40,7 +40,7 @@ from utils.algebra.nulls import permuted_scores, random_scores, random_stream
 from utils.algebra.ridge import load_folds, probe_scores
 from utils.algebra.scores import LayerScores, option_suffix, print_table, summarize
 from utils.pictures import plot_sweep, save_figure
-from utils.results import open_tensors, result_path, save_json
+from utils.results import one_run_at_a_time, open_tensors, result_path, save_json
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_values
 
@@ -380,12 +380,13 @@ def run(config: Config) -> dict[str, Any]:
     wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
     path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
     config = with_values(config, model=found.model, data=found.data)
-    result = sweep(config, path, held_out_path(path, found))
-    print_table(result)
     target = output_path(config)
-    if config.output.picture:
-        save_figure(plot_sweep(result), target)
-    save_json(target, result)  # last: where the JSON is, the picture is
+    with one_run_at_a_time(target):
+        result = sweep(config, path, held_out_path(path, found))
+        print_table(result)
+        if config.output.picture:
+            save_figure(plot_sweep(result), target)
+        save_json(target, result)  # last: where the JSON is, the picture is
     print(target)
     return result
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.parallel import rank
 from utils.script import NO_PLACE, UserError, cannot_write
-from utils.settings import LOCAL_NAMES, AnyConfig, Data, Model, Run, is_same_name, result_settings, with_values
+from utils.settings import AnyConfig, Data, Model, Run, is_same_setting, result_settings, with_values
 
 FORMAT_VERSION = 4
 SCRIPTS = {  # folder of results -> script that writes it
@@ -312,11 +312,6 @@ def read_identity(path: Path) -> dict[str, Any]:
         return metadata
 
 
-def is_same(name: str, stored: Any, asked: Any) -> bool:
-    """Whether a stored setting is the one asked for; of a model or dataset on this machine the content is compared."""
-    return is_same_name(stored, asked) if name in LOCAL_NAMES else stored == asked
-
-
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     """How a stored result was made otherwise than an identity says; empty where it was made like that.
 
@@ -333,7 +328,7 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     differing = [
         f"{name}: {settings.get(name)!r} there, {value!r} now"
         for name, value in identity["config"].items()
-        if name not in settings or not is_same(name, settings[name], value)
+        if name not in settings or not is_same_setting(name, settings[name], value)
     ]
     if differing:
         return f"with other settings ({'; '.join(differing)})"
@@ -382,14 +377,15 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
         omitted.add("model_name")
     shared = [name for name in asked if name in stored and (names is None or name in names)]
-    given = {
-        name: asked[name] for name in shared if name not in omitted and not is_same(name, stored[name], asked[name])
-    }
-    if given:
-        differing = "; ".join(f"{name}: {stored[name]!r} there, {value!r} now" for name, value in given.items())
+    differing = [
+        f"{name}: {stored[name]!r} there, {asked[name]!r} now"
+        for name in shared
+        if name not in omitted and not is_same_setting(name, stored[name], asked[name])
+    ]
+    if differing:
         raise UserError(
-            f"{moments} was made with other settings ({differing}). Leave them out to take those of the moments, "
-            "run cache.py with them and --overwrite, or write elsewhere with --results_dir."
+            f"{moments} was made with other settings ({'; '.join(differing)}). Leave them out to take those of the "
+            "moments, run cache.py with them and --overwrite, or write elsewhere with --results_dir."
         )
     values = {name: stored[name] for name in shared if name in omitted}
     if values.get("adapter_dir"):

@@ -54,9 +54,9 @@ def resolve(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def is_same_name(stored: Any, asked: Any) -> bool:
-    """Whether two names can stand for the same model or data, whose fingerprint decides: a path may have moved."""
-    if stored == asked or not isinstance(stored, str) or not isinstance(asked, str):
+def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
+    """Whether a stored setting is the one asked for; a model or dataset may have moved, its fingerprint decides."""
+    if stored == asked or name not in LOCAL_NAMES or not isinstance(stored, str) or not isinstance(asked, str):
         return stored == asked
     return (os.path.isabs(stored) or os.path.isabs(asked)) and Path(stored).name == Path(asked).name
 
