@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import cache
 from utils.algebra.features import feature_scores
-from utils.algebra.linalg import NestedBasis, Noise, rounding, whiten
+from utils.algebra.linalg import Eigenspace, NestedBasis, Noise, rounding, whiten
 from utils.algebra.moments import LayerMoments, check_has_layer, find_scores, held_out_path, load_layer
 from utils.algebra.nulls import permuted_scores, random_scores, random_stream
 from utils.algebra.ridge import load_folds, probe_scores
@@ -54,10 +54,7 @@ class Output(Unrecorded):
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them from the shell.
-
-    Settings of the model and the data that you omit are read from the moments file.
-    """
+    """Edit the defaults here, or override them from the shell; omitted settings of model and data are the moments'."""
 
     split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as the released script computes
@@ -110,28 +107,13 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
 
 
 # ------------------------------------------------------------------ the eigenproblem
-@dataclass(frozen=True)
-class Eigenspace:
-    """Eigenvectors of F F' u = lambda C u with lambda > 0, and the space that these and the tied ones (0) span."""
-
-    whitener: Tensor  # W, (d, rank): W' C W = I; its columns span all eigenvectors
-    coordinates: Tensor  # (rank, r), orthonormal: the eigenvectors are W times these, largest eigenvalue first
-    eigenvalues: Tensor  # (r,)
-
-    @property
-    def vectors(self) -> Tensor:
-        """(d, r), C-orthonormal."""
-        return self.whitener @ self.coordinates
-
-
 def solve_generalized_eigenproblem(
     factor: Tensor, denominator: Tensor, noise: Noise | None = None, factor_error: Tensor | None = None
 ) -> Eigenspace:
     """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
 
-    The left singular vectors of W' F, W the whitener of C, are the coordinates. A singular value is zero below
-    sqrt(rank * eps) of the largest, which an eigen-decomposition of W' F F' W cannot tell from zero; or below three
-    times the length of the errors of F in that direction.
+    With W the whitener of C, the left singular vectors of W' F are the coordinates. A singular value is zero below
+    sqrt(rank * eps) of the largest, or below three times the length of the errors of F in its direction.
 
     Differs from the paper: the released script takes the smallest first (`--eigenvectors smallest`).
 
@@ -191,12 +173,6 @@ def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_ind
         return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
     random = random_stream("control of V", config.data.seed, layer_index)
     return torch.from_numpy(random.standard_normal((len(moments.pooled_mean), rank))).to(moments.pooled_mean)
-
-
-def standardizing_scale(moments: LayerMoments) -> Tensor:
-    """One over the standard deviation of each coordinate of the pooled states, (d,); 1 for one that does not vary."""
-    variance = moments.pooled_covariance.diagonal()
-    return torch.where(variance > moments.pooled_noise(center=True).diagonal, variance, 1).rsqrt()
 
 
 def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
@@ -267,14 +243,11 @@ def excess_loss(
     largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
     if labels.whitener.shape[1] == len(sigma):  # 1 / the largest of the inverse: its small ones keep their digits
         smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
-    weakest, strongest, num = labels.eigenvalues[-1], labels.eigenvalues[0], len(labels.eigenvalues)
-    return {
-        "excess_loss": labels.eigenvalues.sum() * (1 - retained),
-        "excess_lower": weakest * num * (1 - ntps_whitened),
-        "excess_upper": strongest * num * (1 - ntps_whitened),
-        "excess_lower_euclidean": weakest * smallest * missing,
-        "excess_upper_euclidean": strongest * largest * missing,
-    }
+    squares, scores = labels.eigenvalues, {"excess_loss": labels.eigenvalues.sum() * (1 - retained)}
+    for name, square, of_sigma in (("lower", squares[-1], smallest), ("upper", squares[0], largest)):
+        scores[f"excess_{name}"] = square * len(squares) * (1 - ntps_whitened)
+        scores[f"excess_{name}_euclidean"] = square * of_sigma * missing
+    return scores
 
 
 # ------------------------------------------------------------------ one layer
@@ -286,7 +259,7 @@ def sweep_layer(
     A layer has no score where its pooled states do not vary, or not with the labels, or no text has two tokens.
     """
     if config.coordinates == "standardized":
-        scale = standardizing_scale(moments)
+        scale = moments.pooled_deviation.reciprocal()  # D: the moments become D M D, D B, D C0 D, D C1 D
         moments, held_out = moments.scaled(scale), held_out and held_out.scaled(scale)
     sigma, labels = moments.pooled_covariance, perception(moments, center=True)
     u = labels if config.center else perception(moments, center=False)
@@ -307,14 +280,8 @@ def sweep_layer(
     scores["chance"] = torch.tensor(ks) / len(sigma)
     scores |= excess_loss(sigma, labels, basis, scores["ntps_whitened"], scores["retained"])
     random = partial(random_stream, seed=config.data.seed, layer_index=layer_index)
-    null = permuted_scores(
-        moments,
-        (u.whitener, whitener),
-        (basis, whitened),
-        config.center,
-        config.num_null_draws,
-        random("permuted labels"),
-    )
+    space, num_draws = (u.whitener, whitener, basis, whitened), config.num_null_draws
+    null = permuted_scores(moments, space, config.center, num_draws, random("permuted labels"))
     random_v = {}
     if num_random_draws:
         explained = labels.coordinates, labels.eigenvalues

@@ -101,6 +101,20 @@ def without_constants(covariance: Tensor, mean: Tensor, tolerance: float) -> Ten
 
 
 @dataclass(frozen=True)
+class Eigenspace:
+    """Eigenvectors of F F' u = lambda C u with lambda > 0, and the space that these and the tied ones (0) span."""
+
+    whitener: Tensor  # W, (d, rank): W' C W = I; its columns span all eigenvectors
+    coordinates: Tensor  # (rank, r), orthonormal: the eigenvectors are W times these, largest eigenvalue first
+    eigenvalues: Tensor  # (r,)
+
+    @property
+    def vectors(self) -> Tensor:
+        """(d, r), C-orthonormal."""
+        return self.whitener @ self.coordinates
+
+
+@dataclass(frozen=True)
 class NestedBasis:
     """An orthogonal matrix whose first columns span the first k of some vectors, for every k."""
 

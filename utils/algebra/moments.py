@@ -97,6 +97,12 @@ class LayerMoments:
         cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
         return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
 
+    @property
+    def pooled_deviation(self) -> Tensor:
+        """Standard deviation of each coordinate of the pooled states, (d,); 1 for one that varies by rounding alone."""
+        variance = self.pooled_covariance.diagonal()
+        return torch.where(variance > self.pooled_noise(center=True).diagonal, variance, 1).sqrt()
+
     def scaled(self, scale: Tensor) -> "LayerMoments":
         """The moments of states with coordinates multiplied by `scale`, (d,), the diagonal of D: D M D, D B, ..."""
         rows, both, errors = scale[:, None], scale * scale[:, None], self.rounding

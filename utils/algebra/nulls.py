@@ -106,8 +106,7 @@ def euclidean_null(
 
 def permuted_scores(
     moments: LayerMoments,
-    whiteners: tuple[Tensor, Tensor],
-    bases: tuple[NestedBasis, NestedBasis],
+    space: tuple[Tensor, Tensor, NestedBasis, NestedBasis],
     center: bool,
     num_draws: int,
     random: np.random.Generator,
@@ -116,13 +115,13 @@ def permuted_scores(
 
     Args:
         moments: of the layer.
-        whiteners: of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma).
-        bases: nested bases of V, and of V where Sigma is whitened.
+        space: whiteners of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma); nested
+            bases of V, and of V where Sigma is whitened.
         center: the perception problem is that of Sigma: no part of it comes from the means.
         num_draws: number of draws.
         random: source of randomness.
     """
-    (of_perception, of_sigma), (basis, whitened) = whiteners, bases
+    of_perception, of_sigma, basis, whitened = space
     draws = draw_permuted_factors(of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random)
     to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
     offset = (0 if center else 1) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
