@@ -59,7 +59,8 @@ def shown_name(name: str) -> str:
 
 def cell_keys(path: Path, config: Row) -> Row:
     """Model, dataset and seed of a file of K_sweep.py, without the options in its name."""
-    dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
+    suffix = option_suffix({"coordinates": "as_is", **config})  # earlier versions did not have that setting
+    dataset = shown_name(path.stem.removesuffix(suffix))
     return {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
 
 
