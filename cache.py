@@ -36,7 +36,7 @@ from utils import results
 from utils.algebra import moments as stored
 from utils.algebra.linalg import NUM_PROBES
 from utils.algebra.memory import keep_on_host
-from utils.algebra.partial import PartialPass, remove_partial, resumable_pass
+from utils.algebra.partial import PartialPass, remaining_batches, remove_partial, resumable_pass
 from utils.algebra.pooled import checksums
 from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
@@ -272,7 +272,7 @@ def accumulate(
     blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK, tokens.rope_limit)
     steps = share_of(blocks, tokens.lengths, world.rank, world.size)
     num_tokens = [int(tokens.lengths[step.rows].sum()) for step in steps]
-    for number in (partial or PartialPass()).remaining(tensors, num_tokens):
+    for number in remaining_batches(partial, tensors, num_tokens):
         add_batch(steps[number].rows)
         if steps[number].ends_block:
             for layer in sums.values():

@@ -14,6 +14,7 @@ from tests.conftest import (
     load_moments,
     run_in_process,
 )
+from utils.results import machine
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -139,7 +140,7 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_numbers(model_dirs, rows_
     monkeypatch.setattr(cache, "load_base_model", loading)
     at_exit: list = []
     monkeypatch.setattr("atexit.register", lambda *call, **options: at_exit.append((call, options)))
-    of_a_dead_process = tmp_path / "other" / f"offloaded.{2**22 + 1}.tmp"
+    of_a_dead_process = tmp_path / "other" / f"offloaded.{2**22 + 1}@{machine()}.tmp"
     of_a_dead_process.mkdir(parents=True)
     cache.main(with_values(other, device_map="auto"))
     [folder] = (tmp_path / "other").glob("offloaded*")

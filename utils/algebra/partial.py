@@ -40,10 +40,10 @@ def remove_partial(moments: Path) -> None:
 class PartialPass:
     """The sums of one process of a pass on disk."""
 
-    moments: Path | None = None  # the file that the pass is to write; None: the sums are not kept
-    identity: dict[str, Any] = field(default_factory=dict)  # of the result
-    minutes_per_state: float = 3.0
-    run_settings: dict[str, Any] = field(default_factory=dict)  # change no result, but the sums of half a pass
+    moments: Path  # the file that the pass is to write
+    identity: dict[str, Any]  # of the result
+    minutes_per_state: float
+    run_settings: dict[str, Any]  # change no result, but the sums of half a pass
     saved: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # that the last writing took
 
@@ -79,29 +79,6 @@ class PartialPass:
             return
         remove_partial(self.moments)
 
-    def remaining(self, tensors: dict[str, Tensor], num_tokens: list[int]) -> Iterator[int]:
-        """Yields the number of each batch that is still to be added to `tensors`, and shows a bar.
-
-        Writes the sums when it is time, and at SIGTERM, by which clusters announce the end; then the process ends.
-
-        Args:
-            tensors: all sums; filled from the file of an unfinished pass.
-            num_tokens: of each batch of this process.
-        """
-        done = self.load(tensors) if self.moments and self.path.is_file() else 0
-        bar: dict[str, Any] = {"desc": "cache", "unit": "token", "unit_scale": True}
-        with (
-            tqdm(total=sum(num_tokens), initial=sum(num_tokens[:done]), **bar) as progress,
-            termination_noted() as termination,
-        ):
-            for number in range(done, len(num_tokens)):
-                yield number
-                progress.update(num_tokens[number])
-                if self.moments and (termination.asked or (self.is_due() and number + 1 < len(num_tokens))):
-                    self.save(tensors, number + 1)
-                if termination.asked:
-                    sys.exit(128 + signal.SIGTERM)
-
     def load(self, tensors: dict[str, Tensor]) -> int:
         """Fills the sums from the file of this process; returns the number of batches in them."""
         with open_tensors(self.path) as (file, metadata):
@@ -122,6 +99,28 @@ class PartialPass:
     def is_due(self) -> bool:
         """Whether it is time to write again."""
         return time.monotonic() - self.saved >= max(60 * self.minutes_per_state, self.seconds / MOST_OF_TIME)
+
+
+def remaining_batches(partial: PartialPass | None, tensors: dict[str, Tensor], num_tokens: list[int]) -> Iterator[int]:
+    """Yields the number of each batch that is still to be added to `tensors`, and shows a bar.
+
+    Writes the sums when it is time, and at SIGTERM, by which clusters announce the end; then the process ends.
+
+    Args:
+        partial: the sums of an unfinished pass; None: they are not kept.
+        tensors: all sums; filled from the file of an unfinished pass.
+        num_tokens: of each batch of this process.
+    """
+    done = partial.load(tensors) if partial and partial.path.is_file() else 0
+    progress = tqdm(total=sum(num_tokens), initial=sum(num_tokens[:done]), desc="cache", unit="token", unit_scale=True)
+    with progress, termination_noted() as termination:
+        for number in range(done, len(num_tokens)):
+            yield number
+            progress.update(num_tokens[number])
+            if partial and (termination.asked or (partial.is_due() and number + 1 < len(num_tokens))):
+                partial.save(tensors, number + 1)
+            if termination.asked:
+                sys.exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
