@@ -102,7 +102,7 @@ def quantisation(path: Path) -> str:
     names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
     num_weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     num_bytes = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-    name = names.get(file.metadata.get("general.file_type"), "unknown")
+    name = names.get(file.metadata.get("general.file_type", -1), "unknown")
     return f"{name} ({8 * num_bytes / num_weights:.1f} bits a weight)"
 
 

@@ -242,7 +242,8 @@ def tokenize(
         for text_ids in encoded:
             ids.extend(text_ids)
             lengths.append(len(text_ids))
-        if full := [text for text, text_ids in zip(chunk, encoded, strict=True) if len(text_ids) == max_length]:
+        full = [text for text, text_ids in zip(chunk, encoded, strict=True) if len(text_ids) == max_length]
+        if full and max_length is not None:
             whole = tokenizer(full, truncation=False, **options)["input_ids"]
             num_cut += sum(len(text_ids) > max_length for text_ids in whole)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
