@@ -1,4 +1,4 @@
-"""How far labelled points are apart in a few coordinates, and how far shuffled labels are."""
+"""Distances between labelled points in a few coordinates, and between points with shuffled labels."""
 
 from typing import Any
 
@@ -8,10 +8,9 @@ from sklearn.metrics import silhouette_score
 
 
 def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale, (k,) each, that give the columns of (n, k) mean 0 and variance 1; a constant one has scale inf.
+    """Mean and scale, (k,) each, that give the columns of (n, k) mean 0 and variance 1.
 
-    Constant is what spreads by less than 1e-6 of its mean: rounding of float32 states, not to be blown up to variance
-    1. The first component of an uncentred problem is constant where tokens are fewer than dimensions.
+    A column that spreads by less than 1e-6 of its mean has scale inf: its spread is rounding of float32 states.
     """
     mean, spread = coordinates.mean(0), coordinates.std(0)
     return mean, np.where(spread > 1e-6 * np.abs(mean), spread, np.inf)
@@ -46,16 +45,13 @@ def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def separability(
     coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Each score of `measure`, its mean under shuffled labels, and the share of shuffles that do as well.
+    """Each score of `measure`: `value`, mean over shuffled labels, `p` = (1 + as good shuffles) / (1 + shuffles).
 
     Args:
         coordinates: (n, k).
         labels: category of each word, (n,).
-        num_shuffles: of the labels.
+        num_shuffles: number of shuffles.
         seed: of the shuffles; the same one shuffles alike in both subspaces.
-
-    Returns:
-        `value`, `shuffled` and `p` = (1 + as good shuffles) / (1 + shuffles), of each score.
     """
     random = np.random.default_rng(seed)
     mean, scale = standardize(coordinates)  # of all words at once: it sees no label
@@ -66,11 +62,8 @@ def separability(
     for name, value in values.items():
         shuffled = np.array([draw[name] for draw in draws])
         as_good = int((shuffled >= value - 1e-9).sum())  # shuffles that swap two categories whole give the same value
-        result[name] = {
-            "value": value,
-            "shuffled": float(shuffled.mean()),
-            "p": (1 + as_good) / (1 + num_shuffles),
-        }
+        p = (1 + as_good) / (1 + num_shuffles)
+        result[name] = {"value": value, "shuffled": float(shuffled.mean()), "p": p}
     return result
 
 

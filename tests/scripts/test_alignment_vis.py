@@ -400,6 +400,30 @@ def test_one_label_direction_is_too_few(model_dirs, tmp_path):
         alignment_vis.main(configure(alignment_vis, **names))
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_equal_eigenvalues_are_refused(model_dirs, tmp_path, layer):
+    """Classes of equal size and fewer texts than dimensions: any rotation of the axes is a solution."""
+    rows = [{"text": f"{text} {i}", "label": "abc"[i % 3]} for i, text in enumerate(make_texts(30))]
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "train.jsonl", rows[:24])
+    write_rows(tmp_path / "rows" / "test.jsonl", rows[24:])
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(tmp_path / "rows"), "results_dir": tmp_path}
+    cache.main(configure(cache, **names))
+    with pytest.raises(UserError, match=r"perception problem .* has equal eigenvalues at layer"):
+        alignment_vis.main(configure(alignment_vis, **names, layer=layer, words=GROUPS))
+    assert not (tmp_path / "alignment").exists()
+
+
+def test_names_in_a_picture_are_no_mathematics_and_none_is_hidden():
+    table = alignment_table({"_joy $x_$": 2, "sad": 2})
+    table.loc[table.word == "sad0", "word"] = "_cost$"
+    figure = plot_alignment(table, notes={"U": "$1$", "V": "$_$"})
+    figure.canvas.draw()  # a formula that matplotlib cannot parse raises here
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "_joy $x_$" in shown and "_cost$" in shown
+    plt.close(figure)
+
+
 def test_moments_of_the_embedded_model_are_made(monkeypatch, tmp_path):
     asked = []
 
