@@ -326,7 +326,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:
                 folds = load_folds(path, layer_index, device) if layer_index == last else None
-                found = feature_scores(moments, held_out, folds, (config.data.seed, layer_index)).scores
+                found = feature_scores(moments, held_out, folds).scores
                 layer = dataclasses.replace(layer, closed_form=found)
             layers.append(layer)
     return {

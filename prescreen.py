@@ -177,7 +177,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
         check_has_every_layer(metadata, "prescreen.py")
         for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
-            found = features.feature_scores(moments, None, load_folds(path, layer, device), (config.data.seed, layer))
+            found = features.feature_scores(moments, None, load_folds(path, layer, device))
             layers.append(found.scores)
             fits.append(found.fits)
     errors = np.array([[fit.error for fit in folds] for folds in fits])

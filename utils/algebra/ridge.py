@@ -31,9 +31,8 @@ class Moments(NamedTuple):
 def whole_split(moments: LayerMoments) -> Moments:
     """All texts of a split."""
     m, square = moments, moments.label_second_moment.trace()
-    return Moments(
-        m.pooled_second_moment, m.pooled_label_cross_moment, m.pooled_mean, m.label_mean, square, float(m.num_samples)
-    )
+    second, cross = m.pooled_second_moment, m.pooled_label_cross_moment
+    return Moments(second, cross, m.pooled_mean, m.label_mean, square, float(m.num_samples))
 
 
 def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -48,12 +47,7 @@ def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, 
 
 
 def check_several(num_folds: int, who: str) -> None:
-    """Raises UserError where all texts are in one fold.
-
-    Args:
-        num_folds: that have texts.
-        who: would cross-validate.
-    """
+    """Raises UserError where `num_folds` folds with texts are too few for `who` to cross-validate."""
     if num_folds < 2:
         raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
 
@@ -123,15 +117,10 @@ class RidgeFit(NamedTuple):
 def fit_ridge(
     train: Moments, test: Moments, spectrum: tuple[Tensor, Tensor], alphas: tuple[float, ...] = ALPHAS
 ) -> RidgeFit:
-    """Ridge with an intercept, fitted on `train` and judged by `test`.
+    """Ridge with an intercept, fitted on `train`, of which `spectrum` is the `eigenbasis`, and judged by `test`.
 
-    alpha is chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
-
-    Args:
-        train: texts to fit.
-        test: other texts.
-        spectrum: `eigenbasis` of the texts to fit.
-        alphas: on the scale of sums, as scikit-learn's `Ridge`.
+    alpha, on the scale of sums as in scikit-learn's `Ridge`, is chosen by generalised cross-validation within `train`:
+    the texts that judge have no say in it.
     """
     (eigenvalues, basis), n = spectrum, train.num
     cross = basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
@@ -152,33 +141,22 @@ def fit_ridge(
     return RidgeFit(*sums, shrinkage=eigenvalues / ridge)
 
 
-def r2_of(fits: list[RidgeFit]) -> float:
-    """1 - sum of errors / sum of baselines; nan where the judging texts have equal labels."""
-    baseline = sum(fit.baseline for fit in fits)
-    return 1 - sum(fit.error for fit in fits) / baseline if baseline > 0 else math.nan
-
-
-class Value(NamedTuple):
-    """A score, and its mean and standard deviation under permuted labels (nan: none)."""
-
-    value: float
-    null_mean: float = math.nan
-    null_std: float = math.nan
-
-
-def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[Value, list[RidgeFit]]:
-    """R2 over the parts, alpha chosen in each, and the fit of each part.
+def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
+    """R2 over all pairs of texts to fit and texts to judge, its mean, deviation and z under permuted labels; the fits.
 
     Args:
-        pairs: texts to fit and texts to judge, of `fold_moments`, or of two splits.
+        pairs: of `fold_moments`, or of two splits.
         labels: D, (c, c).
     """
     fits = [fit_ridge(train, test, eigenbasis(train), ALPHAS) for train, test in pairs]
-    if math.isnan(value := r2_of(fits)):
-        return Value(value), fits
-    null_mean = -sum(fit.null_error for fit in fits) / sum(fit.baseline for fit in fits)
-    shrinkage = torch.stack([fit.shrinkage for fit in fits]).mean(0)
-    return Value(value, null_mean, ridge_null_std(shrinkage, labels, pairs)), fits
+    baseline = sum(fit.baseline for fit in fits)
+    if not baseline > 0:  # the judging texts have equal labels
+        return dict.fromkeys(("value", "null_mean", "null_std", "z")), fits
+    value = 1 - sum(fit.error for fit in fits) / baseline
+    null_mean = -sum(fit.null_error for fit in fits) / baseline
+    null_std = ridge_null_std(torch.stack([fit.shrinkage for fit in fits]).mean(0), labels, pairs)
+    z = (value - null_mean) / null_std if null_std > 1e-12 else None
+    return {"value": value, "null_mean": null_mean, "null_std": null_std, "z": z}, fits
 
 
 def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[tuple[Moments, Moments]]) -> float:
