@@ -1,22 +1,22 @@
-"""The tables of docs/findings.md and of the README's first screen, written from the CSV files of fig_plot.findings.
+"""The tables of docs/findings.md and README.md, written from the CSV files of fig_plot.findings.
 
-    python -m fig_plot.findings.page            # rewrites what stands between <!-- table: ... --> and <!-- end -->
+    python -m fig_plot.findings.page            # rewrites the tables between <!-- table: ... --> and <!-- end -->
     python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page is not what the CSV files say
 
-The words around the tables are written by hand, and hold no number that does not stand in one of them.
+A table is a frame and, for each column, a format of its cells. The words around the tables are written by hand.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from fig_plot.findings.procedure import STEPS
-from fig_plot.findings.questions import CANDIDATES, GAINS, OF_THE_OUTCOME, RIVALS
+from fig_plot.findings.questions import CANDIDATES, GAINS, OF_THE_OUTCOME, known, rivals_of
 from fig_plot.tables import (
     CLAIMED,
     DATA_DIR,
@@ -33,7 +33,7 @@ from utils.results import write_atomically
 from utils.script import ROOT, UserError, run_script
 
 PAGES = (Path("README.md"), Path("docs/findings.md"))
-BLOCK = re.compile(r"(<!-- table: (\w+)(?: of ([\w-]+))? -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 # rows of question 2, from top to bottom
 ASKED = [name for name in LABELS if name not in (*MEASURES, "ntps_whitened", "majority_accuracy", "num_parameters",
                                                  "held_out_loss", "lora_accuracy")]  # fmt: skip
@@ -43,7 +43,7 @@ CLAIMS = {
     "smaller error of the probe": ("train_mse", "probe_mse"),
     "smaller gain of LoRA": ("lora_gain_paper", "lora_gain"),
 }
-Cell = Callable[[pd.Series], str]
+VALUE = "{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -53,314 +53,227 @@ class Config:
     check: bool = False  # write nothing, and fail where something would be written
 
 
-# ------------------------------------------------------------------ the three claims
-class Claim(NamedTuple):
-    """The answer of a study to one claim; each row with value, low and high."""
+class Table(NamedTuple):
+    """Rows, and for each column its header and the format of its cells."""
 
-    chosen: pd.Series  # layer and K chosen on training rows, mean over models; also noise and p
-    fixed_rule: pd.Series  # last layer, mean over K, test rows
-    baseline: pd.Series
-    baseline_name: str
+    rows: pd.DataFrame
+    columns: dict[str, str]
+
+
+# ------------------------------------------------------------------ from CSV files to rows
+def read_findings(name: str, data_dir: Path) -> pd.DataFrame:
+    """A table of the findings; intervals over fewer than eight tasks are left out."""
+    table = read_table(f"findings_{name}", data_dir)
+    num_tasks = table["members" if "members" in table else "tasks"]
+    ends = [column for column in table if column.endswith(("low", "high"))]
+    table.loc[num_tasks < FEW_TASKS, ends] = np.nan
+    return table
 
 
 def spearmans(data_dir: Path, of: str = "") -> pd.DataFrame:
-    """Spearman across tasks under the fixed rule, by measure and score; of the paper's datasets alone with `_paper`."""
-    table = read_table(f"findings_correlations{of}", data_dir)
-    table = table[(table["correlation"] == "spearman") & (table["direction"] == "across tasks")]
-    return table.set_index(["measure", "score"])
+    """Spearman across tasks under the fixed rule, a row per measure and score; `_paper`: its datasets."""
+    table = read_findings(f"correlations{of}", data_dir)
+    return table[(table["correlation"] == "spearman") & (table["direction"] == "across tasks")]
 
 
 def published_range() -> pd.DataFrame:
-    """Published correlations across tasks, by measure: mean, min and max over the eight models."""
+    """Published correlations across tasks, by measure: mean, smallest and largest of the eight models."""
     table = pd.read_csv(DATA_DIR / "published_correlations.csv", comment="#")
-    return table[table["direction"] == "across tasks"].groupby("measure")["spearman"].agg(["mean", "min", "max"])
+    of_measure = table[table["direction"] == "across tasks"].groupby("measure")["spearman"]
+    return of_measure.agg(value="mean", low="min", high="max")
 
 
-def answer(claim: str, data_dir: Path, of: str = "") -> Claim:
-    """The answer to a claim of `CLAIMS`; on the paper's datasets alone with `_paper`. KeyError: it was not asked."""
-    chosen_on, measure = CLAIMS[claim]
-    steps = read_table(f"findings_like_for_like{of}", data_dir).set_index(["measure", "model", "step"])
-    table = spearmans(data_dir, of).loc[measure]
-    rivals = [name for name in RIVALS if name in table.index and (measure in GAINS or name not in OF_THE_OUTCOME)]
-    best = str(table.loc[rivals, "value"].abs().idxmax())
-    chosen = steps.loc[(chosen_on, "mean", STEPS[0])].rename({"spearman": "value"})
-    return Claim(chosen, table.loc["ntps"], table.loc[best], best)
+def side_by_side(table: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
+    """A row per value of `rows`; the other cells in columns `<value of columns>_<name>`."""
+    pivoted = table.pivot(index=rows, columns=columns)
+    pivoted.columns = [f"{value}_{name}" for name, value in pivoted.columns]
+    return pivoted.reset_index()
+
+
+def best_rival(table: pd.DataFrame, measure: str) -> str:
+    """The simple baseline with the largest correlation with a measure, of either sign."""
+    sizes = table[table["measure"] == measure].set_index("score")["value"].abs()
+    return str(sizes[[name for name in rivals_of(measure) if name in sizes]].idxmax())
 
 
 def overview_rows(tables_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """A row for each bar of the overview: claim, label, value, low, high, noise, note; positive is as claimed.
+    """A row for each bar of the overview: claim, label, value, low, high, noise, p, note; positive is as claimed.
 
-    Of the studies that answer every claim.
+    Of the studies that answer every claim. A baseline is turned to its own size.
     """
-    rows: list[tuple] = []
-    theirs, studies = published_range(), {}
+    asked, rows = dict[str, tuple[pd.DataFrame, pd.DataFrame]](), list[dict]()
     for study, title in reversed(find_studies(tables_dir).items()):
-        for of, words in (("_paper", f"{title}, the paper's datasets"), ("", title)):
+        for of, label in (("_paper", f"{title}, the paper's datasets"), ("", title)):
             if table_path(f"findings_like_for_like{of}", study).is_file():
-                steps = read_table(f"findings_like_for_like{of}", study)
+                steps = read_findings(f"like_for_like{of}", study).rename(columns={"spearman": "value"})
                 if {chosen_on for chosen_on, _ in CLAIMS.values()} <= set(steps["measure"]):
-                    studies[words] = (study, of)
-    for claim, (_, measure) in CLAIMS.items():
+                    asked[label] = steps.set_index(["measure", "model", "step"]), spearmans(study, of)
+
+    def add(claim: str, label: str, row: pd.Series, sign: float, note: str | None = None) -> None:
+        low, high = sorted(sign * row[["low", "high"]])
+        rows.append({"claim": claim, "label": label, "value": sign * row["value"], "low": low, "high": high,
+                     "noise": sign * row.get("noise", np.nan), "p": row.get("p", np.nan), "note": note})  # fmt: skip
+
+    for claim, (chosen_on, measure) in CLAIMS.items():
         sign = CLAIMED[measure]
-        mean, low, high = theirs.loc[measure] * sign
-        rows.append((claim, "published, mean and range of 8 models", mean, min(low, high), max(low, high), None, None))
-        said = {words: answer(claim, study, of) for words, (study, of) in studies.items()}
-        for words, found in said.items():
-            ends = sorted(sign * found.chosen[["low", "high"]])  # none where it was chosen
-            noise = sign * found.chosen["noise"]
-            rows.append((claim, f"same procedure: {words}", sign * found.chosen["value"], *ends, noise, None))
-        for words, found in said.items():
-            ends = sorted(sign * found.fixed_rule[["low", "high"]])
-            rows.append((claim, f"fixed rule, test rows: {words}", sign * found.fixed_rule["value"], *ends, None, None))
-        for words, found in said.items():
-            turned = -1 if found.baseline["value"] < 0 else 1  # a baseline points anywhere
-            row, name = found.baseline, LABELS[found.baseline_name]
-            ends = sorted(turned * row[["low", "high"]])
-            if not studies[words][1]:
-                label = f"best simple baseline, its size: {words}"
-                rows.append((claim, label, turned * row["value"], *ends, None, name))
-    return pd.DataFrame(rows, columns=["claim", "label", "value", "low", "high", "noise", "note"])
+        add(claim, "published, mean and range of 8 models", published_range().loc[measure], sign)
+        for title, (steps, _) in asked.items():
+            add(claim, f"same procedure: {title}", steps.loc[(chosen_on, "mean", STEPS[0])], sign)
+        rules = {title: table.set_index(["measure", "score"]) for title, (_, table) in asked.items()}
+        for title, rule in rules.items():
+            add(claim, f"fixed rule, test rows: {title}", rule.loc[(measure, "ntps")], sign)
+        for title, rule in rules.items():
+            if not title.endswith("the paper's datasets"):
+                best = best_rival(rule.reset_index(), measure)
+                row = rule.loc[(measure, best)]
+                add(claim, f"best simple baseline, its size: {title}", row, np.sign(row["value"]), LABELS[best])
+    return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------ cells of a table
-def signed(value: float, digits: int = 2) -> str:
-    """`+0.44`; nothing where there is no number."""
-    return f"{value:+.{digits}f}" if pd.notna(value) else ""
-
-
-def interval(value: float, low: float, high: float, digits: int = 2, tasks: float = FEW_TASKS) -> str:
-    """`+0.44 [+0.10, +0.71]`; of fewer than eight tasks the value alone."""
-    if tasks < FEW_TASKS:
-        return signed(value, digits)
-    shown = (f"{number:+.{digits}f}" for number in (value, low, high))
-    return "{} [{}, {}]".format(*shown)
-
-
-def with_interval(row: pd.Series, sign: int = 1) -> str:
-    """The same of a row with these columns, turned by the sign."""
-    low, high = sorted(sign * row[["low", "high"]])
-    return interval(sign * row["value"], low, high, tasks=row.get("members", FEW_TASKS))
-
-
-def number(column: str, digits: int) -> Cell:
-    """A cell with a number; nothing where there is none."""
-    return lambda row: f"{row[column]:.{digits}f}" if pd.notna(row.get(column)) else ""
-
-
-def ends(column: str, low: str = "low", high: str = "high", digits: int = 2, scale: float = 1) -> Cell:
-    """A cell with a signed number and its interval."""
-    return lambda row: interval(scale * row[column], scale * row[low], scale * row[high], digits, row.get("tasks", 9))
-
-
-def label(column: str) -> Cell:
-    """A cell with the label of a score or measure."""
-    return lambda row: LABELS.get(row[column], row[column])
-
-
-def model_name(row: pd.Series) -> str:
-    """`smollm2` in a fixed font."""
-    return f"`{row['model']}`"
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *map(list, rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def measure_name(measure: str) -> str:
-    """`lora_gain_paper` -> `LoRA gain, paper's probe`."""
-    name = measure.replace("_", " ").replace("lora gain paper", "LoRA gain, paper's probe")
-    return name.replace("lora", "LoRA").replace("mse", "MSE")
-
-
-# ------------------------------------------------------------------ tables with columns of their own
-def claims(data_dir: Path) -> list[str]:
+# ------------------------------------------------------------------ the tables
+def claims(data_dir: Path) -> Table:
     """The three claims: published, the same procedure here, the fixed rule, the best baseline; + is as claimed."""
-    theirs, rows = published_range(), []
-    for claim, (_, measure) in CLAIMS.items():
-        sign, said = CLAIMED[measure], answer(claim, data_dir)
-        chosen = (f"{signed(sign * row['value'])} ({signed(sign * row['noise'])}, p {row['p']:.2f})"
-                  for row in (answer(claim, data_dir, "_paper").chosen, said.chosen))  # fmt: skip
-        baseline = with_interval(said.baseline, 1 if said.baseline["value"] > 0 else -1)
-        low, high = sorted(sign * theirs.loc[measure, ["min", "max"]])
-        range_of_models = f"{signed(sign * theirs.loc[measure, 'mean'])} ({signed(low)} to {signed(high)})"
-        rows.append((claim, range_of_models, *chosen, with_interval(said.fixed_rule, sign),
-                     f"{LABELS[said.baseline_name]} {baseline}"))  # fmt: skip
-    header = ("a higher NTPS goes with a", "published (range)", "same procedure, the paper's ten",
-              "same procedure, all", "fixed rule, test rows", "best simple baseline, its size")  # fmt: skip
-    return markdown(header, rows)
+    title, rows = find_studies(data_dir)[data_dir], overview_rows(data_dir)
+    steps = {
+        "published, mean and range of 8 models": "published",
+        f"same procedure: {title}, the paper's datasets": "paper",
+        f"same procedure: {title}": "all",
+        f"fixed rule, test rows: {title}": "fixed",
+        f"best simple baseline, its size: {title}": "baseline",
+    }
+    rows = rows.assign(label=rows["label"].map(steps)).dropna(subset="label")
+    chosen = "{%s_value:+.2f} ({%s_noise:+.2f}, p {%s_p:.2f})"
+    return Table(
+        side_by_side(rows, "claim", "label").set_index("claim", drop=False).loc[list(CLAIMS)],
+        {"a higher NTPS goes with a": "{claim}",
+         "published (range)": "{published_value:+.2f} ({published_low:+.2f} to {published_high:+.2f})",
+         "same procedure, the paper's ten": chosen.replace("%s", "paper"),
+         "same procedure, all": chosen.replace("%s", "all"),
+         "fixed rule, test rows": VALUE.replace("{", "{fixed_"),
+         "best simple baseline, its size": "{baseline_note} " + VALUE.replace("{", "{baseline_")},
+    )  # fmt: skip
 
 
-def like_for_like(data_dir: Path, of: str = "") -> list[str]:
-    """Question 1: every step, mean over the models; of the paper's datasets alone with `_paper`."""
-    table, theirs, rows = read_table(f"findings_like_for_like{of}", data_dir), published_range(), []
-    published_as = dict(CLAIMS.values())
-    for _, row in table[table["model"] == "mean"].iterrows():
-        was = ""
-        if row["step"] == STEPS[0] and row["measure"] in published_as:
-            was = "{mean:+.2f} ({min:+.2f} to {max:+.2f})".format(**theirs.loc[published_as[row["measure"]]])
-        is_chosen = pd.notna(row["noise"])
-        noise = f"{signed(row['noise'])} (p {row['p']:.3f})" if is_chosen else ""
-        given = interval(row["given_classes"], row["given_classes_low"], row["given_classes_high"])
-        here = signed(row["spearman"]) if is_chosen else interval(row["spearman"], row["low"], row["high"])
-        rows.append((measure_name(row["measure"]), row["step"], was, here, noise, given))
-    header = ("measure", "step", "published (range)", "here", "the same in noise", "here, number of classes held fixed")
-    return markdown(header, rows)
-
-
-def correlations(data_dir: Path, of: str = "") -> list[str]:
-    """Question 2: every score and baseline with every measure; of the paper's datasets alone with `_paper`."""
-    table = spearmans(data_dir, of)
-    measures = [name for name in MEASURES if name in table.index.get_level_values(0) and not name.endswith("_paper")]
-
-    def cell(measure: str, name: str) -> str:
-        of_itself = name in OF_THE_OUTCOME and measure not in GAINS
-        return "" if of_itself or (measure, name) not in table.index else with_interval(table.loc[(measure, name)])
-
-    rows = [(LABELS[name], *(cell(measure, name) for measure in measures)) for name in ASKED]
-    return markdown(("", *(LABELS[name] for name in measures)), [row for row in rows if any(row[1:])])
-
-
-def controls(data_dir: Path) -> list[str]:
-    """Question 3: `retained` of V, of random V and of V by PCA, with the leads over random V."""
-    table, rows = read_table("findings_controls", data_dir), []
-    table = table[table["score"] == "retained"].set_index(["model", "v"])
-    lead = ends("lead_over_random", digits=3)
-    for model in dict.fromkeys(table.index.get_level_values(0)):
-        own, random, pca = (table.loc[(model, v)] for v in ("autoregression", "random", "pca"))
-        values = (f"{row['value']:.3f}" for row in (own, random, pca))
-        z = (number(f"tasks_{side}_2_random_z", 0)(own) for side in ("above", "below_minus"))
-        rows.append((f"`{model}`", f"{own['tasks']:.0f}", *values, lead(own), lead(pca), *z))
-    header = ("model", "tasks", "V", "random V", "V by PCA", "V - random V", "V by PCA - random V", "tasks with z > 2",
-              "z < -2")  # fmt: skip
-    return markdown(header, rows)
-
-
-def twin(data_dir: Path) -> list[str]:
-    """The paper's procedure by the scores of a model, and by those of random weights."""
-    table, rows = read_table("findings_twin", data_dir).set_index(["measure", "step", "weights"]), []
-    for measure, step in dict.fromkeys(key[:2] for key in table.index):
-        of_each = [table.loc[(measure, step, weights)] for weights in ("trained", "random")]
-        noise = [f" ({signed(row['noise'])}, p {row['p']:.2f})" if pd.notna(row["noise"]) else "" for row in of_each]
-        cells = [signed(row["spearman"]) + words for row, words in zip(of_each, noise, strict=True)]
-        rows.append((measure_name(measure), step, *cells, f"{of_each[1]['tasks']:.0f}"))
-    return markdown(("measure", "step", "its own scores", "those of random weights", "tasks"), rows)
-
-
-def tasks(data_dir: Path) -> list[str]:
+def tasks(data_dir: Path) -> Table:
     """Every task of a study: test accuracy of each way of training, and the scores; means over seeds."""
     cells = trained_models(load_cells(data_dir)).sort_values("probe_accuracy", ascending=False)
-    columns = {"majority_accuracy": "majority", "bag_of_words_accuracy": "", "probe_accuracy": "probe",
-               "best_layer_accuracy": "", "lora_accuracy": "LoRA", "full_accuracy": "full fine-tuning",
-               "ntps": "`ntps`", "retained": "", "retained_random": "", "retained_pca": ""}  # fmt: skip
-    known = {name: short or LABELS[name] for name, short in columns.items() if name in cells and cells[name].any()}
-    rows = [
-        (f"`{row['dataset']}`", number("num_classes", 0)(row) or "target", *(number(name, 3)(row) for name in known))
-        for _, row in cells.iterrows()
-    ]
-    return markdown(("dataset", "classes", *known.values()), rows)
+    cells["classes"] = cells["num_classes"].map("{:.0f}".format, na_action="ignore").fillna("target")
+    headers = {"majority_accuracy": "majority", "probe_accuracy": "probe", "lora_accuracy": "LoRA", "ntps": "`ntps`"}
+    names = ("majority_accuracy", "bag_of_words_accuracy", "probe_accuracy", "best_layer_accuracy", "lora_accuracy",
+             "full_accuracy", "ntps", "retained", "retained_random", "retained_pca")  # fmt: skip
+    headers["full_accuracy"] = "full fine-tuning"
+    numbers = {headers.get(name, LABELS[name]): f"{{{name}:.3f}}" for name in known(cells, names)}
+    return Table(cells, {"dataset": "`{dataset}`", "classes": "{classes}", **numbers})
 
 
-# ------------------------------------------------------------------ tables of one CSV file, a row each
-def read_gains(data_dir: Path) -> pd.DataFrame:
+def like_for_like_paper(data_dir: Path) -> Table:
+    """Question 1 on the paper's datasets: every step, mean over the models."""
+    rows = read_findings("like_for_like_paper", data_dir).query("model == 'mean'")
+    on_train = {measure: chosen_on for chosen_on, measure in CLAIMS.values()}
+    published = published_range().add_prefix("published_").rename(index=on_train)
+    rows = rows.join(published.assign(step=STEPS[0]).set_index("step", append=True), on=["measure", "step"])
+    names = {"lora_gain": "LoRA gain", "lora_gain_paper": "LoRA gain, paper's probe", "train_mse": "train MSE"}
+    return Table(
+        rows.assign(measure=rows["measure"].map(lambda name: names.get(name, name.replace("_", " ")))),
+        {"measure": "{measure}", "step": "{step}",
+         "published (range)": "{published_value:+.2f} ({published_low:+.2f} to {published_high:+.2f})",
+         "here": "{spearman:+.2f} [{low:+.2f}, {high:+.2f}]",
+         "the same in noise": "{noise:+.2f} (p {p:.3f})",
+         "here, number of classes held fixed": VALUE.replace("{", "{given_classes_").replace("_value", "")},
+    )  # fmt: skip
+
+
+def correlations(data_dir: Path) -> Table:
+    """Question 2: every score and baseline with every measure."""
+    table = spearmans(data_dir)
+    is_shown = ~table["score"].isin(OF_THE_OUTCOME) | table["measure"].isin(GAINS)
+    table = table[is_shown & (table["measure"] != "lora_gain_paper") & table["score"].isin(ASKED)]
+    rows = side_by_side(table[["score", "measure", "value", "low", "high"]], "score", "measure")
+    rows = rows.sort_values("score", key=lambda names: names.map(ASKED.index))
+    measures = [name for name in MEASURES if name in set(table["measure"])]
+    return Table(
+        rows.assign(score=rows["score"].map(LABELS)),
+        {"": "{score}"} | {LABELS[name]: VALUE.replace("{", f"{{{name}_") for name in measures},
+    )
+
+
+def controls(data_dir: Path) -> Table:
+    """Question 3: `retained` of V, of random V and of V by PCA, with the leads over random V."""
+    table = read_findings("controls", data_dir).query("score == 'retained'").drop(columns="score")
+    lead = "{v_lead_over_random:+.3f} [{v_low:+.3f}, {v_high:+.3f}]"
+    return Table(
+        side_by_side(table, "model", "v"),
+        {"model": "`{model}`", "tasks": "{autoregression_tasks:.0f}", "V": "{autoregression_value:.3f}",
+         "random V": "{random_value:.3f}", "V by PCA": "{pca_value:.3f}",
+         "V - random V": lead.replace("v_", "autoregression_"), "V by PCA - random V": lead.replace("v_", "pca_"),
+         "tasks with z > 2": "{autoregression_tasks_above_2_random_z:.0f}",
+         "z < -2": "{autoregression_tasks_below_minus_2_random_z:.0f}"},
+    )  # fmt: skip
+
+
+def after_lora(data_dir: Path) -> Table:
+    """Question 4: the change of each score by LoRA, and whether it follows the gain."""
+    rows = read_findings("after_lora", data_dir)
+    return Table(
+        rows.assign(score=rows["score"].map(LABELS)),
+        {"model": "`{model}`", "score": "{score}", "before": "{before:.3f}",
+         "change": "{change:+.3f} [{low:+.3f}, {high:+.3f}]", "raised in": "{raised} of {cells}",
+         "Spearman of the change with the gain": VALUE.replace("{", "{spearman_").replace("value", "with_gain")},
+    )  # fmt: skip
+
+
+def gains(data_dir: Path) -> Table:
     """Question 5: the gain predicted for a task left out, and the decision."""
-    errors, decisions = (read_table(f"findings_{name}", data_dir).query("measure == 'lora_gain'")
-                         for name in ("calibration", "decision"))  # fmt: skip
-    decisions = decisions.set_index("score")[["auc", "low", "high"]].add_prefix("decision_")
-    asked = errors[errors["predictors"].isin(["nothing", *CANDIDATES])]
-    return asked.join(decisions.rename(columns={"decision_auc": "auc"}), on="predictors")
+    errors, decisions = (
+        read_findings(name, data_dir).query("measure == 'lora_gain'") for name in ("calibration", "decision")
+    )
+    rows = errors[errors["predictors"].isin(["nothing", *CANDIDATES])]
+    rows = rows.join(decisions.set_index("score")[["auc", "low", "high"]].add_prefix("auc_"), on="predictors")
+    rows["lead"] = rows["lead"].where(rows["predictors"] != "nothing")
+    return Table(
+        rows.assign(predictors=rows["predictors"].map({**LABELS, "nothing": "the other tasks' mean"})),
+        {"from": "{predictors}", "mean absolute error, points": "{error_points:.1f}",
+         "lead over the mean gain": "{lead:+.1f} [{low:+.1f}, {high:+.1f}]",
+         'AUC of "more than 2 points"': "{auc_auc:.2f} [{auc_low:.2f}, {auc_high:.2f}]"},
+    )  # fmt: skip
 
 
-def rows_where(name: str, /, **allowed: Iterable[str]) -> Callable[[Path], pd.DataFrame]:
-    """The rows of a table of the findings whose columns have one of the values."""
-
-    def read(data_dir: Path) -> pd.DataFrame:
-        table = read_table(f"findings_{name}", data_dir)
-        for column, values in allowed.items():
-            table = table[table[column].isin(list(values))]
-        return table
-
-    return read
-
-
-def by_accuracy(data_dir: Path) -> pd.DataFrame:
-    """Question 8, the layer that is read best first."""
-    return read_table("findings_layer_choice", data_dir).sort_values("accuracy", ascending=False, kind="stable")
+def layer_choice(data_dir: Path) -> Table:
+    """Question 8, the layer with the most accurate probe first."""
+    rows = read_findings("layer_choice", data_dir).sort_values("accuracy", ascending=False, kind="stable")
+    rows[["lead", "low", "high"]] *= 100  # points
+    rows["lead"] = rows["lead"].where(rows["chosen_by"] != "last layer")
+    return Table(
+        rows.assign(chosen_by=rows["chosen_by"].map(lambda name: LABELS.get(name, name))),
+        {"layer": "{chosen_by}", "probe accuracy on test rows": "{accuracy:.3f}",
+         "lead over the last layer, points": "{lead:+.1f} [{low:+.1f}, {high:+.1f}]"},
+    )  # fmt: skip
 
 
-def without_changes(row: pd.Series) -> str:
-    """Label of a score, a measure, or the change of a score by LoRA."""
-    name = row["name"].removesuffix("_change")
-    return f"change by LoRA of {LABELS[name]}" if name != row["name"] else LABELS[name]
-
-
-NAMED = [*LABELS, *(f"{name}_change" for name in LABELS)]
-DECISION = "{auc:.2f} [{decision_low:.2f}, {decision_high:.2f}]"
-# table -> its rows, and for each column the header and the cell
-ROWS: dict[str, tuple[Callable[[Path], pd.DataFrame], dict[str, Cell]]] = {
-    "leads": (
-        rows_where("leads", score=("ntps", "retained", "ridge_r2", "logme"),
-                   measure=("probe_accuracy", "probe_skill", "probe_mse", "lora_gain")),
-        {"score": label("score"), "with": label("measure"),
-         "best baseline": lambda row: LABELS.get(row["best_baseline"]) or f"`{row['score']}` of a random V",
-         "lead, in the size of the correlation": ends("lead")},
-    ),
-    "random_weights": (
-        rows_where("random_weights", name=NAMED),
-        {"": without_changes, "trained": number("trained", 3), "random weights": number("random_weights", 3),
-         "difference": ends("lead", digits=3),
-         "Spearman of the two over tasks": ends("spearman", "spearman_low", "spearman_high"),
-         "tasks": number("tasks", 0)},
-    ),
-    "after_lora": (
-        rows_where("after_lora"),
-        {"model": model_name, "score": label("score"), "before": number("before", 3),
-         "change": ends("change", digits=3), "raised in": lambda row: f"{row['raised']} of {row['cells']}",
-         "Spearman of the change with the gain": ends("spearman_with_gain", "spearman_low", "spearman_high")},
-    ),
-    "gains": (
-        read_gains,
-        {"from": lambda row: LABELS.get(row["predictors"], "the other tasks' mean"),
-         "mean absolute error, points": number("error_points", 1),
-         "lead over the mean gain": lambda row: "" if row["predictors"] == "nothing" else ends("lead", digits=1)(row),
-         'AUC of "more than 2 points"': lambda row: DECISION.format(**row) if pd.notna(row["auc"]) else ""},
-    ),
-    "seeds": (
-        rows_where("seeds", name=("ntps", "ntps_label", "retained", "retained_z", "retained_lead", "ridge_r2",
-                                  "probe_accuracy", "lora_gain")),
-        {"model": model_name, "score": label("name"), "between seeds": number("sd_between_seeds", 4),
-         "over tasks": number("sd_over_tasks", 4),
-         "share": lambda row: "{share:.2f} [{low:.2f}, {high:.2f}]".format(**row), "tasks": number("tasks", 0)},
-    ),
-    "layer_choice": (
-        by_accuracy,
-        {"layer": label("chosen_by"), "probe accuracy on test rows": number("accuracy", 3),
-         "lead over the last layer, points":
-             lambda row: "" if row["chosen_by"] == "last layer" else ends("lead", digits=1, scale=100)(row)},
-    ),
-    "shared_tasks": (
-        rows_where("shared_tasks", name=LABELS),
-        {"": label("name"), "SmolLM2 with a docstring LM": with_interval,
-         "two docstring LMs": lambda row: signed(row["between_others"])},
-    ),
-}  # fmt: skip
-
-
-def one_by_one(name: str, data_dir: Path) -> list[str]:
-    """A table of `ROWS`."""
-    read, cells = ROWS[name]
-    return markdown(cells, ([cell(row) for cell in cells.values()] for _, row in read(data_dir).iterrows()))
-
-
-PAGE_TABLES: dict[str, Callable[[Path], list[str]]] = {name: partial(one_by_one, name) for name in ROWS}
-PAGE_TABLES |= {table.__name__: table for table in (claims, like_for_like, correlations, controls, twin, tasks)}
-PAGE_TABLES |= {f"{table.__name__}_paper": partial(table, of="_paper") for table in (like_for_like, correlations)}
+TABLES: dict[str, Callable[[Path], Table]] = {
+    table.__name__: table
+    for table in (claims, tasks, like_for_like_paper, correlations, controls, after_lora, gains, layer_choice)
+}
 
 
 # ------------------------------------------------------------------ pages
-def filled(text: str, page: Path) -> str:
+def fill(form: str, row: dict) -> str:
+    """A cell: its format with the row's values, without the interval if an end is missing, empty without a value."""
+    for part in (form, form.split(" [")[0]):
+        if all(pd.notna(row.get(name)) for name in re.findall(r"{(\w+)", part)):
+            return part.format(**row)
+    return ""
+
+
+def markdown(table: Table) -> str:
+    """The lines of a table."""
+    lines = [list(table.columns), ["---"] * len(table.columns)]
+    for row in table.rows.to_dict("records"):
+        lines.append([fill(form, {str(name): value for name, value in row.items()}) for form in table.columns.values()])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill_page(text: str, page: Path) -> str:
     """The page with its tables as the CSV files have them.
 
     Raises:
@@ -369,10 +282,10 @@ def filled(text: str, page: Path) -> str:
 
     def block(match: re.Match) -> str:
         start, name, study, end = match.groups()
-        folder = DATA_DIR if study in (None, "docstrings") else DATA_DIR / study
-        if name not in PAGE_TABLES or folder not in find_studies():
-            raise UserError(f"{page} asks for the table {name!r} of {study!r}; there are {', '.join(PAGE_TABLES)}.")
-        return start + "\n".join(PAGE_TABLES[name](folder)) + "\n" + end
+        folder = DATA_DIR if study == "docstrings" else DATA_DIR / study
+        if name not in TABLES or folder not in find_studies():
+            raise UserError(f"{page} asks for the table {name!r} of {study!r}; there are {', '.join(TABLES)}.")
+        return f"{start}{markdown(TABLES[name](folder))}\n{end}"
 
     return BLOCK.sub(block, text)
 
@@ -381,7 +294,7 @@ def main(config: Config) -> None:
     """Rewrites the pages, or says which is stale."""
     for page in PAGES:
         before = (ROOT / page).read_text(encoding="utf-8")
-        after = filled(before, page)
+        after = fill_page(before, page)
         if after != before and config.check:
             raise UserError(f"{page} is not what the CSV files say. Run: python -m fig_plot.findings.page")
         if after != before:

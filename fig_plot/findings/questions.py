@@ -68,6 +68,11 @@ def tables_of(cells: pd.DataFrame, *names: str) -> list[np.ndarray]:
     return [matrix(cells, name).to_numpy(float) for name in names]
 
 
+def rivals_of(measure: str) -> tuple[str, ...]:
+    """The simple baselines that a score is set beside."""
+    return tuple(name for name in RIVALS if measure in GAINS or name not in OF_THE_OUTCOME)
+
+
 # ------------------------------------------------------------------ question 2: the fixed rule
 def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_correlations.csv: every score and baseline with every measure, across tasks and across models.
@@ -124,8 +129,7 @@ def others_rows(measure: str, target: pd.DataFrame, draws: Draws) -> Rows:
 def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_leads.csv: |mean Spearman| of a score less that of the best baseline, on the same cells."""
     for measure, name in itertools.product(known(cells, MEASURES), known(cells, (*RUN_SCORES, *FEATURE_SCORES))):
-        allowed = tuple(rival for rival in RIVALS if measure in GAINS or rival not in OF_THE_OUTCOME)
-        rivals = known(cells, (*allowed, f"{name}_random"))
+        rivals = known(cells, (*rivals_of(measure), f"{name}_random"))
         rows = cells.dropna(subset=[measure, name])
         target, score, *others = tables_of(rows, measure, name, *rivals)
         sizes = {rival: abs(mean_correlation(table, target)) for rival, table in zip(rivals, others, strict=True)}
