@@ -396,7 +396,7 @@ def test_parquet_without_rows_or_with_equal_names(tmp_path: Path) -> None:
         load(path)
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(UserError, match="two columns 'text'"):
+    with pytest.raises(UserError, match='Field "text" exists 2 times'):
         load(tmp_path / "twice.parquet")
 
 

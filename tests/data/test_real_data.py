@@ -16,8 +16,7 @@ import pytest
 import cache
 import K_sweep
 from tests.conftest import ROOT, configure
-from utils.data.load import load_splits
-from utils.data.sources import find_source
+from utils.data.load import find_source, load_splits
 from utils.data.table import SPECS
 from utils.settings import Data, Run
 
@@ -137,7 +136,7 @@ def test_copy_is_as_the_table_says(spec, capsys):
     """Columns, classes and their names; a copy without the class names would otherwise get those of the table."""
     if not (DATASETS / spec.key.replace("/", "__")).is_dir():
         pytest.skip(f"no copy of {spec.key}")
-    splits = find_source(spec.key, datasets_dir=DATASETS).splits
+    splits = find_source(spec.key, datasets_dir=DATASETS).tables
     pieces = string.Formatter().parse(spec.text_template)
     needed = {name for _, name, _, _ in pieces if name} | {spec.label_column, *spec.group_by}
     for split, rows in splits.items():

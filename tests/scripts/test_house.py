@@ -50,7 +50,7 @@ def test_the_graph_sees_the_imports():
     assert {"utils.models.load", "utils.algebra.moments", "utils.settings"} <= GRAPH["cache"] and "cache" in GRAPH[
         "K_sweep"
     ]
-    assert "utils.data.docstrings" in GRAPH["utils.data.sources"]  # imported inside a function
+    assert "utils.data.docstrings" in GRAPH["utils.data.files"]  # imported inside a function
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))

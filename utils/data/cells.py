@@ -21,7 +21,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from typing import Any
 
 from utils.script import UserError, warn
@@ -32,12 +33,12 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING_ANY_CASE = {"nan", "+nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "nat"}
 MISSING_AS_WRITTEN = {"NA", "None"}
 MOST_DIGITS = 4000  # Python converts no more than 4,300
-SHOWN = 5
 
 
-def listed(items: Sequence[Any]) -> str:
-    """The first items, by commas, and dots for the rest."""
-    return ", ".join(map(str, items[:SHOWN])) + (", ..." if len(items) > SHOWN else "")
+def listed(items: Iterable[Any]) -> str:
+    """The first five items, by commas, and dots for the rest."""
+    items = list(items)
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
 # ------------------------------------------------------------------ labels
@@ -55,9 +56,7 @@ def is_missing(label: Any, regression: bool = False) -> bool:
     if isinstance(label, str):
         word = label.strip()
         return not word or word in MISSING_AS_WRITTEN or word.lower() in MISSING_ANY_CASE
-    if isinstance(label, decimal.Decimal):
-        return label.is_nan()
-    if isinstance(label, float) and math.isnan(label):
+    if isinstance(label, float | decimal.Decimal) and math.isnan(label):
         return True
     return label is None or (is_number(label) and label == -1 and not regression)
 
@@ -66,40 +65,41 @@ def _plain(label: Any) -> Any:
     """A cell as None, bool, int, float or str without blanks around it; other kinds stay what they are."""
     if isinstance(label, bytes):
         label = label.decode(errors="backslashreplace")
-    if isinstance(label, decimal.Decimal) and not label.is_nan():
-        whole = label.is_finite() and label == label.to_integral_value()
-        return int(label) if whole else float(label)
+    if isinstance(label, decimal.Decimal):
+        return int(label) if label.is_finite() and label == label.to_integral_value() else float(label)
     if isinstance(label, datetime.date | datetime.time):
         return label.isoformat()
     return label.strip().strip("\ufeff\u200b") if isinstance(label, str) else label
 
 
-def label_cells(source: str, labels: Iterable[Any]) -> list[Any]:
+def label_cells(source: str, cells: Sequence[Any]) -> list[Any]:
     """The cells of a label column as None, bool, int, float or str; a list of one label is that label.
 
     Args:
         source: name of the dataset, for messages.
-        labels: the cells of all splits, so that each kind is decided once.
+        cells: the cells of all splits, so that each kind is decided once.
 
     Raises:
-        UserError: a label is a list or an object.
+        UserError: a label is a list or an object, or some are truth values and others numbers.
     """
-    cells = list(labels)
     lists = [label for label in cells if isinstance(label, list)]
     if any(len(label) != 1 for label in lists):
         raise UserError(f"The labels of {source} are lists; one label per text is needed (--label_column).")
     if lists:
         warn(f"{len(lists)} labels of {source} are lists of one; their element is taken")
-        cells = [label[0] if isinstance(label, list) else label for label in cells]
-    for number, label in enumerate(cells, 1):
+    labels = [label[0] if isinstance(label, list) else label for label in cells]
+    for number, label in enumerate(labels, 1):
         if isinstance(label, dict):
             raise UserError(
-                f"Label {number} of {source} is an object with the keys {listed(list(label))}. See --label_column."
+                f"Label {number} of {source} is an object with the keys {listed(label)}. See --label_column."
             )
-    blanks = sum(isinstance(label, str) and label != label.strip() and bool(label.strip()) for label in cells)
+    blanks = sum(isinstance(label, str) and label != label.strip() and bool(label.strip()) for label in labels)
     if blanks:
         warn(f"{blanks} labels of {source} have blanks around them, which are taken off")
-    return typed([_plain(label) for label in cells])
+    labels = typed([_plain(label) for label in labels])
+    if any(isinstance(label, bool) for label in labels) and any(map(is_number, filterfalse(is_missing, labels))):
+        raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
+    return labels
 
 
 def typed(labels: list[Any]) -> list[Any]:
@@ -134,91 +134,72 @@ def _is_finite(word: str) -> bool:
     return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
-def told_missing(labels: Sequence[Any], missing: Sequence[int]) -> str:
-    """How the labels of these rows (numbers from 0), which are left out, are written, and where they stand."""
+def describe_missing(labels: Sequence[Any], missing: Sequence[int]) -> str:
+    """Row numbers and spellings of the missing labels, which are left out; `missing` counts rows from 0."""
     words = Counter(labels[row].strip() for row in missing if isinstance(labels[row], str) and labels[row].strip())
-    told = f": rows {listed([row + 1 for row in missing])}"
-    if words:
-        told += f"; written {listed([repr(word) for word in words])}: a class called so needs another name"
-    return told
+    spelled = f"; written {listed(map(repr, words))}: a class called so needs another name" if words else ""
+    return f"rows {listed(row + 1 for row in missing)}{spelled}"
 
 
-def check_words(source: str, labels: Mapping[str, Sequence[Any]]) -> None:
-    """Raises UserError where few labels of a split (cells by split) are words, and the others numbers with decimals."""
-    for part, cells in labels.items():
-        present = [(row, str(label)) for row, label in enumerate(cells, 1) if not is_missing(label, True)]
-        words = [(row, word) for row, word in present if not _is_finite(word)]
-        decimals = any(_is_finite(word) and not float(word).is_integer() for _, word in present)
-        if words and decimals and 2 * len(words) < len(present):
-            row, word = words[0]
-            raise UserError(
-                f"Most labels of {source} are numbers with decimals, but {part} row {row} is {word[:40]!r}. "
-                "Leave it empty where it is missing, or take --task classification."
-            )
+def check_words(source: str, part: str, labels: Sequence[Any]) -> None:
+    """Raises UserError where few labels of a split are words, and the others numbers with decimals."""
+    present = [(row, str(label)) for row, label in enumerate(labels, 1) if not is_missing(label, True)]
+    words = [(row, word) for row, word in present if not _is_finite(word)]
+    has_decimals = any(_is_finite(word) and not float(word).is_integer() for _, word in present)
+    if words and has_decimals and 2 * len(words) < len(present):
+        row, word = words[0]
+        raise UserError(
+            f"Most labels of {source} are numbers with decimals, but {part} row {row} is {word[:40]!r}. "
+            "Leave it empty where it is missing, or take --task classification."
+        )
 
 
 def target_cells(source: str, part: str, labels: Sequence[Any]) -> list[float | None]:
     """Regression targets as finite numbers; a missing one is None. Raises UserError naming another one's row."""
-    check_truth_values(source, labels)
     numbers: list[float | None] = []
     for row, label in enumerate(labels, 1):
         try:
             number = None if is_missing(label, True) else float(label)
+            fault = "infinite or too large" if number is not None and math.isinf(number) else ""
         except (TypeError, ValueError):
-            raise UserError(
-                f"The target of {source}, {part} row {row}, is not a number: {str(label)[:40]!r}. "
-                "Correct it, or take --task classification."
-            ) from None
+            fault = f"not a number: {str(label)[:40]!r}"
         except OverflowError:
-            number = math.inf
-        if number is not None and math.isinf(number):
-            raise UserError(f"The target of {source}, {part} row {row}, is infinite or too large. Remove that row.")
+            fault = "infinite or too large"
+        if fault:
+            raise UserError(
+                f"The target of {source}, {part} row {row}, is {fault}. Correct it, or take --task classification."
+            )
         numbers.append(number)
     return numbers
 
 
-def check_truth_values(source: str, labels: Sequence[Any]) -> None:
-    """Raises UserError where some labels are true or false and others numbers, which 1 and 0 would join."""
-    if any(isinstance(label, bool) for label in labels) and any(map(is_number, labels)):
-        raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
-
-
 def class_values(source: str, labels: Sequence[Any]) -> list[Any]:
     """Labels, none missing, as values that sort and compare: whole numbers as int, everything else as str."""
-    check_truth_values(source, labels)
     if all(is_number(label) and is_whole(label) for label in labels):
         return [int(label) for label in labels]
     values = [str(int(label) if isinstance(label, float) and label.is_integer() else label) for label in labels]
-    _tell_near_classes(source, set(values), any(isinstance(label, str) for label in labels))
-    return values
-
-
-def _tell_near_classes(source: str, classes: set[str], written: bool) -> None:
-    """Warns of classes that may be one (a and A, 1 and 01), a missing label, or (`written` as strings) targets."""
+    classes = sorted(set(values))
     near: dict[str, list[str]] = {}
-    for name in sorted(classes):
+    for name in classes:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         number = NUMBER.fullmatch(key) and len(key) <= 15
         near.setdefault(f"{float(key):g}" if number else key, []).append(name)
         if key in {"none", "na"}:
             warn(f"{name!r} is a class of {source}; leave the label empty where it means that there is none")
-    told = [" and ".join(map(repr, names)) for names in near.values() if len(names) > 1]
-    if told:
-        warn(f"{source} has classes that differ only in case or spelling: {listed(told)}; they stay separate classes")
-    if written and all(map(NUMBER.fullmatch, classes)):
+    groups = [" and ".join(map(repr, names)) for names in near.values() if len(names) > 1]
+    if groups:
+        warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
+    if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, classes)):
         warn(
             f"{source} has labels that are not written as numbers are: all are names of classes (or --task regression)"
         )
+    return values
 
 
 # ------------------------------------------------------------------ texts
 # keys that may stand beside `text` in an object whose text it is, as in the hub's {label, text}
 BESIDE_TEXT = {"text", "label", "labels", "key", "id", "index", "answer_start"}
 BYTES_LITERAL = re.compile(r"""b'.*'|b".*\"""", re.DOTALL)
-
-
-class NoTextError(Exception):
-    """The cell is no text; the message says what it is."""
 
 
 def holds_text(values: Sequence[Any]) -> bool:
@@ -232,7 +213,7 @@ def render(value: Any, in_list: bool = False) -> str:
     Choices are a list, of strings or of objects with a `text`, or the hub's {label: [...], text: [...]}.
 
     Raises:
-        NoTextError: the cell is not evidently text.
+        ValueError: the cell is not evidently text; the message describes it.
     """
     if isinstance(value, dict) and "text" in value and set(value) <= BESIDE_TEXT:
         value = value["text"]
@@ -244,7 +225,7 @@ def render(value: Any, in_list: bool = False) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise NoTextError("bytes that are not UTF-8") from None
+            raise ValueError("bytes that are not UTF-8") from None
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
@@ -254,27 +235,21 @@ def render(value: Any, in_list: bool = False) -> str:
     if isinstance(value, list) and not in_list:
         try:
             return " ".join(f"({number}) {render(choice, True)}" for number, choice in enumerate(value))
-        except NoTextError as error:
-            raise NoTextError(f"a list with {error}") from None
+        except ValueError as error:
+            raise ValueError(f"a list with {error}") from None
     if isinstance(value, dict):
-        raise NoTextError(f"an object with the keys {', '.join(map(repr, list(value)[:SHOWN])) or 'none'}")
-    raise NoTextError(f"{'a list' if isinstance(value, list) else type(value).__name__}: {str(value)[:40]}")
+        raise ValueError(f"an object with the keys {listed(map(repr, value))}")
+    raise ValueError(f"{'a list' if isinstance(value, list) else type(value).__name__}: {str(value)[:40]}")
 
 
 def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> list[str]:
-    """The cells of one column as texts.
+    """The cells of one column as texts; `source`, `part` (the split) and `name` (the column) are for messages.
 
     Two wrappings are taken off, and said, where every text of the column has them: Python's b'...' (toxigen), and a
     line break at the end (sms_spam).
 
     Differs from the paper: the line break is the end of a file's line; as the last token of every text it would be all
     that `--pooling last` sees.
-
-    Args:
-        source: name of the dataset, for messages.
-        part: the split.
-        name: the column.
-        cells: n cells.
 
     Raises:
         UserError: a cell is not evidently text; its column, row and content are named.
@@ -283,7 +258,7 @@ def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> li
     for row, cell in enumerate(cells, 1):
         try:
             texts.append(render(cell))
-        except NoTextError as error:
+        except ValueError as error:
             raise UserError(
                 f"Column {name!r} of {source}, {part} row {row}, holds {error}. Write it as a string, or as a list of "
                 'strings or of {"text": ...} objects for choices, or name other columns (--text_template).'

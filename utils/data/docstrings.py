@@ -3,25 +3,22 @@
     python -m utils.data.docstrings                      # table of the tasks
     python -m utils.data.docstrings --task raises        # and a few rows of one task
 
-Reads the source files of the standard library and of the packages in `PACKAGES` with `ast`; nothing is imported, no
-code is run. Writes demo/cache/docstrings-<key>.jsonl, the key made of the Python and package versions and of this file:
-a cache that no longer fits is never read. The rows depend on the installed versions (requirements.txt pins them);
-`fingerprint()` tells two sets of rows apart and is stored beside every result.
+Reads the source files of the standard library and of `PACKAGES` with `ast`; it imports nothing and runs no code. Writes
+demo/cache/docstrings-<key>.jsonl; the key changes with the versions of Python and of the packages, which
+requirements.txt pins. `fingerprint()` identifies the rows and is stored beside every result.
 
-A text is the first paragraph of a docstring. A label is a fact about the code that the docstring belongs to, taken from
-the syntax tree or from the place in the package, not from the text. A text is on the test side if the SHA-256 of its
+A text is the first paragraph of a docstring. A label is a fact about the code behind the docstring, taken from the
+syntax tree or from the place in the package, not from the text. A text is on the test side if the SHA-256 of its
 case-folded form is divisible by five: the same side in every task, and outside `pretraining_corpus()`.
 """
 
 import ast
-import collections
-import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -29,11 +26,12 @@ import sys
 import sysconfig
 import tokenize
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,23 +39,15 @@ from utils.results import write_atomically
 from utils.script import ROOT, UserError, run_script
 
 CACHE_DIR = ROOT / "demo" / "cache"
+ROWS_FORMAT = 1  # part of the cache's name: count it up when a change of this file changes the rows
 STANDARD_LIBRARY = "stdlib"
-# top-level package -> name of its distribution; with the standard library these are the classes of task `library`
-PACKAGES = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "torch": "torch",
-    "transformers": "transformers",
-    "pandas": "pandas",
-    "matplotlib": "matplotlib",
-    "networkx": "networkx",
-    "sympy": "sympy",
-}
+# with the standard library these are the classes of the task `library`
+PACKAGES = ("numpy", "scipy", "sklearn", "torch", "transformers", "pandas", "matplotlib", "networkx", "sympy")
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # of the packages that are installed under another name
 # tests, copies of other projects and applications say nothing about the library they are in
 SKIPPED_FOLDERS = {"test", "tests", "_internal", "externals", "extern", "_vendor", "_vendored", "__pycache__"}
 SKIPPED_FOLDERS |= {"array_api_compat", "array_api_extra", "site-packages", "dist-packages", "_antlr"}
-SKIPPED_STANDARD_LIBRARY = {
+SKIPPED_MODULES = {
     "idlelib",
     "lib2to3",
     "turtledemo",
@@ -71,7 +61,7 @@ SKIPPED_STANDARD_LIBRARY = {
 CONTAINERS = {"pandas.core", "networkx.algorithms"}
 PROPERTY_DECORATORS = {"cache_readonly", "setter", "getter", "deleter"}  # beside every name that ends in "property"
 
-MAX_TRAIN, MAX_TEST = 8_000, 2_000  # rows per task, so that every script is quick
+MAX_TRAIN, MAX_TEST = 8_000, 2_000  # texts per task, so that every script is quick
 MAX_SUBPACKAGES, MIN_SUBPACKAGE_TEXTS = 10, 50
 MIN_WORDS = 3
 
@@ -107,8 +97,9 @@ class Task:
     """One labelling of the rows."""
 
     name: str
-    question: str  # what it asks, one line
+    question: str  # one line of the table
     label: Callable[[Row], str | float | None]  # None: the row is not in the task
+    library: str | None = None  # the task is limited to its rows
     max_classes: int | None = None  # only the largest classes are kept, and none under 50 texts
     regression: bool = False
 
@@ -116,9 +107,8 @@ class Task:
 # ------------------------------------------------------------------ source files -> rows
 def first_paragraph(docstring: str) -> str:
     """The text up to the first empty line, in one line."""
-    lines = inspect.cleandoc(docstring).split("\n")
-    empty = next((number for number, line in enumerate(lines) if not line.strip()), len(lines))
-    return " ".join(" ".join(lines[:empty]).split())
+    lines = itertools.takewhile(str.strip, inspect.cleandoc(docstring).split("\n"))
+    return " ".join(" ".join(lines).split())
 
 
 @functools.cache
@@ -141,11 +131,7 @@ def is_test_side(text: str) -> bool:
 
 
 def source_root(library: str) -> Path:
-    """The folder of a package, found without importing it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The folder of a package, found without importing it. Raises UserError if it is not installed."""
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -156,23 +142,19 @@ def source_root(library: str) -> Path:
 
 
 def source_files(library: str) -> list[tuple[str, Path]]:
-    """Dotted module names and files of one library, sorted by name.
-
-    Raises:
-        UserError: the library is not installed.
-    """
+    """Dotted module names and files of one library, sorted by name. Raises UserError if it is not installed."""
     if library == STANDARD_LIBRARY:
         root, prefix = Path(sysconfig.get_path("stdlib")), ""
-        skipped = SKIPPED_STANDARD_LIBRARY
-        tops = [path for path in root.iterdir() if path.stem in sys.stdlib_module_names and path.stem not in skipped]
+        names = sys.stdlib_module_names - SKIPPED_MODULES
+        tops = [path for path in root.iterdir() if path.stem in names]
     else:
         root, prefix = source_root(library), f"{library}."
         tops = list(root.iterdir())
-    files = [path for top in tops for path in (top.rglob("*.py") if top.is_dir() else [top]) if path.suffix == ".py"]
     found = []
-    for path in files:
+    for path in (path for top in tops for path in (top.rglob("*.py") if top.is_dir() else [top])):
         parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED_FOLDERS.isdisjoint(parts) and not any("test_" in part or part == "conftest" for part in parts):
+        is_test = any("test_" in part or part == "conftest" for part in parts)
+        if path.suffix == ".py" and not is_test and SKIPPED_FOLDERS.isdisjoint(parts):
             dotted = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             found.append(((prefix + dotted).rstrip("."), path))
     return sorted(found)
@@ -189,21 +171,14 @@ def own_nodes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.AST]
     return found
 
 
-def decorator_name(decorator: ast.expr) -> str:
-    """The last name of a decorator: `setter` for `@value.setter`, `wraps` for `@functools.wraps(f)`."""
-    decorator = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return decorator.attr if isinstance(decorator, ast.Attribute) else getattr(decorator, "id", "")
-
-
 def function_facts(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str], in_class: bool) -> dict:
     """The fields of `Row` that only functions and methods have; `source` are the lines of the file."""
     nodes = own_nodes(function)
     values = [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
     returns = any(not (isinstance(value, ast.Constant) and value.value is None) for value in values)
-    decorators = [decorator_name(decorator) for decorator in function.decorator_list]
-    arguments = function.args
-    num_parameters = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
-    num_parameters += (arguments.vararg is not None) + (arguments.kwarg is not None)
+    # the last name: `setter` of @value.setter, `wraps` of @functools.wraps(f)
+    decorators = [ast.unparse(node).split("(")[0].split(".")[-1] for node in function.decorator_list]
+    num_parameters = sum(isinstance(node, ast.arg) for node in ast.iter_child_nodes(function.args))
     if in_class and "staticmethod" not in decorators:
         num_parameters = max(0, num_parameters - 1)
     code = [line.strip() for line in source[function.body[0].end_lineno : function.end_lineno]]
@@ -234,7 +209,7 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
             facts = function_facts(node, source, in_class) if kind in ("function", "method") else {}
             rows.append(Row(library, module, kind, name, first_paragraph(docstring), docstring, **facts))
         if kind in ("function", "method"):
-            return  # what is defined inside a function is nobody's interface
+            return  # functions inside a function are nobody's interface
         for child in ast.iter_child_nodes(node):
             qualified = f"{name}.{getattr(child, 'name', '')}".lstrip(".")
             if isinstance(child, ast.ClassDef):
@@ -249,66 +224,49 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
 
 
 # ------------------------------------------------------------------ cache
-def cache_key() -> dict:
-    """What the rows depend on: Python, the package versions, and this file.
-
-    Raises:
-        UserError: one of the packages is not installed.
-    """
+def cache_path() -> Path:
+    """The file of the rows for the installed versions. Raises UserError if one of the packages is not installed."""
     for library in PACKAGES:
         source_root(library)  # a package without distribution metadata would raise less clearly below
-    return {
-        "python": platform.python_version(),
-        "packages": {library: importlib.metadata.version(name) for library, name in PACKAGES.items()},
-        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
-    }
+    versions = [importlib.metadata.version(DISTRIBUTIONS.get(library, library)) for library in PACKAGES]
+    key = json.dumps([ROWS_FORMAT, platform.python_version(), *versions])
+    return CACHE_DIR / f"docstrings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
 
-def cache_path(key: dict) -> Path:
-    """The file of the rows that belong to a key."""
-    return CACHE_DIR / f"docstrings-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.jsonl"
-
-
-def sort_rows(rows: list[Row]) -> list[Row]:
-    """The rows in the order of their text hashes, so that every prefix is a random sample."""
-    return sorted(rows, key=lambda row: (text_hash(row.text), row.library, row.module, row.name, row.docstring))
-
-
-def parse_libraries(libraries: list[str]) -> list[Row]:
-    """The rows of several libraries in hash order; about half a minute for all of them on two cores."""
+def parse_libraries(libraries: Iterable[str]) -> list[Row]:
+    """The rows of several libraries in the order of their text hashes, so that every prefix is a random sample."""
     files = [(library, module, path) for library in libraries for module, path in source_files(library)]
     # largest first, so that no worker is left with a long one; forked workers need neither torch nor a guarded script
     files.sort(key=lambda file: (-file[2].stat().st_size, file[1]))
     with ProcessPoolExecutor() as pool:
         parsed = pool.map(parse_file, *zip(*files, strict=True), chunksize=16)
         rows = [row for found in tqdm(parsed, "reading docstrings", len(files), unit="file") for row in found]
-    return sort_rows(rows)
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes one JSON array a line; before them, the SHA-256 of these lines."""
-    lines = "".join(json.dumps(dataclasses.astuple(row)) + "\n" for row in rows)
-    with write_atomically(path) as temporary:
-        temporary.write_text(f"{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}", encoding="utf-8", newline="\n")
+    return sorted(rows, key=lambda row: (text_hash(row.text), row.library, row.module, row.name, row.docstring))
 
 
 @functools.cache
 def load_rows() -> tuple[tuple[Row, ...], str]:
-    """Every row in hash order, and the SHA-256 of them all; from the cache, which is written first if need be.
+    """Every row in hash order, and the SHA-256 of them all.
+
+    Read from the cache: the SHA-256, and one JSON array a line. Where it is absent or damaged it is written first, in
+    about half a minute on two cores.
 
     Raises:
         UserError: one of the packages is not installed.
     """
-    path = cache_path(cache_key())
+    path = cache_path()
     stored = path.read_bytes() if path.exists() else b""
-    if stored[:64] != hashlib.sha256(stored[65:]).hexdigest().encode():  # absent or damaged
-        write_rows(path, parse_libraries([STANDARD_LIBRARY, *PACKAGES]))
-        stored = path.read_bytes()
+    if stored[:64] != hashlib.sha256(stored[65:]).hexdigest().encode():
+        rows = parse_libraries([STANDARD_LIBRARY, *PACKAGES])
+        lines = "".join(json.dumps(astuple(row)) + "\n" for row in rows).encode()
+        stored = hashlib.sha256(lines).hexdigest().encode() + b"\n" + lines
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(stored)
     return tuple(Row(*json.loads(line)) for line in stored[65:].splitlines()), stored[:64].decode()
 
 
 def fingerprint() -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of all rows."""
+    """First 16 hex digits of the SHA-256 of all rows."""
     return load_rows()[1][:16]
 
 
@@ -318,25 +276,19 @@ def pretraining_corpus() -> list[str]:
 
 
 # ------------------------------------------------------------------ tasks
-def subpackage(library: str) -> Callable[[Row], str | None]:
-    """The label rule "part of this library the text is from"; one level deeper inside `CONTAINERS`."""
-
-    def label(row: Row) -> str | None:
-        if row.library != library:
-            return None
-        parts = row.module.split(".")
-        if library == STANDARD_LIBRARY:
-            return parts[0]
-        depth = 2 if ".".join(parts[:2]) in CONTAINERS else 1
-        return parts[depth] if len(parts) > depth else None
-
-    return label
+def subpackage(row: Row) -> str | None:
+    """The part of its library that a text is from; one level deeper inside `CONTAINERS`."""
+    parts = row.module.split(".")
+    if row.library == STANDARD_LIBRARY:
+        return parts[0]
+    depth = 2 if ".".join(parts[:2]) in CONTAINERS else 1
+    return parts[depth] if len(parts) > depth else None
 
 
 def transformers_role(row: Row) -> str | None:
-    """What a file of transformers is for: the prefix of a model's file, the sub-package of every other one."""
-    if row.library != "transformers" or not row.module.startswith("transformers.models."):
-        return subpackage("transformers")(row)
+    """The purpose of a file of transformers: the prefix of a model's file, the sub-package of every other one."""
+    if not row.module.startswith("transformers.models."):
+        return subpackage(row)
     role = row.module.split(".")[-1]
     known = ("modeling", "configuration", "tokenization", "image_processing", "video_processing", "feature_extraction")
     if role.startswith("modular_"):
@@ -355,26 +307,17 @@ def private(row: Row) -> str | None:
     return None if not last or last.startswith("__") else flag(last.startswith("_"), "private", "public")
 
 
-def examples(row: Row) -> str | None:
-    """Whether an interpreter session follows later in the docstring."""
-    return flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None
-
-
 def parameters(row: Row) -> str | None:
     """The number of parameters, binned."""
     return None if row.parameters is None else str(row.parameters) if row.parameters < 4 else "4 or more"
 
 
-def log_lines(row: Row) -> float | None:
-    """Natural logarithm of the number of code lines; None where nothing but the docstring is there."""
-    return math.log(row.lines) if row.lines else None
-
-
 def subpackage_task(library: str) -> Task:
     """The task of telling the largest parts of one library apart."""
-    return Task(library, f"Which part of {library} is it from?", subpackage(library), MAX_SUBPACKAGES)
+    return Task(library, f"Which part of {library} is it from?", subpackage, library, MAX_SUBPACKAGES)
 
 
+# fmt: off
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -383,98 +326,86 @@ TASKS: dict[str, Task] = {
         Task("returns", "Does the function return a value?", lambda row: flag(row.returns, "value", "nothing")),
         Task("raises", "Does the function raise?", lambda row: flag(row.raises, "raises", "never")),
         Task("private", "Does the name start with an underscore?", private),
-        Task("examples", "Does the docstring go on to show examples?", examples),
-        Task(
-            "property",
-            "Is the method a property?",
-            lambda row: flag(row.property, "property", "method") if row.kind == "method" else None,
-        ),
+        Task("examples", "Does the docstring go on to show examples?",
+             lambda row: flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None),
+        Task("property", "Is the method a property?",
+             lambda row: flag(row.property, "property", "method") if row.kind == "method" else None),
         Task("decorated", "Is the function decorated?", lambda row: flag(row.decorated, "decorated", "plain")),
         Task("parameters", "How many parameters has the function?", parameters),
         subpackage_task(STANDARD_LIBRARY),
         *(subpackage_task(library) for library in PACKAGES if library != "transformers"),
-        Task("transformers", "Which kind of file of transformers is it from?", transformers_role, MAX_SUBPACKAGES),
-        Task("lines", "How many code lines has the function (natural logarithm)?", log_lines, regression=True),
+        Task("transformers", "Which kind of file of transformers is it from?", transformers_role, "transformers",
+             MAX_SUBPACKAGES),
+        Task("lines", "How many code lines has the function (natural logarithm)?",
+             lambda row: math.log(row.lines) if row.lines else None, regression=True),
     )
 }
+# fmt: on
 
 
-def label_texts(rows: Iterable[Row], task: Task) -> tuple[list[str], list[str | float]]:
-    """The distinct texts of a task and their labels, in the order of the rows, without any cap.
+def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
+    """The distinct texts of a task with their labels, in the order of the rows, without any cap.
 
     Texts equal but for their case are one text, written as where it comes first; if its owners disagree on the label it
     gets the most frequent one, and of equally frequent ones the alphabetically first (the smallest number).
     """
     first: dict[str, str] = {}
-    votes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    votes: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
-        label = task.label(row) if is_text(row.text) else None
+        in_task = is_text(row.text) and task.library in (None, row.library)
+        label = task.label(row) if in_task else None
         if label is not None:
             votes[first.setdefault(row.text.casefold(), row.text)][label] += 1
-    labels = {text: min(counts, key=lambda label: (-counts[label], label)) for text, counts in votes.items()}
-    if task.max_classes is not None:
-        sizes = collections.Counter(labels.values())
-        largest = sorted(sizes, key=lambda label: (-sizes[label], label))[: task.max_classes]
-        kept = {label for label in largest if sizes[label] >= MIN_SUBPACKAGE_TEXTS}
-        labels = {text: label for text, label in labels.items() if label in kept}
-    return list(labels), list(labels.values())
+    labels = {text: most_frequent(counts, 1)[0] for text, counts in votes.items()}
+    if task.max_classes is None:
+        return labels
+    sizes = Counter(labels.values())
+    kept = {label for label in most_frequent(sizes, task.max_classes) if sizes[label] >= MIN_SUBPACKAGE_TEXTS}
+    return {text: label for text, label in labels.items() if label in kept}
+
+
+def most_frequent(counts: Counter, num: int) -> list[Any]:
+    """The `num` labels with the highest counts; of equal ones the first in their order."""
+    return sorted(counts, key=lambda label: (-counts[label], label))[:num]
 
 
 @functools.cache
-def label_rows(name: str) -> tuple[tuple[str, str | float, bool], ...]:
-    """Text, label and "is on the test side" of every row of one task, capped, in hash order."""
-    room, kept = {False: MAX_TRAIN, True: MAX_TEST}, []
-    for text, label in zip(*label_texts(load_rows()[0], TASKS[name]), strict=True):
-        side = is_test_side(text)
-        if room[side] > 0:
-            room[side] -= 1
-            kept.append((text, label, side))
-    return tuple(kept)
-
-
-def load_task(task: str, split: Literal["train", "test", "all"]) -> tuple[list[str], list[str] | list[float]]:
-    """Texts and labels of one task, in hash order: every prefix is a random sample.
-
-    Args:
-        task: a key of `TASKS`.
-        split: at most 8,000 training and 2,000 test rows; `all` is both.
+def load_task(name: str) -> dict[str, tuple[list[str], list[str | float]]]:
+    """Texts and labels of one task, at most 8,000 of `train` and 2,000 of `test`; every prefix is a random sample.
 
     Raises:
-        UserError: there is no such task or split, or one of the packages is not installed.
+        UserError: there is no such task, or one of the packages is not installed.
     """
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"There is no docstring task {task!r}. {hint}All tasks: {', '.join(TASKS)}.")
-    if split not in ("train", "test", "all"):
-        raise UserError(f"There is no split {split!r}; the docstring tasks have train, test and all.")
-    rows = [row for row in label_rows(task) if split == "all" or row[2] == (split == "test")]
-    return [text for text, _, _ in rows], [label for _, label, _ in rows]  # type: ignore[return-value]
+    if name not in TASKS:
+        from utils.hub import nearest
+
+        raise UserError(f"There is no docstring task {name!r}.{nearest(name, TASKS)} All tasks: {', '.join(TASKS)}.")
+    labels = label_texts(load_rows()[0], TASKS[name])
+    sides = {
+        "train": [text for text in labels if not is_test_side(text)][:MAX_TRAIN],
+        "test": [text for text in labels if is_test_side(text)][:MAX_TEST],
+    }
+    return {split: (texts, [labels[text] for text in texts]) for split, texts in sides.items()}
 
 
 # ------------------------------------------------------------------ run
-def summarize(task: Task) -> str:
-    """One line of the table: name, classes, rows per split, share of the largest class in the test split, question."""
-    (_, train), (_, test) = load_task(task.name, "train"), load_task(task.name, "test")
-    if task.regression:
-        classes, majority = "-", "-"
-    else:
-        classes, majority = str(len({*train, *test})), f"{max(collections.Counter(test).values()) / len(test):.3f}"
-    return f"{task.name:<14}{classes:>8}{len(train):>8}{len(test):>8}{majority:>10}  {task.question}"
-
-
 def main(config: Config) -> None:
     """Prints the table of the tasks, and the first rows of one of them if asked to."""
     rows, _ = load_rows()
-    print(f"{'task':<14}{'classes':>8}{'train':>8}{'test':>8}{'majority':>10}  question")
+    line = "{:<14}{:>8}{:>8}{:>8}{:>10}  {}".format
+    print(line("task", "classes", "train", "test", "majority", "question"))
     for task in TASKS.values():
-        print(summarize(task))
+        train, test = (labels for _, labels in load_task(task.name).values())
+        largest = max(Counter(test).values()) / len(test)
+        classes, majority = ("-", "-") if task.regression else (str(len({*train, *test})), f"{largest:.3f}")
+        print(line(task.name, classes, len(train), len(test), majority, task.question))
     num_texts = len({row.text.casefold() for row in rows if is_text(row.text)})
     print(f"fingerprint {fingerprint()}: {len(rows):,} docstrings, {num_texts:,} distinct texts")
     if config.task is not None:
-        for text, label in list(zip(*load_task(config.task, "train"), strict=True))[: config.num_examples]:
+        texts, labels = load_task(config.task)["train"]
+        for text, label in list(zip(texts, labels, strict=True))[: config.num_examples]:
             print(f"{label!s:<20} {text[:200]}")
-    print(cache_path(cache_key()))
+    print(cache_path())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Rows of local files and folders, every cell as it is written.
+"""Tables of rows by the name of a dataset, every cell as it is written.
+
+A name is a key of the table of known datasets, an id of the hub, docstrings/<task>, or a local file or folder:
 
     .jsonl .json   objects with a cell per column, one a line or all in one list
     .csv           a cell with a comma, a quotation mark or a line break stands in double quotes
@@ -16,11 +18,12 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.data.table import DATASETS, PARQUET_BRANCH, SPECS, DatasetSpec
 from utils.script import UserError
 
 if TYPE_CHECKING:
@@ -30,28 +33,45 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_WORDS |= dict.fromkeys(VALIDATION_NAMES, "validation")
 # the byte order mark of UTF-32 starts with that of UTF-16 and goes first
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-RECORDS_HINT = "pandas writes one object a line with to_json(path, orient='records', lines=True)"
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @dataclass(frozen=True)
 class Table:
     """The rows of one split, by column."""
 
-    columns: Mapping[str, "Sequence[Any] | ArrowColumn"]  # `[:]` reads a column
+    columns: Mapping[str, Any]  # lists of cells, or Arrow's columns
     class_names: Mapping[str, list[str]] = field(default_factory=dict)  # of integer columns whose classes have names
 
-    @property
-    def num_rows(self) -> int:
+    def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
+    def read(self, name: str) -> list[Any]:
+        """The cells of a column as Python objects. Raises UserError where Arrow's cannot become such."""
+        cells = self.columns[name]
+        try:
+            return list(cells) if isinstance(cells, list) else cells.to_pylist()
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, the year 10000
+            raise UserError(f"Column {name!r} cannot be read ({one_line(error)}). Repair or remove it.") from None
 
-# ------------------------------------------------------------------ text, JSON, csv
+
+@dataclass(frozen=True)
+class Source:
+    """Everything found under one dataset name."""
+
+    name: str
+    tables: dict[str, Table]  # by split
+    spec: DatasetSpec | None = None
+    own: bool = False  # the user can mend the rows: faults are errors; elsewhere such rows are left out with a warning
+
+
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+# ------------------------------------------------------------------ formats
 def decode(path: Path) -> str:
     """The text of a file. Raises UserError where it cannot be read, has another encoding or holds zero bytes."""
     try:
@@ -63,22 +83,23 @@ def decode(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        remedy = f"Convert it: iconv -f latin1 -t utf-8 {path}" if encoding == "UTF-8" else "Save it in UTF-8."
-        raise UserError(f"{path} is not {encoding}: byte {error.start}, line {line}. {remedy}") from None
-    if "\0" in text:
         raise UserError(
-            f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds zero bytes: the file is damaged, or "
-            f"UTF-16 without a byte order mark: iconv -f UTF-16LE -t utf-8 {path}"
+            f"{path} is not {encoding}: byte {error.start}, line {line}. Convert it: iconv -f latin1 -t utf-8 {path}"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(
+            f"{path}, line {line} holds zero bytes: the file is damaged, or UTF-16 without a byte order mark: "
+            f"iconv -f UTF-16LE -t utf-8 {path}"
         )
     return text.lstrip("\ufeff")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys differ: of two equal ones Python would keep the last in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(dict(pairs)) < len(pairs):
         raise ValueError(f"an object with the keys {', '.join(repr(name) for name, _ in pairs)}, two of them equal")
-    return found
+    return dict(pairs)
 
 
 def _parse(where: str, text: str) -> Any:
@@ -86,11 +107,8 @@ def _parse(where: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg}, {f'line {error.lineno}, ' if error.lineno > 1 else ''}column {error.colno}"
         raise UserError(
-            f"{where} is not JSON that can be read ({reason}): {text.strip()[:60]!r}. Write one object a line, such as "
+            f"{where} is not JSON that can be read ({error}): {text.strip()[:60]!r}. Write one object a line, such as "
             '{"text": "...", "label": "..."}, or one list of objects.'
         ) from None
 
@@ -99,90 +117,52 @@ def _read_json(path: Path) -> Table:
     """A list of objects, or one object a line; a key that an object lacks is a missing cell."""
     text = decode(path)
     if text.lstrip().startswith("["):
-        records: Iterable[tuple[int, Any]] = enumerate(_parse(str(path), text), 1)
+        records = _parse(str(path), text)
     else:
         lines = enumerate(io.StringIO(text, newline=None), 1)  # a raw U+2028 ends no line
-        records = ((number, _parse(f"{path}, line {number}", line)) for number, line in lines if line.strip())
-    first = list(itertools.islice(records, 2))
-    if len(first) == 1 and _is_table(first[0][1]):
-        keys = ", ".join(map(repr, list(first[0][1])[:5]))
-        raise UserError(f"{path} is one object with the keys {keys}, and not one object a row. {RECORDS_HINT}.")
-    columns: dict[str, list[Any]] = {}
-    for row, (number, record) in enumerate(itertools.chain(first, records)):
+        records = [_parse(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    for row, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise UserError(
-                f'{path}, row {number}: {str(record)[:40]!r} is not an object like {{"text": ..., "label": ...}}.'
+                f'{path}, row {row}: {str(record)[:40]!r} is not an object like {{"text": ..., "label": ...}}.'
             )
-        for name in record:
-            columns.setdefault(name, [None] * row)
-        for name, cells in columns.items():
-            cells.append(record.get(name))
-    return Table(columns)
+    if len(records) == 1 and records[0] and all(isinstance(cell, dict | list) for cell in records[0].values()):
+        raise UserError(
+            f"{path} is one object with the keys {', '.join(map(repr, list(records[0])[:5]))}, and not one object a "
+            "row. pandas writes one object a line with to_json(path, orient='records', lines=True)."
+        )
+    names = dict.fromkeys(name for record in records for name in record)
+    return Table({name: [record.get(name) for record in records] for name in names})
 
 
-def _is_table(value: Any) -> bool:
-    """Whether a JSON value is an object of columns or of rows, and not one row."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(cell, dict | list) for cell in value.values())
-
-
-def _read_delimited(path: Path, advice: str, **dialect: Any) -> Table:
+def _read_delimited(path: Path) -> Table:
     """A header and rows of as many cells; every cell stays the string that is written."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
+    kind = path.suffix[1:].lower()
+    if kind == "tsv":
+        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        advice = "a .tsv has no quoting: write cells with a tab or a line break as .csv or .jsonl."
+    else:
+        dialect = {}
+        advice = "a cell with a comma, a quotation mark or a line break stands in double quotes."
     reader = csv.reader(io.StringIO(decode(path), newline=""), strict=True, **dialect)
-    rows: list[list[str]] = []
     try:
-        for cells in filter(None, reader):  # a blank line is no row
-            row = cells if rows else [name.strip(" \t\ufeff") for name in cells]
-            header = rows[0] if rows else row
-            if len(row) != len(header) or len(set(header)) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} cells under {len(header)} columns {header}. "
-                    f"Column names must differ; {advice}"
-                )
-            rows.append(row)
+        lines = [(reader.line_num, cells) for cells in reader if cells]  # a blank line is no row
     except csv.Error as error:
-        kind = path.suffix[1:].lower()
         raise UserError(f"{path}, line {reader.line_num} is not {kind} ({error}): {advice}") from None
-    return Table({name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0] if rows else [])})
+    header = [name.strip(" \t\ufeff") for name in lines[0][1]] if lines else []
+    for number, cells in lines:
+        if len(cells) != len(header) or len(set(header)) != len(header):
+            raise UserError(
+                f"{path}, line {number}: {len(cells)} cells under {len(header)} columns {header}. "
+                f"Column names must differ; {advice}"
+            )
+    return Table({name: [cells[i] for _, cells in lines[1:]] for i, name in enumerate(header)})
 
 
-def _read_csv(path: Path) -> Table:
-    return _read_delimited(path, "a cell with a comma, a quotation mark or a line break stands in double quotes.")
-
-
-def _read_tsv(path: Path) -> Table:
-    advice = "a .tsv has no quoting, so that no cell can hold a tab or a line break: write such rows as .csv or .jsonl."
-    return _read_delimited(path, advice, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-# ------------------------------------------------------------------ Arrow
-@dataclass(frozen=True)
-class ArrowColumn:
-    """A column that becomes Python objects when it is read: one that is not needed may hold anything."""
-
-    where: str  # file and column, for messages
-    cells: "pyarrow.ChunkedArray"
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def __getitem__(self, rows: slice) -> list[Any]:
-        try:
-            return self.cells.to_pylist()[rows]
-        except (
-            ValueError,
-            OverflowError,
-        ) as error:  # bytes that are no UTF-8, the year 10000; pyarrow's are ValueErrors
-            raise UserError(f"{self.where} cannot be read ({' '.join(str(error).split())}).") from None
-
-
-def arrow_table(where: str, content: "pyarrow.Table") -> Table:
+def arrow_table(content: "pyarrow.Table") -> Table:
     """The columns of an Arrow table, and the class names that `datasets` keeps in its metadata."""
-    names = content.column_names
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{where} has two columns {twice!r}. Column names must differ; rename one.")
-    columns = {name: ArrowColumn(f"{where}: column {name!r}", content.column(name)) for name in names}
+    columns = {name: content.column(name) for name in content.column_names}
     try:
         features = json.loads((content.schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
@@ -195,24 +175,19 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        return arrow_table(str(path), pyarrow.parquet.ParquetFile(path).read())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as parquet ({' '.join(str(error).split())}).") from None
+        return arrow_table(pyarrow.parquet.ParquetFile(path).read())
+    except (OSError, KeyError, pyarrow.ArrowException) as error:  # KeyError: two columns of one name
+        raise UserError(f"{path} cannot be read as parquet ({one_line(error)}).") from None
+
+
+READERS: dict[str, Callable[[Path], Table]] = dict.fromkeys((".jsonl", ".json"), _read_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), _read_delimited) | {".parquet": _read_parquet}
 
 
 # ------------------------------------------------------------------ files and folders
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
-
-
-def check_class_names(found: Sequence[Mapping[str, list[str]]], where: str) -> None:
+def check_class_names(tables: Sequence[Table], where: str) -> None:
     """Raises UserError where one number means different classes in two of these tables; one without names is passed."""
-    for first, second in itertools.combinations(found, 2):
+    for first, second in itertools.combinations([table.class_names for table in tables], 2):
         for name in first.keys() & second.keys():
             if first[name] != second[name]:
                 raise UserError(
@@ -223,21 +198,20 @@ def check_class_names(found: Sequence[Mapping[str, list[str]]], where: str) -> N
 
 def _read(files: Sequence[Path]) -> Table:
     """The rows of the files of one split; a column that a file lacks is missing cells there."""
-    for file in files:
-        if file.suffix.lower() not in READERS:
-            raise UserError(f"{file} is none of the files that can be read: {', '.join(READERS)}.")
+    if unknown := [file for file in files if file.suffix.lower() not in READERS]:
+        raise UserError(f"{unknown[0]} is none of the files that can be read: {', '.join(READERS)}.")
     tables = [READERS[file.suffix.lower()](file) for file in files]
-    check_class_names([table.class_names for table in tables], "its files")
-    full = [table for table in tables if table.num_rows]
+    check_class_names(tables, "its files")
+    full = [table for table in tables if len(table)]
     if not full:
         header = f"only the columns {', '.join(tables[0].columns)}" if tables[0].columns else "it is empty"
         raise UserError(f"{files[0]} has no rows: {header}. Write one labelled text per row.")
     if len(full) == 1:
         return full[0]
-    names = dict.fromkeys(name for table in full for name in table.columns)
-    columns = {
-        name: [cell for table in full for cell in table.columns.get(name, [None] * table.num_rows)[:]] for name in names
-    }
+    columns: dict[str, list[Any]] = {name: [] for table in full for name in table.columns}
+    for table in full:
+        for name, cells in columns.items():
+            cells.extend(table.read(name) if name in table.columns else [None] * len(table))
     return Table(columns, full[0].class_names)
 
 
@@ -256,10 +230,10 @@ def _read_by_name(folder: Path) -> dict[str, Table]:
     stems: dict[Path, Path] = {}
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
         other = stems.setdefault(file.with_suffix(""), file)
         if other != file:
             raise UserError(f"{other} and {file} may be the same rows in two formats. Remove or rename one.")
-        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
     unnamed = by_split.pop(None, [])
     if unnamed and by_split:
         raise UserError(
@@ -269,43 +243,23 @@ def _read_by_name(folder: Path) -> dict[str, Table]:
     return {str(split): _read(found) for split, found in (by_split or {"train": unnamed}).items()}
 
 
-def _names_subsets(folder: Path) -> bool:
-    """Whether the head of the folder's README.md names subsets, as a dataset of the hub does."""
-    card = folder / "README.md"
-    head = card.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if card.is_file() else ""
-    return head.lstrip("\ufeff").startswith("---") and re.search(r"^configs\s*:", head, re.MULTILINE) is not None
-
-
-def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
-    """The tables of one subset; the library `datasets` reads from README.md which files belong to it."""
+def _read_by_library(folder: Path, saved: Sequence[Path], subset: str | None) -> dict[str, Table]:
+    """The tables of splits that `save_to_disk` wrote, or of the subset whose files README.md names."""
     import datasets
 
-    from utils.hub import Repository, hub_errors
-
-    with hub_errors(Repository(str(folder), "Dataset", (), "a file of it")):
-        names = datasets.get_dataset_config_names(str(folder))
-        chosen = subset or datasets.get_dataset_default_config_name(str(folder))
-        if chosen not in names:
-            raise UserError(
-                f"{folder} has the subsets {', '.join(names)}{f', not {subset!r}' if subset else ''}. Name one: "
-                f"--dataset_name {folder}:{names[0]}"
-            )
-        files = datasets.load_dataset_builder(str(folder), chosen).config.data_files
+    if saved:
+        names = ["train" if path == folder else path.name for path in saved]
+        rows = [datasets.load_from_disk(str(path)).with_format("arrow")[:] for path in saved]
+        return dict(zip(names, map(arrow_table, rows), strict=True))
+    names = datasets.get_dataset_config_names(str(folder))
+    chosen = subset or datasets.get_dataset_default_config_name(str(folder))
+    if chosen not in names:
+        raise UserError(
+            f"{folder} has the subsets {', '.join(names)}{f', not {subset!r}' if subset else ''}. Name one: "
+            f"--dataset_name {folder}:{names[0]}"
+        )
+    files = datasets.load_dataset_builder(str(folder), chosen).config.data_files
     return {str(split): _read([Path(file) for file in found]) for split, found in files.items()}
-
-
-def _read_saved(folders: Iterable[Path], top: Path) -> dict[str, Table]:
-    """The tables of folders that `Dataset.save_to_disk` wrote, each one split."""
-    import datasets
-
-    from utils.hub import Repository, hub_errors
-
-    found = {}
-    for folder in folders:
-        with hub_errors(Repository(str(folder), "Dataset", (), "save_to_disk again")):
-            rows = datasets.load_from_disk(str(folder)).with_format("arrow")[:]
-        found["train" if folder == top else folder.name] = arrow_table(str(folder), rows)
-    return found
 
 
 def read_files(path: Path, subset: str | None = None) -> dict[str, Table]:
@@ -320,12 +274,94 @@ def read_files(path: Path, subset: str | None = None) -> dict[str, Table]:
     """
     if path.is_file():
         return {"train": _read([path])}
-    if saved := sorted(
-        file.parent for file in path.rglob("state.json") if (file.parent / "dataset_info.json").is_file()
-    ):
-        return _read_saved(saved, path)
-    if _names_subsets(path):
-        return _read_subset(path, subset)
+    saved = [file.parent for file in sorted(path.rglob("state.json")) if (file.parent / "dataset_info.json").is_file()]
+    card = path / "README.md"
+    head = card.read_text(encoding="utf-8-sig", errors="replace").split("\n---")[0] if card.is_file() else ""
+    has_subsets = head.startswith("---") and re.search(r"^configs\s*:", head, re.MULTILINE)
+    if saved or has_subsets:
+        from utils.hub import Repository, hub_errors
+
+        with hub_errors(Repository(str(path), "Dataset", (), "a file of it")):
+            return _read_by_library(path, saved, subset)
     if subset:
         raise UserError(f"{path} has no subsets: its README.md has no `configs:`. Leave out :{subset}.")
     return _read_by_name(path)
+
+
+# ------------------------------------------------------------------ names
+def find_source(name: str, revision: str | None = None, datasets_dir: Path | None = None) -> Source:
+    """All splits of the dataset called `name`; a key of the table goes before a folder of the same name.
+
+    Args:
+        name: key of the table, id of the hub, local file or folder, or docstrings/<task>.
+        revision: branch, tag or commit of a dataset of the hub.
+        datasets_dir: folder of local copies; the datasets of the table are then never sought on the hub.
+
+    Raises:
+        UserError: no such key, file, folder or dataset of the hub, or one that cannot be read.
+    """
+    if name.startswith("docstrings/"):
+        from utils.data.docstrings import load_task  # it parses the installed packages: only when asked for
+
+        parts = load_task(name.removeprefix("docstrings/"))
+        return Source(name, {part: Table({"text": texts, "label": labels}) for part, (texts, labels) in parts.items()})
+    spec = DATASETS.get(name)
+    copy = datasets_dir / (spec.key if spec else name).replace("/", "__") if datasets_dir else None
+    if copy and (spec or copy.is_dir()):
+        if revision is not None:
+            raise UserError(f"--dataset_revision {revision} is of the hub; a copy in --datasets_dir has no revisions.")
+        return _copied_source(name, spec, copy)
+    if spec:
+        return _hub_source(name, spec, revision)
+    path, (folder, _, subset) = Path(name), name.rpartition(":")
+    if path.exists():
+        return Source(name, read_files(path), own=True)
+    if folder and Path(folder).is_dir():
+        return Source(name, read_files(Path(folder), subset), own=True)
+    if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no file or folder {path.absolute()}.")
+    if "/" not in name:
+        from utils.hub import nearest
+
+        known = [spec.key for spec in SPECS]
+        raise UserError(
+            f"There is no dataset {name!r}.{nearest(name, known)} Known: {', '.join(known)}, docstrings/<task>; "
+            "or an id of the hub (user/name), or a local file or folder."
+        )
+    return _hub_source(name, None, revision)
+
+
+def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> Source:
+    """A dataset of the hub; `name` may be `id:config` where it is not in the table."""
+    import datasets
+
+    from utils.hub import Repository, hub_errors
+
+    hub_id, _, config = (spec.hub_id, "", spec.config) if spec else name.partition(":")
+    revision = revision or (spec.revision if spec else None)
+    instead = "a local file or docstrings/<task>; known: python -m utils.data.load"
+    options = {"name": config or None, "data_files": spec.data_files if spec else None}
+    with hub_errors(Repository(hub_id, "Dataset", tuple(DATASETS), instead, revision, "--dataset_revision")):
+        try:
+            loaded = datasets.load_dataset(hub_id, revision=revision, **options)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error) or revision is not None:
+                raise
+            loaded = datasets.load_dataset(hub_id, revision=PARQUET_BRANCH, **options)
+    return Source(name, {str(split): arrow_table(rows.with_format("arrow")[:]) for split, rows in loaded.items()}, spec)
+
+
+def _copied_source(name: str, spec: DatasetSpec | None, copy: Path) -> Source:
+    """A dataset from `<key with / as __>/{train,test,validation}.parquet`, read as if it came from the hub."""
+    files = {split: copy / f"{split}.parquet" for split in ("train", "test", "validation")}
+    tables = {split: read_files(path)["train"] for split, path in files.items() if path.is_file()}
+    if not tables:
+        present = ", ".join(sorted(path.parent.name for path in copy.parent.glob("*/*.parquet"))) or "none"
+        raise UserError(
+            f"No copy of {name} in --datasets_dir: {files['train'].absolute()} is missing; copies: {present}. "
+            "Put the hub's rows there, or leave out --datasets_dir (NTPS_DATASETS_DIR) to load them from the hub."
+        )
+    if spec and spec.class_names:  # files without the metadata of `datasets` hold numbers
+        names = {spec.label_column: list(spec.class_names)}
+        tables = {split: Table(rows.columns, {**names, **rows.class_names}) for split, rows in tables.items()}
+    return Source(name, tables, spec)

@@ -13,7 +13,8 @@ read, `cells.py` which labels count as missing and which cells are text. Nothing
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.cells import (
-    check_words,
-    class_values,
-    is_missing,
-    is_number,
-    is_whole,
-    label_cells,
-    listed,
-    render_column,
-    target_cells,
-    told_missing,
-    typed,
-)
-from utils.data.files import VALIDATION_NAMES, Table, check_class_names
-from utils.data.sources import Source, find_source, join_texts, label_column_name, read_column, text_pieces
-from utils.data.splits import (
-    grouped_split,
-    leaked_share,
-    linked_groups,
-    paper_split,
-    seeded_split,
-    split_like,
-    stratified_rows,
-)
+from utils.data import cells, splits
+from utils.data.files import VALIDATION_NAMES, Source, Table, check_class_names, find_source
 from utils.data.table import table
 from utils.script import UserError, run_script, warn
 from utils.settings import Data, Run
@@ -88,23 +67,8 @@ class Rows:
         return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)
 
 
-# ------------------------------------------------------------------ rows
-def _is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
-    """`task` decides; under `auto` the table of datasets, else any number that is not a whole one."""
-    if settings.task != "auto":
-        return settings.task == "regression"
-    if source.spec and not settings.label_column:
-        return source.spec.num_classes == 0
-    present = [label for label in labels if not is_missing(label, True)]
-    return all(map(is_number, present)) and any(not is_whole(label) for label in present)
-
-
-def _has_labels(rows: Table, label: str) -> bool:
-    """Whether any row has a label; those of a test split may be hidden."""
-    return not all(map(is_missing, typed(list(rows.columns.get(label, ())[:]))))
-
-
-def choose_parts(source: Source, label: str, split: str, divide_train: bool = False) -> dict[str, Table]:
+# ------------------------------------------------------------------ tables -> rows
+def choose_parts(source: Source, label: str, wanted: str, divide_train: bool = False) -> dict[str, Table]:
     """The tables that serve as `train` and as `test`, which may be missing; for `all` every one with labels.
 
     With `divide_train` there is no `test`, whatever splits there are.
@@ -112,63 +76,134 @@ def choose_parts(source: Source, label: str, split: str, divide_train: bool = Fa
     Raises:
         UserError: a split is missing; the message shows those present.
     """
-    splits, spec = source.splits, source.spec
-    absent = f"{source.name} has no split {{!r}}; splits: {', '.join(splits)}."
-    if spec:
-        held_out = [spec.test_split] if spec.test_split and not divide_train else []
-        for name in ("train", *held_out):
-            if name not in splits and not (source.copy and split == "all"):  # a copy need not be whole
-                ways = " or --divide_train" if name != "train" else ""
-                remedy = f"Put {name}.parquet into {source.copy}, or take --split all{ways}." if source.copy else ""
-                raise UserError(f"{absent.format(name)} {remedy or 'Another --dataset_revision may have it.'}")
-    else:
-        held_out = [name for name in ("test", *VALIDATION_NAMES) if name in splits and not divide_train]
+    tables, spec = source.tables, source.spec
+    labelled = {name: rows for name, rows in tables.items() if _has_labels(rows, label)}
+    if wanted == "all":
+        return labelled or tables
+    names = [spec.test_split] if spec else [name for name in ("test", *VALIDATION_NAMES) if name in tables]
+    held_out = [name for name in names if name and not divide_train]
     # hidden test labels are common on the hub; the validation split is then what can be scored
-    labelled = [name for name, rows in splits.items() if _has_labels(rows, label)]
-    if split == "all":
-        return {name: splits[name] for name in labelled} or splits
     test = next((name for name in held_out if name in labelled), next(iter(held_out), None))
-    train = next(iter(splits)) if len(splits) == 1 and test is None else "train"
-    if train not in splits and (test is None or split == "train"):
-        raise UserError(f"{absent.format(train)} Name one of them train, or take --split all.")
+    train = next(iter(tables)) if len(tables) == 1 and test is None and not spec else "train"
+    missing = next((name for name in (train, test) if name and name not in tables), None)
+    if missing and (spec or test is None or wanted != "test"):
+        raise UserError(
+            f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}. Add one called {missing}, or take "
+            f"--split all{'' if missing == 'train' else ' or --divide_train'}."
+        )
     if test in VALIDATION_NAMES and not spec:
         print(f"{source.name}: {test} serves as the test split")
-    return {part: splits[name] for part, name in (("train", train), ("test", test)) if name in splits}
+    return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
 
 
-def _labelled_rows(settings: Data, source: Source, tables: dict[str, Table]) -> tuple[dict[str, Rows], bool]:
+def _read_column(source: Source, rows: Table, name: str, flag: str) -> list[Any]:
+    """One column; `flag` names another one. Raises UserError where there is no such column."""
+    if name not in rows.columns:
+        present = ", ".join(rows.columns) or "none"
+        raise UserError(f"{source.name} has no column {name!r}; columns: {present}. Name one with {flag}.")
+    return rows.read(name)
+
+
+def _label_column(settings: Data, source: Source) -> str:
+    """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
+    chosen = settings.label_column or (source.spec.label_column if source.spec else None)
+    present = next(iter(source.tables.values())).columns
+    return chosen or ("labels" if "label" not in present and "labels" in present else "label")
+
+
+def _has_labels(rows: Table, label: str) -> bool:
+    """Whether any row has a label; those of a test split may be hidden."""
+    return label in rows.columns and not all(map(cells.is_missing, cells.typed(rows.read(label))))
+
+
+def text_pieces(settings: Data, source: Source, rows: Table, label: str) -> list[tuple[str, str | None]]:
+    """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
+
+    Raises:
+        UserError: two ways are asked for, the template is malformed, or no column is the evident one.
+    """
+    if settings.text_column and settings.text_template:
+        raise UserError("--text_column and --text_template exclude each other: give one of them.")
+    template = settings.text_template or (source.spec.text_template if source.spec else None)
+    if template is not None and not settings.text_column:
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
+        names = [name for _, name, _, _ in parsed if name is not None]
+        if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
+            raise UserError(
+                f'--text_template {template!r} must name columns in braces, like "{{question}} {{choices}}".'
+            )
+        return [(literal, name) for literal, name, _, _ in parsed]
+    evident = settings.text_column or ("text" if "text" in rows.columns else None)
+    candidates = (
+        [evident] if evident else [name for name in rows.columns if name != label and cells.holds_text(rows.read(name))]
+    )
+    if len(candidates) != 1:
+        raise UserError(
+            f"Which column of {source.name} is the text? Columns: {', '.join(rows.columns) or 'none'}. "
+            "Name one with --text_column, or several with --text_template."
+        )
+    return [("", candidates[0])]
+
+
+def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
+    """One text per row; empty where every column is blank, whatever the template puts around them."""
+    flag = "--text_column or --text_template"
+    names = [name for _, name in pieces if name is not None]
+    columns = [cells.render_column(source.name, part, name, _read_column(source, rows, name, flag)) for name in names]
+    texts = []
+    for row in zip(*columns, strict=True):
+        rest = iter(row)
+        joined = "".join(literal + (next(rest) if name is not None else "") for literal, name in pieces)
+        texts.append(joined if any(map(str.strip, row)) else "")
+    return texts
+
+
+def _is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
+    """`task` decides; under `auto` the table of datasets, else any number that is not a whole one."""
+    if settings.task != "auto":
+        return settings.task == "regression"
+    if source.spec and not settings.label_column:
+        return source.spec.num_classes == 0
+    present = [label for label in labels if not cells.is_missing(label, True)]
+    return all(map(cells.is_number, present)) and not all(map(cells.is_whole, present))
+
+
+def _labelled_rows(
+    settings: Data, source: Source, tables: dict[str, Table], label: str
+) -> tuple[dict[str, Rows], bool]:
     """The rows that have a label, by part, and whether the task is a regression."""
-    first = next(iter(tables.values()))
-    label = label_column_name(settings, source, first)
-    pieces = text_pieces(settings, source, first, label)
-    written = {part: read_column(source, rows, label, "--label_column") for part, rows in tables.items()}
-    check_class_names([rows.class_names for rows in tables.values()], f"the splits of {source.name}")
-    cells = label_cells(source.name, [cell for of_part in written.values() for cell in of_part])
-    regression, labels = _is_regression(settings, source, cells), split_like(cells, written)
-    if regression:
-        labels = {part: target_cells(source.name, part, of_part) for part, of_part in labels.items()}
-    elif settings.task == "auto" and not source.spec:
-        check_words(source.name, labels)
+    pieces = text_pieces(settings, source, next(iter(tables.values())), label)
+    written = {part: _read_column(source, rows, label, "--label_column") for part, rows in tables.items()}
+    check_class_names(list(tables.values()), f"the splits of {source.name}")
+    typed = cells.label_cells(source.name, [cell for of_part in written.values() for cell in of_part])
+    regression = _is_regression(settings, source, typed)
+    group_by = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
     parts = {}
-    for part, rows in tables.items():
-        texts = join_texts(source, part, rows, pieces)
+    for part, labels in splits.split_like(typed, written).items():
+        if regression:
+            labels = cells.target_cells(source.name, part, labels)
+        elif settings.task == "auto" and not source.spec:
+            cells.check_words(source.name, part, labels)
+        texts = _join_texts(source, part, tables[part], pieces)
         empty = [row for row, text in enumerate(texts, 1) if not text]
         if empty and source.own:
-            raise UserError(
-                f"{len(empty)} {part} texts of {source.name} are empty: rows {listed(empty)}. Fill or remove them."
-            )
-        missing = [row for row, cell in enumerate(labels[part]) if is_missing(cell, regression)]
+            found = f"{len(empty)} {part} texts of {source.name} are empty: rows {cells.listed(empty)}"
+            raise UserError(f"{found}. Fill or remove them.")
+        missing = [row for row, cell in enumerate(labels) if cells.is_missing(cell, regression)]
         if len(missing) == len(texts):
-            found = "no rows" if not texts else f"{len(texts)} {part} rows, their labels all missing or -1"
+            found = f"{len(texts)} {part} rows, their labels all missing or -1" if texts else "no rows"
             raise UserError(f"{source.name} has {found} (label column {label!r}). Label them, or see --label_column.")
         if missing:
-            told = f"{len(missing)} {part} rows of {source.name} without a label (missing or -1) are left out"
-            warn(told + told_missing(written[part], missing))
-        group_by = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
-        columns = [render_column(source.name, part, name, read_column(source, rows, name, "--dataset_revision"))
-                   for name in group_by]  # fmt: skip
+            warn(
+                f"{len(missing)} {part} rows of {source.name} without a label (missing or -1) are left out: "
+                f"{cells.describe_missing(written[part], missing)}"
+            )
+        columns = [_join_texts(source, part, tables[part], [("", name)]) for name in group_by]
         kept = sorted(set(range(len(texts))) - set(missing))
-        parts[part] = Rows(texts, labels[part], linked_groups(columns) if columns else None).take(kept)
+        parts[part] = Rows(texts, labels, splits.linked_groups(columns) if columns else None).take(kept)
     return parts, regression
 
 
@@ -181,17 +216,17 @@ def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> dic
     Raises:
         UserError: too few rows for two splits, or all of one group.
     """
-    if len(rows.texts) < 2:
-        raise UserError(f"{source.name} has {len(rows.texts)} labelled rows; a 70/30 split needs at least two.")
+    num_units = len(rows.texts) if rows.groups is None else len(set(rows.groups))
+    if num_units < 2:
+        unit = "labelled rows" if rows.groups is None else "groups of rows that share a question"
+        raise UserError(f"{source.name} has {num_units} {unit}; a 70/30 split needs two. Take --split all.")
     if source.spec is None:
         classes = np.array(["" if regression else str(label) for label in rows.labels])
-        train, test = seeded_split(classes, settings.seed)
+        train, test = splits.seeded_split(classes, settings.seed)
     elif rows.groups is None:
-        train, test = paper_split(len(rows.texts))
+        train, test = splits.paper_split(len(rows.texts))
     else:
-        if len(set(rows.groups)) < 2:
-            raise UserError(f"All rows of {source.name} share a question: take --split all or --ungrouped_split.")
-        train, test = grouped_split(rows.groups)
+        train, test = splits.grouped_split(rows.groups)
     return {"train": rows.take(train), "test": rows.take(test)}
 
 
@@ -208,32 +243,29 @@ def _without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
     return found
 
 
-# ------------------------------------------------------------------ labels
+# ------------------------------------------------------------------ rows -> labelled texts
 def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[str, Rows], list[str]]:
     """Rows with labels 0..c-1, and the c class names: the classes of the first part (train, if it exists), sorted."""
-    values = class_values(source.name, [cell for rows in parts.values() for cell in rows.labels])
-    labels = split_like(values, {part: rows.labels for part, rows in parts.items()})
+    values = cells.class_values(source.name, [cell for rows in parts.values() for cell in rows.labels])
+    labels = splits.split_like(values, {part: rows.labels for part, rows in parts.items()})
     first = next(iter(parts))
     classes = sorted(set(labels[first]))
     # a number beyond the class names of the file, or a word, is its own name
-    known = dict(enumerate(next(iter(source.splits.values())).class_names.get(label, ())))
+    known = dict(enumerate(next(iter(source.tables.values())).class_names.get(label, ())))
     spelled = {value: known.get(value, str(value)) for value in set(values)}
-    if len(classes) < 2:
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
         raise UserError(
-            f"The {first} labels of {source.name} are all {spelled[classes[0]]!r}; at least two classes are needed. "
-            "See --label_column; where -1 is a class, and not a missing label, name it in words."
-        )
-    if len(classes) > MAX_CLASSES:
-        raise UserError(
-            f"{source.name} has {len(classes):,} classes in {len(labels[first]):,} {first} rows; up to {MAX_CLASSES:,} "
-            "are possible. Is --label_column the class, and not the number of a row? Numbers: --task regression."
+            f"The {first} labels of {source.name} are {found}; at least two classes are needed, and up to "
+            f"{MAX_CLASSES:,} are possible. See --label_column; where -1 is a class, and not a missing label, name it "
+            "in words; for numbers there is --task regression."
         )
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
     for part, rows in parts.items():
         kept = [row for row, value in enumerate(labels[part]) if value in index]
         if len(kept) < len(rows.texts):
-            unseen = listed(sorted(spelled[value] for value in set(labels[part]) - set(classes)))
+            unseen = cells.listed(sorted(spelled[value] for value in set(labels[part]) - set(classes)))
             told = f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have classes that train lacks: {unseen}"
             if source.own or not kept:
                 raise UserError(f"{told}. Correct them, add rows of these classes to train, or take --split all.")
@@ -242,65 +274,43 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
     return encoded, [spelled[value] for value in classes]
 
 
-def _check_targets(name: str, parts: Mapping[str, np.ndarray]) -> None:
+def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     """Refuses regression targets whose moments, sums of squares about 0, would lose their digits."""
-    first = next(iter(parts))
-    for part, numbers in parts.items():
-        if numbers.min() == numbers.max():
-            if part == first:
-                raise UserError(f"The {first} targets of {name} are all equal. See --label_column or --max_samples.")
-            continue
-        largest = float(np.abs(numbers).max())
-        scaled = numbers / largest  # squares of the numbers themselves may overflow
-        mean, std = float(scaled.mean()), float(scaled.std())
-        told = f"The {part} targets of {name} run from {numbers.min():.9g} to {numbers.max():.9g}, with a standard "
-        told += f"deviation of {std * largest:.3g}"
-        if abs(mean) > MAX_MEAN * std:
-            raise UserError(
-                f"{told}, and their mean is more than {MAX_MEAN:,.0f} times as large: subtract a constant from the "
-                f"column first, such as {mean * largest:.9g}."
-            )
-        if not SPREADS[0] <= std * largest <= SPREADS[1]:
-            raise UserError(
-                f"{told}, which must be within {SPREADS[0]:g} and {SPREADS[1]:g}: rescale the column first."
-            )
+    if targets.min() == targets.max():
+        if part == "test":
+            return
+        raise UserError(f"The {part} targets of {name} are all equal. See --label_column or --max_samples.")
+    largest = float(np.abs(targets).max())
+    scaled = targets / largest  # squares of the numbers themselves may overflow
+    mean, std = float(scaled.mean()), float(scaled.std())
+    if abs(mean) > MAX_MEAN * std or not SPREADS[0] <= std * largest <= SPREADS[1]:
+        raise UserError(
+            f"The {part} targets of {name} run from {targets.min():.9g} to {targets.max():.9g} with a standard "
+            f"deviation of {std * largest:.3g}, which must be within {SPREADS[0]:g} and {SPREADS[1]:g}, and their mean "
+            f"at most {MAX_MEAN:,.0f} times as large: rescale the column, or subtract a constant such as "
+            f"{mean * largest:.9g}."
+        )
 
 
-# ------------------------------------------------------------------ load
 def _report(settings: Data, source: Source, parts: dict[str, Rows], label_names: list[str], divided: bool) -> None:
     """Prints sizes, split rule and leak; warns of a leak, and of a dataset that is not as the table says."""
     spec, sizes = source.spec, {part: len(rows.texts) for part, rows in parts.items()}
     facts = [" and ".join(f"{size:,} {part}" for part, size in sizes.items()) + " texts"]
     facts.append(f"{len(label_names)} classes" if label_names else "a regression target")
     if {"train", "test"} <= set(parts):
-        if spec and ((settings.divide_train and not spec.group_by) or (spec.group_by and settings.ungrouped_split)):
-            facts.append("seeded 70/30")
-        elif spec:
-            facts.append(spec.split_rule)
-        else:
+        if spec is None:
             facts.append(f"split 70/30 by seed {settings.seed}" if divided else "own test")
+        else:
+            grouped = spec.group_by and not settings.ungrouped_split
+            facts.append("seeded 70/30" if divided and not grouped else spec.split_rule)
         if spec and spec.sizes and sum(spec.sizes) != sum(sizes.values()):
-            cause = "this copy holds others" if source.copy else "the hub has changed, or the known sizes are wrong"
-            warn(f"{source.name} was known with {spec.sizes[0]:,} and {spec.sizes[1]:,} rows; {cause}")
-        leaked = leaked_share(parts["train"].texts, parts["test"].texts)
+            known = " and ".join(f"{size:,}" for size in spec.sizes)
+            warn(f"{source.name} was known with {known} rows; this copy or revision holds others")
+        leaked = splits.leaked_share(parts["train"].texts, parts["test"].texts)
         facts.append(f"{leaked:.1%} of the test texts are also in train")
         if leaked > LEAK_WARNING:
             warn(f"{leaked:.1%} of the test texts of {source.name} are also in train: test scores reward memory")
     print(f"{source.name}: {', '.join(facts)}")
-
-
-def _fingerprint(source: Source, texts: list[str], labels: np.ndarray) -> str:
-    """First 16 hex digits of the SHA-256 over the texts, each ended by a zero byte, and the labels."""
-    digest = hashlib.sha256()
-    for number, text in enumerate(texts, 1):
-        if source.own and "\0" in text:  # a zero byte ends a text: others might have the same fingerprint
-            raise UserError(f"Text {number} of {source.name} holds a zero character. Remove it: the text is damaged.")
-        try:
-            digest.update(text.encode() + b"\0")
-        except UnicodeEncodeError as error:
-            raise UserError(f"Text {number} of {source.name} is not valid Unicode ({error}). Correct it.") from None
-    digest.update(labels.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _sample(settings: Data, source: Source, part: str, rows: Rows, label_names: list[str]) -> LabelledTexts:
@@ -308,10 +318,18 @@ def _sample(settings: Data, source: Source, part: str, rows: Rows, label_names: 
     texts, labels = rows.texts, np.array(rows.labels, dtype=np.int64 if label_names else np.float64)
     most = (settings.max_test_samples if part == "test" else None) or settings.max_samples
     if most is not None and most < len(texts):
-        classes = labels if label_names else np.zeros(len(texts))
-        chosen = stratified_rows(classes, most, settings.seed)
+        chosen = splits.stratified_rows(labels if label_names else np.zeros(len(texts)), most, settings.seed)
         texts, labels = [texts[row] for row in chosen], labels[chosen]
-    return LabelledTexts(texts, labels, label_names, _fingerprint(source, texts, labels))
+    if not label_names:
+        _check_targets(source.name, part, labels)
+    digest = hashlib.sha256()
+    for number, text in enumerate(texts, 1):
+        try:
+            digest.update(text.encode() + b"\0")
+        except UnicodeEncodeError as error:
+            raise UserError(f"Text {number} of {source.name} is not valid Unicode ({error}). Correct it.") from None
+    digest.update(labels.tobytes())
+    return LabelledTexts(texts, labels, label_names, digest.hexdigest()[:16])
 
 
 def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, LabelledTexts]:
@@ -329,9 +347,9 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
         UserError: the dataset cannot be found or read, or its rows do not make a task.
     """
     source = find_source(settings.dataset_name, settings.dataset_revision, run.datasets_dir)
-    label = label_column_name(settings, source, next(iter(source.splits.values())))
-    tables = choose_parts(source, label, "train" if wanted == "both" else wanted, settings.divide_train)
-    parts, regression = _labelled_rows(settings, source, tables)
+    label = _label_column(settings, source)
+    tables = choose_parts(source, label, wanted, settings.divide_train)
+    parts, regression = _labelled_rows(settings, source, tables, label)
     divided = list(parts) == ["train"] and wanted != "all"
     if wanted == "all":
         texts = [text for rows in parts.values() for text in rows.texts]
@@ -343,10 +361,7 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     if not regression:
         parts, label_names = _encode(source, parts, label)
     _report(settings, source, parts, label_names, divided)
-    found = {part: _sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
-    if regression:
-        _check_targets(source.name, {part: texts.labels for part, texts in found.items()})
-    return found
+    return {part: _sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
 
 
 def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:

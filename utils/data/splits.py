@@ -44,12 +44,7 @@ def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
 
 
 def seeded_split(classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test, 70/30, each class in proportion.
-
-    Args:
-        classes: class of each row, (n,), n at least 2; constant for a plain random split.
-        seed: of the split.
-    """
+    """Row numbers of train and test, 70/30, each class in proportion; `classes` as in `stratified_rows`, n >= 2."""
     num_rows = len(classes)
     train = stratified_rows(classes, num_rows - math.ceil(TEST_SHARE * num_rows), seed)
     test = np.setdiff1d(np.arange(num_rows), train)
