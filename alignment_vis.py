@@ -43,9 +43,9 @@ import cache
 from K_sweep import solve_generalized_eigenproblem
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.models.check import self_check
-from utils.models.identity import load_config
-from utils.models.load import load_base_model, load_tokenizer, tokenize
+from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.models.states import pool, visit_hidden_states
+from utils.models.tokens import tokenize
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, open_tensors, result_path, save_json, write_atomically
 from utils.script import UserError, environment, pick_device, run_script

@@ -42,9 +42,16 @@ from utils.algebra.products import CentredProducts, Precision, ProductDtype, cho
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models.batches import assign_folds, share_of, token_steps
 from utils.models.check import self_check
-from utils.models.identity import known_fingerprint, load_config, model_fingerprint, stored_as
-from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.models.load import (
+    known_fingerprint,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    stored_as,
+)
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
+from utils.models.tokens import TokenizedTexts, tokenize
 from utils.parallel import processes
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check_at_least_one, result_settings, with_values

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.data.load import load_splits
 from utils.hub import hub_errors
-from utils.models.identity import load_config
-from utils.models.load import load_causal_lm, load_tokenizer
+from utils.models.load import load_causal_lm, load_config, load_tokenizer
 from utils.models.states import decoder_of
 from utils.models.table import repository
 from utils.results import replace_folder

@@ -34,7 +34,7 @@ from utils.algebra.linalg import whiten, without_constants
 from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled, open_pooled
 from utils.data.load import LabelledTexts, load_splits
-from utils.models.identity import load_config, model_fingerprint, stored_as
+from utils.models.load import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
 from utils.results import (
     difference,

@@ -34,7 +34,7 @@ from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
-from utils.models.identity import load_config, stored_as
+from utils.models.load import load_config, stored_as
 from utils.parallel import processes
 from utils.results import one_run_at_a_time, result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed

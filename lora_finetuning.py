@@ -31,8 +31,7 @@ import K_sweep
 import linear_training
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.adapters import save_base_model
-from utils.models.identity import load_config, model_fingerprint
-from utils.models.load import load_causal_lm
+from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
@@ -118,7 +117,7 @@ def build(config: Config) -> Trainable:
         with replace_folder(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
-            save_base_model(temporary, peft_model, config.model, config.run)
+            save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
 
     return decoder_of(causal_lm), save
 

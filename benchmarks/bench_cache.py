@@ -31,8 +31,8 @@ from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
-from utils.models.identity import load_config
-from utils.models.load import TokenizedTexts, load_base_model, load_tokenizer, tokenize
+from utils.models.load import load_base_model, load_config, load_tokenizer
+from utils.models.tokens import TokenizedTexts, tokenize
 from utils.script import pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run, path_name
 

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import measure_process, write_result
 from utils.data.load import LabelledTexts, load_splits
-from utils.models.identity import read_config
-from utils.models.load import load_causal_lm, load_tokenizer
+from utils.models.load import load_causal_lm, load_tokenizer, read_config
 from utils.models.table import model_source
 from utils.results import load_json
 from utils.script import run_script

@@ -35,8 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import cache
 from benchmarks.harness import write_result
-from utils.models.identity import load_config
-from utils.models.load import load_tokenizer
+from utils.models.load import load_config, load_tokenizer
 from utils.results import open_tensors
 from utils.script import run_script
 from utils.settings import Model, Run, with_values

@@ -27,8 +27,8 @@ import from_scratch
 import lora_finetuning
 from benchmarks.harness import alternate, write_result
 from utils.data.load import load_splits, load_texts
-from utils.models.identity import load_config
-from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
+from utils.models.load import load_config, load_tokenizer
+from utils.models.tokens import TokenizedTexts, tokenize
 from utils.script import pick_device, run_script, set_seed
 from utils.settings import Dtype, path_name, with_values
 from utils.training.finetune import build_run

@@ -14,8 +14,8 @@ from transformers import AutoModel, PreTrainedModel
 
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
-from utils.models.load import TokenizedTexts
 from utils.models.states import run_base_model
+from utils.models.tokens import TokenizedTexts
 from utils.results import save_json
 from utils.script import ROOT, UserError, environment
 from utils.settings import all_settings

@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.hub import hub_errors
-from utils.models.identity import load_config
-from utils.models.load import load_tokenizer
+from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
 from utils.results import check_writable, replace_folder
 from utils.script import run_script, set_seed

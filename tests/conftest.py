@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from utils.models.identity import file_digest
+from utils.models.table import file_digest
 from utils.settings import with_values
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from tests.conftest import (
 )
 from utils.algebra.moments import describe_texts, load_rounding
 from utils.data.load import LabelledTexts, load_texts
-from utils.models.load import tokenize
+from utils.models.tokens import tokenize
 from utils.results import read_identity
 from utils.script import UserError
 from utils.settings import with_values

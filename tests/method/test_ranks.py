@@ -18,8 +18,8 @@ from tests.conftest import make_texts, write_rows
 from utils.algebra.moments import LayerMoments, describe_texts, load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
-from utils.models.load import TokenizedTexts
 from utils.models.states import visit_hidden_states
+from utils.models.tokens import TokenizedTexts
 from utils.results import open_tensors, save_tensors
 from utils.settings import Data, Model, Run, result_settings
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.conftest import ROOT
 from utils.models.check import self_check
-from utils.models.load import TokenizedTexts
 from utils.models.states import decoder_of, visit_hidden_states
+from utils.models.tokens import TokenizedTexts
 from utils.script import UserError
 
 SMALL = {  # under every name that configurations have for it
@@ -191,7 +191,8 @@ REFUSED = {
     "electra (encoder)": (lambda: bidirectional("electra"), "its states change with the tokens and the padding"),
     "llama (is_causal=False)": (llama_without_a_mask, "its states change with the tokens and the padding after them"),
     "opt (350M: width 512 between layers of 1,024)": (
-        lambda: decoder_of(small_model("opt", word_embed_proj_dim=16)), "width 16, its configuration says 32",
+        lambda: decoder_of(small_model("opt", word_embed_proj_dim=16)),
+        "gives states of shape (4, 20, 16), not (4, 20, 32)",
     ),
     "xlm": (lambda: decoder_of(small_model("xlm")), "layer 1 is not a decoder layer's output"),
     "xlnet": (lambda: decoder_of(small_model("xlnet")), "gives states of shape"),

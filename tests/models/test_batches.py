@@ -3,13 +3,12 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
 from utils.models.batches import BATCH_COST, split_rows, token_batches
-from utils.models.load import TokenizedTexts
+from utils.models.tokens import TokenizedTexts
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 
@@ -45,24 +44,6 @@ def test_no_other_cut_is_cheaper(lengths, texts_per_batch):
     fitting = [parts for parts in splits if all(len(part) * part[0] <= budget for part in parts)]
     cheapest = min(sum(len(part) * part[0] + BATCH_COST for part in parts) for parts in fitting)
     assert padded(lengths, batches) + BATCH_COST * len(batches) <= cheapest
-
-
-@pytest.mark.parametrize("num_texts", [200, 500, 2000, 8000])
-def test_lengths_like_those_of_film_reviews_need_few_batches(num_texts):
-    """And no more than a few beyond the fewest that the budget admits."""
-    lengths = np.random.default_rng(0).gamma(5, 5, num_texts).astype(int) + 2
-    batches = token_batches(lengths, 1024)
-    assert padded(lengths, batches) <= 1.05 * lengths.sum()
-    ordered, fewest = np.sort(lengths)[::-1], 0
-    while len(ordered):
-        ordered, fewest = ordered[1024 // ordered[0] :], fewest + 1
-    assert len(batches) <= 1.15 * fewest + 12
-
-
-def test_equal_lengths_fill_whole_batches():
-    batches = token_batches(np.full(100, 7), 70)
-    assert [len(batch) for batch in batches] == [10] * 10
-    assert [len(batch) for batch in token_batches(np.full(3, 7), 2)] == [1, 1, 1]
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,19 +4,18 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from demo import random_twin
 from tests.conftest import make_texts, make_tokenizer, run_in_process
 from tests.gguf_files import write_gguf
-from tests.models.test_gguf import random_model
+from tests.models.test_gguf import EXTRA, random_model
 from utils.models.gguf import load_model, load_tokenizer
-from utils.models.identity import load_config, model_fingerprint
-from utils.models.load import load_base_model
+from utils.models.load import load_base_model, load_causal_lm, load_config, model_fingerprint
 from utils.models.table import model_source
 from utils.script import UserError
 from utils.settings import Model, Run
@@ -65,21 +64,6 @@ def test_from_the_moments_to_the_scores_and_pictures(run, file, tmp_path):
     assert list(tmp_path.glob("alignment/tiny.Q8/*.png"))
 
 
-def test_pooled_states_are_those_of_the_file(run, file, rows_path, tmp_path):
-    run("cache.py", "--save_pooled", "all", "--max_samples", "20")
-    [path] = (tmp_path / "moments" / "tiny.Q8" / "rows").glob("*pooled*")
-    with safe_open(path, "pt") as stored:
-        pooled = stored.get_tensor("pooled")
-    model, tokenizer = load_model(file, torch.float32), load_tokenizer(file)
-    means = set()
-    for text in (json.loads(line)["text"] for line in rows_path.read_text().splitlines()):
-        with torch.no_grad():
-            states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
-        means.add(tuple(np.round(torch.stack([s[0].mean(0)[:3] for s in states]).flatten().numpy(), 4)))
-    for row in range(pooled.shape[1]):
-        assert tuple(np.round(pooled[:, row, :3].flatten().numpy(), 4)) in means
-
-
 def test_lora_writes_an_adapter_that_plain_peft_loads(run, file, tmp_path):
     run("lora_finetuning.py", "--dtype", "float32", "--num_steps", "4", "--batch_size", "8", "--learning_rate", "0.01")
     folder = tmp_path / "lora" / "tiny.Q8" / "rows"
@@ -99,12 +83,10 @@ def test_trained_models_are_ordinary_folders(run, file, tmp_path, init):
     run("from_scratch.py", "--init", init, "--dtype", "float32", "--num_steps", "2", "--batch_size", "8")
     [config] = tmp_path.rglob("config.json")
     trained = AutoModelForCausalLM.from_pretrained(config.parent, dtype=torch.float32)
-    start = load_model(file, torch.float32)
-    change = (trained.model.embed_tokens.weight - start.model.embed_tokens.weight).abs().max()
+    change = (trained.model.embed_tokens.weight - load_model(file, torch.float32).model.embed_tokens.weight).abs().max()
     assert 0 < change < 0.01 if init == "pretrained" else change > 0.01
     texts = make_texts(5)
     assert AutoTokenizer.from_pretrained(config.parent)(texts)["input_ids"] == load_tokenizer(file)(texts)["input_ids"]
-    assert load_config(Model(str(config.parent)), Run()).hidden_size == 32
 
 
 # ------------------------------------------------------------------ identity, and what is missing
@@ -131,10 +113,19 @@ def test_a_real_llm_names_the_command_that_fetches_it(name, tmp_path, monkeypatc
         model_source(name)
 
 
-@pytest.mark.parametrize("script", ["cache.py", "lora_finetuning.py", "from_scratch.py"])
-def test_a_damaged_file_is_one_sentence(file, rows_path, tmp_path, monkeypatch, script):
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(file.read_bytes()[:-5000])
-    places = ("--dataset_name", rows_path, "--results_dir", tmp_path, "--device", "cpu")
-    message = run_in_process(monkeypatch, script, "--model_name", cut, *places)
-    assert isinstance(message, str) and message.startswith("error: ") and "is cut off: it has" in message
+def test_a_twin_has_the_architecture_and_tokens_but_random_weights(tmp_path):
+    original = random_model("gemma3")
+    path = write_gguf(tmp_path / "a.gguf", original, make_tokenizer(), extra=EXTRA["gemma3"], bos_token_id=7)
+    twins = []
+    for folder, seed in ((tmp_path / "first", 0), (tmp_path / "again", 0), (tmp_path / "other", 1)):
+        random_twin.main(random_twin.Config(str(path), seed, folder))
+        model = Model(str(folder))
+        twins.append(load_causal_lm(model, Run(), CPU).model.embed_tokens.weight)
+        config = load_config(model, Run())
+        for name in ("model_type", "hidden_size", "layer_types", "sliding_window", "rope_parameters"):
+            assert getattr(config, name) == getattr(original.config, name), name
+        texts = make_texts(5)
+        ids = load_tokenizer(path)(texts)["input_ids"]
+        assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == ids and all(row[0] == 7 for row in ids)
+    assert torch.equal(twins[0], twins[1]) and not torch.allclose(twins[0], twins[2], atol=1e-3)
+    assert not torch.allclose(twins[0], original.model.embed_tokens.weight, atol=1e-3)

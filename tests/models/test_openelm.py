@@ -2,21 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.models.openelm import (
     OpenELMConfig,
     OpenELMForCausalLM,
     OpenELMModel,
     OpenELMRMSNorm,
-    apply_rotary,
     rotary_tables,
 )
 
@@ -45,15 +42,6 @@ def batch(case: str) -> dict[str, Tensor]:
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the next tokens, over the labels that are not -100."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small a second thread costs more than it brings, ten times more on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -86,6 +74,7 @@ def load(checkpoint: Path, auto_class=AutoModelForCausalLM, **kwargs):
 def test_golden(case, checkpoint):
     model = load(checkpoint)
     valid = golden(case, "attention_mask").bool()
+    assert not list(model.buffers())  # those of a model made on the meta device are memory that nobody initialised
     output = model(**batch(case), output_hidden_states=True, use_cache=False)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     for layer, states in enumerate(output.hidden_states):
@@ -120,15 +109,6 @@ def test_rotary_tables_golden(head_dim):
         assert ((torch.cat((got, got), -1)[0, :, 0] - expected).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize("name", ["q", "k"])
-def test_apply_rotary_golden(name):
-    x = TENSORS[f"unit.rope.{name}"].transpose(1, 2)
-    tables = rotary_tables(torch.arange(x.shape[1])[None], x.shape[-1], GOLDEN["unit"]["rope_theta"])
-    assert relative_error(apply_rotary(x, *tables).transpose(1, 2), TENSORS[f"unit.rope.{name}_out"]) < 1e-6
-    rounded = apply_rotary(x.bfloat16(), *tables).transpose(1, 2).bfloat16()
-    torch.testing.assert_close(rounded, TENSORS[f"unit.rope.{name}_out_bf16"])
-
-
 # ------------------------------------------------------------------ configuration and sizes
 def published_config(size: str, **changes) -> OpenELMConfig:
     names = ("model_dim", "num_transformer_layers", "head_dim", "num_gqa_groups", "qkv_multipliers", "ffn_multipliers")
@@ -149,72 +129,19 @@ def test_published_sizes(size):
     with torch.device("meta"):
         model = OpenELMForCausalLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["num_parameters"]
+    assert (config.hidden_size, config.num_hidden_layers) == (expected["model_dim"], len(expected["num_query_heads"]))
     assert len(model.transformer.state_dict()) == 8 * config.num_hidden_layers + 2
 
 
-def test_library_names():
-    config = published_config("OpenELM-270M")
-    assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (1280, 16, 2048)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.hidden_act) == (20, 5, "swish")
-    assert config.tie_word_embeddings is True
-    library_names: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-    by_library_name = OpenELMConfig(**library_names)
-    assert (by_library_name.model_dim, by_library_name.num_query_heads) == (256, [4, 4])
-
-
-def test_configuration_file_round_trip(case, checkpoint, tmp_path):
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    assert type(config) is OpenELMConfig
-    published = GOLDEN["cases"][case]["config"]
-    assert config.dtype == torch.float32
-    for name in published.keys() - {"torch_dtype", "transformers_version"}:
-        assert getattr(config, name) == published[name], name
-    config.save_pretrained(tmp_path)
-    again = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
-    again.name_or_path = config.name_or_path
-    assert again.to_dict() == config.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_query_heads": [20] * 16}, "num_query_heads is .*Leave num_query_heads out"),
-        ({"num_kv_heads": [3]}, "num_kv_heads is"),
-        ({"num_transformer_layers": 4}, "ffn_multipliers has 16 entries"),
-    ],
-)
-def test_contradictory_configuration_is_refused(changes, message):
-    fields = {**published_config("OpenELM-270M").to_dict(), "num_query_heads": None, "num_kv_heads": None, **changes}
-    with pytest.raises(ValueError, match=message):
-        OpenELMConfig(**fields)
-
-
-def test_initialisation_from_scratch():
+@pytest.mark.parametrize(("name", "factor"), [("qkv_proj", 1), ("out_proj", 0.5), ("proj_2", 0.5), ("token", 1)])
+def test_random_weights_are_smaller_where_a_residual_branch_ends(name, factor):
     config = OpenELMConfig(vocab_size=500, model_dim=256, head_dim=32, num_transformer_layers=2)
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, OpenELMForCausalLM) and model.dtype == torch.float32
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == 1).all(), name
-            continue
-        # the residual stream gets 2 layers contributions
-        expected = 256**-0.5 * (4**-0.5 if "out_proj" in name or "proj_2" in name else 1)
-        assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
+    weights = [weight for full_name, weight in model.named_parameters() if name in full_name]
+    assert [weight.std().item() for weight in weights] == pytest.approx([factor * 256**-0.5] * len(weights), rel=0.02)
 
 
 # ------------------------------------------------------------------ loading and saving
-def test_meta_device_loading_equals_direct_construction(case, checkpoint):
-    direct = OpenELMForCausalLM(OpenELMConfig(**GOLDEN["cases"][case]["config"])).eval()
-    incompatible = direct.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-    assert (incompatible.missing_keys, incompatible.unexpected_keys) == (["lm_head.weight"], [])  # tied
-    # twice, because memory that nobody initialised differs from time to time
-    for _ in range(2):
-        loaded = load(checkpoint)
-        assert not list(loaded.buffers())
-        assert torch.equal(loaded(**batch(case)).logits, direct(**batch(case)).logits)
-
-
 def test_auto_model_gives_the_base_model(case, checkpoint):
     model, base = load(checkpoint), load(checkpoint, AutoModel)
     assert type(model) is OpenELMForCausalLM and type(base) is OpenELMModel
@@ -229,23 +156,14 @@ def test_auto_model_gives_the_base_model(case, checkpoint):
 
 def test_round_trip(case, checkpoint, tmp_path):
     model = load(checkpoint)
+    assert type(model.config) is OpenELMConfig
+    for name in ("qkv_multipliers", "ffn_multipliers", "num_query_heads", "num_kv_heads", "rope_freq_constant"):
+        assert getattr(model.config, name) == GOLDEN["cases"][case]["config"][name], name
     model.save_pretrained(tmp_path)
     saved, published = load_file(tmp_path / "model.safetensors"), load_file(checkpoint / "model.safetensors")
     assert saved.keys() == published.keys()
     assert all(torch.equal(saved[name], published[name]) for name in saved)
     assert torch.equal(load(tmp_path)(**batch(case)).logits, model(**batch(case)).logits)
-
-
-def test_untied_and_ungated_variants(tmp_path):
-    """Never published, but the configuration file can say so."""
-    sizes: dict[str, Any] = {"vocab_size": 50, "model_dim": 32, "head_dim": 8, "num_transformer_layers": 1}
-    model = OpenELMForCausalLM(OpenELMConfig(**sizes, ffn_with_glu=False)).eval()
-    assert not torch.equal(model.lm_head.weight, model.transformer.token_embeddings.weight)
-    assert model.transformer.layers[0].ffn.proj_1.weight.shape == (256, 32)
-    assert not any("q_norm" in name for name in model.state_dict())
-    model.save_pretrained(tmp_path)
-    input_ids = torch.arange(6)[None]
-    assert torch.equal(load(tmp_path)(input_ids).logits, model(input_ids).logits)
 
 
 # ------------------------------------------------------------------ padding
@@ -263,34 +181,6 @@ def test_padding_and_company_change_nothing(case, checkpoint):
 
 
 # ------------------------------------------------------------------ training and precision
-def test_gradient_checkpointing_gives_equal_gradients(case, checkpoint):
-    gradients = []
-    for forwards in (1, 2):  # a checkpointed layer runs again in the backward pass
-        model = load(checkpoint).train()
-        calls: list[int] = []
-        model.transformer.layers[0].attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        if forwards == 2:
-            model.activation_checkpointing_enable()
-        next_token_loss(model(**batch(case)).logits, golden(case, "labels")).backward()
-        assert len(calls) == forwards
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_lora_on_qkv_proj(case, checkpoint):
-    torch.manual_seed(0)
-    model = get_peft_model(load(checkpoint), LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False))
-    next_token_loss(model(**batch(case)).logits, golden(case, "labels")).backward()
-    with_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    assert len(with_gradient) == 2 * model.config.num_hidden_layers
-    assert all("qkv_proj.lora_" in name for name in with_gradient)
-    unmerged = model(**batch(case)).logits
-    assert relative_error(unmerged, golden(case, "logits"), golden(case, "attention_mask").bool()) > 0.01
-    merged = model.merge_and_unload()
-    assert type(merged) is OpenELMForCausalLM
-    assert relative_error(merged(**batch(case)).logits, unmerged) < 1e-5
-
-
 def test_bfloat16(case, checkpoint):
     valid = golden(case, "attention_mask").bool()
     loaded = load(checkpoint, dtype=torch.bfloat16)
@@ -302,15 +192,3 @@ def test_bfloat16(case, checkpoint):
     assert torch.equal(cast(**batch(case)).logits, output.logits)
     # a precision of 2^-9 through three layers with random weights
     assert relative_error(output.logits.float(), golden(case, "logits"), valid) < 0.05
-
-
-def test_bfloat16_autocast(case, checkpoint):
-    model = load(checkpoint)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(**batch(case), output_hidden_states=True)
-    assert {states.dtype for states in output.hidden_states} == {torch.float32}
-    assert output.logits.dtype == torch.bfloat16
-    valid = golden(case, "attention_mask").bool()
-    assert relative_error(output.logits.float(), golden(case, "logits"), valid) < 0.05
-    next_token_loss(output.logits.float(), golden(case, "labels")).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -13,10 +13,10 @@ import cache
 import K_sweep
 from tests.conftest import ROOT, configure
 from tests.data.test_real_data import DATASETS
-from utils.models.identity import load_config
-from utils.models.load import load_base_model, load_causal_lm, load_tokenizer, tokenize
+from utils.models.load import load_base_model, load_causal_lm, load_config, load_tokenizer
 from utils.models.states import visit_hidden_states
 from utils.models.table import MODELS, models_dir
+from utils.models.tokens import tokenize
 from utils.script import UserError
 from utils.settings import Model, Run
 
@@ -79,7 +79,7 @@ def test_greedy_continuation_is_that_of_transformers(model, golden, tokenizer):
     assert tokenizer.decode(output).startswith(CONTINUATIONS[model.model_name])
 
 
-QUANTISATIONS = {"smollm2": "Q4_1 (5.8 bits a weight)", "gemma3-270m": "Q4_K_M (7.4 bits a weight)"}
+QUANTISATIONS = {"smollm2": "Q4_1 (5.7 bits a weight)", "gemma3-270m": "Q4_K_M (7.4 bits a weight)"}
 
 
 @pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository")
@@ -106,6 +106,6 @@ def test_float16_overflows_in_gemma_and_is_refused(model, rows_path, tmp_path):
     if model.model_name != "gemma3-270m":
         pytest.skip("float16 holds the states of this model")
     options = {"model_name": model.model_name, "dataset_name": str(rows_path), "results_dir": tmp_path, "device": "cpu"}
-    with pytest.raises(UserError, match=r"Non-finite hidden states at layer .*\(float16\)"):
+    with pytest.raises(UserError, match=r"Non-finite hidden states at layer .*\(torch\.float16\)"):
         cache.main(configure(cache, **options, dtype="float16", max_samples=20))
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -10,8 +10,8 @@ import torch
 from benchmarks import bench_cache, bench_k_sweep, bench_scale, harness
 from tests.conftest import configure
 from utils.data.load import load_texts
-from utils.models.identity import load_config
-from utils.models.load import load_tokenizer, tokenize
+from utils.models.load import load_config, load_tokenizer
+from utils.models.tokens import tokenize
 from utils.settings import Data, Model, Run
 
 

@@ -21,7 +21,7 @@ from tests.conftest import configure, load_moments, make_texts, run_command, wri
 from tests.processes import exit_codes, free_port, start
 from utils.algebra.scores import SCORES
 from utils.models.batches import share_of, token_steps
-from utils.models.load import TokenizedTexts
+from utils.models.tokens import TokenizedTexts
 from utils.parallel import processes
 from utils.script import UserError
 from utils.settings import with_values

@@ -16,9 +16,9 @@ import from_scratch
 import lora_finetuning
 from tests.conftest import configure
 from utils.data.load import LabelledTexts, load_splits
-from utils.models.identity import load_config
-from utils.models.load import load_tokenizer, tokenize
+from utils.models.load import load_config, load_tokenizer
 from utils.models.openelm import OpenELMConfig
+from utils.models.tokens import tokenize
 from utils.results import result_path
 from utils.script import UserError, set_seed
 from utils.training.finetune import build_run, predict

@@ -53,11 +53,6 @@ class Header(NamedTuple):
     tensors: dict[str, StoredTensor]  # by the name in the file
 
 
-def is_gguf(model_name: str) -> bool:
-    """True for the path of a GGUF file."""
-    return model_name.lower().endswith(".gguf")
-
-
 def read_header(path: Path) -> Header:
     """The settings and the table of weights of a GGUF file.
 
@@ -74,10 +69,8 @@ def read_header(path: Path) -> Header:
         alignment = metadata.get("general.alignment", 32)
         start = -(-position // alignment) * alignment
         tensors = {name: locate(shape, kind, start + offset) for name, shape, kind, offset in entries}
-    except struct.error:  # a number behind the end of the file
-        raise UserError(f"{path} is cut off: it ends within its header, at {size:,} bytes. Fetch it again.") from None
-    except (ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from None
+    except (struct.error, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is cut off or not a readable GGUF file ({error}). Fetch it again.") from None
     end = max((tensor.end for tensor in tensors.values()), default=start)
     if size < end:
         raise UserError(f"{path} is cut off: it has {size:,} of {end:,} bytes. Fetch it again.")

@@ -1,15 +1,12 @@
 """OpenELM (Mehta et al. 2024, arXiv 2404.14619) as a native `transformers` model.
 
 Importing this module registers it with the Auto classes: the checkpoints published as
-apple/OpenELM-{270M,450M,1_1B,3B} and their -Instruct variants load unchanged and without remote code, although their
-config.json names some in `auto_map`. Give `from_pretrained` a dtype: the published weights are float32, config.json
-says bfloat16.
+apple/OpenELM-{270M,450M,1_1B,3B} and their -Instruct variants load unchanged and without remote code. Give
+`from_pretrained` a dtype: the published weights are float32, config.json says bfloat16.
 
-Written from the paper, the published names and shapes, and the measured behaviour of the published model; tested
-against its numbers (tests/models/test_openelm.py). What is special: heads and feed-forward width grow from the first
-layer to the last ("layer-wise scaling", section 2.1 there).
-
-It gives hidden states and logits of right-padded texts; there is no cache and no generation.
+Written from the paper, the published names and shapes, and the measured behaviour of the published model
+(tests/models/test_openelm.py). Heads and feed-forward width grow from the first layer to the last ("layer-wise
+scaling", section 2.1 there). It gives hidden states and logits of right-padded texts; no cache, no generation.
 
 Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`; in one layer
 q query heads, k key/value heads, feed-forward width f.
@@ -35,14 +32,10 @@ RMS_NORM_EPS = 1e-6  # not in the published config.json
 
 # ------------------------------------------------------------------ configuration
 class OpenELMConfig(PreTrainedConfig):
-    """The fields of the published config.json, under their names, with the published class defaults.
-
-    `hidden_size`, `num_hidden_layers`, `max_position_embeddings`, `hidden_act` and `tie_word_embeddings` are other
-    names for fields below (`attribute_map`). `num_query_heads` and `num_kv_heads`, lists with one entry per layer, are
-    derived where the file leaves them out.
+    """The fields of the published config.json with its class defaults; `attribute_map` holds the library's names.
 
     Raises:
-        ValueError: a list in the file does not belong to the other fields.
+        ValueError: a list of multipliers is neither a range nor one entry per layer.
     """
 
     model_type = "openelm"
@@ -61,7 +54,7 @@ class OpenELMConfig(PreTrainedConfig):
     head_dim: int = 128
     qkv_multipliers: float | list[float] = 1.0  # q h / d: one number, or [first layer, last layer]
     num_gqa_groups: int = 1  # query heads per key/value head, whatever the name says
-    num_query_heads: list[int] | None = None
+    num_query_heads: list[int] | None = None  # informative, as the next line: both follow from the multipliers
     num_kv_heads: list[int] | None = None
     ffn_multipliers: float | list[float] = 4.0  # f / d: one number, [first layer, last layer], or one per layer
     ffn_dim_divisor: int = 256
@@ -85,22 +78,8 @@ class OpenELMConfig(PreTrainedConfig):
         self.num_query_heads = [query_heads for query_heads, _, _ in sizes]
         self.num_kv_heads = [kv_heads for _, kv_heads, _ in sizes]
 
-    @property
-    def num_attention_heads(self) -> int:
-        """Query heads of the widest layer, for library code that expects one number."""
-        return max(query_heads for query_heads, _, _ in self.layer_sizes())
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Key/value heads of the widest layer."""
-        return max(kv_heads for _, kv_heads, _ in self.layer_sizes())
-
     def layer_sizes(self) -> list[tuple[int, int, int]]:
-        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1).
-
-        Raises:
-            ValueError: `num_query_heads` or `num_kv_heads` disagrees, or a list of multipliers has a wrong length.
-        """
+        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1)."""
         num_layers = self.num_transformer_layers
         # a multiple of the group, so that every key/value head serves the same number of query heads
         heads = [
@@ -112,13 +91,6 @@ class OpenELMConfig(PreTrainedConfig):
             for multiplier in _multiplier_per_layer("ffn_multipliers", self.ffn_multipliers, num_layers)
         ]
         kv_heads = [count // self.num_gqa_groups for count in heads]
-        for name, derived in (("num_query_heads", heads), ("num_kv_heads", kv_heads)):
-            stated = getattr(self, name)
-            if stated is not None and list(stated) != derived:
-                raise ValueError(
-                    f"OpenELM configuration: {name} is {list(stated)}, but qkv_multipliers, model_dim, head_dim, "
-                    f"num_gqa_groups and num_transformer_layers give {derived}. Leave {name} out to have it derived."
-                )
         return list(zip(heads, kv_heads, widths, strict=True))
 
 
@@ -132,10 +104,7 @@ def _multiplier_per_layer(name: str, multipliers: float | list[float], num_layer
         return [round(first + (last - first) * layer / max(num_layers - 1, 1), 2) for layer in range(num_layers)]
     if len(multipliers) == num_layers:
         return list(multipliers)
-    raise ValueError(
-        f"OpenELM configuration: {name} has {len(multipliers)} entries; it takes a number, [first, last], or one entry "
-        f"for each of the {num_layers} layers."
-    )
+    raise ValueError(f"OpenELM configuration: {name} has {len(multipliers)} entries for {num_layers} layers.")
 
 
 def _round_to_multiple(value: float, divisor: int) -> int:
@@ -153,8 +122,7 @@ class OpenELMRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # The function works in float32 and rounds once. The weight stays outside: in bfloat16 the published model
-        # multiplies after the rounding, which shows in the last bit of every third element.
+        # The weight stays outside: the published model multiplies after the rounding to bfloat16, which shows in bits.
         return F.rms_norm(hidden_states, self.weight.shape, eps=RMS_NORM_EPS) * self.weight
 
 
@@ -167,9 +135,8 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
     Returns:
         Two tensors (b or 1, t, 1, h/2), float32 on the device of `position_ids`; the third axis is for the heads.
     """
-    # Computed once per forward for all layers, in no buffer: from_pretrained builds on the meta device and leaves
-    # buffers uninitialised, and model.to(bfloat16) would round them. On the CPU, so that every device has the same
-    # bits: the position multiplies a difference by up to 2047.
+    # In no buffer: from_pretrained leaves them uninitialised, model.to(bfloat16) rounds them. On the CPU, for the same
+    # bits on every device: the position multiplies a difference by up to 2047.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     # a broadcast product: autocast and TF32 would round a matrix product
     angles = position_ids[..., None, None].float() * frequencies.to(position_ids.device)
@@ -247,14 +214,12 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 # ------------------------------------------------------------------ models
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What the library needs to know of both models, and the initialisation for training from scratch."""
+    """Base of both models: names that the library looks up, and the initialisation for training from scratch."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
     _input_embed_layer = "token_embeddings"
     _no_split_modules = ["OpenELMDecoderLayer"]
-    # saved by the published code for untied models, never read
-    _keys_to_ignore_on_load_unexpected = [r"transformer\.classifier\.weight"]
     _can_record_outputs = {"hidden_states": OpenELMDecoderLayer}
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -302,8 +267,8 @@ class OpenELMModel(OpenELMPreTrainedModel):
             attention_mask: (b, t), 0 at padding; behind right padding the causal mask hides it already.
 
         Returns:
-            `last_hidden_state` (b, t, d), after the final norm. With `output_hidden_states=True`, `hidden_states`:
-            layers + 1 tensors (b, t, d), the first the embeddings, the last `last_hidden_state`.
+            `last_hidden_state` (b, t, d), after the final norm; with `output_hidden_states=True` also `hidden_states`,
+            the embeddings, then each layer's output, the last of them after the norm.
 
         Raises:
             ValueError: padding on the left.
@@ -336,11 +301,6 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel):
         return CausalLMOutput(logits=self.lm_head(outputs.last_hidden_state), hidden_states=outputs.hidden_states)
 
 
-def register() -> None:
-    """Makes the Auto classes build these classes for `model_type` "openelm"; importing the module has done it."""
-    AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
-    AutoModel.register(OpenELMConfig, OpenELMModel, exist_ok=True)
-    AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)
-
-
-register()
+AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
+AutoModel.register(OpenELMConfig, OpenELMModel, exist_ok=True)
+AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)

@@ -1,11 +1,12 @@
-"""The models the repository knows by name, the families with settings of their own, and what a name stands for."""
+"""The models the repository knows by name, the families with settings of their own, and the source of a name."""
 
+import functools
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.hub import Repository, nearest
-from utils.models import gguf
 from utils.script import ROOT, UserError
 
 
@@ -57,6 +58,19 @@ MODELS = {
 }
 
 
+# Files of a folder that decide the states: weights, architecture, tokens, code. The others decide nothing.
+DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
+OTHER_FILES = (
+    *("pretraining.json", "generation_config.json", "training_args.bin", "metrics.json"),
+    *("README.txt", "base_model.json"),
+)
+
+
+def is_gguf(model_name: str) -> bool:
+    """True for the path of a GGUF file."""
+    return model_name.lower().endswith(".gguf")
+
+
 def models_dir() -> Path:
     """The folder of the fetched models: $NTPS_MODELS_DIR, which several clones can share, or demo/runs."""
     return Path(os.environ.get("NTPS_MODELS_DIR") or ROOT / "demo" / "runs")
@@ -69,11 +83,11 @@ def model_source(model_name: str) -> str:
         UserError: a model of the demo that is not there yet, or a folder without a model.
     """
     spec = MODELS.get(model_name)
-    if spec and gguf.is_gguf(spec.path):
+    if spec and is_gguf(spec.path):
         if not (path := models_dir() / spec.path).is_file():
             raise UserError(f"No model at {path}. Run: {spec.access}")
         return str(path)
-    if gguf.is_gguf(model_name):
+    if is_gguf(model_name):
         return model_name
     if spec and spec.path.startswith("demo/"):
         if not (ROOT / spec.path / "config.json").is_file():
@@ -88,7 +102,29 @@ def model_source(model_name: str) -> str:
 
 def repository(name: str, revision: str | None = None) -> Repository:
     """A model or tokenizer, for the sentence about what goes wrong with it."""
-    source = MODELS[name].path if name in MODELS else name
-    folder = ROOT / source if source.startswith("demo/") else Path(source)
     known = (*MODELS, "gpt2", "distilgpt2")
-    return Repository(name, "Model", known, "a local folder, or --model_name tiny", revision, folder=folder)
+    return Repository(name, "Model", known, "a local folder, or --model_name tiny", revision)
+
+
+@functools.lru_cache(maxsize=256)
+def file_digest(path: Path, size: int, modified: int) -> bytes:
+    """SHA-256 of a file; its size and time of change are arguments so that a changed file is read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def current_digest(path: Path) -> bytes:
+    """SHA-256 of a file as it is now."""
+    stat = path.stat()
+    return file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+def local_fingerprint(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a GGUF file, or over names and contents of a folder's deciding files."""
+    if path.is_file():
+        return current_digest(path).hex()[:16]
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in DECIDING_FILES for file in path.glob(pattern)}):
+        if file.name not in OTHER_FILES:
+            digest.update(file.name.encode() + b"\0" + current_digest(file))
+    return digest.hexdigest()[:16]

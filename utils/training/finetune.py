@@ -17,10 +17,10 @@ from transformers.optimization import Adafactor
 
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
-from utils.models.check import check_gradients, self_check
-from utils.models.identity import load_config, stored_as
-from utils.models.load import TokenizedTexts, load_tokenizer, tokenize
+from utils.models.check import self_check
+from utils.models.load import load_config, load_tokenizer, stored_as
 from utils.models.states import pool
+from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import one_run_at_a_time, result_path
 from utils.script import UserError, set_seed
 from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
@@ -203,7 +203,6 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
         decoder.to(accelerator.device)
         self_check(decoder, tokens["train"], config.model.model_name)
         run = build_run(config, decoder, data, tokens, accelerator, folder)
-        check_gradients(run.model, run.inputs(tokens["train"].lengths.argsort()[:1]), config.model.model_name)
         progress = train(run)
 
         def save_weights() -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from utils.data.load import LabelledTexts
 from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
-from utils.models.identity import model_fingerprint
+from utils.models.load import model_fingerprint
 from utils.parallel import processes
 from utils.results import check_state, find_result, save_json, state_if_there_is_place, write_atomically
 from utils.script import UserError, environment, pick_device, termination_noted

@@ -1,0 +1,110 @@
+"""Texts as token ids, as a model reads them: in bulk, truncated, and padded on the right batch by batch."""
+
+import functools
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from utils.script import UserError
+
+TEXTS_PER_CHUNK = 1024  # a fast tokenizer keeps hundreds of bytes for each token of a call, and splits it among cores
+NO_LIMIT = 10**9  # a tokenizer that knows no length states one far above
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of n texts, end to end in one array: 4 bytes a token however many texts."""
+
+    token_ids: np.ndarray  # (num_tokens,) int32
+    offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
+    max_length: int | None  # None: no limit
+    num_cut: int = 0  # texts that are longer than max_length and lost their end
+    rope_limit: int | None = None  # texts on both sides of this length never share a batch
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per text, (n,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def sides(self) -> np.ndarray | None:
+        """True for a text longer than `rope_limit`, (n,); None without such a limit."""
+        return None if self.rope_limit is None else self.lengths > self.rope_limit
+
+    def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token.
+
+        No valid token sees the padding, but 0 times a state that is not finite is not 0: an embedding that no text
+        uses must not come in.
+        """
+        lengths = self.lengths[indices]
+        positions = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        input_ids = self.token_ids[self.offsets[indices][:, None] + positions].astype(np.int64)
+        return torch.from_numpy(input_ids), torch.from_numpy(lengths)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The longest text the model can read, None where its configuration sets no limit, as that of a recurrent model."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
+    limits = (getattr(config, name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def rope_limit(config: PreTrainedConfig) -> int | None:
+    """The length above which LongRoPE (arXiv 2402.13753) rotates every position of a batch by other angles.
+
+    The states of a short text then depend on the longest text of its batch. None for other models.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # own: of one type of layers
+    name = "original_max_position_embeddings"
+    limits = [own.get(name) or getattr(config, name, None) for own in settings if own.get("rope_type") == "longrope"]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def tokenize(
+    texts: list[str], tokenizer: Tokenizer, config: PreTrainedConfig, max_length: int | None = None
+) -> TokenizedTexts:
+    """All texts as token ids, truncated to `max_length` or to the context; prints how many lost their end.
+
+    Without `max_length` the limit is the model's context or the tokenizer's own limit, the smaller one.
+
+    Raises:
+        UserError: a text without any token, a tokenizer that is not the model's, or a length that it cannot read.
+    """
+    limit = context_length(config)
+    if max_length and limit and max_length > limit:
+        raise UserError(f"--max_length {max_length} is more than the model can read: {limit} tokens. Lower it.")
+    if max_length is None:
+        own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
+        max_length = min((length for length in (limit, own) if length), default=None)
+    options = {"padding": False, "return_attention_mask": False, "verbose": False}
+    ids, lengths, num_cut = array("i"), array("q"), 0  # as compact as the arrays they become, without a copy
+    for start in tqdm(range(0, len(texts), TEXTS_PER_CHUNK), desc="tokenize", unit="chunk", leave=False):
+        chunk = texts[start : start + TEXTS_PER_CHUNK]
+        encoded = tokenizer(chunk, truncation=max_length is not None, max_length=max_length, **options)["input_ids"]
+        for text_ids in encoded:
+            ids.extend(text_ids)
+            lengths.append(len(text_ids))
+        full = [text for text, text_ids in zip(chunk, encoded, strict=True) if len(text_ids) == max_length]
+        if full and max_length is not None:
+            whole = tokenizer(full, truncation=False, **options)["input_ids"]
+            num_cut += sum(len(text_ids) > max_length for text_ids in whole)
+    offsets, token_ids = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.frombuffer(ids, dtype=np.int32)
+    if 0 in lengths:
+        row = lengths.index(0)
+        raise UserError(f"{lengths.count(0)} texts have no token, the first is row {row}: {texts[row]!r}. Remove them.")
+    if token_ids.max() >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
+            "they do not belong together. Name the right one with --tokenizer_name."
+        )
+    if num_cut:
+        print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
+    return TokenizedTexts(token_ids, offsets, max_length, num_cut, rope_limit(config))
