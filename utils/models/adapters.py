@@ -97,7 +97,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
         raise UserError(f"{adapter} does not belong to {kind}: it has {min(weights)}, unknown to the model. {remedy}")
     [decoder_name] = [name for name, module in target.named_modules() if module is decoder_of(causal_lm)]
     if not any(key.startswith(f"{PREFIX}{decoder_name}") for key in weights):
-        names = ", ".join(sorted({key.removeprefix(PREFIX).split(".")[0] for key in weights} or saved))
+        names = ", ".join(sorted({key.removeprefix(PREFIX).split(".")[0] for key in weights} or left_out))
         raise UserError(f"{adapter} changes {names} only, not a hidden state. Train one with other --target_modules.")
     named = config.base_model_name_or_path
     if not is_base_model(causal_lm, folder, named, model_name, fingerprint):
