@@ -287,6 +287,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel):
     """`OpenELMModel` and next-token logits, in the published models from the embedding matrix (arXiv 2404.14619)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
+    prepare_inputs_for_generation = None  # PEFT looks it up; there is no generation
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__(config)
