@@ -135,12 +135,16 @@ def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
             load_model(cut, torch.float32)
 
 
-def test_a_path_without_a_gguf_file_is_named(tmp_path):
+def test_a_path_without_a_gguf_model_is_named(llama_file, tmp_path):
     with pytest.raises(UserError, match=r"No file .*absent\.gguf.*python -m demo\.real_llm"):
         load_config(tmp_path / "absent.gguf")
     (tmp_path / "page.gguf").write_text("<!doctype html>" * 100)
     with pytest.raises(UserError, match="does not start with the GGUF magic bytes"):
         load_config(tmp_path / "page.gguf")
+    nameless = llama_file.read_bytes().replace(b"general.architecture", b"general.architectura")
+    (tmp_path / "nameless.gguf").write_bytes(nameless)
+    with pytest.raises(UserError, match=r"nameless\.gguf"):
+        load_config(tmp_path / "nameless.gguf")
 
 
 def test_models_that_would_be_read_wrongly_are_refused(tmp_path):

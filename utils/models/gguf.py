@@ -7,7 +7,6 @@ and saved as a folder; transformers refuses to save the one that it makes of a G
 """
 
 import math
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,12 +68,12 @@ def read_header(path: Path) -> Header:
         alignment = metadata.get("general.alignment", 32)
         start = -(-position // alignment) * alignment
         tensors = {name: locate(shape, kind, start + offset) for name, shape, kind, offset in entries}
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except Exception as error:  # the bytes of a damaged header make the reader raise anything
         raise UserError(f"{path} is cut off or not a readable GGUF file ({error}). Fetch it again.") from None
     end = max((tensor.end for tensor in tensors.values()), default=start)
     if size < end:
         raise UserError(f"{path} is cut off: it has {size:,} of {end:,} bytes. Fetch it again.")
-    if (architecture := metadata["general.architecture"]) not in ARCHITECTURES:
+    if (architecture := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise UserError(
             f"{path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
             "read. Take the model's folder or hub id instead."

@@ -83,16 +83,13 @@ def model_source(model_name: str) -> str:
         UserError: a model of the demo that is not there yet, or a folder without a model.
     """
     spec = MODELS.get(model_name)
-    if spec and is_gguf(spec.path):
-        if not (path := models_dir() / spec.path).is_file():
+    if spec and (is_gguf(spec.path) or spec.path.startswith("demo/")):
+        path = models_dir() / spec.path if is_gguf(spec.path) else ROOT / spec.path
+        if not (path.is_file() or (path / "config.json").is_file()):
             raise UserError(f"No model at {path}. Run: {spec.access}")
         return str(path)
     if is_gguf(model_name):
         return model_name
-    if spec and spec.path.startswith("demo/"):
-        if not (ROOT / spec.path / "config.json").is_file():
-            raise UserError(f"No model at {spec.path}. Run: python -m demo.pretrain --size {model_name}")
-        return str(ROOT / spec.path)
     if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
         raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
     if (model_name.startswith((".", "/", "~")) or model_name.count("/") > 1) and not Path(model_name).is_dir():
