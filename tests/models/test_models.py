@@ -165,10 +165,15 @@ def test_a_long_text_loses_its_end_whatever_the_tokenizer_has_saved(folders, tmp
     assert tokenize(["the river " * 99], make_tokenizer(), config).lengths.tolist() == [64]  # the model's context
 
 
-def test_a_length_that_the_model_cannot_read_is_refused_and_no_limit_is_none(folders):
+def test_texts_that_the_model_cannot_read_are_refused_and_no_limit_is_none(folders):
     config = load_config(Model(str(folders["Qwen/Qwen2-0.5B"])), RUN)
     with pytest.raises(UserError, match="--max_length 65 is more than the model can read: 64 tokens"):
         tokenize(["a"], make_tokenizer(), config, max_length=65)
+    with pytest.raises(UserError, match=r"1 texts have no token, the first is row 1: ''\. Remove"):
+        tokenize(["a", "", "b"], make_tokenizer(), config)
+    config.vocab_size = 20
+    with pytest.raises(UserError, match=r"the model knows 20: they do not belong together.*--tokenizer_name"):
+        tokenize(["the river"], make_tokenizer(), config)
     for unlimited in (MambaConfig(vocab_size=300), XLNetConfig(vocab_size=300), BloomConfig(vocab_size=300)):
         tokens = tokenize(["the river " * 1000], make_tokenizer(), unlimited)
         assert tokens.max_length is None and tokens.lengths[0] >= 2000
@@ -198,21 +203,15 @@ def test_a_tokenizer_that_adds_bos_keeps_it_and_nothing_else_changes(folders):
 
 
 # ------------------------------------------------------------------ LongRoPE
-def longrope(limit: int = 16) -> Phi3Config:
-    """Phi-3 whose positions are scaled in texts of more than 16 tokens."""
-    return Phi3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, original_max_position_embeddings=limit, pad_token_id=0, eos_token_id=0,
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0],
-            "original_max_position_embeddings": limit,
-        },
-    )  # fmt: skip
-
-
 def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_alone():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0], "original_max_position_embeddings": 16}
+    config = Phi3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0, eos_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )  # fmt: skip
     torch.manual_seed(0)
-    decoder = decoder_of(AutoModelForCausalLM.from_config(longrope(), dtype=torch.float32).eval())
+    decoder = decoder_of(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
     texts = make_texts(30, seed=3, longest=20)
     tokens = tokenize(texts, make_tokenizer(), decoder.config)
     assert tokens.rope_limit == 16 and 5 < (tokens.lengths > 16).sum() < 25
@@ -225,17 +224,6 @@ def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_
                 found = batch_state[position, : tokens.lengths[row]]
                 torch.testing.assert_close(found, single_state[0], rtol=0, atol=1e-5)
     assert rope_limit(CONFIGS["Qwen/Qwen2-0.5B"]) is None
-
-
-def test_mistaken_tokenizer_and_empty_text_are_named(folders):
-    settings = Model(str(folders["Qwen/Qwen2-0.5B"]))
-    config = load_config(settings, RUN)
-    tokenizer = load_tokenizer(settings, RUN, config)
-    with pytest.raises(UserError, match="row 1"):
-        tokenize(["a", "", "b"], tokenizer, config)
-    config.vocab_size = 20
-    with pytest.raises(UserError, match="--tokenizer_name"):
-        tokenize(["the river"], tokenizer, config)
 
 
 # ------------------------------------------------------------------ what the hub can answer
@@ -275,7 +263,7 @@ def test_no_code_of_a_repository_runs_unasked(tmp_path):
     assert not sign.exists()
 
 
-def test_model_of_the_ladder_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
+def test_a_demo_model_that_is_not_trained_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.models.table.ROOT", tmp_path)
     with pytest.raises(UserError, match=r"python -m demo\.pretrain --size large"):
         load_config(Model("large"), RUN)
