@@ -17,9 +17,11 @@ from utils.script import parse
 from utils.settings import flatten
 
 README = (ROOT / "README.md").read_text()
+MODELS_AND_DATA = (ROOT / "docs" / "models_and_data.md").read_text()
+PAGES = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 PROGRAM = r"python (?:-m \w+\.\w+|\S+\.py)"  # a module of a package, or a script
-BLOCKS = re.findall(rf"^ {{4}}({PROGRAM}.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
-COMMANDS = sorted({*BLOCKS, *re.findall(rf"`({PROGRAM}[^`]*)`", README)})
+BLOCKS = re.findall(rf"^ {{4}}({PROGRAM}.*?)(?: +#.*)?$", PAGES, flags=re.MULTILINE)
+COMMANDS = sorted({*BLOCKS, *re.findall(rf"`({PROGRAM}[^`]*)`", PAGES)})
 SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")})
 
 
@@ -29,12 +31,13 @@ def makefile_commands(target: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in printed.splitlines() if re.match(rf"\S*{PROGRAM}", line)]
 
 
-def test_every_file_the_readme_names_exists():
-    named = set(re.findall(r"\b((?:[\w-]+/)*[\w-]+\.(?:py|txt|toml|ipynb|mplstyle))\b", README))
-    modules = re.findall(r" -m (\w+\.\w+)", README + (ROOT / "Makefile").read_text())
-    named |= {module.replace(".", "/") + ".py" for module in modules}
-    assert {"cache.py", "K_sweep.py", "fig_plot/findings/__main__.py"} <= named
+def test_every_file_and_module_that_the_pages_name_exists():
+    named = set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|txt|toml|ipynb|mplstyle))\b", PAGES))
+    modules = set(re.findall(r" -m (\w+\.\w+(?:\.\w+)?)", PAGES + (ROOT / "Makefile").read_text()))
+    assert {"cache.py", "K_sweep.py"} <= named and "fig_plot.findings" in modules
     assert not [name for name in named if not (ROOT / name).is_file()]
+    paths = [ROOT / module.replace(".", "/") for module in modules]
+    assert not [path for path in paths if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())]
 
 
 def test_every_script_stands_in_the_readme():
@@ -42,9 +45,9 @@ def test_every_script_stands_in_the_readme():
 
 
 def test_tables_name_every_dataset_and_model():
-    assert not [spec.key for spec in SPECS if f"`{spec.key}`" not in README]
+    assert not [spec.key for spec in SPECS if f"`{spec.key}`" not in MODELS_AND_DATA]
     for name in MODELS:
-        assert f"`{name}`" in README or f"`-{name.split('-', 1)[1]}`" in README, name
+        assert f"`{name}`" in MODELS_AND_DATA or f"`-{name.split('-', 1)[1]}`" in MODELS_AND_DATA, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,7 +94,7 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path):
     path = tmp_path / "ntps" / "tiny" / "docstrings__library.json"
     assert result.stdout.strip().splitlines()[-1] == str(path)
     assert path.with_suffix(".png").is_file()
-    of_tiny = README[README.index("`make demo` ends with") : README.index("    make demo MODEL=smollm2")]
+    of_tiny = README[README.index("`make demo` prints:") : README.index("`make demo MODEL=smollm2`")]
     readme_scores = re.findall(r"^ {6}(ntps\w*|retained) +(0\.\d{4})", of_tiny, flags=re.MULTILINE)
     assert len(readme_scores) == 4
     for name, value in readme_scores:
