@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -244,6 +245,42 @@ def test_an_adapter_of_the_bare_model_is_applied(llama, tmp_path):
     expected = states(peft_model)
     torch.testing.assert_close(adapted_states(llama, tmp_path / "bare"), expected, rtol=0, atol=1e-5)
     assert (expected - states(load_base_model(Model(str(llama)), RUN, CPU))).abs().max() > 1e-2
+
+
+SOME = {"target_modules": ["q_proj", "v_proj"]}
+RANDOM = {**SOME, "r": 4, "init_weights": False}
+KINDS = {
+    "rank-stabilised": peft.LoraConfig(**SOME, r=4, use_rslora=True),
+    "dora": peft.LoraConfig(**SOME, r=4, use_dora=True),
+    "embeddings": peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=4),
+    "saved head": peft.LoraConfig(**SOME, r=4, modules_to_save=["lm_head"]),
+    "patterns": peft.LoraConfig(**SOME, r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+    "one layer": peft.LoraConfig(**SOME, r=4, layers_to_transform=[1]),
+    "adalora": peft.AdaLoraConfig(**SOME, r=4, total_step=10),
+    "loha": peft.LoHaConfig(**RANDOM),
+    "lokr": peft.LoKrConfig(**RANDOM),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "oft": peft.OFTConfig(**SOME, oft_block_size=8),
+    "boft": peft.BOFTConfig(**SOME, boft_block_size=8),
+    "vera": peft.VeraConfig(target_modules=["q_proj", "o_proj"], init_weights=False),
+    "hra": peft.HRAConfig(**RANDOM),
+    "fourier": peft.FourierFTConfig(**SOME, n_frequency=20),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_adapter_of_any_kind_gives_the_states_of_the_live_one(llama, kind, tmp_path):
+    torch.manual_seed(1)
+    live = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), KINDS[kind]).eval()
+    plain = states(load_base_model(Model(str(llama)), RUN, CPU))
+    with torch.no_grad():
+        for parameter in (parameter for parameter in live.parameters() if parameter.requires_grad):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    live.save_pretrained(tmp_path)
+    expected = states(live.get_base_model().model)
+    assert (adapted_states(llama, tmp_path) - expected).norm() < 1e-6 * expected.norm()
+    assert (plain - expected).norm() > 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])

@@ -120,9 +120,8 @@ def published_config(size: str, **changes) -> OpenELMConfig:
 def test_published_sizes(size):
     expected = GOLDEN["sizes"][size]
     config = published_config(size)
-    assert config.num_query_heads == expected["num_query_heads"]
-    assert config.num_kv_heads == expected["num_kv_heads"]
-    assert [width for _, _, width in config.layer_sizes()] == expected["ffn_intermediate"]
+    sizes = zip(expected["num_query_heads"], expected["num_kv_heads"], expected["ffn_intermediate"], strict=True)
+    assert config.layer_sizes() == list(sizes)
     config.ffn_multipliers = expected["ffn_multipliers_range"]
     assert [width for _, _, width in config.layer_sizes()] == expected["ffn_intermediate"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from demo import real_llm
 from demo.real_llm import DOWNLOADS, Config, main
-from tests.conftest import run_command
+from tests.conftest import ROOT
 from utils.models.table import MODELS
 from utils.script import UserError
 
@@ -126,9 +126,11 @@ def test_gemma_needs_the_flag(tmp_path, monkeypatch, capsys):
     assert "third party" in printed and "google/gemma-3-270m" in printed
 
 
-def test_the_folder_can_be_shared_by_several_clones(tmp_path):
-    printed = run_command("-m", "demo.real_llm", "--help", env={"NTPS_MODELS_DIR": str(tmp_path), "COLUMNS": "200"})
-    assert str(tmp_path) in printed.stdout
+def test_the_folder_can_be_shared_by_several_clones(tmp_path, monkeypatch):
+    monkeypatch.setenv("NTPS_MODELS_DIR", str(tmp_path))
+    assert Config().models_dir == tmp_path
+    monkeypatch.delenv("NTPS_MODELS_DIR")
+    assert Config().models_dir == ROOT / "demo" / "runs"
 
 
 # ------------------------------------------------------------------ errors

@@ -32,11 +32,7 @@ RMS_NORM_EPS = 1e-6  # not in the published config.json
 
 # ------------------------------------------------------------------ configuration
 class OpenELMConfig(PreTrainedConfig):
-    """The fields of the published config.json with its class defaults; `attribute_map` holds the library's names.
-
-    Raises:
-        ValueError: a list of multipliers is neither a range nor one entry per layer.
-    """
+    """The fields of the published config.json with its class defaults; `attribute_map` holds the library's names."""
 
     model_type = "openelm"
     attribute_map = {
@@ -54,7 +50,7 @@ class OpenELMConfig(PreTrainedConfig):
     head_dim: int = 128
     qkv_multipliers: float | list[float] = 1.0  # q h / d: one number, or [first layer, last layer]
     num_gqa_groups: int = 1  # query heads per key/value head, whatever the name says
-    num_query_heads: list[int] | None = None  # informative, as the next line: both follow from the multipliers
+    num_query_heads: list[int] | None = None  # informative, as the next line: `layer_sizes` has them
     num_kv_heads: list[int] | None = None
     ffn_multipliers: float | list[float] = 4.0  # f / d: one number, [first layer, last layer], or one per layer
     ffn_dim_divisor: int = 256
@@ -71,15 +67,12 @@ class OpenELMConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        # first, because it sets the fields that were given under another name
-        super().__post_init__(**kwargs)
-        sizes = self.layer_sizes()
-        self.num_query_heads = [query_heads for query_heads, _, _ in sizes]
-        self.num_kv_heads = [kv_heads for _, kv_heads, _ in sizes]
-
     def layer_sizes(self) -> list[tuple[int, int, int]]:
-        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1)."""
+        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1).
+
+        Raises:
+            ValueError: a list of multipliers is neither a range nor one entry per layer.
+        """
         num_layers = self.num_transformer_layers
         # a multiple of the group, so that every key/value head serves the same number of query heads
         heads = [
