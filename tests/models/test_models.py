@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BloomConfig,
     LlamaConfig,
     MambaConfig,
@@ -269,12 +268,14 @@ def test_a_demo_model_that_is_not_trained_names_the_command(tmp_path, monkeypatc
         load_config(Model("large"), RUN)
 
 
-def test_tokenizer_of_another_repository(folders):
-    """OpenELM's own repository has no tokenizer: an ungated copy is named by --tokenizer_name."""
-    settings = Model(str(folders["apple/OpenELM-270M"]), tokenizer_name=str(folders["Qwen/Qwen2-0.5B"]))
+def test_tokenizer_of_another_repository(folders, tmp_path):
+    """OpenELM's own repository has no tokenizer: an ungated copy is named by --tokenizer_name, and goes before any."""
+    other = make_tokenizer()
+    other.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    other.save_pretrained(tmp_path)
+    settings = Model(str(folders["apple/OpenELM-270M"]), tokenizer_name=str(tmp_path))
     ours = load_tokenizer(settings, RUN, load_config(settings, RUN))
-    theirs = AutoTokenizer.from_pretrained(folders["Qwen/Qwen2-0.5B"])
-    assert ours("the river")["input_ids"] == theirs("the river")["input_ids"]
+    assert ours("the river")["input_ids"] == [0, *make_tokenizer()("the river")["input_ids"]]
     (folders["apple/OpenELM-270M"] / "tokenizer_config.json").rename(folders["apple/OpenELM-270M"] / "away")
     try:
         with pytest.raises(UserError, match="meta-llama/Llama-2-7b-hf"):
