@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +71,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError("--fractions must be in (0, 1]")
-        if self.num_null_draws < 2:
-            raise ValueError("--num_null_draws must be at least 2, or the null has no spread")
-        if self.num_random_draws < 0 or self.num_random_draws == 1:
-            raise ValueError("--num_random_draws must be at least 2, or random V have no spread; 0 for none")
+        if self.num_null_draws < 2 or self.num_random_draws < 0 or self.num_random_draws == 1:
+            raise ValueError("--num_null_draws and --num_random_draws must be at least 2, for a spread; no random V: 0")
 
 
 # ------------------------------------------------------------------ the score, from its definition
@@ -181,14 +178,6 @@ def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ the scores
-def whitened_basis(v: Tensor, ks: list[int], sigma: Tensor, whitener: Tensor) -> NestedBasis:
-    """The nested basis of W' Sigma V: where Sigma is whitened, the first K columns span what a probe sees of V_K."""
-    v = v[:, : max(ks)]
-    # a column that the pooled states do not see is one of rounding, beside the most they could vary along it
-    sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
-    return NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
-
-
 def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bool) -> Tensor:
     """Share of each informative direction, and of the tied space, within U_k, averaged over all bases: (ks, r + 1).
 
@@ -202,7 +191,7 @@ def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bo
     sizes = torch.cat([eigenspace.bincount(), eigenspace.new_tensor([num_tied])])
     before = sizes.cumsum(0) - sizes if largest else sizes.sum() - sizes.cumsum(0)
     k = torch.tensor(k_us, device=sizes.device)[:, None]
-    weights = ((k - before).clamp(min=0).minimum(sizes) / sizes.clamp(min=1)).to(eigenvalues)
+    weights = (k - before).clamp(min=0).minimum(sizes).to(eigenvalues) / sizes.clamp(min=1)
     return torch.cat([weights[:, eigenspace], weights[:, -1:]], dim=1)
 
 
@@ -275,17 +264,19 @@ def sweep_layer(
         return layer
 
     ks = num_directions(config.fractions, v.shape[1])
-    basis, whitened = NestedBasis.of(v[:, : max(ks)], ks), whitened_basis(v, ks, sigma, whitener)
+    v = v[:, : max(ks)]
+    basis = NestedBasis.of(v, ks)
+    # W' Sigma V_K spans what a probe sees of V_K where Sigma is whitened; a column that the pooled states do not see is
+    # one of rounding, beside the most they could vary along it
+    sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
+    whitened = NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
     scores = ntps(u, basis, config.fractions, config.eigenvectors == "largest") | retained(labels, whitened)
-    scores["chance"] = torch.tensor(ks) / len(sigma)
+    scores["chance"] = torch.tensor(ks).double() / len(sigma)
     scores |= excess_loss(sigma, labels, basis, scores["ntps_whitened"], scores["retained"])
-    random = partial(random_stream, seed=config.data.seed, layer_index=layer_index)
-    space, num_draws = (u.whitener, whitener, basis, whitened), config.num_null_draws
-    null = permuted_scores(moments, space, config.center, num_draws, random("permuted labels"))
-    random_v = {}
-    if num_random_draws:
-        explained = labels.coordinates, labels.eigenvalues
-        random_v = random_scores(u.vectors, whitener.T @ sigma, explained, ks, num_random_draws, random("random V"))
+    seed, space = (config.data.seed, layer_index), (u.whitener, whitener, basis, whitened)
+    null = permuted_scores(moments, space, config.center, config.num_null_draws, seed)
+    explained = labels.coordinates, labels.eigenvalues
+    random_v = random_scores(u.vectors, whitener.T @ sigma, explained, ks, num_random_draws, seed)
     return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
 
@@ -319,15 +310,15 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             moments = load_layer(file, metadata, layer_index, device)
             if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
-            has_held_out = other_metadata and layer_index in other_metadata["layers"]
-            held_out = load_layer(other, other_metadata, layer_index, device) if has_held_out else None
+            held_out = None
+            if other_metadata and layer_index in other_metadata["layers"]:
+                held_out = load_layer(other, other_metadata, layer_index, device)
             # random V for the score of the run; a control of V would repeat them, as any option the closed forms
             is_compared = layer_index == last and config.subspace == "autoregression"
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:
                 folds = load_folds(path, layer_index, device) if layer_index == last else None
-                found = feature_scores(moments, held_out, folds).scores
-                layer = dataclasses.replace(layer, closed_form=found)
+                layer = dataclasses.replace(layer, closed_form=feature_scores(moments, held_out, folds).scores)
             layers.append(layer)
     return {
         **identity,
@@ -341,7 +332,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     }
 
 
-def run(config: Config) -> dict[str, Any]:
+def main(config: Config) -> dict[str, Any]:
     """Writes the scores and a picture of them, prints their table, and returns the result."""
     pick_device(config.run.device)  # before a pass through the model, not after it
     wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
@@ -356,11 +347,6 @@ def run(config: Config) -> dict[str, Any]:
         save_json(target, result)  # last: where the JSON is, the picture is
     print(target)
     return result
-
-
-def main(config: Config) -> None:
-    """Writes the scores and a picture of them, and prints their table."""
-    run(config)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: i
     """
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
-    with_folds = {"none": [], "last": kept[-1:], "all": kept}[config.output.folds]
+    with_folds = stored.choose(config.output.folds, kept)
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
     on_meta = (LayerSums(shape, torch.device("meta"), precision) for shape in shapes.values())  # takes no memory
     num_bytes = [sum(tensor.nbytes for tensor in sums.tensors().values()) for sums in on_meta]
@@ -317,55 +317,47 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     return path, config
 
 
-def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
-    """The identity of the moments of these texts."""
-    return {
+def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
+    """The moments of `data`, with the pooled states beside them if asked for; made where they are missing, or `anew`.
+
+    Raises:
+        UserError: moments of another identity, without --overwrite; or of `compute`.
+    """
+    path = config_path(config)
+    identity = {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
         "fingerprint": data.fingerprint,
         "label_names": data.label_names,
     }
 
-
-def ensure(config: Config, data: LabelledTexts) -> Path:
-    """The moments of `data`, made where they are missing; with the pooled states beside them if asked for.
-
-    Raises:
-        UserError: moments of another identity, without --overwrite; or of `compute`.
-    """
-    path, output = config_path(config), config.output
-
     def is_current() -> bool:
-        try:
-            return stored.is_complete(path, identity_of(config, data), output.folds, output.save_pooled, output.layers)
-        except UserError:
-            if not config.run.overwrite:
-                raise
-            return False
+        current = not anew and stored.is_complete(path, identity, config.output, config.run.overwrite)
+        if current:
+            remove_partial(path)  # of a run that was killed with the result written
+        return current
 
     with results.one_run_at_a_time(path):
-        if not processes().object_of_first(is_current):
-            compute(config, replace(data, texts=list(data.texts)))
-            return path
-        processes().object_of_first(lambda: remove_partial(path))  # of a run that was killed with the result written
-    print(f"reused, already complete with these settings:\n{path}")
+        if processes().object_of_first(is_current):
+            print("reused, already complete with these settings:")
+        else:
+            compute(config, data, identity)
+    print(path)
     return path
 
 
-def compute(config: Config, data: LabelledTexts) -> None:
-    """Runs the model over the texts and writes the moments; empties `data.texts`, most of what grows with n."""
+def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> None:
+    """Runs the model over the texts and writes the moments."""
     path, device, world = config_path(config), pick_device(config.run.device), processes()
     results.check_writable(path)
-    identity = identity_of(config, data)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
     folds = assign_folds(data.texts, config.num_folds)
-    data.texts.clear()
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
     num_layers, d = model.config.num_hidden_layers + 1, model.config.hidden_size
-    num_saved = {"none": 0, "last": 1, "all": num_layers}[config.output.save_pooled]
+    num_saved = len(stored.choose(config.output.save_pooled, range(num_layers)))
     metadata = {
         **identity,
         **stored_as(config.model),
@@ -378,10 +370,15 @@ def compute(config: Config, data: LabelledTexts) -> None:
         "hidden_size": d,
         "environment": environment(),
     }
-    run_settings = {"output": repr(replace(config.output, minutes_per_state=0)), "placement": repr(config.placement)}
-    run_settings |= {"tokens_per_batch": config.run.batch_tokens(device), "device": device.type}
-    run_settings |= {"num_processes": world.size, "environment": metadata["environment"]}
-    partial = PartialPass(path, identity, config.output.minutes_per_state, run_settings)
+    run_settings = {
+        "output": repr(replace(config.output, minutes_per_state=0)),
+        "placement": repr(config.placement),
+        "tokens_per_batch": config.run.batch_tokens(device),
+        "device": device.type,
+        "num_processes": world.size,
+        "environment": metadata["environment"],
+    }
+    partial = PartialPass(path, identity, run_settings, config.output.minutes_per_state)
     shape = (num_saved, len(folds), d) if num_saved else None
     with resumable_pass(partial, shape, config.run.overwrite) as pooled:
         tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
@@ -389,18 +386,12 @@ def compute(config: Config, data: LabelledTexts) -> None:
         if world.rank == 0:
             metadata["pooled_crc32"] = checksums(pooled) if num_saved else []
             results.save_tensors(path, tensors, metadata)
-    print(path)
 
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
     load_config(config.model, config.run)  # its name is wrong or right before the data are read
-    data = load_texts(config.data, config.run, config.split)
-    if not config.run.overwrite:
-        ensure(config, data)
-        return
-    with results.one_run_at_a_time(config_path(config)):
-        compute(config, data)
+    ensure(config, load_texts(config.data, config.run, config.split), anew=config.run.overwrite)
 
 
 if __name__ == "__main__":

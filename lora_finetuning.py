@@ -165,7 +165,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
-    return processes().object_of_first(lambda: K_sweep.run(replace(sweep, run=replace(run, device="cpu"))))
+    return processes().object_of_first(lambda: K_sweep.main(replace(sweep, run=replace(run, device="cpu"))))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import cache
 import K_sweep
 from utils.algebra import features
-from utils.algebra.moments import LayerMoments, check_has_every_layer, load_layer
+from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.ridge import check_several, load_folds
 from utils.algebra.scores import LABELS, SCORES, summarize
 from utils.data.load import LabelledTexts, load_splits
@@ -174,7 +174,6 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
     seconds_of_pass = time.perf_counter() - start
     layers, fits = [], []
     with open_tensors(path) as (file, metadata):
-        check_has_every_layer(metadata, "prescreen.py")
         for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
             found = features.feature_scores(moments, None, load_folds(path, layer, device))

@@ -143,7 +143,7 @@ def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]
         moments = load_last_layer(made)
         for score, order in ORDERS.items():
             sweep = with_values(K_sweep.Config(eigenvectors=order, num_null_draws=2), **shared, picture=False)
-            of_run = K_sweep.run(sweep)["score"]
+            of_run = K_sweep.main(sweep)["score"]
             for name in SCORES if order == "largest" else ("ntps",):
                 yield row(score if name == "ntps" else name, variant, of_run[name]["value"])
             if variant == "baseline":

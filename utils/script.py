@@ -50,7 +50,7 @@ def parse(config_class: type, arguments: Sequence[str] | None = None, descriptio
 
 
 def run_script(
-    main: Callable[[Any], None], config_class: type, description: str | None, share_work: bool = False
+    main: Callable[[Any], Any], config_class: type, description: str | None, share_work: bool = False
 ) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback.
 

@@ -1,15 +1,11 @@
 """cache.py: the streamed moments equal the definition, whatever the batches; and its command line."""
 
-import errno
-import gc
 import json
-import os
 import re
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 import cache
@@ -171,20 +167,6 @@ def test_texts_that_are_cut_are_counted_and_said(model_dirs, rows_path, tmp_path
     assert read_identity(cache.config_path(config))["num_texts_cut"] == num_cut
 
 
-def test_half_precision_model_is_summed_in_float64(model_dirs):
-    """bfloat16 states of known value: their float32 products and float64 sums lose nothing."""
-    model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(12, seed=8))
-    model = model.to(torch.bfloat16)
-    one_by_one = configure(cache, num_folds=3, tokens_per_batch=1)
-    averages = stacked(cache.accumulate(model, tokens, data, folds, one_by_one))
-    targets = cache.one_hot_targets(data)
-    dense = dense_moments(model, token_lists(tokens), targets, "mean")  # the same states, one text at a time
-    for symbol, name in NAMES.items():
-        assert averages[name].dtype == torch.float64
-        scale = dense[symbol].abs().max()
-        torch.testing.assert_close(averages[name] / scale, dense[symbol] / scale, rtol=0, atol=1e-6)
-
-
 def test_pooled_states_are_those_of_the_library_row_by_row(model_dirs, rows_path, tmp_path):
     config = configure(
         cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path,
@@ -218,30 +200,6 @@ def test_pooled_states_of_other_settings_are_made_again(model_dirs, rows_path, t
     written = path.stat().st_mtime_ns
     cache.main(of_last)  # now they fit
     assert path.stat().st_mtime_ns == written
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_texts(model_dirs):
-    """The largest number of bytes of tensors that are alive at the end of a batch, for eight times the texts."""
-    peaks = []
-    for num_texts in (40, 320):
-        gc.collect()
-        model, tokens, data, folds = setup(model_dirs["qwen2"], make_texts(num_texts, seed=9, longest=5))
-        alive: list[int] = []
-        add = cache.LayerSums.add
-
-        def add_and_count(sums, *rest, alive=alive, add=add):
-            added = add(sums, *rest)
-            tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
-            alive.append(sum(found.nbytes for found in tensors))
-            return added
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache.LayerSums, "add", add_and_count)
-            cache.accumulate(model, tokens, data, folds, configure(cache, num_folds=3, tokens_per_batch=64))
-        peaks.append(max(alive))
-    assert len(alive) > 10
-    assert peaks[1] < 1.1 * peaks[0]  # the pooled states alone, of one layer, would add 80 kB to 1 MB
 
 
 # ------------------------------------------------------------------ command line
@@ -328,18 +286,6 @@ def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, monkeypat
     assert not list(tmp_path.glob("moments/**/*.safetensors"))
 
 
-def test_damaged_and_foreign_files_are_named(model_dirs, rows_path, tmp_path):
-    config = configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path)
-    path = moments_file(model_dirs["qwen2"], tmp_path)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"not a tensor file")
-    with pytest.raises(UserError, match=f"{path} is damaged.*--overwrite"):
-        cache.main(config)
-    save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match=f"{path} was not written by this version"):
-        cache.main(config)
-
-
 def test_a_pass_that_breaks_off_leaves_no_file(model_dirs, rows_path, tmp_path, monkeypatch):
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
     seen = []
@@ -352,18 +298,4 @@ def test_a_pass_that_breaks_off_leaves_no_file(model_dirs, rows_path, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         cache.main(configure(cache, **names, save_pooled="all"))
     assert len(seen) == 1  # the pooled states were being written
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("save_pooled", ["none", "all"])
-def test_a_full_disk_is_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, save_pooled):
-    """What the system raises on a full disk, raised where it raises it."""
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    call = arguments(model_dirs["qwen2"], rows_path, tmp_path, "--save_pooled", save_pooled)
-    code = run_in_process(monkeypatch, *call)
-    assert code.startswith("error: cannot write") and "--results_dir" in code
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

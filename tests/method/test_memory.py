@@ -95,7 +95,7 @@ def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
         of_layers = name not in ("labels", "folds", "label_mean", "label_second_moment", "fold_num_samples")
         of_layers &= "fold_label" not in name
         assert torch.equal(found[name], value[[1, 3]] if of_layers else value), name
-    scores = [K_sweep.run(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (whole, some)]
+    scores = [K_sweep.main(K_sweep.Config(model=c.model, data=c.data, run=c.run)) for c in (whole, some)]
     assert scores[0]["layers"][3] == scores[1]["layers"][1] and scores[0]["score"] == scores[1]["score"]
     with pytest.raises(UserError, match=r"has layers 1 3, which would be lost. Keep them with --layers 0 1 3, replace"):
         cache.main(with_values(some, layers=(0, 1)))
@@ -107,9 +107,9 @@ def test_who_needs_another_layer_says_how_to_have_it(model_dirs, rows_path, tmp_
     config = settings(model_dirs, rows_path, tmp_path, layers=(0, 1))
     cache.main(config)
     groups = {"model": config.model, "data": config.data, "run": config.run}
-    with pytest.raises(UserError, match=r"hold layer 0, 1, not 3. Run cache.py with --layers 0 1 3"):
-        K_sweep.run(K_sweep.Config(**groups))
-    with pytest.raises(UserError, match=r"hold layer 0, 1, not 2"):
+    with pytest.raises(UserError, match=r"hold layer 0 1, not 3. Run cache.py with --layers 0 1 3"):
+        K_sweep.main(K_sweep.Config(**groups))
+    with pytest.raises(UserError, match=r"hold layer 0 1, not 2"):
         alignment_vis.main(alignment_vis.Config(**groups, layer=2, words=("a=red,small", "b=green,large")))
     with pytest.raises(UserError, match=r"--layers 4: the model has layers 0 to 3"):
         cache.main(with_values(config, layers=(4,)))

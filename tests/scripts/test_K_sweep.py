@@ -129,32 +129,32 @@ def test_from_moments_to_json_and_picture(names, monkeypatch, capsys):
 
 
 def test_settings_left_at_their_default_are_those_of_the_moments(names):
-    result = K_sweep.run(configure(K_sweep, **names, picture=False, num_null_draws=2))
+    result = K_sweep.main(configure(K_sweep, **names, picture=False, num_null_draws=2))
     assert result["config"]["dtype"] == "bfloat16"
     with pytest.raises(UserError, match=r"dtype: 'bfloat16' there, 'float16' now"):
-        K_sweep.run(configure(K_sweep, **names, picture=False, dtype="float16"))
+        K_sweep.main(configure(K_sweep, **names, picture=False, dtype="float16"))
     with pytest.raises(UserError, match=r"max_samples: None there, 20 now"):
-        K_sweep.run(configure(K_sweep, **names, picture=False, max_samples=20))
+        K_sweep.main(configure(K_sweep, **names, picture=False, max_samples=20))
 
 
 def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    first, solve = K_sweep.run(config), K_sweep.sweep_layer
+    first, solve = K_sweep.main(config), K_sweep.sweep_layer
 
     def no_work(*_):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(K_sweep, "sweep_layer", no_work)
-    assert K_sweep.run(config) == first
+    assert K_sweep.main(config) == first
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
-        K_sweep.run(with_values(config, seed=1))
+        K_sweep.main(with_values(config, seed=1))
     monkeypatch.setattr(K_sweep, "sweep_layer", solve)
-    K_sweep.run(with_values(config, eigenvectors="smallest", center=True))
+    K_sweep.main(with_values(config, eigenvectors="smallest", center=True))
     folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
     assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
     cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
-        K_sweep.run(config)
+        K_sweep.main(config)
 
 
 # ------------------------------------------------------------------ held-out numbers
@@ -167,14 +167,14 @@ def test_held_out_numbers_come_and_go_with_their_moments(names, capsys):
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     test = next(names["results_dir"].glob("moments/*/*/test.safetensors"))
     away = test.rename(names["results_dir"] / "away.safetensors")
-    without = K_sweep.run(config)
+    without = K_sweep.main(config)
     assert held_out_of(without) == [None] * 3 and without["held_out"] is None
     away.rename(test)
-    found = K_sweep.run(config)
+    found = K_sweep.main(config)
     assert None not in held_out_of(found) and "no held-out numbers yet: made again" in capsys.readouterr().out
-    assert K_sweep.run(config) == found and "made again" not in capsys.readouterr().out
+    assert K_sweep.main(config) == found and "made again" not in capsys.readouterr().out
     test.unlink()
-    assert held_out_of(K_sweep.run(config)) == [None] * 3
+    assert held_out_of(K_sweep.main(config)) == [None] * 3
     assert "held-out numbers of moments that are gone: made again" in capsys.readouterr().out
 
 
@@ -185,12 +185,12 @@ def test_held_out_moments_of_other_rows_are_refused(names, tmp_path):
     for split in ("train", "test"):
         cache.main(configure(cache, **names, split=split))
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    K_sweep.run(config)
+    K_sweep.main(config)
     changed = [json.loads(line) for line in rows.read_text().splitlines()]
     write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
     cache.main(configure(cache, **names, split="test", overwrite=True))
     with pytest.raises(UserError, match=r"other moments of the held-out split.*--overwrite"):
-        K_sweep.run(config)
+        K_sweep.main(config)
 
 
 @pytest.mark.parametrize(
@@ -210,35 +210,37 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(names, 
     cache.main(configure(cache, **names, label_column="label"))
     cache.main(configure(cache, **({**names, "label_column": "label", "split": "test"} | change)))
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    assert held_out_of(K_sweep.run(config)) == [None] * 3
+    assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
     assert "No held-out numbers: " in told and said in told and "Run: python cache.py " in told
     command = shlex.split(told.split("Run: python ")[1].splitlines()[0])
     assert parse(cache.Config, command[1:]).split == "test"
     cache.main(parse(cache.Config, command[1:]))
-    assert None not in held_out_of(K_sweep.run(config))
+    assert None not in held_out_of(K_sweep.main(config))
 
 
 # ------------------------------------------------------------------ identity and mistakes
-def test_a_retrained_model_is_noticed(names, model_dirs, tmp_path):
+def test_a_retrained_model_is_noticed(names, model_dirs, tmp_path, capsys):
     folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
     names = names | {"model_name": str(folder)}
     cache.main(configure(cache, **names))
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    K_sweep.run(config)
+    K_sweep.main(config)
     retrain(folder)
     with pytest.raises(UserError, match="other weights of the model"):
-        K_sweep.run(config)
+        K_sweep.main(config)
+    cache.main(configure(cache, **names, split="test"))
     shutil.rmtree(folder)  # moments are solved without the model, where it is not there
     folder.mkdir()
-    K_sweep.run(with_values(config, overwrite=True))
+    assert held_out_of(K_sweep.main(with_values(config, overwrite=True))) == [None] * 3
+    assert "was made with other weights of the model. Run: python cache.py" in capsys.readouterr().out
 
 
 def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     """The name of an adapted model is of a folder of results; cache.py takes the model and its adapter."""
     wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "max_samples": 90, "split": "test"}
     with pytest.raises(UserError, match=r"No moments at .*Run: python cache\.py ") as raised:
-        K_sweep.run(configure(K_sweep, **wanted, results_dir=tmp_path))
+        K_sweep.main(configure(K_sweep, **wanted, results_dir=tmp_path))
     script, *arguments = shlex.split(str(raised.value).split("Run: python ")[1])
     assert script == "cache.py"
     adapter = tmp_path / "lora" / "tiny" / "docstrings__kind" / "adapter"
@@ -252,7 +254,7 @@ def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     ("options", "message"),
     [
         (["--fractions", "0.5", "1.5"], r"--fractions must be in (0, 1]"),
-        (["--num_null_draws", "1"], "--num_null_draws must be at least 2"),
+        (["--num_null_draws", "1"], "--num_null_draws and --num_random_draws must be at least 2"),
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),
     ],
 )

@@ -187,7 +187,7 @@ def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(model_d
     shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(path), "results_dir": tmp_path / "results"}
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split))
-    result = K_sweep.run(configure(K_sweep, **shared, picture=False))
+    result = K_sweep.main(configure(K_sweep, **shared, picture=False))
     assert len(long) + 1 > 98_000 and 0 <= result["score"]["retained"]["value"] <= 1
 
 
@@ -198,7 +198,7 @@ def made(model_dirs, rows_path, tmp_path_factory) -> dict:
     shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
     shared["results_dir"] = tmp_path_factory.mktemp("made")
     cache.main(configure(cache, **shared))
-    K_sweep.run(configure(K_sweep, **shared, picture=False))
+    K_sweep.main(configure(K_sweep, **shared, picture=False))
     return shared
 
 
@@ -264,7 +264,7 @@ def test_a_score_without_a_field_is_named_and_skipped(copied, field, monkeypatch
     _, results, skipped = collect.read_all(copied["results_dir"])
     assert (len(results), len(skipped)) in ((0, 1), (1, 0)) and all(str(path) in line for line in skipped)
     try:
-        K_sweep.run(configure(K_sweep, **copied, picture=False))
+        K_sweep.main(configure(K_sweep, **copied, picture=False))
     except UserError as error:
         assert str(path) in str(error)
 
@@ -274,7 +274,7 @@ def test_what_is_no_result_is_refused(copied, text, tmp_path):
     path = K_sweep.output_path(configure(K_sweep, **copied))
     path.write_text(text, errors="surrogatepass")
     with pytest.raises(UserError, match=path.name):
-        K_sweep.run(configure(K_sweep, **copied, picture=False))
+        K_sweep.main(configure(K_sweep, **copied, picture=False))
 
 
 def test_an_entry_that_is_not_there_names_its_file(tmp_path):
@@ -292,14 +292,14 @@ def test_a_folder_at_the_place_of_a_result_is_named_before_the_work(copied, monk
     path.mkdir()
     monkeypatch.setattr(K_sweep, "sweep_layer", lambda *arguments: pytest.fail("it has begun to work"))
     with pytest.raises(UserError, match="it is a folder"):
-        K_sweep.run(configure(K_sweep, **copied, picture=False))
+        K_sweep.main(configure(K_sweep, **copied, picture=False))
 
 
 def test_results_behind_a_symbolic_link_are_read_and_written_there(copied, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     shutil.move(copied["results_dir"] / "moments", elsewhere)
     (copied["results_dir"] / "moments").symlink_to(elsewhere)
-    K_sweep.run(configure(K_sweep, **copied, picture=False))
+    K_sweep.main(configure(K_sweep, **copied, picture=False))
     cache.main(configure(cache, **copied, split="test"))
     assert list(elsewhere.rglob("test.safetensors")) and not list(tmp_path.rglob("*.tmp"))
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import cache
 import utils.algebra.partial
 import utils.results
-from tests.conftest import configure, run_in_process
+from tests.conftest import configure
 from tests.processes import exit_codes, start
 from utils.script import UserError
 from utils.settings import with_values
@@ -31,7 +31,6 @@ def settings(model_dirs, rows_path, folder, **more):
 def small_blocks(monkeypatch):
     """Blocks that end within the few texts of a test; sums are written after every batch, between blocks and inside."""
     monkeypatch.setattr(cache, "PAIRS_PER_BLOCK", 250)
-    monkeypatch.setattr(utils.algebra.partial, "MOST_OF_TIME", 1e9)
 
 
 def results(folder) -> dict[str, bytes]:
@@ -282,8 +281,9 @@ def test_without_space_for_a_result_both_old_ones_stay(
     arguments += ["--save_pooled", "all", "--product_dtype", "float32", "--tokens_per_batch", "120", "--overwrite"]
     with monkeypatch.context() as patch:
         full_disk(patch, word)
-        code = run_in_process(patch, "cache.py", *arguments, "--minutes_per_state", "0")
-        assert code.startswith("error: cannot write") and "--results_dir" in code
+        patch.setattr(sys, "argv", ["cache.py", *map(str, arguments), "--minutes_per_state", "0"])
+        with pytest.raises(SystemExit, match=r"error: cannot write.*--results_dir"):
+            cache.run_script(cache.main, cache.Config, None, share_work=True)  # of this module, with its small blocks
     kept = {path.name: path.read_bytes() for path in tmp_path.rglob("train.*") if path.name in before}
     assert kept == before
     capsys.readouterr()

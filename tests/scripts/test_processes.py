@@ -42,7 +42,7 @@ def moments(folder) -> dict[str, torch.Tensor]:
 
 def sweep(config) -> dict:
     settings = {"model": config.model, "data": config.data, "run": config.run}
-    return K_sweep.run(with_values(K_sweep.Config(**settings), num_null_draws=2, picture=False))
+    return K_sweep.main(with_values(K_sweep.Config(**settings), num_null_draws=2, picture=False))
 
 
 def run_cache(config, size: int, counts=None) -> list[int | None]:

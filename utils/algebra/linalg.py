@@ -149,15 +149,12 @@ class NestedBasis:
 def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
     """The columns, each of norm 1 or 0, of which more than `tolerance` is outside the span of those before it."""
     kept: list[int] = []
-    basis = torch.zeros_like(columns[:, :0])
-    for start in range(0, columns.shape[1], 64):  # in blocks: one product takes off the part that earlier blocks span
-        block, new = columns[:, start : start + 64].clone(), []
+    basis = torch.zeros_like(columns.T)  # orthonormal rows
+    for j, column in enumerate(columns.T):
+        span = basis[: len(kept)]
         for _ in range(2):  # twice is enough: one pass leaves rounding of the size of the part it takes off
-            block -= basis @ (basis.T @ block)
-        for j, column in enumerate(block.T):
-            if len(kept) < len(columns) and (length := column.norm()) > tolerance:
-                new.append(column / length)
-                block[:, j + 1 :] -= torch.outer(new[-1], new[-1] @ block[:, j + 1 :])
-                kept.append(start + j)
-        basis = torch.cat([basis, *(column[:, None] for column in new)], dim=1)
+            column = column - (span @ column) @ span
+        if (length := column.norm()) > tolerance:
+            basis[len(kept)] = column / length
+            kept.append(j)
     return kept

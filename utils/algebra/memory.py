@@ -1,14 +1,12 @@
 """Whether the sums of a pass fit the free memory, asked before they are allocated."""
 
 import os
-from collections import defaultdict
+from collections import Counter
 
 import psutil
 import torch
 
 from utils.script import UserError
-
-CPU = torch.device("cpu")
 
 
 def free_memory(device: torch.device) -> int:
@@ -19,7 +17,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
-    """Whether the sums are kept in main memory: if asked for, and with "auto" where they do not fit a GPU.
+    """Whether main memory keeps the sums: if asked for, and with "auto" where they do not fit a GPU.
 
     Args:
         num_bytes: of the sums of each layer.
@@ -30,14 +28,14 @@ def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_o
         UserError: the sums do not fit.
     """
     for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
-        needed: dict[torch.device, int] = defaultdict(int)
+        needed = Counter[torch.device]()
         for device, size in zip(devices, num_bytes, strict=True):
-            needed[CPU if on_host or device.type != "cuda" else device] += size
-        lacking = [device for device, size in needed.items() if size > free_memory(device)]
+            needed[torch.device("cpu") if on_host or device.type != "cuda" else device] += size
+        lacking = [device for device in needed if needed[device] > free_memory(device)]
         if not lacking:
             return on_host
-    needs, free = needed[lacking[0]] / 1e9, free_memory(lacking[0]) / 1e9
     raise UserError(
-        f"The sums of the pass need {needs:.1f} GB; {lacking[0]} has {free:.1f} GB free. Try fewer --layers, "
-        "--folds none, --accumulate_on cpu or --device_map auto."
+        f"The sums of the pass need {needed[lacking[0]] / 1e9:.1f} GB; {lacking[0]} has "
+        f"{free_memory(lacking[0]) / 1e9:.1f} GB free. Try fewer --layers, --folds none, --accumulate_on cpu or "
+        "--device_map auto."
     )

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,12 @@ class LayerMoments:
                 **{name: getattr(errors, name) * scale.square() for name in ("pooled", "prefix")},
                 **{name: getattr(errors, name) * growth for name in OF_ROUNDING},
             )
-        changes = {name: getattr(self, name) * scale for name in ("pooled_mean", "prefix_mean", "next_mean")}
+        changes: dict[str, Any] = dict.fromkeys(NORMS)
+        changes |= {name: getattr(self, name) * scale for name in ("pooled_mean", "prefix_mean", "next_mean")}
         for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
             changes[name] = getattr(self, name) * both
         changes["pooled_label_cross_moment"] = self.pooled_label_cross_moment * rows
-        return dataclasses.replace(self, **changes, **dict.fromkeys(NORMS), rounding=errors)
+        return dataclasses.replace(self, **changes, rounding=errors)
 
     def pooled_noise(self, center: bool) -> Noise:
         """What of M, or of Sigma, is rounding."""
@@ -210,45 +211,42 @@ def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------ layers
-def is_complete(
-    path: Path, identity: dict[str, Any], folds: str, save_pooled: str, layers: tuple[int, ...] | None
-) -> bool:
+# ------------------------------------------------------------------ find
+def is_complete(path: Path, identity: dict[str, Any], output: Any, overwrite: bool) -> bool:
     """Whether the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
 
     Args:
         path: of the moments.
         identity: as `check_identity` compares it.
-        folds: layers whose folds are asked for, "none", "last" or "all".
-        save_pooled: layers whose pooled states are asked for, likewise.
-        layers: those whose moments are asked for; None: all.
+        output: `layers`, `folds` and `save_pooled` of cache.py's config.
+        overwrite: moments that would be refused are incomplete.
 
     Raises:
         UserError: moments of another identity, or of layers that are not among those asked for.
     """
     if not path.is_file():
         return False
-    with open_tensors(path) as (file, metadata):
-        check_identity(metadata, identity, path)
-        keys = file.keys()
-    asked, stored = numbers_of_layers(layers, metadata["num_layers"]), metadata["layers"]
-    lacking = set(asked) - set(stored)
-    if lacking and set(stored) - set(asked):
-        both = " ".join(map(str, sorted({*stored, *asked})))
-        raise UserError(
-            f"{path} has layers {' '.join(map(str, stored))}, which would be lost. Keep them with --layers {both}, "
-            "replace them with --overwrite, or write elsewhere with --results_dir."
+    try:
+        with open_tensors(path) as (file, metadata):
+            check_identity(metadata, identity, path)
+            keys, kept, num_layers = file.keys(), set(metadata["layers"]), metadata["num_layers"]
+        asked = numbers_of_layers(output.layers, num_layers)
+        if not kept.issuperset(asked) and not kept.issubset(asked):
+            raise UserError(
+                f"{path} has layers {in_words(kept)}, which would be lost. Keep them with --layers "
+                f"{in_words(kept.union(asked))}, replace them with --overwrite, or write elsewhere with --results_dir."
+            )
+        return (
+            kept.issuperset(asked)
+            and all(f"layer.{layer}.fold_pooled_mean" in keys for layer in choose(output.folds, asked))
+            and has_pooled(path, metadata["pooled_crc32"], len(choose(output.save_pooled, range(num_layers))))
         )
-    with_folds = {"none": [], "last": asked[-1:], "all": asked}[folds]
-    num_pooled = {"none": 0, "last": 1, "all": metadata["num_layers"]}[save_pooled]
-    return (
-        not lacking
-        and all(f"layer.{layer}.fold_pooled_mean" in keys for layer in with_folds)
-        and has_pooled(path, metadata, num_pooled)
-    )
+    except UserError:
+        if not overwrite:
+            raise
+        return False
 
 
-# ------------------------------------------------------------------ find
 def check_embedded(config: Any, path: Path) -> None:
     """Says that moments of the embedded model are made because they are not there.
 
@@ -306,21 +304,24 @@ def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
 
 
 # ------------------------------------------------------------------ layers
+def choose(which: str, layers: Sequence[int]) -> Sequence[int]:
+    """The layers that "none", "last" or "all" means."""
+    return {"none": [], "last": layers[-1:], "all": layers}[which]
+
+
+def in_words(layers: Iterable[int]) -> str:
+    """The numbers as --layers takes them."""
+    return " ".join(map(str, sorted(layers)))
+
+
 def check_has_layer(metadata: dict, layer: int) -> None:
     """Raises UserError where the moments do not hold a layer."""
-    layers = metadata["layers"]
-    if layer not in layers:
+    kept = metadata["layers"]
+    if layer not in kept:
         raise UserError(
-            f"The moments hold layer {', '.join(map(str, layers))}, not {layer}. Run cache.py with --layers "
-            f"{' '.join(map(str, sorted({*layers, layer})))}, or without --layers for all of them."
+            f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with --layers "
+            f"{in_words({*kept, layer})}, or without --layers for all of them."
         )
-
-
-def check_has_every_layer(metadata: dict, who: str) -> None:
-    """Raises UserError where the moments do not hold every layer."""
-    if len(metadata["layers"]) < metadata["num_layers"]:
-        kept = ", ".join(map(str, metadata["layers"]))
-        raise UserError(f"{who} needs every layer, the moments hold {kept}. Run cache.py without --layers.")
 
 
 def numbers_of_layers(layers: tuple[int, ...] | None, num_layers: int) -> list[int]:

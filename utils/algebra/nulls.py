@@ -109,7 +109,7 @@ def permuted_scores(
     space: tuple[Tensor, Tensor, NestedBasis, NestedBasis],
     center: bool,
     num_draws: int,
-    random: np.random.Generator,
+    seed: tuple[int, int],
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
@@ -119,9 +119,10 @@ def permuted_scores(
             bases of V, and of V where Sigma is whitened.
         center: the perception problem is that of Sigma: no part of it comes from the means.
         num_draws: number of draws.
-        random: source of randomness.
+        seed: of the run, and number of the layer.
     """
     of_perception, of_sigma, basis, whitened = space
+    random = random_stream("permuted labels", *seed)
     draws = draw_permuted_factors(of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random)
     to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
     offset = (0 if center else 1) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
@@ -155,7 +156,7 @@ def random_scores(
     explained: tuple[Tensor, Tensor],
     ks: list[int],
     num_draws: int,
-    random: np.random.Generator,
+    seed: tuple[int, int],
 ) -> dict[str, dict[str, float | list[float]]]:
     """Mean at each fraction, and mean and deviation of the mean over fractions, of each score that sees the labels.
 
@@ -164,14 +165,17 @@ def random_scores(
         to_whitened: W' Sigma, W the whitener of Sigma: takes V to the whitened space, (rank, d).
         explained: P, the orthonormal label directions there, (rank, r), and the variance that each explains, (r,).
         ks: columns of V for each fraction.
-        num_draws: of the whitened scores.
-        random: source of randomness.
+        num_draws: of the whitened scores; 0: no score is asked for.
+        seed: of the run, and number of the layer.
     """
+    if not num_draws:
+        return {}
     mean, deviation = euclidean_overlap(directions, ks)
     scores = {"ntps_label": {"fractions": mean.tolist(), "mean": mean.mean().item(), "std": deviation}}
     variances, axes = torch.linalg.eigh(to_whitened @ to_whitened.T)
     labels, weights = axes.T @ explained[0], explained[1]
     drawn: dict[str, list[Tensor]] = {"ntps_whitened": [], "retained": []}
+    random = random_stream("random V", *seed)
     for _ in range(num_draws):
         v = torch.from_numpy(random.standard_normal((len(variances), max(ks)))).to(labels)
         inside = NestedBasis.of(variances.clamp(min=0).sqrt()[:, None] * v, ks).projected_norms(labels)

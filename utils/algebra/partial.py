@@ -18,12 +18,17 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.algebra.pooled import has_shape, partial_pooled_path, pooled_path, reserve
+from utils.algebra.pooled import partial_pooled_path, pooled_path, reserve
 from utils.parallel import processes
-from utils.results import check_state, open_tensors, remove_abandoned, save_tensors, state_if_there_is_place
+from utils.results import (
+    check_state,
+    open_tensors,
+    read_identity,
+    remove_abandoned,
+    save_tensors,
+    state_if_there_is_place,
+)
 from utils.script import UserError, termination_noted
-
-MOST_OF_TIME = 1 / 20  # share of the time that writing sums may take
 
 
 def remove_partial(moments: Path) -> None:
@@ -42,10 +47,9 @@ class PartialPass:
 
     moments: Path  # the file that the pass is to write
     identity: dict[str, Any]  # of the result
-    minutes_per_state: float
     run_settings: dict[str, Any]  # change no result, but the sums of half a pass
+    minutes_per_state: float
     saved: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0  # that the last writing took
 
     @property
     def path(self) -> Path:
@@ -58,7 +62,7 @@ class PartialPass:
         """The files of all processes, of any number."""
         return sorted(self.moments.parent.glob(f"{self.moments.stem}.partial-*-of-*.safetensors"))
 
-    def discard_unusable(self, pooled_shape: tuple[int, ...] | None, overwrite: bool) -> None:
+    def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
         """Removes the files of passes that cannot be continued, with a sentence; called by the first process.
 
         Raises:
@@ -66,21 +70,20 @@ class PartialPass:
         """
         for path in self.paths():
             check_state(path, self.identity, overwrite)
-        reasons = []
+        lost = has_pooled and not partial_pooled_path(self.moments).is_file()
+        reasons = {"no pooled states": None} if lost else {}
         for path in self.paths():
-            with open_tensors(path) as (_, metadata):
-                stored = metadata["run_settings"]
-            reasons += [name for name, value in self.run_settings.items() if stored.get(name) != value]
-        if reasons:
-            print(f"{self.paths()[0]} was made with another {', '.join(dict.fromkeys(reasons))}: starting anew")
-        elif self.paths() and pooled_shape and not has_shape(partial_pooled_path(self.moments), pooled_shape):
-            print(f"{self.paths()[0]} has lost its pooled states: starting anew")
-        elif self.paths():
-            return
-        remove_partial(self.moments)
+            stored = read_identity(path)["run_settings"]
+            reasons |= {f"another {name}": None for name in stored if stored[name] != self.run_settings[name]}
+        if self.paths() and reasons:
+            print(f"{self.paths()[0]} has {', '.join(reasons)}: starting anew")
+        if not self.paths() or reasons:
+            remove_partial(self.moments)
 
     def load(self, tensors: dict[str, Tensor]) -> int:
-        """Fills the sums from the file of this process; returns the number of batches in them."""
+        """Fills the sums from the file of this process; returns the number of batches in them, 0 without a file."""
+        if not self.path.is_file():
+            return 0
         with open_tensors(self.path) as (file, metadata):
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
@@ -89,16 +92,10 @@ class PartialPass:
 
     def save(self, tensors: dict[str, Tensor], num_batches: int) -> None:
         """Writes the sums after so many batches; where they cannot be written the pass goes on without."""
-        start = time.monotonic()
         with state_if_there_is_place():
             metadata = {**self.identity, "run_settings": self.run_settings, "num_batches": num_batches}
             save_tensors(self.path, tensors, metadata)
         self.saved = time.monotonic()
-        self.seconds = self.saved - start
-
-    def is_due(self) -> bool:
-        """Whether it is time to write again."""
-        return time.monotonic() - self.saved >= max(60 * self.minutes_per_state, self.seconds / MOST_OF_TIME)
 
 
 def remaining_batches(partial: PartialPass | None, tensors: dict[str, Tensor], num_tokens: list[int]) -> Iterator[int]:
@@ -111,14 +108,16 @@ def remaining_batches(partial: PartialPass | None, tensors: dict[str, Tensor], n
         tensors: all sums; filled from the file of an unfinished pass.
         num_tokens: of each batch of this process.
     """
-    done = partial.load(tensors) if partial and partial.path.is_file() else 0
+    done = partial.load(tensors) if partial else 0
     progress = tqdm(total=sum(num_tokens), initial=sum(num_tokens[:done]), desc="cache", unit="token", unit_scale=True)
     with progress, termination_noted() as termination:
         for number in range(done, len(num_tokens)):
             yield number
             progress.update(num_tokens[number])
-            if partial and (termination.asked or (partial.is_due() and number + 1 < len(num_tokens))):
-                partial.save(tensors, number + 1)
+            if partial:
+                is_due = time.monotonic() - partial.saved >= 60 * partial.minutes_per_state
+                if termination.asked or (is_due and number + 1 < len(num_tokens)):
+                    partial.save(tensors, number + 1)
             if termination.asked:
                 sys.exit(128 + signal.SIGTERM)
 
@@ -133,7 +132,7 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, ...] | None, o
     path, world = partial_pooled_path(partial.moments), processes()
     if pooled_shape and not world.on_one_machine:
         raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
-    world.object_of_first(lambda: partial.discard_unusable(pooled_shape, overwrite))
+    world.object_of_first(lambda: partial.discard_unusable(bool(pooled_shape), overwrite))
     try:
         if pooled_shape:
             world.object_of_first(lambda: reserve(path, pooled_shape))

@@ -1,6 +1,6 @@
-"""The pooled states of all texts in a file beside the moments, `<split>.pooled.npy`: (layers saved, n, d) float32.
+"""The pooled states of all texts beside the moments, `<split>.pooled.npy`: (layers saved, n, d) float32.
 
-The file is filled in place, by all processes, under a partial name; the moments keep its CRC-32, layer by layer.
+All processes fill the file in place, under a partial name; the moments keep the CRC-32 of each layer.
 """
 
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.results import open_tensors, remedy
+from utils.results import read_identity, remedy
 from utils.script import UserError
 
 
@@ -23,15 +23,6 @@ def pooled_path(moments: Path) -> Path:
 def partial_pooled_path(moments: Path) -> Path:
     """The name of the pooled states beside a file of moments until all are filled in."""
     return moments.with_suffix(".pooled.partial.npy")
-
-
-def has_shape(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file holds a float32 array of this shape."""
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        return False
-    return found.shape == shape and found.dtype == np.float32
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> None:
@@ -53,7 +44,7 @@ def checksums(pooled: np.ndarray) -> list[int]:
 
 
 def open_pooled(moments: Path) -> np.ndarray:
-    """The pooled states beside a file of moments, (layers saved, n, d) float32, as a memory map; last layer last.
+    """The pooled states beside a file of moments as a memory map.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -71,20 +62,16 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
     Raises:
         UserError: they are not those that were written with the moments.
     """
-    pooled = open_pooled(moments)[layer].copy()
-    with open_tensors(moments) as (_, metadata):
-        written = metadata["pooled_crc32"]
+    pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or of other moments. {remedy(moments)}")
     return torch.from_numpy(pooled)
 
 
-def has_pooled(moments: Path, metadata: dict, num_layers: int) -> bool:
-    """Whether the pooled states of the last `num_layers` layers lie beside the moments that they belong to."""
-    written = metadata["pooled_crc32"]
+def has_pooled(moments: Path, written: list[int], num_layers: int) -> bool:
+    """Whether the last `num_layers` layers lie beside the moments, whose check sums are `written`, and are theirs."""
     if not num_layers:
         return True
     if len(written) < num_layers or not pooled_path(moments).is_file():
         return False
-    pooled = open_pooled(moments)
-    return len(pooled) == len(written) and checksums(pooled[-1:]) == written[-1:]
+    return checksums(open_pooled(moments)[-1:]) == written[-1:]

@@ -137,8 +137,8 @@ def fit_ridge(
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
     spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
     null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
-    sums = (test.num * mean.item() for mean in (error, baseline, null_error))
-    return RidgeFit(*sums, shrinkage=eigenvalues / ridge)
+    sums = [test.num * mean.item() for mean in (error, baseline, null_error)]
+    return RidgeFit(sums[0], sums[1], sums[2], shrinkage=eigenvalues / ridge)
 
 
 def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
