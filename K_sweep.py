@@ -342,9 +342,9 @@ def main(config: Config) -> dict[str, Any]:
     with one_run_at_a_time(target):
         result = sweep(config, path, held_out_path(path, found))
         print_table(result)
+        save_json(target, result)  # before the picture: no score is lost if it cannot be drawn
         if config.output.picture:
             save_figure(plot_sweep(result), target)
-        save_json(target, result)  # last: where the JSON is, the picture is
     print(target)
     return result
 

@@ -241,11 +241,11 @@ def main(config: Config) -> None:
         if result is None:
             result = identity | stored_as(config.model) | probe_layers(config, data)
         print_table(result, config.output.score_split)
+        save_json(path, result)  # before the picture: no score is lost if it cannot be drawn
         if config.output.picture:
             figure = plot_probes(result, load_ntps(config, identity, data["train"]), config.output.score_split)
             ending = ".train.json" if config.output.score_split == "train" else ".json"
             save_figure(figure, result_path("linear_sklearn", config.run, config.model, config.data, ending))
-        save_json(path, result)  # last: a JSON file has its picture
     print(path)
 
 

@@ -104,6 +104,20 @@ def test_a_result_is_made_with_its_provenance_and_nothing_half_written(copied):
     assert not left and not list(settings["results_dir"].rglob("*state*"))
 
 
+@pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: case.module.__name__)
+def test_a_picture_that_cannot_be_drawn_loses_no_score(case, moments, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    shutil.copytree(moments["results_dir"], tmp_path / "results")
+    settings = {**moments, **case.settings, "results_dir": tmp_path / "results"}
+    monkeypatch.setattr(case.module, "save_figure", fail)
+    with pytest.raises(OSError, match="No space"):
+        run(case, settings, **({"picture": True} if "picture" in case.settings else {}))
+    [path] = (tmp_path / "results").glob(case.result)
+    assert read_identity(path)["config"]["seed"] == 0
+
+
 def test_the_same_settings_reuse_it_also_from_a_copy_of_model_and_data(copied, monkeypatch, tmp_path):
     case, settings, path = copied
     before = numbers(path)
