@@ -8,9 +8,8 @@
         --num_dense_rounds 0
 
 Without --model_name: models of the paper's sizes with random weights, on random texts. With it: that model on a
-stratified sample of the dataset's training texts, and the share of padding for several sample sizes. Pass and forward
-pass take turns in every round; ratios are of the fastest rounds. `other_batches` are other values of
---tokens_per_batch.
+stratified sample of the dataset's training texts. Pass and forward pass take turns in every round; ratios are of the
+fastest rounds. `padding` is padded tokens over tokens.
 Writes results/benchmarks/bench_cache.json, or bench_cache.<model>.json.
 """
 
@@ -51,7 +50,6 @@ class Config:
     num_dense_rounds: int = 1  # rounds of the dense formula, which takes long; 0: none
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
     other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
-    padding_sizes: tuple[int, ...] = (200, 500, 2000, 8000)  # texts; of a named model the share of padding
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
     device: str = "cpu"  # cpu or cuda
     results_dir: Path = Path("results")  # the result goes there
@@ -60,10 +58,10 @@ class Config:
 Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, folds (n,)
 
 
-def read_texts(config: Config, num_texts: int) -> Texts:
+def read_texts(config: Config) -> Texts:
     """Tokens, labels and folds of a sample of the dataset, as cache.py has them."""
     model, run = Model(str(config.model_name)), Run()
-    data = load_texts(Data(config.dataset_name, max_samples=num_texts), run, "train")
+    data = load_texts(Data(config.dataset_name, max_samples=config.num_texts), run, "train")
     model_config = load_config(model, run)
     tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config, None)
     return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
@@ -71,11 +69,7 @@ def read_texts(config: Config, num_texts: int) -> Texts:
 
 def subjects(config: Config, device: torch.device) -> Iterator[tuple[str, PreTrainedModel, Texts]]:
     """Name, model and texts of every model in every dtype."""
-    texts = (
-        read_texts(config, config.num_texts)
-        if config.model_name
-        else random_texts(config.num_texts, config.mean_length)
-    )
+    texts = read_texts(config) if config.model_name else random_texts(config.num_texts, config.mean_length)
     for name in (config.model_name,) if config.model_name else config.random_models:
         for dtype in config.dtypes:
             if config.model_name:
@@ -83,18 +77,6 @@ def subjects(config: Config, device: torch.device) -> Iterator[tuple[str, PreTra
             else:
                 model = random_model(str(name), dtype, device)
             yield f"{name}, {dtype}", model, texts
-
-
-def padding_rows(config: Config, tokens_per_batch: int) -> list[dict]:
-    """Padded tokens over tokens for several sample sizes."""
-    rows = []
-    for num_texts in config.padding_sizes:
-        lengths = read_texts(config, num_texts)[0].lengths
-        batches = token_batches(lengths, tokens_per_batch)
-        padded = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
-        rows.append({"num_texts": len(lengths), "num_batches": len(batches), "padding": padded / lengths.sum()})
-        print("{num_texts:6d} texts in {num_batches} batches: padded / tokens {padding:.3f}".format(**rows[-1]))
-    return rows
 
 
 @torch.inference_mode()
@@ -132,7 +114,8 @@ def run_pass(model: PreTrainedModel, texts: Texts, product_dtype: Precision, tok
 
 def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config, tokens_per_batch: int) -> dict:
     """Seconds of each way in each round, the ratios of the fastest, and the peak memory of a GPU."""
-    device, num_tokens = model.device, int(texts[0].lengths.sum())
+    device, lengths, num_tokens = model.device, texts[0].lengths, int(texts[0].lengths.sum())
+    padded = sum(int(lengths[batch].max()) * len(batch) for batch in token_batches(lengths, tokens_per_batch))
     forward = partial(plain_forward, model, texts[0], tokens_per_batch)
     ways: dict[str, Callable[[], object]] = {"forward": forward}
     for product_dtype in config.product_dtypes:
@@ -152,8 +135,9 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config, tok
         print(
             f"{name:<26} {way:<16} {value:9.2f} s, {ratios[way]:5.2f} of forward, {num_tokens / value:10,.0f} tokens/s"
         )
-    row = {"subject": name, "num_tokens": num_tokens, "seconds": times, "over_forward": ratios}
-    return row | {"peak_bytes": peak}
+    print(f"{name:<26} padded tokens / tokens {padded / num_tokens:.3f}")
+    row = {"subject": name, "num_tokens": num_tokens, "padding": padded / num_tokens, "seconds": times}
+    return row | {"over_forward": ratios, "peak_bytes": peak}
 
 
 def main(config: Config) -> None:
@@ -161,10 +145,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     tokens_per_batch = config.tokens_per_batch or Run().batch_tokens(device)
     rows = [measure(*subject, config, tokens_per_batch) for subject in subjects(config, device)]
-    padding = padding_rows(config, tokens_per_batch) if config.model_name else []
     ending = f".{path_name(config.model_name)}" if config.model_name else ""
-    result = {"tokens_per_batch": tokens_per_batch, "rows": rows, "padding": padding}
-    write_result(config, f"bench_cache{ending}", result)
+    write_result(config, f"bench_cache{ending}", {"tokens_per_batch": tokens_per_batch, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
     python -m benchmarks.bench_training
     python -m benchmarks.bench_training --model_name smollm2 --dataset_name rotten_tomatoes --plain_padding batch \
-        --num_steps 5 --num_evaluated 60
+        --num_steps 5
     python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --plain_padding batch
     python -m benchmarks.bench_training --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
 
-The plain loop (PEFT's model for LoRA) takes rows in random order, gives an attention mask, evaluates one text at a time
-and pads every batch, to the longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of
-like length. Both run the decoder alone and take the same number of texts a step, in turns; ratios are of the fastest
-rounds. Memory: on a GPU the peak of allocated memory, on a CPU the activations that the largest step keeps for its
-backward pass.
+The plain loop (PEFT's model for LoRA) takes rows in random order, gives an attention mask and pads every batch, to the
+longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of like length. Both run the
+decoder alone and take the same number of texts a step, in turns; ratios are of the fastest rounds. Memory: on a GPU the
+peak of allocated memory, on a CPU the activations that the largest step keeps for its backward pass.
 Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
@@ -26,7 +25,7 @@ import torch
 import from_scratch
 import lora_finetuning
 from benchmarks.harness import alternate, write_result
-from utils.data.load import load_splits, load_texts
+from utils.data.load import load_splits
 from utils.models.load import load_config, load_tokenizer
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.script import pick_device, run_script, set_seed
@@ -48,7 +47,6 @@ class Config:
     max_length: int = 128  # tokens per text
     dtype: Dtype = "float32"  # of the model; bfloat16 is slow on a CPU without instructions for it
     num_steps: int = 20  # steps of a round
-    num_evaluated: int = 300  # test texts of an evaluation
     num_rounds: int = 3  # rounds; the fastest counts
     device: str = "auto"  # auto, cpu, cuda
     results_dir: Path = Path("results")  # where the result goes
@@ -64,7 +62,6 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
         }
         settings = with_values(script.Config(), **asked, **options, results_dir=Path(folder), dtype=config.dtype)
         data = load_splits(settings.data, settings.run)
-        data["test"] = load_texts(replace(settings.data, max_samples=config.num_evaluated), settings.run, "test")
         model_config = load_config(settings.model, settings.run)
         tokenizer = load_tokenizer(settings.model, settings.run, model_config)
         tokens = {
@@ -78,7 +75,7 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:
-    """The plain loop: padding to the longest text, a mask, random order, an evaluation text by text."""
+    """The plain loop: padding to the longest text, a mask, random order."""
     longest = int(max(part.lengths.max() for part in tokens.values()))
     device = run.targets.device
     decoder = run.model.decoder.forward
@@ -93,17 +90,9 @@ def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str
     def masked(**arguments: Any) -> Any:
         return decoder(**arguments, attention_mask=run.model.mask)
 
-    @torch.no_grad()
-    def evaluate(model: torch.nn.Module) -> dict[str, Any]:
-        run.model.decoder.forward = decoder
-        each = [tokens["test"].pad(np.array([row])) for row in range(len(tokens["test"].lengths))]
-        outputs = [model(input_ids.to(device), lengths.to(device)) for input_ids, lengths in each]
-        run.model.decoder.forward = masked
-        return {"outputs": torch.cat(outputs)}
-
     run.model.decoder.forward = masked
     order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.order.seed)
-    return replace(run, inputs=inputs, evaluate=evaluate, order=order)
+    return replace(run, inputs=inputs, order=order)
 
 
 def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:
@@ -111,12 +100,6 @@ def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:
     run.model.train()
     for _ in range(num_steps):
         train_step(run, progress, run.model)
-
-
-def evaluation(run: TrainingRun) -> None:
-    """One evaluation."""
-    run.model.eval()
-    run.evaluate(run.model)
 
 
 def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
@@ -144,20 +127,15 @@ def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
 
 def main(config: Config) -> None:
     """Measures both loops in one run, prints the table and writes it."""
-    device, ways, runs = pick_device(config.device), dict[Any, Any](), {}
-    for name in ("ours", "plain"):
-        run, tokens = make_run(config)
-        runs[name] = run if name == "ours" else make_plain(run, tokens, config.plain_padding)
+    device = pick_device(config.device)
+    runs = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config), config.plain_padding)}
     progress = {name: Progress() for name in runs}
-    for name, run in runs.items():
-        ways[name, "steps"] = partial(steps, run, progress[name], config.num_steps)
-        ways[name, "evaluation"] = partial(evaluation, run)
+    ways = {name: partial(steps, run, progress[name], config.num_steps) for name, run in runs.items()}
     alternate(ways, 1, device)  # warm-up
     fastest = {way: min(rounds) for way, rounds in alternate(ways, config.num_rounds, device).items()}
     table = {
         name: {
-            "steps_per_second": config.num_steps / fastest[name, "steps"],
-            "texts_evaluated_per_second": config.num_evaluated / fastest[name, "evaluation"],
+            "steps_per_second": config.num_steps / fastest[name],
             "peak_bytes": float(peak_memory(run, progress[name], config.num_steps)),
         }
         for name, run in runs.items()
