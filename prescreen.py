@@ -142,11 +142,9 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
     wanted = with_values(cache.Config(model=model, **shared), folds="all")
     existing = with_values(wanted, overwrite=False)
     if cache.config_path(existing).is_file():
-        try:
+        with contextlib.suppress(UserError):  # moments of other settings or rows stay untouched
             cache.ensure(existing, train)
             return existing
-        except UserError:  # moments of other settings or rows stay untouched
-            pass
     own = with_values(wanted, results_dir=config.run.results_dir / "prescreen")
     cache.ensure(own, train)
     return own
@@ -185,7 +183,6 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
         "model": name,
         "hidden_size": len(moments.pooled_mean),
         "num_layers": len(layers),
-        "num_tokens": metadata["num_tokens"],
         **judged,
         "z": layers[judged["best_layer"]]["ridge_r2"]["z"],
         "last_layer": layers[-1] | ntps_scores(moments, config, len(layers) - 1),
@@ -235,12 +232,11 @@ def score_ranks(models: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(ranks, index=[model["model"] for model in models])
 
 
-def page_lines(result: dict[str, Any]) -> list[str]:
+def page_lines(result: dict[str, Any], ranks: pd.DataFrame) -> list[str]:
     """The lines under the table: recommendation, agreement of the scores, baselines, failures."""
     models, measure = result["models"], "accuracy" if result["num_classes"] else "r2"
     lines = [recommendation(result)]
     if len(models) > 1:
-        ranks = score_ranks(models)
         agreement = f"{int((ranks.iloc[0] == 1).sum())} of {ranks.shape[1]} scores agree on the first"
         widths = {model["hidden_size"] for model in models}
         lines.append(agreement + (" (widths differ: only R2 compares across them)." if len(widths) > 1 else "."))
@@ -250,24 +246,22 @@ def page_lines(result: dict[str, Any]) -> list[str]:
     return lines + [f"failed: {name}: {why}" for name, why in result["failed"].items()]
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any], lines: list[str]) -> None:
     """Prints a row per model, best first, at most 100 columns wide, and the lines of the page."""
     config, num = result["config"], result["num_samples"]
     print(f"\n{config['dataset_name']}: {num['train']:,} texts, {config['num_folds']} folds, 90 % intervals")
     print(f"{'':<4}{'model':<26}{'best layer':<12}{'R2':<17}{'minus bag of words':<20}verdict")
     for model in result["models"]:
-        name = model["model"] if len(model["model"]) <= 25 else f"...{model['model'][-22:]}"
         layer = f"{model['best_layer']} of {model['num_layers'] - 1}"
         r2 = f"{model['r2']:.3f} +- {model['r2_interval']:.3f}"
         lead = f"{model['lead_over_words']:+.3f} +- {model['lead_interval']:.3f}"
-        print(f"{model['rank']:<4}{name:<26}{layer:<12}{r2:<17}{lead:<20}{model['verdict']}")
-    print("\n".join(["", *page_lines(result)]))
+        print(f"{model['rank']:<4}{model['model'][-25:]:<26}{layer:<12}{r2:<17}{lead:<20}{model['verdict']}")
+    print("\n".join(["", *lines]))
 
 
-def save_table(path: Path, result: dict[str, Any]) -> None:
+def save_table(path: Path, result: dict[str, Any], ranks: pd.DataFrame) -> None:
     """Writes every score of every layer, with its null and, at the last layer, its rank among the models, as CSV."""
-    ranks, rows = score_ranks(result["models"]), []
-    columns = ["value", "null_mean", "null_std", "z", "random_mean", "random_z"]
+    rows, columns = [], ["value", "null_mean", "null_std", "z", "random_mean", "random_z"]
     for model in result["models"]:
         for layer, scores in enumerate([*model["layers"][:-1], model["last_layer"]]):
             ranked = ranks.loc[model["model"]].to_dict() if layer == model["num_layers"] - 1 else {}
@@ -316,15 +310,16 @@ def main(config: Config) -> None:
         "models": rank_models(screened, np.array(without_model["fold_r2"])),
         "failed": failed,
     }
-    print_table(result)
+    ranks = score_ranks(result["models"])
+    lines = page_lines(result, ranks)
+    print_table(result, lines)
     if config.models == Config().models and (more := [n for n in installed_models() if n not in config.models]):
         longer = command_line("prescreen.py", with_values(config, models=(*config.models, *more)))
         print(f"Also installed: {', '.join(more)}. To include them: {longer}")
     path = config.run.results_dir / "prescreen" / f"{config.data.path_name}.json"
-    save_table(path.with_suffix(".csv"), result)
+    save_table(path.with_suffix(".csv"), result, ranks)
     save_json(path, result)
-    ranks = score_ranks(result["models"]).rename(columns=features.LABELS | LABELS)
-    save_figure(plot_prescreen(result, ranks, page_lines(result)), path)
+    save_figure(plot_prescreen(result, ranks.rename(columns=features.LABELS | LABELS), lines), path)
     print(path)
     if failed:
         raise UserError(f"{len(failed)} of {len(failed) + len(screened)} models failed: {reasons}")
