@@ -7,7 +7,7 @@
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors of cache.py, and the model.
 Writes results/alignment/<model>/<dataset>.layer<k>.csv (a row per subspace and word), the same as .json with settings,
-eigenvalues, boundaries and separability, and a picture (.png, .pdf). Options other than the default are in the name:
+eigenvalues and separability, and a picture (.png, .pdf). Options other than the default are in the name:
 <dataset>.layer0.test.csv, <dataset>.layer0.centered.csv.
 
 Symbols: M, B, C0, C1 the moments of cache.py at the layer, d the hidden size, k --num_components. x is the state of a
@@ -41,7 +41,7 @@ from torch import Tensor
 
 import cache
 from K_sweep import solve_generalized_eigenproblem
-from utils.algebra.moments import LayerMoments, load_layer
+from utils.algebra.moments import LayerMoments, load_layer, numbers_of_layers
 from utils.models.check import self_check
 from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.models.states import pool, visit_hidden_states
@@ -49,7 +49,7 @@ from utils.models.tokens import tokenize
 from utils.pictures import plot_alignment, save_figure
 from utils.results import find_result, open_tensors, result_path, save_json, write_atomically
 from utils.script import UserError, environment, pick_device, run_script
-from utils.separability import describe_subspace
+from utils.separability import separability_of_groups
 from utils.settings import Data, Model, Run, result_settings
 
 PAPER_WORDS = (
@@ -67,7 +67,7 @@ TIE = 1e-6  # eigenvalues whose difference is below this share of them count as 
 class Config:
     """Edit the defaults here, or override any of them from the shell.
 
-    What model and data leave at their default is as the moments of cache.py have it.
+    Settings of model and data that you omit are read from the moments file.
     """
 
     layer: int = 0  # 0: word embeddings, as in the paper; negative: from the end, -1 after the final norm
@@ -92,18 +92,16 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
     """Words by category, in the order given, from `category=a,b,c` each.
 
     Raises:
-        UserError: not of this form, fewer than two categories, fewer than two words in one of the first two, an empty
-            word, or a category or word that comes twice.
+        UserError: not of this form, fewer than two categories, fewer than two words in one of the first two, or a
+            category or word that comes twice.
     """
     categories: dict[str, list[str]] = {}
     usage = "Give categories of words such as --words joy=lovely,amazing sad=horrible,lonely be=is,are"
     for group in groups:
         category, found, listed = group.partition("=")
         category, words = category.strip(), [word.strip() for word in listed.split(",")]
-        if not found or not category:
+        if not found or not category or "" in words:
             raise UserError(f"--words has {group!r}, which is not category=word,word. {usage}")
-        if "" in words:
-            raise UserError(f"--words has an empty word in {group!r}. {usage}")
         if category in categories:
             raise UserError(f"--words has the category {category!r} twice. Put its words into one list.")
         categories[category] = words
@@ -204,17 +202,13 @@ def complete_settings(config: Config, num_layers: int) -> Config:
     """The config with the layer counted from 0 and the words in full.
 
     Raises:
-        UserError: a layer that is not there, or words that are not as `parse_words` asks.
+        UserError: the model has no such layer, or words that are not as `parse_words` asks.
     """
-    if not -num_layers <= config.layer < num_layers:
-        raise UserError(
-            f"There is no layer {config.layer}: {config.model.model_name} has layers 0 (embeddings) to "
-            f"{num_layers - 1}; -{num_layers} to -1 count from the end."
-        )
+    [layer] = numbers_of_layers((config.layer,), num_layers)
     default = DOCSTRING_WORDS if config.data.dataset_name.startswith("docstrings/") else PAPER_WORDS
     categories = parse_words(config.words or default)
     words = tuple(f"{category}={','.join(listed)}" for category, listed in categories.items())
-    return dataclasses.replace(config, layer=config.layer % num_layers, words=words)
+    return dataclasses.replace(config, layer=layer, words=words)
 
 
 def output_path(config: Config) -> Path:
@@ -234,11 +228,11 @@ def align(config: Config, moments: LayerMoments) -> dict:
     subspaces, rows = {}, []
     for subspace, (vectors, eigenvalues) in solved.items():
         coordinates = (states @ orient(vectors, states, labels)).cpu().numpy()
-        described = describe_subspace(coordinates, labels, config.num_shuffles, config.data.seed)
-        subspaces[subspace] = {"eigenvalues": eigenvalues.tolist(), **described}
-        for label, word, at in zip(labels, words, coordinates.tolist(), strict=True):
-            place = {f"component_{i}": value for i, value in enumerate(at, 1)}
-            rows.append({"subspace": subspace, "category": list(categories)[label], "word": word, **place})
+        scores = separability_of_groups(coordinates, labels, config.num_shuffles, config.data.seed)
+        subspaces[subspace] = {"eigenvalues": eigenvalues.tolist(), "separability": scores}
+        for label, word, state in zip(labels, words, coordinates.tolist(), strict=True):
+            components = {f"component_{i}": value for i, value in enumerate(state, 1)}
+            rows.append({"subspace": subspace, "category": list(categories)[label], "word": word, **components})
     return {
         "categories": categories,
         "num_tokens": dict(zip(words, num_tokens, strict=True)),
@@ -248,7 +242,7 @@ def align(config: Config, moments: LayerMoments) -> dict:
 
 
 def print_table(result: dict) -> None:
-    """The separability of both subspaces, with what shuffled labels give, and how little the words can say."""
+    """Prints the separability of both subspaces, and the one under shuffled labels."""
     config, categories = result["config"], result["categories"]
     titles = {"first_two": " / ".join(list(categories)[:2]), "all": f"all {len(categories)} categories"}
     rows = {
@@ -262,8 +256,6 @@ def print_table(result: dict) -> None:
     where = f"layer {config['layer']}, {config['num_components']} components"
     print(f"\nseparability of {len(result['num_tokens'])} words, {where} (in brackets: mean of shuffled labels, p)")
     print(pd.DataFrame.from_dict(rows, orient="index").to_string())
-    num_compared = sum(map(len, list(categories.values())[:2]))
-    print(f"few words: one of the {num_compared} compared more or less is {1 / num_compared:.3f} of accuracy.\n")
 
 
 def save_tables(result: dict, path: Path) -> None:
@@ -272,12 +264,11 @@ def save_tables(result: dict, path: Path) -> None:
     with write_atomically(path.with_suffix(".csv")) as temporary:
         words.to_csv(temporary, index=False)
     print(path.with_suffix(".csv"))
-    boundaries, notes = {}, {}
+    notes = {}
     for name, subspace in result["subspaces"].items():
         accuracy = subspace["separability"]["first_two"]["leave_one_out"]
-        boundaries[name] = subspace["boundary"]
         notes[name] = f"leave-one-out {accuracy['value']:.2f}, shuffled {accuracy['shuffled']:.2f}"
-    save_figure(plot_alignment(words, boundaries, notes), path)
+    save_figure(plot_alignment(words, notes), path)
 
 
 def main(config: Config) -> None:

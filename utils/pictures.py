@@ -161,13 +161,12 @@ def draw_words(axes: Axes, words: pd.DataFrame, boundary: dict) -> list[tuple[Li
     return entries
 
 
-def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: dict | None = None) -> Figure:
+def plot_alignment(words: pd.DataFrame, notes: dict[str, str] | None = None) -> Figure:
     """The paper's Figure 1: words in the first two components of U, left, and of V, right.
 
     Args:
         words: a row per subspace ("U", "V") and word, with columns subspace, category, word, component_1, component_2,
             as alignment_vis.py writes them.
-        boundaries: of each subspace, as `separating_line` gives them; None: of the first two categories, made here.
         notes: a line under the title of each subspace.
     """
     first, second = list(dict.fromkeys(words.category))[:2]
@@ -176,9 +175,8 @@ def plot_alignment(words: pd.DataFrame, boundaries: dict | None = None, notes: d
         for panel, (subspace, title) in zip(axes, SUBSPACES.items(), strict=True):
             in_subspace = words[words.subspace == subspace]
             compared = in_subspace[in_subspace.category.isin([first, second])]
-            boundary = (boundaries or {}).get(subspace) or separating_line(
-                compared[["component_1", "component_2"]].to_numpy(), (compared.category == first).to_numpy()
-            )
+            coordinates = compared[["component_1", "component_2"]].to_numpy()
+            boundary = separating_line(coordinates, (compared.category == first).to_numpy())
             entries = draw_words(panel, in_subspace, boundary)
             panel.set_title(f"{title}\n{notes[subspace]}" if notes else title)
         entries.append((Line2D([], [], color="black", lw=1, ls="--"), f"{first} / {second}"))

@@ -1,7 +1,5 @@
 """Distances between labelled points in a few coordinates, and between points with shuffled labels."""
 
-from typing import Any
-
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
@@ -67,14 +65,10 @@ def separability(
     return result
 
 
-def describe_subspace(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict[str, Any]:
-    """The line between the first two categories in the first two components, and the separability over all of them."""
+def separability_of_groups(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict:
+    """`separability` of the `first_two` categories, and of `all` if there are more."""
     first_two = labels < 2
     groups = {"first_two": first_two}
     if not first_two.all():
         groups["all"] = np.ones_like(first_two)
-    scores = {name: separability(coordinates[rows], labels[rows], num_shuffles, seed) for name, rows in groups.items()}
-    return {
-        "boundary": separating_line(coordinates[first_two, :2], labels[first_two] == 0),
-        "separability": scores,
-    }
+    return {name: separability(coordinates[rows], labels[rows], num_shuffles, seed) for name, rows in groups.items()}

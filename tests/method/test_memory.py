@@ -111,7 +111,7 @@ def test_who_needs_another_layer_says_how_to_have_it(model_dirs, rows_path, tmp_
         K_sweep.main(K_sweep.Config(**groups))
     with pytest.raises(UserError, match=r"hold layer 0 1, not 2"):
         alignment_vis.main(alignment_vis.Config(**groups, layer=2, words=("a=red,small", "b=green,large")))
-    with pytest.raises(UserError, match=r"--layers 4: the model has layers 0 to 3"):
+    with pytest.raises(UserError, match=r"no layer 4: the model has layers 0 to 3"):
         cache.main(with_values(config, layers=(4,)))
 
 

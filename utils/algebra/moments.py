@@ -333,5 +333,6 @@ def numbers_of_layers(layers: tuple[int, ...] | None, num_layers: int) -> list[i
     if layers is None:
         return list(range(num_layers))
     if wrong := [layer for layer in layers if not -num_layers <= layer < num_layers]:
-        raise UserError(f"--layers {wrong[0]}: the model has layers 0 to {num_layers - 1}, or -{num_layers} to -1.")
+        last = num_layers - 1
+        raise UserError(f"There is no layer {wrong[0]}: the model has layers 0 to {last}, or -{num_layers} to -1.")
     return sorted({layer % num_layers for layer in layers})
