@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from scipy.stats import rankdata, spearmanr
 
 from fig_plot.tables import LABELS
@@ -48,7 +49,8 @@ def draw_rank_scatter(
     for i, position in enumerate(np.flatnonzero(complete)):
         number = position + 1  # that of the name, also where a model misses a dataset
         # markers fill a square, so two digits side by side need a larger one
-        numeral = {"marker": f"${number}$", "s": 28 if number < 10 else 60, "lw": 0.2}
+        with plt.rc_context({"text.parse_math": True}):
+            numeral = {"marker": MarkerStyle(f"${number}$"), "s": 28 if number < 10 else 60, "lw": 0.2}
         style = numeral if names and not beside else {"marker": "o", "s": 8}
         dot = axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, **style)
         if names:
