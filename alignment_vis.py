@@ -47,7 +47,7 @@ from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.models.states import pool, visit_hidden_states
 from utils.models.tokens import tokenize
 from utils.pictures import plot_alignment, save_figure
-from utils.results import find_result, open_tensors, result_path, save_json, write_atomically
+from utils.results import find_result, one_run_at_a_time, open_tensors, result_path, save_json, write_atomically
 from utils.script import UserError, environment, pick_device, run_script
 from utils.separability import separability_of_groups
 from utils.settings import Data, Model, Run, result_settings
@@ -282,14 +282,15 @@ def main(config: Config) -> None:
         # not the environment: the same rows and settings give the same moments on any machine
         provenance = {name: value for name, value in metadata.items() if name != "environment"}
         identity = {"config": result_settings(config), "moments": provenance}
-        result = find_result(path, identity, config.run)
-        if result is None:
-            moments = load_layer(file, metadata, config.layer, pick_device(config.run.device))
-            aligned = align(config, moments)
-            result = {**identity, "environment": environment(), "num_samples": metadata["num_samples"], **aligned}
-    print_table(result)
-    save_json(path, result)
-    save_tables(result, path)  # the picture last: nothing is lost if it cannot be drawn
+        with one_run_at_a_time(path):
+            result = find_result(path, identity, config.run)
+            if result is None:
+                moments = load_layer(file, metadata, config.layer, pick_device(config.run.device))
+                aligned = align(config, moments)
+                result = {**identity, "environment": environment(), "num_samples": metadata["num_samples"], **aligned}
+            print_table(result)
+            save_json(path, result)
+            save_tables(result, path)  # the picture last: nothing is lost if it cannot be drawn
     print(path)
 
 

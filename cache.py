@@ -54,7 +54,7 @@ from utils.models.states import input_device, layer_devices, pool, visit_hidden_
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.parallel import processes
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Model, Placement, Run, Unrecorded, check_at_least_one, result_settings, with_values
+from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
 PAIRS_PER_BLOCK = 8192  # so many products are added up in their own precision before they move to float64
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
@@ -92,7 +92,7 @@ class Config:
     run: Run = Run()
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num_folds")
+        check(self, "at least 1", "num_folds")
 
 
 # ------------------------------------------------------------------ the moments

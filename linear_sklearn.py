@@ -46,7 +46,7 @@ from utils.results import (
     settings_from_moments,
 )
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Model, Run, Unrecorded, check_positive, command_line, flatten, result_settings
+from utils.settings import Data, Model, Run, Unrecorded, check, command_line, flatten, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.training.probes import as_array, fit_logistic
@@ -63,7 +63,7 @@ class Output(Unrecorded):
     picture: bool = True  # draw it too
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_workers")
+        check(self, "positive", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Config:
     run: Run = Run()  # on a GPU through scikit-learn's array API
 
     def __post_init__(self) -> None:
-        check_positive(self, "inverse_penalty", "max_iter", "tolerance")
+        check(self, "positive", "inverse_penalty", "max_iter", "tolerance")
 
 
 # ------------------------------------------------------------------ one layer

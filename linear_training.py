@@ -38,7 +38,7 @@ from utils.models.load import load_config, stored_as
 from utils.parallel import processes
 from utils.results import one_run_at_a_time, result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
-from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
+from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import (
     METRICS,
     TrainingRun,
@@ -72,9 +72,9 @@ class Config:
     run: Run = Run()
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "batch_size", "num_epochs", "patience")
-        check_positive(self, "learning_rate")
-        check_shares(self, "dropout", "warmup", "validation_share")
+        check(self, "at least 1", "batch_size", "num_epochs", "patience")
+        check(self, "positive", "learning_rate")
+        check(self, "in [0, 1)", "dropout", "warmup", "validation_share")
         if not self.weight_decay >= 0:
             raise ValueError(f"--weight_decay must be at least 0, not {self.weight_decay}")
         if self.patience is not None and not self.validation_share:

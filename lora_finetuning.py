@@ -37,7 +37,7 @@ from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
 from utils.results import check_identity, read_identity, replace_folder, result_path, save_json, settings_from_moments
 from utils.script import UserError, run_script
-from utils.settings import Run, Unrecorded, check_at_least_one, check_shares, result_settings, with_values
+from utils.settings import Run, Unrecorded, check, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 from utils.training.loop import find_finished, make_identity
@@ -67,8 +67,8 @@ class Config(FinetuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "rank")
-        check_shares(self, "lora_dropout")
+        check(self, "at least 1", "rank")
+        check(self, "in [0, 1)", "lora_dropout")
 
 
 # ------------------------------------------------------------------ the method

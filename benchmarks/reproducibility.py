@@ -42,7 +42,7 @@ from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
 from utils.results import open_tensors, write_atomically
 from utils.script import run_script
-from utils.settings import check_seed, with_values
+from utils.settings import check, with_values
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -70,7 +70,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.tasks or min(self.max_samples, self.num_draws) < 1:
             raise ValueError("--tasks, --max_samples and --num_draws must not be empty or 0")
-        check_seed(self)
+        check(self, "from 0 to 4294967295", "seed")
 
 
 # ------------------------------------------------------------------ ntps in a basis that is not averaged over

@@ -35,7 +35,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
 from utils.results import find_result, replace_folder, save_json
 from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
-from utils.settings import Run, Unrecorded, check_positive, check_seed, command_line, result_settings
+from utils.settings import Run, Unrecorded, check, command_line, result_settings
 from utils.training.state import load_state, save_state
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,8 +97,8 @@ class Config:
     output: Output = Output()
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate")
-        check_seed(self)
+        check(self, "positive", "learning_rate")
+        check(self, "from 0 to 4294967295", "seed")
 
 
 # ------------------------------------------------------------------ data

@@ -22,7 +22,7 @@ from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
 from utils.results import check_writable, replace_folder
 from utils.script import run_script, set_seed
-from utils.settings import Model, Run, check_seed, path_name
+from utils.settings import Model, Run, check, path_name
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     overwrite: bool = False  # make it again where it is there
 
     def __post_init__(self) -> None:
-        check_seed(self)
+        check(self, "from 0 to 4294967295", "seed")
 
 
 def make_twin(model_name: str, seed: int) -> tuple[Any, Any]:

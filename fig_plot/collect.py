@@ -30,7 +30,7 @@ import pandas as pd
 
 from fig_plot.tables import REQUIRED, TEXTS, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
-from utils.results import ForeignError, load_json, save_json
+from utils.results import load_json, save_json
 from utils.script import ROOT, UserError, run_script
 
 ROW_KEYS = (  # tell the rows of a table apart, and sort them
@@ -214,9 +214,9 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[tuple[Path, Row]]], list
             for added in rows.values():
                 check_cells(added)
         except UserError as error:
-            skipped.append(f"{'foreign' if isinstance(error, ForeignError) else 'damaged'}: {error}")
+            skipped.append(f"skipped: {error}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            skipped.append(f"foreign: {path} is not a result of {kind} ({type(error).__name__}: {error})")
+            skipped.append(f"skipped: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
             environments.append(environment)
             for table, added in rows.items():

@@ -53,7 +53,7 @@ def start(
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
         if output is not None:
             sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives
-        with contextlib.nullcontext() if whole else one_voice(True, "script"):
+        with contextlib.nullcontext() if whole else one_voice():
             run(rank)
 
     started = [FORK.Process(target=be, args=(rank,)) for rank in range(size)]

@@ -1,17 +1,16 @@
 """The processes of one run, as torchrun or accelerate launch starts them; without either there is one.
 
-They meet only a few times in a pass. Before they exchange anything each says that it is there, and looks whether
-another has failed: a mistake in one process ends all of them, with one sentence, instead of leaving them to wait.
+torch.distributed connects them. A process that fails closes its connections, which ends the others at their next
+exchange: a mistake in one process ends all of them, with one sentence.
 """
 
 import contextlib
 import functools
-import io
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,151 +19,111 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-SECONDS_BETWEEN_LOOKS = 0.02
-FAILED = "failed"
-
-
-def rank() -> int:
-    """The number of this process; 0 where it is alone. Known before the processes have met."""
-    return int(os.environ.get("RANK", 0)) if num_started() > 1 else 0
-
 
 def num_started() -> int:
-    """How many processes were started together."""
+    """Number of processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    """Number of this process, 0 for a single one; known before the processes are connected."""
+    return int(os.environ.get("RANK", 0)) if num_started() > 1 else 0
+
+
 def local_rank() -> int:
-    """The number of this process on its machine, and of the GPU that is its own."""
+    """Number of this process on its machine, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if num_started() > 1 else 0
 
 
+@dataclass(frozen=True)
 class Processes:
-    """All processes of a run, seen from one of them; every method that exchanges something is called by all."""
+    """All processes of a run; each of them calls every method that exchanges something."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
-        self.rank, self.size, self.store, self.num_meetings = rank, size, store, 0
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None  # None: there is one process
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether all of them share a machine."""
+        """True if all processes share a machine."""
         return self.size == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == self.size
 
-    def wait(self) -> None:
-        """Returns when every process has come here; ends this one, without a word, where another has failed."""
-        if self.store is None:
-            return
-        self.num_meetings += 1
-        self.say_and_look(f"meeting {self.num_meetings}, ", look=True)
-
-    def leave(self) -> None:
-        """Called last; the first process, which may keep what the others look at, goes when they have gone."""
-        if self.store is not None:
-            self.wait()
-            self.say_and_look("left ", look=self.rank == 0)
-            dist.destroy_process_group()
-
-    def say_and_look(self, name: str, look: bool) -> None:
-        """Says that this process has come to a point; with `look` returns when all have."""
-        assert self.store
-        keys = [f"{name}{rank}" for rank in range(self.size)]
+    def synchronize(self) -> None:
+        """Barrier across ranks; ends this process, without a word, if another one has ended."""
         try:
-            self.store.set(keys[self.rank], "here")
-            while look and not self.store.check(keys):
-                if self.store.check([FAILED]):
-                    raise SystemExit(1)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        except RuntimeError:  # of torch: the process that keeps the store is no longer there
+            if self.store:
+                dist.barrier()
+        except RuntimeError:  # the connection is closed; the other process says why
             raise SystemExit(1) from None
 
+    def leave(self) -> None:
+        """Disconnects the processes; called last."""
+        self.synchronize()
+        if self.store:
+            dist.destroy_process_group()
+
     def sum_at_first(self, tensors: list[Tensor]) -> None:
-        """Adds up the tensors of all processes, in place, in process 0; what the others hold then is of no use."""
-        self.wait()
+        """Adds up the tensors of all processes, in place, in process 0; those of the others become meaningless."""
+        self.synchronize()
         for tensor in tensors if self.store else []:
             dist.reduce(tensor, dst=0)
 
-    def from_first(self, tensors: list[Tensor]) -> None:
-        """Fills the tensors with those of process 0."""
-        self.wait()
-        for tensor in tensors if self.store else []:
-            dist.broadcast(tensor, src=0)
-
     def object_of_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in process 0, where alone it is called."""
+        """Calls `make` in process 0 alone and returns its value in every process."""
         content = [make() if self.rank == 0 else None]
-        self.wait()
+        self.synchronize()
         if self.store:
             dist.broadcast_object_list(content, src=0)
         return content[0]
 
     def is_first_to_fail(self) -> bool:
-        """Tells the others that this process has failed; whether it is the one to say why."""
-        if self.store is None:
-            return True
-        with contextlib.suppress(RuntimeError):
-            if self.store.add(FAILED, 1) == 1:
-                return True
-        time.sleep(1)  # torchrun ends the others as soon as one ends: the sentence has to be out by then
-        return False
+        """Records that this process has failed; True if no other one has failed before."""
+        try:
+            return self.store is None or self.store.add("failed", 1) == 1
+        except RuntimeError:  # process 0 keeps the store and has ended
+            return False
 
 
 @functools.cache
 def processes() -> Processes:
-    """The processes of this run; meets the others when it is first called."""
+    """The processes of this run; the first call connects them."""
     if num_started() == 1:
         return Processes()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, rank, size = next(iter(rendezvous("env://")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))
     except (ValueError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]  # torch puts a trace of its own behind it
-        told = f"WORLD_SIZE says that there are {num_started()} processes, and they cannot meet ({why})"
-        raise SystemExit(f"error: {told}. Start them with torchrun.") from None
-    met = Processes(rank, size, dist.PrefixStore("run", store))
-    met.wait()  # the first, which may keep what the others still need to join, is not to fail and go before they have
-    return met
+        reason = str(error).partition("\n")[0]  # a trace by torch follows
+        message = f"error: WORLD_SIZE says that there are {num_started()} processes, and they cannot meet ({reason})"
+        raise SystemExit(f"{message}. Start them with torchrun.") from None
+    connected = Processes(rank, size, dist.PrefixStore("run", store))
+    connected.synchronize()  # process 0 may keep the store that the others need to connect: it must not fail before
+    return connected
 
 
 @contextlib.contextmanager
-def one_voice(share_work: bool, name: str) -> Iterator[None]:
-    """Runs its body in all processes, of which the first alone prints, and one says what went wrong.
-
-    Args:
-        share_work: whether the body is for many processes; if not, several are refused.
-        name: of the script, for the sentence.
-    """
+def one_voice() -> Iterator[None]:
+    """Runs its body in all processes; the first one alone prints, and one of them reports an error."""
     if num_started() == 1:
         yield
         return
-    if not share_work:
-        if rank() == 0:
-            sys.exit(f"error: {name} runs in one process, not in {num_started()}. Start it with: python {name}")
-        sys.exit(0)
     with contextlib.ExitStack() as stack:
         if rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            stack.enter_context(warnings.catch_warnings(action="ignore"))
-        of_run = processes()
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         try:
+            world = processes()  # before accelerate would connect them
             yield
+            world.leave()
         except SystemExit:
+            time.sleep(1 if rank() > 0 else 0)  # torchrun ends all processes as soon as one ends: first the message
             raise
         except BaseException:
-            if of_run.is_first_to_fail():
+            if world.is_first_to_fail():
                 raise
+            time.sleep(1)
             sys.exit(1)
-        of_run.leave()
-
-
-@contextlib.contextmanager
-def one_voice_in_parsing() -> Iterator[None]:
-    """Lets the first process alone say what is wrong with the command line, before the processes have met."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
-            yield
-    except SystemExit:
-        time.sleep(1 if rank() > 0 else 0)
-        raise

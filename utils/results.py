@@ -35,16 +35,13 @@ SCRIPTS = {  # folder of results -> script that writes it
     **{"lora": "lora_finetuning.py", "from_scratch": "from_scratch.py", "full_finetuning": "from_scratch.py"},
     "prescreen": "prescreen.py",
 }
-DIFFERENCES = {  # part of an identity other than its settings -> how a result that differs in it was made
-    "fingerprint": "from other rows or docstrings",  # the docstrings are those that demo/pretrain.py reads
+DIFFERENCES = {  # part of an identity -> how a result that differs in it was made; else: from other rows
     "label_names": "with other classes",
-    "train_fingerprint": "from other rows",
-    "test_fingerprint": "from other rows",
-    "fingerprints": "from other rows",
     "model_fingerprint": "with other weights of the model",
     "moments": "from other moments",
     "held_out": "from other moments of the held-out split",
 }
+MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as a file name can hold it
 
 
 def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "") -> Path:
@@ -62,67 +59,52 @@ def remedy(path: Path) -> str:
 
 
 # ------------------------------------------------------------------ atomic writing
-def machine() -> str:
-    """The name of this machine or container, as a file name can hold it."""
-    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]
-
-
 def temporary_path(path: Path) -> Path:
     """The name under which this process writes `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}@{machine()}.tmp")
+    return path.with_name(f"{path.name}.{os.getpid()}@{MACHINE}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_abandoned(path: Path) -> None:
     """Removes temporary files and folders of `path` whose process on this machine is dead, as after SIGKILL."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*@{machine()}.tmp"):
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*@{MACHINE}.tmp"):
         process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def oserror_of_safetensors(path: Path) -> Iterator[None]:
-    """Turns an error of the system that safetensors reports, such as a full disk, into an OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        raise
+            remove(left)
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it on success, deletes it on failure."""
+    """Yields a temporary path beside `path`, for a file or a folder; renames it on success, deletes it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
     temporary = temporary_path(path)
     try:
-        with oserror_of_safetensors(path):
-            yield temporary
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            remove(path)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):  # of the system, such as a full disk
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`; on success it replaces `folder`, on failure it is deleted."""
-    remove_abandoned(folder)
-    temporary = temporary_path(folder)
-    temporary.mkdir(parents=True)
-    try:
-        with oserror_of_safetensors(folder):
-            yield temporary
-        if folder.is_symlink():  # the target of a link belongs to somebody else
-            folder.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with write_atomically(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 @contextlib.contextmanager
@@ -152,57 +134,44 @@ def check_writable(path: Path) -> None:
     """
     if rank() > 0:  # the first process tries for all
         return
-    temporary = temporary_path(path)
     if path.suffix and path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
         temporary.touch()
         temporary.unlink()
-    except FileNotFoundError:  # another run that tries the same has removed the folder again
-        return
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
         raise UserError(cannot_write(error)) from error
-    for folder in made:
-        with contextlib.suppress(OSError):  # another run has begun to write there
-            folder.rmdir()
 
 
 # ------------------------------------------------------------------ JSON
 class Stored(dict):
-    """Content of a file of results; an entry that it lacks is a ForeignError."""
+    """Content of a file of results, at any depth; an entry that it lacks is a UserError that names the file."""
 
-    path: Path
+    def __init__(self, content: dict, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise ForeignError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
+        raise UserError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
 
 
-class ForeignError(UserError, KeyError):
-    """A file that no script of this version wrote."""
-
-    __str__ = Exception.__str__  # that of KeyError puts quotation marks around the sentence
-
-
-def parse_stored(path: Path, text: str) -> Any:
-    """JSON whose objects, at any depth, know the path of their file.
+def parse_stored(path: Path, text: str | bytes) -> Stored:
+    """The JSON object that a file of results holds.
 
     Raises:
-        ValueError: the text is not JSON.
+        UserError: the text is no JSON object, or (later) lacks an entry that is read.
     """
-
-    def stored(content: dict) -> Stored:
-        found = Stored(content)
-        found.path = path
-        return found
-
     try:
-        return json.loads(text, object_hook=stored)
-    except RecursionError:
-        raise ValueError("thousands of nested brackets") from None
+        content = json.loads(text, object_hook=lambda found: Stored(found, path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
+    if not isinstance(content, Stored):
+        raise UserError(f"{path} was not written by this version. {remedy(path)}")
+    return content
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -212,21 +181,17 @@ def save_json(path: Path, content: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def load_json(path: Path) -> dict:
+def load_json(path: Path) -> Stored:
     """The content of one JSON result.
 
     Raises:
-        UserError: the file cannot be read, is not a JSON object, or (later) lacks an entry that is read.
+        UserError: the file cannot be read, or as for `parse_stored`.
     """
     try:
-        content = parse_stored(path, path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not a JSON result ({error}). {remedy(path)}") from None
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
-    if not isinstance(content, dict):
-        raise ForeignError(f"{path} is no result: it holds no object. {remedy(path)}")
-    return content
+    return parse_stored(path, text)
 
 
 # ------------------------------------------------------------------ tensors
@@ -286,17 +251,17 @@ def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
     """Yields the open file and its metadata (without the check sums).
 
     Raises:
-        UserError: the file is damaged, foreign, or of another format version.
+        UserError: the file is damaged, foreign, or of another format version, or (later) lacks an entry that is read.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file of results. Remove it.")
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-            metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
-        except (SafetensorError, ValueError) as error:
+        except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
-        except IsADirectoryError:
-            raise UserError(f"{path} is a folder, not a file of results. Remove it.") from None
-        if not isinstance(metadata, dict) or metadata.get("format_version") != FORMAT_VERSION:
+        metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
+        if metadata.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path} was not written by this version. {remedy(path)}")
         checksums = metadata["crc32"]
         del metadata["crc32"]
@@ -312,10 +277,17 @@ def read_identity(path: Path) -> dict[str, Any]:
         return metadata
 
 
+def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The settings asked for that are stored with another value, or not stored; empty if there is none."""
+    return "; ".join(
+        f"{name}: {stored.get(name)!r} there, {value!r} now"
+        for name, value in asked.items()
+        if name not in stored or not is_same_setting(name, stored[name], value)
+    )
+
+
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     """How a stored result was made otherwise than an identity says; empty where it was made like that.
-
-    For a result that is found by its path alone: without this comparison it may be of other settings, rows or weights.
 
     Args:
         stored: content of a JSON result, or metadata of a file of tensors.
@@ -325,15 +297,12 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     settings = stored.get("config")
     if not isinstance(settings, dict):
         return "without settings"
-    differing = [
-        f"{name}: {settings.get(name)!r} there, {value!r} now"
-        for name, value in identity["config"].items()
-        if name not in settings or not is_same_setting(name, settings[name], value)
-    ]
-    if differing:
-        return f"with other settings ({'; '.join(differing)})"
-    parts = [name for name in identity if name != "config"]
-    return next((DIFFERENCES[name] for name in parts if name not in stored or stored[name] != identity[name]), "")
+    if differing := differing_settings(settings, identity["config"]):
+        return f"with other settings ({differing})"
+    for name, value in identity.items():
+        if name != "config" and (name not in stored or stored[name] != value):
+            return DIFFERENCES.get(name, "from other rows")
+    return ""
 
 
 def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
@@ -377,14 +346,9 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
         omitted.add("model_name")
     shared = [name for name in asked if name in stored and (names is None or name in names)]
-    differing = [
-        f"{name}: {stored[name]!r} there, {asked[name]!r} now"
-        for name in shared
-        if name not in omitted and not is_same_setting(name, stored[name], asked[name])
-    ]
-    if differing:
+    if differing := differing_settings(stored, {name: asked[name] for name in shared if name not in omitted}):
         raise UserError(
-            f"{moments} was made with other settings ({'; '.join(differing)}). Leave them out to take those of the "
+            f"{moments} was made with other settings ({differing}). Leave them out to take those of the "
             "moments, run cache.py with them and --overwrite, or write elsewhere with --results_dir."
         )
     values = {name: stored[name] for name in shared if name in omitted}

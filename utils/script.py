@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from utils.parallel import local_rank, num_started, one_voice, one_voice_in_parsing, rank
+from utils.parallel import local_rank, num_started, one_voice
 from utils.settings import expand
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +37,8 @@ class UserError(Exception):
 
 
 def warn(message: str) -> None:
-    """Prints a warning to stderr, once for all processes of a run."""
-    if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr)
+    """Prints a warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
@@ -67,10 +66,12 @@ def run_script(
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            with one_voice_in_parsing():
-                config = parse(config_class, description=description)
-            debug = getattr(getattr(config, "run", None), "debug", False)
-            with one_voice(share_work, Path(sys.argv[0]).name):
+            with one_voice():
+                config: Any = parse(config_class, description=description)
+                debug = getattr(getattr(config, "run", None), "debug", False)
+                if num_started() > 1 and not share_work:
+                    name = Path(sys.argv[0]).name
+                    raise UserError(f"{name} runs in one process, not in {num_started()}. Start it with: python {name}")
                 main(config)
         except SystemExit:  # also --help
             flush_stdout()

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -80,33 +81,20 @@ def path_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------ checks
-def check_at_least_one(group: Any, *names: str) -> None:
-    """Raises ValueError where one of these counts is below 1; None is no count."""
+RULES: dict[str, Callable[[float], bool]] = {  # nan keeps none of them
+    "at least 1": lambda value: value >= 1,
+    "positive": lambda value: value > 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "from 0 to 4294967295": lambda value: 0 <= value < 2**32,  # the seeds of numpy and scikit-learn
+}
+
+
+def check(group: Any, rule: str, *names: str) -> None:
+    """Raises ValueError where one of these settings breaks a rule of `RULES`; None breaks none."""
     for name in names:
         value = getattr(group, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-
-
-def check_positive(group: Any, *names: str) -> None:
-    """Raises ValueError where one of these numbers is not positive; None is no number."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and not value > 0:  # nan is not, either
-            raise ValueError(f"--{name} must be positive, not {value}")
-
-
-def check_shares(group: Any, *names: str) -> None:
-    """Raises ValueError where one of these shares is not in [0, 1)."""
-    for name in names:
-        if not 0 <= getattr(group, name) < 1:
-            raise ValueError(f"--{name} must be in [0, 1), not {getattr(group, name)}")
-
-
-def check_seed(group: Any) -> None:
-    """Raises ValueError where the seed is none of the 32-bit numbers that numpy and scikit-learn take."""
-    if not 0 <= group.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {group.seed}")
+        if value is not None and not RULES[rule](value):
+            raise ValueError(f"--{name} must be {rule}, not {value}")
 
 
 # ------------------------------------------------------------------ groups
@@ -122,8 +110,7 @@ class Model:
     max_length: int | None = None  # tokens per text; None: the model's context
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_length")
-        expand(self)
+        check(self, "at least 1", "max_length")
 
     @property
     def path_name(self) -> str:
@@ -148,9 +135,8 @@ class Data:
     seed: int = 0  # of sampling, of splits made here, and of all that the script draws
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_samples", "max_test_samples")
-        check_seed(self)
-        expand(self)
+        check(self, "at least 1", "max_samples", "max_test_samples")
+        check(self, "from 0 to 4294967295", "seed")
         if self.text_template:  # a shell passes `\\n` as two characters
             template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
             object.__setattr__(self, "text_template", template)
@@ -174,8 +160,7 @@ class Run(Unrecorded):
     debug: bool = False  # show the traceback behind an error
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "tokens_per_batch")
-        expand(self)
+        check(self, "at least 1", "tokens_per_batch")
 
     def batch_tokens(self, device: "torch.device") -> int:
         """Most padded tokens of a forward pass on `device`; on a CPU more are slower, as they leave its caches."""
@@ -211,19 +196,14 @@ def flatten(config: Any, unrecorded: bool = True) -> dict[str, Any]:
     return flat
 
 
-def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as a JSON file gives them back: paths as strings, tuples as lists."""
-    return json.loads(json.dumps(values, default=str))
-
-
-def all_settings(config: Any) -> dict[str, Any]:
-    """Every setting as JSON values."""
-    return as_json(flatten(config))
+def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
+    """The settings of `flatten` as a JSON file gives them back: paths as strings, tuples as lists."""
+    return json.loads(json.dumps(flatten(config, unrecorded), default=str))
 
 
 def result_settings(config: Any) -> dict[str, Any]:
     """The settings that change a result, as JSON values: all but those of `Unrecorded` groups; local paths absolute."""
-    settings = as_json(flatten(config, unrecorded=False))
+    settings = all_settings(config, unrecorded=False)
     return settings | {name: resolve(settings[name]) for name in LOCAL_NAMES if settings.get(name)}
 
 
@@ -231,18 +211,18 @@ def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
     """The config with settings replaced by name, in whatever group they are: `with_values(config, dtype="float32")`.
 
     Raises:
-        TypeError: there is no such setting.
+        TypeError: the config has no such setting.
     """
-    own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    changes = {name: value for name, value in values.items() if name in own}
-    rest = {name: value for name, value in values.items() if name not in own}
-    for name in own - set(changes):
-        group = getattr(config, name)
-        if rest and dataclasses.is_dataclass(group):
-            here = {key: rest.pop(key) for key in list(rest) if key in flatten(group)}
-            changes |= {name: with_values(group, **here)} if here else {}
-    if rest:
-        raise TypeError(f"{type(config).__name__} has no setting {', '.join(rest)}")
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        group = getattr(config, field.name)
+        if field.name in values:
+            changes[field.name] = values.pop(field.name)
+        elif dataclasses.is_dataclass(group):
+            own = {name: values.pop(name) for name in flatten(group) if name in values}
+            changes |= {field.name: with_values(group, **own)} if own else {}
+    if values:
+        raise TypeError(f"{type(config).__name__} has no setting {', '.join(values)}")
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 

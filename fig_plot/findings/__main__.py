@@ -85,7 +85,7 @@ from fig_plot.tables import (
 )
 from utils.data.table import PAPER_KEYS
 from utils.script import run_script
-from utils.settings import check_seed
+from utils.settings import check
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Config:
     seed: int = 0  # of both
 
     def __post_init__(self) -> None:
-        check_seed(self)
+        check(self, "from 0 to 4294967295", "seed")
 
 
 def plain_layers(data_dir: Path) -> pd.DataFrame:

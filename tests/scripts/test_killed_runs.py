@@ -188,7 +188,7 @@ def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(interrup
     config, partial = interrupted
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    machine = utils.results.machine()
+    machine = utils.results.MACHINE
     left = partial.with_name(f"train.partial-2-of-2.safetensors.{dead.pid}@{machine}.tmp")
     elsewhere = partial.with_name(f"train.partial-2-of-2.safetensors.{dead.pid}@elsewhere.tmp")
     left.write_bytes(b"half")

@@ -22,7 +22,17 @@ from demo import pretrain, random_twin
 from fig_plot.findings import __main__ as findings
 from tests.conftest import configure, run_in_process
 from utils.script import parse, set_seed
-from utils.settings import Data, Model, all_settings, command_line, flatten, path_name, result_settings, with_values
+from utils.settings import (
+    Data,
+    Model,
+    all_settings,
+    command_line,
+    expand,
+    flatten,
+    path_name,
+    result_settings,
+    with_values,
+)
 
 SCRIPTS = (cache, K_sweep, alignment_vis, linear_sklearn, linear_training, lora_finetuning, from_scratch)
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(lambda s: s[0] != "-")
@@ -131,6 +141,7 @@ def test_the_home_folder_stands_for_its_sign_everywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     values = {"results_dir": Path("~/x"), "datasets_dir": Path("~/y"), "adapter_dir": Path("~/a"), "words": ("~a=b,c",)}
     config = configure(alignment_vis, **values, model_name="~/m", dataset_name="~/rows.csv")
+    expand(config)  # as `parse` does it
     assert (config.run.results_dir, config.run.datasets_dir) == (tmp_path / "x", tmp_path / "y")
     assert (config.model.model_name, config.data.dataset_name) == (f"{tmp_path}/m", f"{tmp_path}/rows.csv")
     assert config.model.adapter_dir == tmp_path / "a" and config.words == ("~a=b,c",)

@@ -224,7 +224,7 @@ def test_a_result_with_a_list_or_a_word_in_place_of_a_number_is_skipped(monkeypa
         result[entry] = value
     save_json(path, result)
     code, data = collected(monkeypatch, results_dir)
-    assert code == 0 and f"foreign: {path} is not a result of ntps (TypeError" in capsys.readouterr().err
+    assert code == 0 and f"skipped: {path} is not a result of ntps (TypeError" in capsys.readouterr().err
     assert len(pd.read_csv(data / "scores.csv")) == 8
 
 
@@ -320,9 +320,9 @@ def spoil(results_dir: Path, model: str, other: str) -> list[str]:
     shutil.rmtree(results_dir / "seed0" / "ntps" / other)
     return [
         f"partial: {partial} has no metrics.json",
-        f"damaged: {damaged}",
-        f"foreign: {foreign}",
-        f"foreign: {stray}",
+        f"skipped: {damaged} is damaged",
+        f"skipped: {foreign} is no whole result",
+        f"skipped: {stray} was not written",
         f"missing: {other} on rows has no result of K_sweep.py",
     ]
 
@@ -356,7 +356,7 @@ def test_no_results_is_a_users_mistake(monkeypatch, tmp_path, is_foreign):
     message, data = collected(monkeypatch, tmp_path / "results")
     assert str(message).startswith(f"error: No results under {tmp_path / 'results'}")
     assert "python cache.py" in str(message) and not data.exists()
-    assert (f"foreign: {tmp_path}" in str(message)) == is_foreign
+    assert (f"skipped: {tmp_path}" in str(message)) == is_foreign
 
 
 @pytest.mark.parametrize("lacking", ["environment", "model_name"])
@@ -366,7 +366,7 @@ def test_a_result_without_its_provenance_is_foreign(monkeypatch, results_dir, ca
     del (result if lacking == "environment" else result["config"])[lacking]
     save_json(path, result)
     code, _ = collected(monkeypatch, results_dir)
-    assert code == 0 and f"foreign: {path}" in capsys.readouterr().err
+    assert code == 0 and f"skipped: {path}" in capsys.readouterr().err
 
 
 def test_two_different_results_of_the_same_name_are_refused(monkeypatch, results_dir, model_dirs):

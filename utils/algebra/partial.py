@@ -137,13 +137,14 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, ...] | None, o
         if pooled_shape:
             world.object_of_first(lambda: reserve(path, pooled_shape))
         yield np.load(path, mmap_mode="r+") if pooled_shape else None
-        world.wait()
+        world.synchronize()
         if world.rank == 0:
             if pooled_shape:  # after the moments: a process that is killed in between continues from its sums
                 os.replace(path, pooled_path(partial.moments))
             else:  # those of former moments
                 pooled_path(partial.moments).unlink(missing_ok=True)
             remove_partial(partial.moments)
+        world.synchronize()  # the others may read the pooled states next
     except BaseException:
         if not partial.paths():
             path.unlink(missing_ok=True)

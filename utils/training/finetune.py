@@ -23,7 +23,7 @@ from utils.models.states import pool
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import one_run_at_a_time, result_path
 from utils.script import UserError, set_seed
-from utils.settings import Data, Model, Run, Session, check_at_least_one, check_positive, check_shares
+from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import (
     METRICS,
     TrainingRun,
@@ -51,9 +51,9 @@ class Hyperparameters:
     steps_per_evaluation: int  # on the whole test split
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
-        check_positive(self, "learning_rate")
-        check_shares(self, "dropout", "warmup")
+        check(self, "at least 1", "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
+        check(self, "positive", "learning_rate")
+        check(self, "in [0, 1)", "dropout", "warmup")
 
 
 @dataclass(frozen=True)
