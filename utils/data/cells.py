@@ -20,7 +20,6 @@ import decimal
 import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import filterfalse
 from typing import Any
@@ -134,11 +133,13 @@ def _is_finite(word: str) -> bool:
     return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
-def describe_missing(labels: Sequence[Any], missing: Sequence[int]) -> str:
-    """Row numbers and spellings of the missing labels, which are left out; `missing` counts rows from 0."""
-    words = Counter(labels[row].strip() for row in missing if isinstance(labels[row], str) and labels[row].strip())
-    spelled = f"; written {listed(map(repr, words))}: a class called so needs another name" if words else ""
-    return f"rows {listed(row + 1 for row in missing)}{spelled}"
+def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
+    """Row numbers and spellings of the missing labels."""
+    rows = [row for row, is_absent in enumerate(missing) if is_absent]
+    words = dict.fromkeys(repr(labels[row].strip()) for row in rows if isinstance(labels[row], str))
+    words.pop("''", None)
+    spelled = f"; written {listed(words)}: a class called so needs another name" if words else ""
+    return f": rows {listed(row + 1 for row in rows)}{spelled}"
 
 
 def check_words(source: str, part: str, labels: Sequence[Any]) -> None:

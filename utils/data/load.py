@@ -151,13 +151,15 @@ def text_pieces(settings: Data, source: Source, rows: Table, label: str) -> list
 def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
     """One text per row; empty where every column is blank, whatever the template puts around them."""
     flag = "--text_column or --text_template"
-    names = [name for _, name in pieces if name is not None]
-    columns = [cells.render_column(source.name, part, name, _read_column(source, rows, name, flag)) for name in names]
+    columns = {
+        name: cells.render_column(source.name, part, name, _read_column(source, rows, name, flag))
+        for _, name in pieces
+        if name is not None
+    }
     texts = []
-    for row in zip(*columns, strict=True):
-        rest = iter(row)
-        joined = "".join(literal + (next(rest) if name is not None else "") for literal, name in pieces)
-        texts.append(joined if any(map(str.strip, row)) else "")
+    for row in range(len(rows)):
+        joined = "".join(literal + (columns[name][row] if name is not None else "") for literal, name in pieces)
+        texts.append(joined if any(column[row].strip() for column in columns.values()) else "")
     return texts
 
 
@@ -192,18 +194,11 @@ def _labelled_rows(
         if empty and source.own:
             found = f"{len(empty)} {part} texts of {source.name} are empty: rows {cells.listed(empty)}"
             raise UserError(f"{found}. Fill or remove them.")
-        missing = [row for row, cell in enumerate(labels) if cells.is_missing(cell, regression)]
-        if len(missing) == len(texts):
-            found = f"{len(texts)} {part} rows, their labels all missing or -1" if texts else "no rows"
-            raise UserError(f"{source.name} has {found} (label column {label!r}). Label them, or see --label_column.")
-        if missing:
-            warn(
-                f"{len(missing)} {part} rows of {source.name} without a label (missing or -1) are left out: "
-                f"{cells.describe_missing(written[part], missing)}"
-            )
         columns = [_join_texts(source, part, tables[part], [("", name)]) for name in group_by]
-        kept = sorted(set(range(len(texts))) - set(missing))
-        parts[part] = Rows(texts, labels, splits.linked_groups(columns) if columns else None).take(kept)
+        labelled = Rows(texts, labels, splits.linked_groups(columns) if columns else None)
+        missing = [cells.is_missing(cell, regression) for cell in labels]
+        fault = f"have no label (missing or -1){cells.describe_missing(written[part], missing)}"
+        parts[part] = _leave_out(source, part, labelled, missing, fault, "Label them, or see --label_column.")
     return parts, regression
 
 
@@ -230,17 +225,17 @@ def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> dic
     return {"train": rows.take(train), "test": rows.take(test)}
 
 
-def _without_empty(source: Source, parts: dict[str, Rows]) -> dict[str, Rows]:
-    """The rows whose text is not empty; after the split, so that leaving one out moves no other row."""
-    found = {}
-    for part, rows in parts.items():
-        kept = [row for row, text in enumerate(rows.texts) if text]
-        if len(kept) < len(rows.texts):
-            warn(f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have no text; left out")
-        if not kept:
-            raise UserError(f"All {part} texts of {source.name} are empty. Is --text_column right?")
-        found[part] = rows.take(kept)
-    return found
+def _leave_out(
+    source: Source, part: str, rows: Rows, faulty: list[bool], fault: str, remedy: str, refuse: bool = False
+) -> Rows:
+    """The rows without the faulty ones, with a warning. Raises UserError if none remains, or at once if `refuse`."""
+    kept = [row for row, is_faulty in enumerate(faulty) if not is_faulty]
+    found = f"{len(rows.texts) - len(kept)} of {len(rows.texts)} {part} rows of {source.name} {fault}"
+    if not kept or (refuse and any(faulty)):
+        raise UserError(f"{found}. {remedy}")
+    if any(faulty):
+        warn(f"{found}; left out")
+    return rows.take(kept)
 
 
 # ------------------------------------------------------------------ rows -> labelled texts
@@ -263,14 +258,12 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
     for part, rows in parts.items():
-        kept = [row for row, value in enumerate(labels[part]) if value in index]
-        if len(kept) < len(rows.texts):
-            unseen = cells.listed(sorted(spelled[value] for value in set(labels[part]) - set(classes)))
-            told = f"{len(rows.texts) - len(kept)} {part} rows of {source.name} have classes that train lacks: {unseen}"
-            if source.own or not kept:
-                raise UserError(f"{told}. Correct them, add rows of these classes to train, or take --split all.")
-            warn(f"{told}; left out")
-        encoded[part] = Rows([rows.texts[row] for row in kept], [index[labels[part][row]] for row in kept])
+        unseen = sorted(spelled[value] for value in set(labels[part]) - set(classes))
+        fault = f"have classes that train lacks: {cells.listed(unseen)}"
+        remedy = "Correct them, add rows of these classes to train, or take --split all."
+        numbered = Rows(rows.texts, [index.get(value) for value in labels[part]])
+        absent = [value is None for value in numbered.labels]
+        encoded[part] = _leave_out(source, part, numbered, absent, fault, remedy, refuse=source.own)
     return encoded, [spelled[value] for value in classes]
 
 
@@ -356,7 +349,9 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
         parts = {"all": Rows(texts, [cell for rows in parts.values() for cell in rows.labels])}
     elif divided:
         parts = _divide(settings, source, parts["train"], regression)
-    parts = _without_empty(source, parts)
+    for part, rows in parts.items():  # after the split, so that leaving one out moves no other row
+        empty = [not text for text in rows.texts]
+        parts[part] = _leave_out(source, part, rows, empty, "have no text", "Is --text_column right?")
     label_names: list[str] = []
     if not regression:
         parts, label_names = _encode(source, parts, label)
