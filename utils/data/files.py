@@ -356,7 +356,7 @@ def _copied_source(name: str, spec: DatasetSpec | None, copy: Path) -> Source:
     files = {split: copy / f"{split}.parquet" for split in ("train", "test", "validation")}
     tables = {split: read_files(path)["train"] for split, path in files.items() if path.is_file()}
     if not tables:
-        present = ", ".join(sorted(path.parent.name for path in copy.parent.glob("*/*.parquet"))) or "none"
+        present = ", ".join(sorted({path.parent.name for path in copy.parent.glob("*/*.parquet")})) or "none"
         raise UserError(
             f"No copy of {name} in --datasets_dir: {files['train'].absolute()} is missing; copies: {present}. "
             "Put the hub's rows there, or leave out --datasets_dir (NTPS_DATASETS_DIR) to load them from the hub."
