@@ -21,32 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import joblib
 import numpy as np
 import pandas as pd
-import sklearn
 import torch
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import cache
+from linear_training import SPLITS, find_states
+from utils import results
 from utils.algebra.linalg import whiten, without_constants
 from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled, open_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.load import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure
-from utils.results import (
-    difference,
-    find_result,
-    one_run_at_a_time,
-    read_identity,
-    result_path,
-    save_json,
-    settings_from_moments,
-)
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Model, Run, Unrecorded, check, command_line, flatten, result_settings
+from utils.settings import Data, Model, Run, Unrecorded, check, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
 from utils.training.probes import as_array, fit_logistic
@@ -118,14 +108,19 @@ def probe_device(config: Config) -> torch.device:
 
 def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str, LabelledTexts]) -> dict[str, dict]:
     """Scores of logistic regression on each split, and `solver`: how the fit on train ended."""
+    import sklearn
+    from sklearn.preprocessing import StandardScaler
+
     max_iter, tolerance = {"lbfgs": (10_000, 1e-4), "saga": (1000, 0.01)}[config.solver]
     max_iter, tolerance = config.max_iter or max_iter, config.tolerance or tolerance
     # the array API keeps tensors on their device; on the CPU scikit-learn is faster on numpy arrays
     with sklearn.config_context(array_api_dispatch=features["train"].device.type != "cpu"):
         scaler = StandardScaler(copy=False).fit(as_array(features["train"]))
         scaled = {split: torch.as_tensor(scaler.transform(as_array(x))) for split, x in features.items()}
-        train, labels, seed = scaled["train"], data["train"].labels, config.data.seed
-        model, solver = fit_logistic(train, labels, config.solver, config.inverse_penalty, max_iter, tolerance, seed)
+        model, solver = fit_logistic(
+            scaled["train"], data["train"].labels, config.solver, config.inverse_penalty, max_iter, tolerance,
+            config.data.seed,
+        )  # fmt: skip
         scores = {"solver": solver}
         for split, part in data.items():
             probabilities = torch.as_tensor(model.predict_proba(as_array(scaled[split]))).cpu().numpy()
@@ -153,15 +148,6 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
 
 
 # ------------------------------------------------------------------ all layers
-def find_states(config: Config, split: Literal["train", "test"], data: LabelledTexts) -> Path:
-    """The moments of a split, with the pooled states of every layer beside them; made if they are missing."""
-    wanted = cache.Config(
-        split, config.pooling, model=config.model, data=config.data, output=cache.Output("all"), run=config.run
-    )
-    path = cache.config_path(wanted)
-    return cache.ensure(settings_from_moments(wanted, path, ("num_folds", "product_dtype")), data)
-
-
 def check_labels(train: LabelledTexts) -> None:
     """Raises UserError if a class has no training text."""
     if train.is_regression:
@@ -173,18 +159,18 @@ def check_labels(train: LabelledTexts) -> None:
 
 def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
     """The result of all layers but its identity."""
-    paths = {"train": find_states(config, "train", data["train"]), "test": find_states(config, "test", data["test"])}
+    import joblib
+
+    paths = {split: find_states(config, split, "all", data[split]) for split in SPLITS}
     num_layers, num_train, width = open_pooled(paths["train"]).shape
     num_workers = config.output.num_workers if probe_device(config).type == "cpu" else 1  # they would share the GPU
     print(f"{num_layers} layers, {num_train:,} train texts, {width} features: {num_workers} at a time")
     calls = [joblib.delayed(probe_layer)(config, paths, data, layer) for layer in range(num_layers)]
     return {
         "environment": environment(),
-        "features": read_identity(paths["train"])["environment"],
         "num_samples": {split: len(part.texts) for split, part in data.items()},
         "num_classes": len(data["train"].label_names),
         "num_features": width,
-        "samples_per_feature": num_train / width,
         "baselines": text_baselines(data["train"], data["test"]),
         "layers": joblib.Parallel(n_jobs=num_workers)(calls),
     }
@@ -193,16 +179,15 @@ def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
 # ------------------------------------------------------------------ run
 def load_ntps(config: Config, identity: dict, train: LabelledTexts) -> dict | None:
     """The result of K_sweep.py; None, with a sentence, if none exists of these settings, classes, rows and weights."""
-    path = result_path("ntps", config.run, config.model, config.data, ".json")
+    path = results.result_path("ntps", config.run, config.model, config.data, ".json")
     if not path.is_file():
-        command = command_line("K_sweep.py", config, {*flatten(config.model), "dataset_name"})
-        print(f"No NTPS at {path}: the picture shows the probes alone. For both: {command}")
+        print(f"No NTPS at {path}: the picture shows the probes alone. Run K_sweep.py to have both.")
         return None
-    ntps, settings = read_identity(path), result_settings(config)
+    ntps, settings = results.read_identity(path), result_settings(config)
     shared = {name: settings[name] for name in result_settings(cache.Config()) if name in settings}
     expected = {"config": shared, "model_fingerprint": identity["model_fingerprint"]}
     expected |= {"fingerprint": train.fingerprint, "label_names": train.label_names}
-    if how := difference(ntps["moments"], expected):
+    if how := results.difference(ntps["moments"], expected):
         print(f"The picture shows the probes alone: {path} was made {how}.")
         return None
     return ntps
@@ -218,8 +203,8 @@ def print_table(result: dict, split: str) -> None:
     solvers = {str(layer["layer"]): layer["solver"] for layer in result["layers"] if "solver" in layer}
     if unfinished := [layer for layer, solver in solvers.items() if not solver["converged"]]:
         print(f"warning: {result['config']['solver']} has not converged at layer {', '.join(unfinished)}: --max_iter")
-    if result["samples_per_feature"] < 1:
-        n, d = result["num_samples"]["train"], result["num_features"]
+    n, d = result["num_samples"]["train"], result["num_features"]
+    if n < d:
         print(f"warning: n / d = {n} / {d} < 1: least squares interpolates train; its train scores mean nothing")
 
 
@@ -227,25 +212,25 @@ def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # before the passes, not after them
     load_config(config.model, config.run)  # a wrong name is refused before the data are read
-    config = settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
+    config = results.settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
     data = load_splits(config.data, config.run)
     check_labels(data["train"])
-    path = result_path("linear_sklearn", config.run, config.model, config.data, ".json")
+    path = results.result_path("linear_sklearn", config.run, config.model, config.data, ".json")
     identity = {
         "config": result_settings(config),
         "model_fingerprint": model_fingerprint(config.model, config.run),
         "fingerprints": {split: part.fingerprint for split, part in data.items()},
     }
-    with one_run_at_a_time(path):
-        result = find_result(path, identity, config.run)
+    with results.one_run_at_a_time(path):
+        result = results.find_result(path, identity, config.run)
         if result is None:
             result = identity | stored_as(config.model) | probe_layers(config, data)
         print_table(result, config.output.score_split)
-        save_json(path, result)  # before the picture: no score is lost if it cannot be drawn
+        results.save_json(path, result)  # before the picture: no score is lost if it cannot be drawn
         if config.output.picture:
             figure = plot_probes(result, load_ntps(config, identity, data["train"]), config.output.score_split)
             ending = ".train.json" if config.output.score_split == "train" else ".json"
-            save_figure(figure, result_path("linear_sklearn", config.run, config.model, config.data, ending))
+            save_figure(figure, results.result_path("linear_sklearn", config.run, config.model, config.data, ending))
     print(path)
 
 

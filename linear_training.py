@@ -19,36 +19,33 @@ with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 import cache
 from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
-from utils.models.load import load_config, stored_as
+from utils.models.load import load_config
 from utils.parallel import processes
-from utils.results import one_run_at_a_time, result_path, settings_from_moments
+from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check
-from utils.training.loop import (
-    METRICS,
-    TrainingRun,
-    find_finished,
-    make_identity,
-    save_result,
-    start_accelerator,
-    train,
-)
-from utils.training.objective import BatchOrder, Head, Objective, save_head
+from utils.training.loop import TrainingRun, make_identity, train_once
+from utils.training.objective import BatchOrder, Objective, make_head, save_head
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,6 @@ class Config:
     weight_decay: float = 0.01  # of AdamW
     batch_size: int = 64  # texts per step
     num_epochs: int = 50  # passes over the training states; accuracy on test after each
-    schedule: Literal["none", "cosine"] = "none"  # of the learning rate, over all steps
-    warmup: float = 0.0  # share of the steps in which a cosine schedule first rises
     standardize: bool = False  # inputs to mean 0 and variance 1 over the training rows
     validation_share: float = 0.0  # stratified share of the training rows kept apart to choose the best epoch
     patience: int | None = None  # stop after so many epochs without a lower validation loss; None: never
@@ -74,7 +69,7 @@ class Config:
     def __post_init__(self) -> None:
         check(self, "at least 1", "batch_size", "num_epochs", "patience")
         check(self, "positive", "learning_rate")
-        check(self, "in [0, 1)", "dropout", "warmup", "validation_share")
+        check(self, "in [0, 1)", "dropout", "validation_share")
         if not self.weight_decay >= 0:
             raise ValueError(f"--weight_decay must be at least 0, not {self.weight_decay}")
         if self.patience is not None and not self.validation_share:
@@ -82,14 +77,14 @@ class Config:
 
 
 # ------------------------------------------------------------------ states and rows
-def pooled_states(config: Config, split: Literal["train", "test"], data: LabelledTexts) -> Tensor:
-    """The pooled state of each text at the last layer, (n, d) float32; from cache.py's file, made if it is missing."""
+def find_states(config: Any, split: Literal["train", "test"], save_pooled: Literal["last", "all"],
+                data: LabelledTexts) -> Path:  # fmt: skip
+    """The moments of a split, with the pooled states of the last layer or of all beside them; made if missing."""
     wanted = cache.Config(
-        split, config.pooling, model=config.model, data=config.data, output=cache.Output("last"), run=config.run
+        split, config.pooling, model=config.model, data=config.data, output=cache.Output(save_pooled), run=config.run
     )
-    path = cache.config_path(wanted)
-    wanted = settings_from_moments(wanted, path, ("num_folds", "product_dtype"))  # which cannot affect the states
-    return load_pooled(cache.ensure(wanted, data), -1)
+    unimportant = ("num_folds", "product_dtype")  # they cannot affect the states
+    return cache.ensure(settings_from_moments(wanted, cache.config_path(wanted), unimportant), data)
 
 
 def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,12 +96,12 @@ def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.nd
     num_rows = len(data.texts)
     if not share:
         return np.arange(num_rows), np.arange(0)
-    classes = np.zeros(num_rows) if data.is_regression else data.labels
     num_held_out = max(1, round(share * num_rows))
     if num_held_out == num_rows:
         raise UserError(
             f"--validation_share {share:g} leaves none of the {num_rows} train texts to train on. Lower it."
         )
+    classes = np.zeros(num_rows) if data.is_regression else data.labels
     held_out = np.sort(stratified_rows(classes, num_held_out, seed))
     return np.setdiff1d(np.arange(num_rows), held_out), held_out
 
@@ -115,12 +110,6 @@ def standardization(states: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each coordinate, (d,) float64; the deviation of a constant is 1."""
     spread = states.double().std(0, correction=0)
     return states.double().mean(0), torch.where(spread > 0, spread, 1)
-
-
-def epochs_without_progress(history: list[dict]) -> int:
-    """Evaluations since the one with the lowest validation loss."""
-    losses = [row["validation_loss"] for row in history]
-    return len(losses) - 1 - int(np.argmin(losses))
 
 
 # ------------------------------------------------------------------ run
@@ -142,34 +131,27 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
     """
     ending = ".standardized" if config.standardize else ""
     folder = result_path("linear_training", config.run, config.model, config.data, ending)
-    accelerator = start_accelerator(config, folder)
-    identity = make_identity(config, data)
-    with one_run_at_a_time(folder / METRICS):
-        if (stored := find_finished(config, folder, identity)) is not None:
-            return stored
+
+    def prepare(accelerator: "Accelerator") -> tuple[TrainingRun, Callable[[], None]]:
         kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
-        states = {split: pooled_states(config, split, data[split]) for split in ("train", "test")}
-        mean = spread = None
-        if config.standardize:
-            mean, spread = standardization(states["train"][kept])
-            states = {split: ((found - mean) / spread).float() for split, found in states.items()}
+        states = {split: load_pooled(find_states(config, split, "last", data[split]), -1) for split in SPLITS}
+        mean, spread = standardization(states["train"][kept]) if config.standardize else (0.0, 1.0)
+        states = {split: ((found - mean) / spread).float() for split, found in states.items()}
         objective = Objective.of(data["train"])
-        targets = {split: objective.targets(data[split].labels) for split in states}
+        targets = {split: objective.targets(data[split].labels) for split in SPLITS}
         parts = {"train": (states["train"][kept], targets["train"][kept]), "test": (states["test"], targets["test"])}
         if len(held_out):
             parts["validation"] = (states["train"][held_out], targets["train"][held_out])
-        probe = build_run(config, parts, objective, identity, accelerator, folder)
-        progress = train(probe)
-        extra = {"hidden_size": states["train"].shape[1], **stored_as(config.model)}
-        return save_result(
-            probe, progress, data, extra,
-            lambda: save_head(folder / "head.safetensors", probe.model, objective, identity, mean, spread),
-        )  # fmt: skip
+        probe = build_run(config, parts, objective, make_identity(config, data), accelerator, folder)
+        path = folder / "head.safetensors"
+        return probe, lambda: save_head(path, probe.model, objective, probe.identity, mean, spread)
+
+    return train_once(config, folder, data, prepare)
 
 
 def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective: Objective,
-              identity: dict[str, Any], accelerator: Accelerator, folder: Path) -> TrainingRun:  # fmt: skip
-    """Head, optimiser (AdamW), schedule and evaluation over states in memory.
+              identity: dict[str, Any], accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
+    """Head, optimiser (AdamW) and evaluation over states in memory.
 
     `parts` has the states (n, d) and targets (n,) of `train`, `test` and, if asked for, `validation`.
     """
@@ -177,31 +159,33 @@ def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective
     parts = {name: (states.to(device), targets) for name, (states, targets) in parts.items()}
     states, targets = parts["train"]
     set_seed(config.data.seed)
-    head = Head(states.shape[1], objective.num_labels, config.dropout).to(device)
+    head = make_head(states.shape[1], objective.num_labels, config.dropout).to(device)
     order = BatchOrder(len(states), config.batch_size, config.data.seed)
-    num_steps = config.num_epochs * order.steps_per_epoch
     optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    if config.schedule == "none":
-        scheduler = get_constant_schedule(optimizer)
-    else:
-        scheduler = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * num_steps), num_steps)
+
+    def has_stalled(history: list[dict]) -> bool:
+        if config.patience is None:
+            return False
+        losses = [row["validation_loss"] for row in history]
+        return len(losses) - 1 - int(np.argmin(losses)) >= config.patience
+
     return TrainingRun(
         model=head,
         inputs=lambda rows: (states[torch.from_numpy(rows).to(device)],),
         targets=targets.to(device),
         objective=objective,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=LambdaLR(optimizer, lambda step: 1.0),  # constant
         order=order,
         evaluate=lambda model: processes().object_of_first(lambda: evaluate(model, objective, parts)),
-        num_steps=num_steps,
+        num_steps=config.num_epochs * order.steps_per_epoch,
         steps_per_evaluation=order.steps_per_epoch,
         batch_size=config.batch_size,
         accelerator=accelerator,
         folder=folder,
         identity=identity,
         session=config.session,
-        stop=lambda history: config.patience is not None and epochs_without_progress(history) >= config.patience,
+        stop=has_stalled,
     )
 
 

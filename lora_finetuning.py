@@ -19,12 +19,9 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import NoMatchingPeftModuleError
-from transformers.pytorch_utils import Conv1D
 
 import cache
 import K_sweep
@@ -41,6 +38,9 @@ from utils.settings import Run, Unrecorded, check, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
 from utils.training.loop import find_finished, make_identity
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,15 @@ class Config(FinetuningConfig):
 
 
 # ------------------------------------------------------------------ the method
-def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
+def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
     """The causal LM with LoRA in its projections; nothing else requires a gradient.
 
     Raises:
         UserError: no targets are known, a target is not a projection inside the decoder, or there is no such layer.
     """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
     decoder, name = decoder_of(model), config.model.model_name
     family, num_layers = FAMILIES.get(decoder.config.model_type), len(decoder_layers(decoder))
     targets = config.target_modules or (family.lora_target_modules if family else ())
@@ -88,12 +91,10 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
         raise UserError(f"{wrong}. Choose --target_modules among those of its decoder: {', '.join(sorted(kinds))}.")
     if not 0 <= config.start_layer < num_layers:
         raise UserError(f"--start_layer {config.start_layer}: {name} has layers 0 to {num_layers - 1}.")
-    spec = MODELS.get(name)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        bias="none",
         target_modules=list(targets),
         layers_to_transform=list(range(config.start_layer, num_layers)) if config.start_layer else None,
         fan_in_fan_out=any(kinds[target] is Conv1D for target in targets),  # GPT-2 keeps its matrices transposed
@@ -101,10 +102,10 @@ def add_adapter(model: torch.nn.Module, config: Config) -> PeftModel:
     )
     try:
         peft_model: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
-    except NoMatchingPeftModuleError as error:
+    except ValueError as error:
         raise UserError(f"LoRA fits nothing in {name} ({error}). See --target_modules.") from None
     # PEFT writes down where the model was loaded from, for `tiny` a path of this machine
-    peft_model.active_peft_config.base_model_name_or_path = spec.path if spec else name
+    peft_model.active_peft_config.base_model_name_or_path = MODELS[name].path if name in MODELS else name
     return peft_model
 
 
@@ -145,20 +146,18 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     Raises:
         UserError: stored moments or scores of other settings, classes or rows, or of another model.
     """
-    fingerprint, path = model_fingerprint(moments.model, moments.run), K_sweep.output_path(sweep)
+    identity, path = cache.identity_of(moments, data["train"]), K_sweep.output_path(sweep)
 
     def run_at(path: Path) -> Run:
-        stored = read_identity(path) if moments.model.adapter_dir and path.is_file() else None
-        is_stale = stored is not None and stored.get("moments", stored)["model_fingerprint"] != fingerprint
-        return replace(moments.run, overwrite=is_stale)
+        stored = read_identity(path) if moments.model.adapter_dir and path.is_file() else {}
+        fingerprint = stored.get("moments", stored).get("model_fingerprint", identity["model_fingerprint"])
+        return replace(moments.run, overwrite=fingerprint != identity["model_fingerprint"])
 
     run = run_at(path)
     if path.is_file() and not run.overwrite and not cache.config_path(moments).is_file():
         stored = read_identity(path)  # a study deletes moments once they are read
-        of_train = {"config": result_settings(moments), "model_fingerprint": fingerprint}
-        of_train |= {"fingerprint": data["train"].fingerprint, "label_names": data["train"].label_names}
         check_identity(stored, {"config": result_settings(sweep)}, path)
-        check_identity(stored["moments"], of_train, path)
+        check_identity(stored["moments"], identity, path)
         if held_out := stored["held_out"]:  # else both passes are made
             check_identity({"config": {}, **held_out}, {"config": {}, "fingerprint": data["test"].fingerprint}, path)
             return stored

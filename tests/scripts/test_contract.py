@@ -43,7 +43,7 @@ CASES = (
          {"num_shuffles": 2, "words": WORDS}),
     Case(linear_sklearn, "linear_sklearn/*/rows.json", "probe_layers", {"inverse_penalty": 2.0},
          {"num_workers": 1, "picture": False}),
-    Case(linear_training, "linear_training/*/rows/metrics.json", "pooled_states", {"learning_rate": 0.01},
+    Case(linear_training, "linear_training/*/rows/metrics.json", "find_states", {"learning_rate": 0.01},
          {"num_epochs": 2}),
     Case(lora_finetuning, "lora/*/rows/metrics.json", "build", {"rank": 4}, STEPS),
     Case(from_scratch, "from_scratch/*/rows/metrics.json", "build", {"learning_rate": 0.01}, STEPS),

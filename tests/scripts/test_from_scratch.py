@@ -1,13 +1,11 @@
 """from_scratch.py: random and pretrained starts, float32 weights, the saved model, the command line."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import cache
 import from_scratch
 import linear_training
 from tests.conftest import configure, run_in_process
@@ -19,15 +17,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def settings(model_dirs, rows_path, tmp_path) -> dict:
     """A few steps on made-up rows."""
-    return {
-        "model_name": str(model_dirs["qwen2"]),
-        "dataset_name": str(rows_path),
-        "results_dir": tmp_path,
-        "device": "cpu",
-        "num_steps": 8,
-        "steps_per_evaluation": 4,
-        "batch_size": 4,
-    }
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    return names | {"device": "cpu", "num_steps": 8, "steps_per_evaluation": 4, "batch_size": 4}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -85,27 +76,11 @@ def test_command_line_writes_a_model_for_the_other_scripts(settings, monkeypatch
     assert list(settings["results_dir"].glob(f"linear_training/{name}/rows/metrics.json"))
 
 
-def test_two_trained_models_do_not_share_a_results_path(settings, rows_path, tmp_path):
-    """Trained on two datasets, and by the two kinds of start: each has results of its own on the same texts."""
-    other_rows = shutil.copy(rows_path, tmp_path / "other.jsonl")
-    settings |= {"num_steps": 1}
-    for change in ({}, {"init": "pretrained"}, {"dataset_name": str(other_rows)}):
-        from_scratch.main(configure(from_scratch, **settings | change))
-    folders = [path.parent for path in settings["results_dir"].glob("f*/*/*/*/config.json")]
-    assert len(folders) == 3
-    for folder in folders:
-        moments = {"model_name": str(folder), "dataset_name": settings["dataset_name"]}
-        cache.main(configure(cache, **moments, results_dir=settings["results_dir"], max_samples=20))
-    found = list(settings["results_dir"].glob("moments/*/rows/train.safetensors"))
-    assert len({path.read_bytes() for path in found}) == 3
-
-
 def test_a_second_run_gives_the_same_history_and_need_not_save_the_model(settings):
     histories = []
     for name, changes in (("one", {"tokens_per_batch": 100}), ("two", {"save_model": False})):
-        from_scratch.main(
-            configure(from_scratch, **settings | changes | {"results_dir": settings["results_dir"] / name})
-        )
+        results_dir = settings["results_dir"] / name
+        from_scratch.main(configure(from_scratch, **settings | changes | {"results_dir": results_dir}))
         [path] = settings["results_dir"].glob(f"{name}/from_scratch/*/*/history.csv")
         histories.append([line.split(",")[:4] for line in path.read_text().splitlines()])
         assert len(list(path.parent.glob("*/config.json"))) == (name == "one")

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import cache
 import linear_training
-from tests.conftest import configure, kill_at, make_texts, run_in_process, write_rows
+from tests.conftest import configure, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
 from utils.data.load import load_texts
 from utils.script import UserError
@@ -89,6 +89,9 @@ def train_through_the_model(config) -> list[float]:
 def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_path, monkeypatch):
     config = settings(dropout=0.2, learning_rate=1e-2)
     expected = train_through_the_model(config)
+    for split in ("train", "test"):  # states of every layer serve too
+        moments = cache.Config(split, num_folds=3, model=config.model, data=config.data, run=config.run)
+        cache.main(with_values(moments, save_pooled="all"))
     linear_training.main(config)
     losses = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
     assert losses == pytest.approx(expected, abs=1e-5)
@@ -97,18 +100,6 @@ def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_
     linear_training.main(with_values(config, dropout=0.0, overwrite=True))
     others = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
     assert abs(others[-1] - expected[-1]) > 1e-3  # the comparison can tell two runs apart
-
-
-def test_stored_states_of_every_layer_serve_too(settings, tmp_path):
-    linear_training.main(settings(results_dir=tmp_path / "one"))
-    two = settings(results_dir=tmp_path / "two")
-    for split in ("train", "test"):
-        moments = cache.Config(split, num_folds=3, model=two.model, data=two.data, run=two.run)
-        cache.main(with_values(moments, save_pooled="all"))
-    linear_training.main(two)
-    rows = zip(*(history(result(tmp_path / folder)[0]) for folder in ("one", "two")), strict=True)
-    for row, other in rows:  # two passes of the model: equal but for the last bit
-        assert [float(value) for value in row.values()] == pytest.approx([float(v) for v in other.values()], rel=1e-5)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -145,7 +136,7 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path
 def test_standardisation_sees_the_training_rows_alone(settings, monkeypatch):
     """Not those that validate, and not those that test."""
     runs = []
-    monkeypatch.setattr(linear_training, "train", lambda run: runs.append(run) or pytest.fail("trained"))
+    monkeypatch.setattr(loop, "train", lambda run: runs.append(run) or pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception):
         linear_training.main(settings(standardize=True, validation_share=0.4))
     [states] = runs[0].inputs(np.arange(len(runs[0].targets)))
@@ -160,37 +151,27 @@ def test_validation_rows_are_kept_out_of_training(settings):
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
 
 
-def test_cosine_ends_at_zero(settings, tmp_path):
-    linear_training.main(settings(schedule="cosine", warmup=0.25))
-    rates = [float(row["learning_rate"]) for row in history(result(tmp_path)[0])]
-    assert rates[0] <= 1e-4 and rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 2e-5
-
-
 def test_regression_reports_the_unit_of_the_labels(settings, tmp_path):
     random = np.random.default_rng(0)
     rows = [{"text": t, "label": 100 + 3.5 * len(t.split()) + random.normal()} for t in make_texts(200)]
     path = write_rows(tmp_path / "lengths.jsonl", rows)
-    linear_training.main(
-        settings(dataset_name=str(path), standardize=True, learning_rate=3e-2, num_epochs=60, pooling="last")
-    )
+    changes = {"standardize": True, "learning_rate": 3e-2, "num_epochs": 60, "pooling": "last"}
+    linear_training.main(settings(dataset_name=str(path), **changes))
     folder, metrics = result(tmp_path)
     assert metrics["last"]["test_r2"] > 0.2 and metrics["last"]["test_mse"] < metrics["baselines"]["majority"]["mse"]
     assert load_file(folder / "head.safetensors")["bias"].shape == (1,)
 
 
 # ------------------------------------------------------------------ command line
-def arguments(config, *more):
-    call = ["linear_training.py", "--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
-    return [*call, "--results_dir", config.run.results_dir, "--device", "cpu", *more]
-
-
 def test_command_line_writes_and_standardised_probes_stand_beside(settings, tmp_path, capsys, monkeypatch):
-    call = arguments(settings(), "--num_epochs", "3")
+    config = settings()
+    call = ["linear_training.py", "--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
+    call += ["--results_dir", tmp_path, "--device", "cpu", "--num_epochs", "3"]
     assert run_in_process(monkeypatch, *call) == 0
     folder, metrics = result(tmp_path)
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
-    assert metrics["config"]["num_epochs"] == 3 and metrics["environment"]["packages"]["torch"] == torch.__version__
+    assert metrics["config"]["num_epochs"] == 3
     assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
     written = (folder / "metrics.json").stat().st_mtime_ns
     assert run_in_process(monkeypatch, *call, "--standardize") == 0
@@ -199,21 +180,6 @@ def test_command_line_writes_and_standardised_probes_stand_beside(settings, tmp_
 
 
 # ------------------------------------------------------------------ states
-def test_a_killed_run_goes_on_with_the_same_history(settings, tmp_path, capsys):
-    killed, whole = (settings(results_dir=tmp_path / name, num_epochs=150) for name in ("killed", "whole"))
-    call = arguments(killed, "--num_epochs", "150", "--minutes_per_state", "0.001")
-    kill_at(lambda: list(tmp_path.glob("killed/linear_training/*/*/state.safetensors")), *call)
-    assert not list((tmp_path / "killed").glob("linear_training/*/*/metrics.json"))
-    for config in (killed, whole):
-        linear_training.main(config)
-        assert ("going on from step" in capsys.readouterr().out) == (config is killed)
-    assert_same_histories(tmp_path / "killed", tmp_path / "whole")
-    folder = result(tmp_path / "killed")[0]
-    for name, tensor in load_file(result(tmp_path / "whole")[0] / "head.safetensors").items():
-        assert torch.equal(tensor, load_file(folder / "head.safetensors")[name])
-    assert not (folder / "state.safetensors").exists()
-
-
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
 def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
     """Across machines it does not come to all at once: else one would wait for the gradients of the other."""

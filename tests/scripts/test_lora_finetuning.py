@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -34,16 +35,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def settings(model_dirs, rows_path, tmp_path) -> dict:
     """A few steps on made-up rows, in float32."""
-    return {
-        "model_name": str(model_dirs["qwen2"]),
-        "dataset_name": str(rows_path),
-        "results_dir": tmp_path,
-        "device": "cpu",
-        "dtype": "float32",
-        "num_steps": 12,
-        "steps_per_evaluation": 6,
-        "batch_size": 4,
-    }
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    return names | {"device": "cpu", "dtype": "float32", "num_steps": 12, "steps_per_evaluation": 6, "batch_size": 4}
 
 
 def result(results_dir):
@@ -91,12 +84,10 @@ def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, mod
     with torch.no_grad():
         trained = run.model.decoder(input_ids=input_ids).last_hidden_state
         before = original.get_decoder()(input_ids=input_ids).last_hidden_state
-        loaded = PeftModel.from_pretrained(original, adapter_dir)(input_ids, output_hidden_states=True).hidden_states[
-            -1
-        ]
-    merged = run_base_model(
-        load_base_model(replace(config.model, adapter_dir=adapter_dir), config.run, torch.device("cpu")), input_ids
-    )
+        by_peft = PeftModel.from_pretrained(original, adapter_dir)(input_ids, output_hidden_states=True)
+    loaded = by_peft.hidden_states[-1]
+    with_adapter = replace(config.model, adapter_dir=adapter_dir)
+    merged = run_base_model(load_base_model(with_adapter, config.run, torch.device("cpu")), input_ids)
     assert (trained - before).abs().max() > 1e-2
     torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-6)
     torch.testing.assert_close(merged, trained, rtol=0, atol=1e-4)
@@ -148,9 +139,8 @@ def test_mistakes_are_named(settings, change, message):
 
 def test_an_unknown_family_needs_targets(settings, monkeypatch):
     monkeypatch.delitem(FAMILIES, "qwen2")
-    with pytest.raises(
-        UserError, match=r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
-    ):
+    known = r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
+    with pytest.raises(UserError, match=known):
         make_run(lora_finetuning, configure(lora_finetuning, **settings))
     run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
     assert len(run.trained_parameters()) == 2 * 2 + 2
@@ -179,7 +169,6 @@ def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypa
     assert {"majority", "bag_of_words"} <= set(metrics["baselines"])
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
     settings |= {"num_steps": 60, "steps_per_evaluation": 15}
     killed, whole = settings["results_dir"] / "killed", settings["results_dir"] / "whole"
@@ -216,7 +205,6 @@ def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
     return {"settings": settings, "printed": printed.getvalue(), "num_reads": len(calls)}
 
 
-@pytest.mark.slow
 def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
     results = compared["settings"]["results_dir"]
     folder, metrics = result(results)
@@ -230,13 +218,10 @@ def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
     assert table["linear_probe"] == json.loads(probe.read_text())["last"]["test_accuracy"]
     assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
     assert "difference" in compared["printed"] and "retained" in compared["printed"]
-
-
-def test_a_run_with_ntps_after_reads_the_splits_once(compared):
+    # the splits are read once
     assert compared["num_reads"] == 1 and compared["printed"].count("168 train and 72 test texts") == 1
 
 
-@pytest.mark.slow
 def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     """Another adapter is copied to the same place, with its times, which are older than those of the first's scores."""
     settings = compared["settings"] | {"results_dir": tmp_path / "results"}
@@ -266,48 +251,35 @@ def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     assert scores_of(settings["results_dir"], f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]
 
 
-def change(path, **values) -> None:
-    """Changes entries of a stored result; `moments.fingerprint` is one inside of another."""
-    content = json.loads(path.read_text())
-    for name, value in values.items():
-        *outer, last = name.split("__")
-        inner = content
-        for key in outer:
-            inner = inner[key]
-        inner[last] = value
-    save_json(path, content)
-
-
 @pytest.mark.parametrize(
-    ("result_of", "changes", "message"),
+    ("result_of", "keys", "value", "message"),
     [
-        ("linear_training", {"config__pooling": "last"}, "pooling: 'last' there, 'mean' now"),
-        ("linear_training", {"config__seed": 1}, "seed: 1 there, 0 now"),
-        ("linear_training", {"train_fingerprint": "of others"}, "other rows"),
-        ("linear_training", {"test_fingerprint": "of others"}, "other rows"),
-        ("linear_training", {"label_names": ["a", "b", "c"]}, "other classes"),
-        ("linear_training", {"model_fingerprint": "of another"}, "other weights"),
-        ("ntps", {"moments__config__pooling": "last"}, "pooling: 'last' there, 'mean' now"),
-        ("ntps", {"moments__fingerprint": "of others"}, "other rows"),
-        ("ntps", {"moments__label_names": ["a", "b", "c"]}, "other classes"),
-        ("ntps", {"moments__model_fingerprint": "of another"}, "other weights"),
-        ("ntps", {"held_out__fingerprint": "of others"}, "other rows"),
+        ("linear_training", ["config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
+        ("linear_training", ["config", "seed"], 1, "seed: 1 there, 0 now"),
+        ("linear_training", ["train_fingerprint"], "of others", "other rows"),
+        ("linear_training", ["test_fingerprint"], "of others", "other rows"),
+        ("linear_training", ["label_names"], ["a", "b", "c"], "other classes"),
+        ("linear_training", ["model_fingerprint"], "of another", "other weights"),
+        ("ntps", ["moments", "config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
+        ("ntps", ["moments", "fingerprint"], "of others", "other rows"),
+        ("ntps", ["moments", "label_names"], ["a", "b", "c"], "other classes"),
+        ("ntps", ["moments", "model_fingerprint"], "of another", "other weights"),
+        ("ntps", ["held_out", "fingerprint"], "of others", "other rows"),
     ],
 )
 def test_results_that_do_not_fit_are_refused_before_the_training(
-    compared, tmp_path, monkeypatch, result_of, changes, message
+    compared, tmp_path, monkeypatch, result_of, keys, value, message
 ):
     """Moments are deleted once they are read, as in a study."""
     shutil.copytree(compared["settings"]["results_dir"], tmp_path / "results")
     for folder in ("lora", "moments"):
         shutil.rmtree(tmp_path / "results" / folder)
-    [path] = [
-        path
-        for pattern in ("*/*.json", "*/*/metrics.json")
-        for path in (tmp_path / "results" / result_of).glob(pattern)
-        if "+lora" not in str(path)
-    ]
-    change(path, **changes)
+    found = (tmp_path / "results" / result_of).rglob("*.json")
+    [path] = [path for path in found if "+lora" not in str(path)]
+    content = json.loads(path.read_text())
+    part = functools.reduce(dict.__getitem__, keys[:-1], content)
+    part[keys[-1]] = value
+    save_json(path, content)
     monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
     config = configure(lora_finetuning, **compared["settings"] | {"results_dir": tmp_path / "results"}, ntps_after=True)
     with pytest.raises(UserError, match=message):

@@ -4,52 +4,34 @@ import re
 from typing import Any
 
 import numpy as np
-from sklearn.compose import TransformedTargetRegressor
-from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.preprocessing import StandardScaler
 
 from utils.data.load import LabelledTexts
 from utils.training.metrics import classification_scores, regression_scores
 
-# scripts that do not divide words: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
+# scripts in which no blank divides words: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
 UNDIVIDED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U00020000-\U0003ffff]+"
+    "\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 UNDIVIDED_SHARE = 0.05  # of the letters; below it, a foreign word in a text changes nothing
-NGRAMS = 3
-
-
-def words_and_ngrams(text: str) -> list[str]:
-    """The words of a text in small letters; of a run of characters without division its 1- to 3-grams."""
-    runs = UNDIVIDED.findall(text)
-    ngrams = [run[i : i + n] for run in runs for n in range(1, NGRAMS + 1) for i in range(len(run) - n + 1)]
-    return re.findall(r"\w+", UNDIVIDED.sub(" ", text.lower())) + ngrams
 
 
 def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
-    """TF-IDF of the words of train, sparse (n, words); one column of zeros where train has no word at all.
+    """TF-IDF of the words of train, sparse (n, words) float32; one column of zeros if train has no word at all.
 
-    Where train is in Chinese, Japanese, Thai or the like, in which no blank divides words, character n-grams are words.
+    In Chinese, Japanese, Thai or the like, in which no blank divides words, 1 to 3 neighbouring characters are words.
     """
-    undivided = sum(len(run) for text in train for run in UNDIVIDED.findall(text))
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    undivided = sum(len(UNDIVIDED.findall(text)) for text in train)
     letters = sum(character.isalnum() for text in train for character in text)
-    words = {"analyzer": words_and_ngrams} if undivided > UNDIVIDED_SHARE * letters else {"token_pattern": r"\w+"}
+    characters = {"analyzer": "char", "ngram_range": (1, 3)}
+    words = characters if undivided > UNDIVIDED_SHARE * letters else {"token_pattern": r"\w+"}
     vectorizer = TfidfVectorizer(**words, sublinear_tf=True, dtype=np.float32)
     try:
         return vectorizer.fit_transform(train), vectorizer.transform(test)
     except ValueError:  # empty vocabulary: texts of punctuation only
         return np.zeros((len(train), 1)), np.zeros((len(test), 1))
-
-
-def centred_ridge() -> TransformedTargetRegressor:
-    """Ridge regression (alpha = 1) of targets less their mean, unfitted.
-
-    It needs features in float64: `Ridge` rounds targets to the type of the features before it subtracts their mean.
-    """
-    return TransformedTargetRegressor(Ridge(), transformer=StandardScaler(with_std=False))
 
 
 def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
@@ -61,13 +43,16 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     Returns:
         {"majority": scores, "bag_of_words": scores}, scores as in utils/training/metrics.py, of all classes of `train`.
     """
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+    from sklearn.linear_model import LogisticRegression, Ridge
+
     bag, regression = tfidf_features(train.texts, test.texts), train.is_regression
-    if regression:
-        bag = (bag[0].astype(np.float64), bag[1].astype(np.float64))
+    if regression:  # Ridge rounds targets to the type of the features before it subtracts their mean
+        bag = tuple(features.astype(np.float64) for features in bag)
     constant = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
     models = {
         "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), constant),
-        "bag_of_words": (centred_ridge() if regression else LogisticRegression(C=10, max_iter=10_000), bag),
+        "bag_of_words": (Ridge() if regression else LogisticRegression(C=10, max_iter=10_000), bag),
     }
     baselines = {}
     for name, (model, (train_features, test_features)) in models.items():
@@ -84,12 +69,12 @@ def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndar
         targets: one-hot labels or targets, (n, c).
         folds: number of the fold of each text, (n,).
     """
+    from sklearn.linear_model import Ridge
+
     words, r2 = tfidf_features(train.texts, train.texts[:1])[0].astype(np.float64), []
     for fold in np.unique(folds):
         outside, inside = folds != fold, folds == fold
-        fitted = (
-            centred_ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
-        )
+        fitted = Ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
         baseline = np.square(targets[inside] - targets[outside].mean(0)).sum()
         r2.append(1 - np.square(targets[inside] - fitted).sum() / baseline)
     return np.array(r2)

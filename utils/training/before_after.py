@@ -18,8 +18,7 @@ def compare(before: dict, after: dict, probe: dict, lora: dict, probe_defaults: 
     scores: dict[str, Any] = {}
     for score in SCORES:
         first, second = before["score"][score], after["score"][score]
-        known = first["value"] is not None and second["value"] is not None
-        difference = second["value"] - first["value"] if known else None
+        difference = None if None in (first["value"], second["value"]) else second["value"] - first["value"]
         scores[score] = {"before": first, "after": second, "difference": difference}
     name = "test_accuracy" if "test_accuracy" in lora["last"] else "test_r2"
     return {

@@ -7,33 +7,26 @@ evaluation and results are here. b texts of a batch, t tokens, d hidden size, c 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
-from transformers.optimization import Adafactor
+from torch.optim.lr_scheduler import LambdaLR
 
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.check import self_check
-from utils.models.load import load_config, load_tokenizer, stored_as
+from utils.models.load import load_config, load_tokenizer
 from utils.models.states import pool
 from utils.models.tokens import TokenizedTexts, tokenize
-from utils.results import one_run_at_a_time, result_path
+from utils.results import result_path
 from utils.script import UserError, set_seed
 from utils.settings import Data, Model, Run, Session, check
-from utils.training.loop import (
-    METRICS,
-    TrainingRun,
-    find_finished,
-    make_identity,
-    save_result,
-    start_accelerator,
-    train,
-)
-from utils.training.objective import BatchOrder, Head, Objective, save_head
+from utils.training.loop import METRICS, TrainingRun, make_identity, train_once
+from utils.training.objective import BatchOrder, Objective, make_head, save_head
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ Trainable = tuple[Any, Callable[[Path], None]]
 class Classifier(nn.Module):
     """Decoder, pooling over the tokens of the last hidden state, head: right-padded ids (b, t) -> (b, c) float32."""
 
-    def __init__(self, decoder: nn.Module, head: Head, pooling: str, dtype: str) -> None:
+    def __init__(self, decoder: nn.Module, head: nn.Module, pooling: str, dtype: str) -> None:
         super().__init__()
         self.decoder, self.head, self.pooling, self.dtype = decoder, head, pooling, dtype
 
@@ -98,21 +91,21 @@ class Classifier(nn.Module):
         return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
 
 
-def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[Adafactor, torch.optim.lr_scheduler.LambdaLR]:
+def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Adafactor without first moment and with a plain learning rate, and warm-up with half a cosine down to 0."""
+    from transformers import Adafactor, get_cosine_schedule_with_warmup
+
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = Adafactor(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False,
-        relative_step=False,
-    )  # fmt: skip
-    # counted in optimiser steps and not wrapped by accelerate, which would step it once for each process
+    plain = {"scale_parameter": False, "relative_step": False}
+    optimizer = Adafactor(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **plain)
+    # not wrapped by accelerate, which would step it once for each process
     num_warmup = round(config.warmup * config.num_steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, config.num_steps)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int,
-            accelerator: Accelerator) -> Tensor:  # fmt: skip
+            accelerator: "Accelerator") -> Tensor:  # fmt: skip
     """Outputs of all texts, (n, c) float32 on the CPU, the same whatever the batches; each text is run once.
 
     Every process fills in the rows of its batches, and the sum over processes has them all.
@@ -133,22 +126,13 @@ def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_pe
 
 # ------------------------------------------------------------------ run
 def build_run(config: FinetuningConfig, decoder: Any, data: dict[str, LabelledTexts],
-              tokens: dict[str, TokenizedTexts], accelerator: Accelerator, folder: Path) -> TrainingRun:  # fmt: skip
-    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test.
-
-    Raises:
-        UserError: a step has fewer texts than there are processes.
-    """
+              tokens: dict[str, TokenizedTexts], accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
+    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test."""
     training, device = config.training, accelerator.device
     texts_per_step = training.batch_size * training.gradient_accumulation
-    if texts_per_step < accelerator.num_processes:
-        raise UserError(
-            f"A step of --batch_size {training.batch_size} x --gradient_accumulation {training.gradient_accumulation} "
-            f"texts cannot be shared by {accelerator.num_processes} processes. Raise one of them."
-        )
     objective = Objective.of(data["train"])
     train_targets, test_targets = (objective.targets(data[split].labels) for split in ("train", "test"))
-    head = Head(decoder.config.hidden_size, objective.num_labels, training.dropout)
+    head = make_head(decoder.config.hidden_size, objective.num_labels, training.dropout)
     if config.session.gradient_checkpointing:
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
@@ -188,10 +172,8 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
         data: train and test.
     """
     folder = result_path(kind, config.run, config.model, config.data)
-    accelerator = start_accelerator(config, folder)
-    with one_run_at_a_time(folder / METRICS):
-        if (stored := find_finished(config, folder, make_identity(config, data))) is not None:
-            return stored
+
+    def prepare(accelerator: "Accelerator") -> tuple[TrainingRun, Callable[[], None]]:
         model_config = load_config(config.model, config.run)
         tokenizer = load_tokenizer(config.model, config.run, model_config)
         tokens = {
@@ -203,11 +185,12 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
         decoder.to(accelerator.device)
         self_check(decoder, tokens["train"], config.model.model_name)
         run = build_run(config, decoder, data, tokens, accelerator, folder)
-        progress = train(run)
 
         def save_weights() -> None:
             save(folder)  # the largest, and in one piece: if it does not fit, the old files stay
             (folder / METRICS).unlink(missing_ok=True)  # of an earlier run
             save_head(folder / "head.safetensors", run.model.head, run.objective, run.identity)
 
-        return save_result(run, progress, data, stored_as(config.model), save_weights)
+        return run, save_weights
+
+    return train_once(config, folder, data, prepare)

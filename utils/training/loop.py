@@ -11,33 +11,33 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from utils import results
 from utils.data.load import LabelledTexts
 from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
-from utils.models.load import model_fingerprint
+from utils.models.load import model_fingerprint, stored_as
 from utils.parallel import processes
-from utils.results import check_state, find_result, save_json, state_if_there_is_place, write_atomically
 from utils.script import UserError, environment, pick_device, termination_noted
 from utils.settings import Session, all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
 from utils.training.state import load_state, save_state
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 STATE, METRICS = "state.safetensors", "metrics.json"  # in the folder of a result; a finished run has no state
-SHOWN = ("train_loss", "test_loss", "test_accuracy", "test_r2")  # in the progress bar
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainingRun:
     num_steps: int
     steps_per_evaluation: int
     batch_size: int  # rows of one forward pass; a step has order.rows_per_step of them, over all processes
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     folder: Path  # of the result
     identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
     session: Session
@@ -78,22 +78,25 @@ class Progress:
 
 
 # ------------------------------------------------------------------ before the training
-def start_accelerator(config: Any, folder: Path) -> Accelerator:
+def start_accelerator(config: Any, folder: Path) -> "Accelerator":
     """accelerate on the device asked for, with its tracker, in the group of processes that exists.
 
     Raises:
         UserError: the device does not exist, or the package of the tracker is missing.
     """
+    from accelerate import Accelerator
+
     device, tracker = pick_device(config.run.device), config.session.track
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise UserError(f"--track {tracker} needs a package that is not installed. Run: pip install {tracker}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the one that accelerate takes
-    is_cpu, log_with = device.type == "cpu", None if tracker == "none" else tracker
-    accelerator = Accelerator(cpu=is_cpu, mixed_precision="no", log_with=log_with, project_dir=folder / "track")
-    if log_with:
-        simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in all_settings(config).items()}
-        accelerator.init_trackers(folder.parent.parent.name, config=simple)
+    log_with = None if tracker == "none" else tracker
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", log_with=log_with, project_dir=folder / "track"
+    )
+    simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in all_settings(config).items()}
+    accelerator.init_trackers(folder.parent.parent.name, config=simple)
     return accelerator
 
 
@@ -117,17 +120,36 @@ def find_finished(config: Any, folder: Path, identity: dict[str, Any]) -> dict |
     """
 
     def find() -> dict | None:
-        metrics = find_result(folder / METRICS, identity, config.run)
+        metrics = results.find_result(folder / METRICS, identity, config.run)
         if metrics is not None:
-            print(f"reused, already complete with these settings:\n{folder / 'metrics.json'}")
+            print(f"reused, already complete with these settings:\n{folder / METRICS}")
         elif (folder / STATE).is_file():
-            check_state(folder / STATE, identity, config.run.overwrite)
+            results.check_state(folder / STATE, identity, config.run.overwrite)
         return metrics
 
     return processes().object_of_first(find)
 
 
 # ------------------------------------------------------------------ training
+def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
+               prepare: Callable[["Accelerator"], tuple[TrainingRun, Callable[[], None]]]) -> dict:  # fmt: skip
+    """The metrics of a run, in every process; trained and written unless the result exists already.
+
+    Args:
+        config: settings of the script.
+        folder: of the result.
+        data: train and test.
+        prepare: makes the run, and the function that writes its weights into the folder.
+    """
+    accelerator = start_accelerator(config, folder)
+    with results.one_run_at_a_time(folder / METRICS):
+        if (stored := find_finished(config, folder, make_identity(config, data))) is not None:
+            return stored
+        run, save_weights = prepare(accelerator)
+        progress = train(run)
+        return processes().object_of_first(lambda: save_result(config, run, progress, data, save_weights))
+
+
 def load_progress(run: TrainingRun) -> Progress:
     """The progress of an interrupted run, its state put into model, optimiser and schedule; else that of a new one.
 
@@ -137,24 +159,21 @@ def load_progress(run: TrainingRun) -> Progress:
     stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
     step = stored and stored["step"]
     if processes().object_of_first(lambda: step) != step:
-        raise UserError(
-            f"{run.folder / STATE} is not the same file for all processes. Set --results_dir to a folder that all "
-            "machines share."
-        )
+        raise UserError(f"{run.folder / STATE} differs between machines. Set --results_dir to a folder they share.")
     if stored is None:
         return Progress()
     run.scheduler.load_state_dict(stored["scheduler"])
     for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    print(f"going on from step {stored['step']} of {run.num_steps}")
-    return Progress(**{field.name: stored[field.name] for field in fields(Progress)})
+    print(f"going on from step {step} of {run.num_steps}")
+    return Progress(**{name: stored[name] for name in vars(Progress())})
 
 
-def any_asked(run: TrainingRun, asked: bool) -> bool:
-    """Whether SIGTERM has reached any process: all end after the same step, or one would wait for another."""
-    if run.accelerator.num_processes == 1:
-        return asked
-    return bool(run.accelerator.reduce(torch.tensor(float(asked), device=run.targets.device), "sum") > 0)
+def save_progress(run: TrainingRun, progress: Progress) -> None:
+    """Writes the state of the run; without space for it the run goes on."""
+    with results.state_if_there_is_place():
+        values = {**asdict(progress), "scheduler": run.scheduler.state_dict()}
+        save_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity, values)
 
 
 def train(run: TrainingRun) -> Progress:
@@ -165,34 +184,34 @@ def train(run: TrainingRun) -> Progress:
     Raises:
         UserError: a loss that is not finite, too little memory, or the state of another run.
     """
+    from accelerate.utils import DistributedDataParallelKwargs
+
     progress, accelerator = load_progress(run), run.accelerator
     # an expert to which a step sends no token has no gradient
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=routes_tokens(run.model))
     model = accelerator.prepare_model(run.model, device_placement=False)
     run.model.train()
-    is_main, earlier, started = accelerator.is_main_process, progress.seconds, time.monotonic()
-    saved = started
+    clock, saved = time.monotonic(), progress.seconds
     bar = tqdm(total=run.num_steps, initial=progress.step, unit="step", desc="train", mininterval=1,
-               disable=not is_main)  # fmt: skip
+               disable=not accelerator.is_main_process)  # fmt: skip
     with bar, termination_noted() as termination:
         while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
             rate = float(run.scheduler.get_last_lr()[0])
             progress.losses.append(train_step(run, progress, model))
             bar.update()
-            if progress.step % run.steps_per_evaluation == 0 or progress.step == run.num_steps:
-                add_row(run, progress, rate)
-                bar.set_postfix(
-                    {name: value for name, value in progress.history[-1].items() if name in SHOWN}, refresh=False
-                )
-            progress.seconds = earlier + time.monotonic() - started
-            ends = any_asked(run, termination.asked) and progress.step < run.num_steps
-            is_due = time.monotonic() - saved >= 60 * run.session.minutes_per_state
-            if is_main and (ends or is_due) and progress.step < run.num_steps:
-                with state_if_there_is_place():
-                    values = {**vars(progress), "scheduler": run.scheduler.state_dict()}
-                    save_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity, values)
-                saved = time.monotonic()
-            if ends:
+            is_last = progress.step == run.num_steps
+            if progress.step % run.steps_per_evaluation == 0 or is_last:
+                row = add_row(run, progress, rate)
+                bar.set_postfix({name: value for name, value in row.items() if "loss" in name}, refresh=False)
+            progress.seconds += time.monotonic() - clock
+            clock = time.monotonic()
+            # all processes end after the same step, or one would wait for another
+            is_ended = bool(accelerator.reduce(torch.tensor(float(termination.asked), device=run.targets.device)) > 0)
+            is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
+            if accelerator.is_main_process and (is_ended or is_due) and not is_last:
+                save_progress(run, progress)
+                saved = progress.seconds
+            if is_ended and not is_last:
                 processes().leave()  # together, now that the state is written
                 sys.exit(128 + signal.SIGTERM)
     for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes
@@ -200,8 +219,8 @@ def train(run: TrainingRun) -> Progress:
     return progress
 
 
-def add_row(run: TrainingRun, progress: Progress, learning_rate: float) -> None:
-    """Evaluates and appends a row to the history; the training loss is the mean over the steps since the last one."""
+def add_row(run: TrainingRun, progress: Progress, learning_rate: float) -> dict[str, Any]:
+    """Evaluates, appends a row to the history and returns it; its training loss is the mean since the last row."""
     row = {
         "step": progress.step,
         "epoch": progress.step / run.order.steps_per_epoch,
@@ -209,10 +228,12 @@ def add_row(run: TrainingRun, progress: Progress, learning_rate: float) -> None:
         "train_loss": math.fsum(progress.losses) / len(progress.losses),
     }
     run.model.eval()
-    progress.history.append(row | run.evaluate(run.model))
+    row |= run.evaluate(run.model)
     run.model.train()
+    progress.history.append(row)
     progress.losses.clear()
-    run.accelerator.log(progress.history[-1], step=progress.step)
+    run.accelerator.log(row, step=progress.step)
+    return row
 
 
 def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
@@ -230,10 +251,9 @@ def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
             "with more --gradient_accumulation, --gradient_checkpointing, --max_length or --dtype bfloat16."
         ) from None
     if not math.isfinite(loss):
-        some = ", ".join(map(str, rows[:20].tolist())) + (", ..." if len(rows) > 20 else "")
         raise UserError(
-            f"The loss became {loss} at step {progress.step + 1}, rows {some} of the train split. Try a smaller "
-            "--learning_rate or --dtype float32; if it is the first step, look at those texts and labels."
+            f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of the train split. "
+            "Try a smaller --learning_rate or --dtype float32; in the first step, look at those texts and labels."
         )
     run.optimizer.step()
     run.scheduler.step()
@@ -257,8 +277,8 @@ def accumulate_gradients(run: TrainingRun, step: int, model: nn.Module, rows: np
     total = torch.zeros((), device=run.targets.device)
     for number, part in enumerate(parts, 1):
         batch_targets = run.targets[torch.from_numpy(part).to(run.targets.device)]
-        last = number == len(parts)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):  # gradients are exchanged once a step
+        is_last = number == len(parts)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):  # one exchange of gradients a step
             loss = weight * run.objective.loss_sum(model(*run.inputs(part)), batch_targets)
             accelerator.backward(loss)
         total += loss.detach()
@@ -273,53 +293,45 @@ def best_row(history: list[dict], is_regression: bool) -> dict:
     return min(history, key=lambda row: row["test_loss"] if is_regression else -row["test_accuracy"])
 
 
-def save_result(run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts], extra: dict,
+def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts],
                 save_weights: Callable[[], None]) -> dict:  # fmt: skip
-    """Writes the weights, history.csv and, last, metrics.json, in the first process; prints and returns the metrics.
+    """Writes the weights, history.csv and, last, metrics.json; prints and returns the metrics.
 
     Everything is computed before anything is written, so that old and new files coexist only briefly.
     """
-
-    def save() -> dict:
-        history = progress.history
-        metrics = {
-            **run.identity,
-            "environment": environment(),
-            "num_train": len(data["train"].texts),
-            "num_test": len(data["test"].texts),
-            "label_names": data["train"].label_names,
-            "num_trained_parameters": sum(p.numel() for p in run.trained_parameters().values()),
-            "num_steps": progress.step,
-            "texts_per_step": run.order.rows_per_step,
-            "batch_size": run.batch_size,
-            "num_processes": run.accelerator.num_processes,
-            "seconds": progress.seconds,
-            **extra,
-            "last": history[-1],
-            "best": best_row(history, run.objective.is_regression),
-            "best_rule": "validation loss" if "validation_loss" in history[0] else "test score (flatters)",
-            "baselines": text_baselines(data["train"], data["test"]),
-        }
-        save_weights()
-        with write_atomically(run.folder / "history.csv") as temporary:
-            pd.DataFrame(history).to_csv(temporary, index=False)
-        save_json(run.folder / METRICS, metrics)
-        (run.folder / STATE).unlink(missing_ok=True)
-        print_scores(metrics)
-        print(run.folder / METRICS)
-        return metrics
-
-    return processes().object_of_first(save)
+    history = progress.history
+    metrics = {
+        **run.identity,
+        "environment": environment(),
+        "num_train": len(data["train"].texts),
+        "num_test": len(data["test"].texts),
+        "label_names": data["train"].label_names,
+        "num_trained_parameters": sum(p.numel() for p in run.trained_parameters().values()),
+        "num_steps": progress.step,
+        "texts_per_step": run.order.rows_per_step,
+        "num_processes": run.accelerator.num_processes,
+        "seconds": progress.seconds,
+        **stored_as(config.model),
+        "last": history[-1],
+        "best": best_row(history, run.objective.is_regression),
+        "best_rule": "validation loss" if "validation_loss" in history[0] else "test score (flatters)",
+        "baselines": text_baselines(data["train"], data["test"]),
+    }
+    save_weights()
+    with results.write_atomically(run.folder / "history.csv") as temporary:
+        pd.DataFrame(history).to_csv(temporary, index=False)
+    results.save_json(run.folder / METRICS, metrics)
+    (run.folder / STATE).unlink(missing_ok=True)
+    print_scores(metrics)
+    print(run.folder / METRICS)
+    return metrics
 
 
 def print_scores(metrics: dict) -> None:
-    """Prints the last and the best step beside the baselines."""
-    names = [name for name in metrics["last"] if name.startswith(("validation_", "test_"))]
-    names = [name for name in names if name.endswith(("loss", "accuracy", "f1", "r2", "mse", "pearson"))]
-    rows = {"last": metrics["last"], f"best by {metrics['best_rule']}": metrics["best"]}
-    for title, scores in metrics["baselines"].items():
-        rows[title] = {f"test_{name}": value for name, value in (scores | {"loss": scores.get("log_loss")}).items()}
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["step", *names])
+    """Prints the test scores of the last and the best step, beside those of the baselines."""
+    rows = {name: {f"test_{k}": v for k, v in scores.items()} for name, scores in metrics["baselines"].items()}
+    rows |= {"last": metrics["last"], f"best by {metrics['best_rule']}": metrics["best"]}
+    names = [name for name in metrics["last"] if name.startswith("test_")]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["step", *names]).astype({"step": "Int64"})
     table.columns = table.columns.str.replace("_", " ")
-    table = table.astype({"step": "Int64"}).astype({name: float for name in table.columns[1:]})
     print("\n" + table.to_string(float_format="{:.4f}".format, na_rep=""))

@@ -1,7 +1,6 @@
 """Scores of predictions, shared by every script that fits a probe or a head."""
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 
 def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
@@ -11,6 +10,8 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict
         labels: classes 0..c-1, (n,).
         probabilities: (n, c); rows that sum to 1 up to rounding.
     """
+    from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
+
     probabilities = probabilities.astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)
     predicted, present = probabilities.argmax(1), np.unique(labels)

@@ -1,5 +1,6 @@
 """The head, the loss and its scores, and the rows of each step; n or b texts, d features, c outputs."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,9 @@ GROUP = 50  # batches that are sorted by length together: enough to save padding
 
 
 # ------------------------------------------------------------------ head and objective
-class Head(nn.Module):
+def make_head(hidden_size: int, num_labels: int, dropout: float) -> nn.Sequential:
     """Dropout and a linear layer on the pooled state: (b, d) -> (b, c)."""
-
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.linear(self.dropout(pooled))
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_labels))
 
 
 @dataclass(frozen=True)
@@ -69,58 +63,54 @@ class Objective:
         if not math.isfinite(loss):
             raise UserError(f"The evaluation's loss is {loss}. Try a smaller --learning_rate or --dtype float32.")
         if self.is_regression:
-            true, predicted = (
-                (values * self.scale + self.mean).numpy() for values in (targets.double(), outputs[:, 0])
-            )
-            return {"loss": loss, **regression_scores(true, predicted)}
+            in_own_unit = (values.double() * self.scale + self.mean for values in (targets, outputs[:, 0]))
+            return {"loss": loss, **regression_scores(*(values.numpy() for values in in_own_unit))}
         scores = classification_scores(targets.numpy(), outputs.softmax(1).numpy())
         del scores["log_loss"]  # the same as `loss`
         return {"loss": loss, **scores}
 
 
-def save_head(path: Path, head: Head, objective: Objective, metadata: dict, mean: Tensor | None = None,
-              spread: Tensor | None = None) -> None:  # fmt: skip
+def save_head(path: Path, head: nn.Sequential, objective: Objective, metadata: dict, mean: Tensor | float = 0.0,
+              spread: Tensor | float = 1.0) -> None:  # fmt: skip
     """Writes `weight` (c, d) and `bias` (c,), which take the pooled state as it is and give labels as they are.
 
-    `mean` and `spread`, (d,), are those of inputs standardised in training; with the scale of regression targets they
-    are folded into the weights.
+    Mean and spread (d,) of inputs standardised in training, and those of regression targets, are folded into them.
     """
-    weight, bias = (tensor.detach().double().cpu() for tensor in (head.linear.weight, head.linear.bias))
-    if mean is not None and spread is not None:
-        weight = weight / spread.double()
-        bias = bias - weight @ mean.double()
-    weight, bias = weight * objective.scale, bias * objective.scale + objective.mean
-    save_tensors(path, {"weight": weight.float(), "bias": bias.float()}, metadata)
+    weight, bias = (parameter.detach().double().cpu() for parameter in head[1].parameters())
+    weight = weight / spread
+    bias = (bias - (weight * mean).sum(1)) * objective.scale + objective.mean
+    save_tensors(path, {"weight": (weight * objective.scale).float(), "bias": bias.float()}, metadata)
 
 
 # ------------------------------------------------------------------ order of the rows
+@dataclass(frozen=True, eq=False)
 class BatchOrder:
-    """The rows of each optimiser step; every row once an epoch; a function of seed and step alone.
+    """The rows of each optimiser step; every row once an epoch; a function of seed and step alone."""
 
-    With `lengths`, rows of like length come together: the rows of `GROUP` batches are sorted by length and cut, and
-    the batches shuffled again. Batches of one row are in plain random order either way.
-    """
+    num_rows: int
+    rows_per_step: int
+    seed: int
+    lengths: np.ndarray | None = None  # tokens of each row: rows of like length then come together, longest first
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int, lengths: np.ndarray | None = None) -> None:
-        self.num_rows, self.rows_per_step, self.seed, self.lengths = num_rows, rows_per_step, seed, lengths
-        self.steps_per_epoch = -(-num_rows // rows_per_step)
-        self.epoch, self.batches = -1, []  # type: tuple[int, list[np.ndarray]]
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in which every row comes once."""
+        return -(-self.num_rows // self.rows_per_step)
 
     def __call__(self, step: int) -> np.ndarray:
-        """Rows of `step`, counted from 0, (rows_per_step,) or fewer at the end of an epoch; longest first."""
+        """Rows of `step`, counted from 0, (rows_per_step,) or fewer at the end of an epoch."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.batches = epoch, self.shuffle(epoch)
-        return self.batches[index]
+        return shuffled_batches(self, epoch)[index]
 
-    def shuffle(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch."""
-        random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(self.num_rows)
-        cuts = range(self.rows_per_step, self.num_rows, self.rows_per_step)
-        if self.lengths is None or self.rows_per_step == 1:
-            return np.split(order, cuts)
-        group = np.arange(self.num_rows) // (GROUP * self.rows_per_step)
-        order = order[np.lexsort((-self.lengths[order], group))]
-        batches = np.split(order, cuts)
-        return [batches[index] for index in random.permutation(len(batches))]
+
+@functools.lru_cache(maxsize=1)
+def shuffled_batches(order: BatchOrder, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch; with lengths, `GROUP` random batches are sorted together, then all are shuffled."""
+    random = np.random.default_rng((order.seed, epoch))
+    rows = random.permutation(order.num_rows)
+    cuts = range(order.rows_per_step, order.num_rows, order.rows_per_step)
+    if order.lengths is None or order.rows_per_step == 1:
+        return np.split(rows, cuts)
+    group = np.arange(order.num_rows) // (GROUP * order.rows_per_step)
+    batches = np.split(rows[np.lexsort((-order.lengths[rows], group))], cuts)
+    return [batches[index] for index in random.permutation(len(batches))]

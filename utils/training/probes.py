@@ -4,16 +4,14 @@ import warnings
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
-from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 
 def as_array(features: Tensor) -> Any:
     """The argument for scikit-learn: numpy, or with array API dispatch the tensor itself on its device."""
+    import sklearn
+
     return features if sklearn.get_config()["array_api_dispatch"] else features.numpy()
 
 
@@ -32,6 +30,8 @@ def preconditioned_start(features: Tensor, labels: Tensor, num_classes: int, inv
     Returns:
         (c, d + 1), float64, the intercept last.
     """
+    from scipy.optimize import minimize
+
     n, d = features.shape
     penalty = 1 / (inverse_penalty * n)
     one_hot = torch.nn.functional.one_hot(labels, num_classes).T.to(features.dtype).contiguous()
@@ -65,7 +65,7 @@ def preconditioned_start(features: Tensor, labels: Tensor, num_classes: int, inv
 
 
 def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_penalty: float, max_iter: int,
-                 tolerance: float, seed: int) -> tuple[LogisticRegression, dict]:  # fmt: skip
+                 tolerance: float, seed: int) -> tuple[Any, dict]:  # fmt: skip
     """A fitted LogisticRegression, and {"num_iterations", "converged"} with the iterations of scikit-learn.
 
     lbfgs starts at `preconditioned_start`; where rounding of float32 features stops it early, it continues in float64.
@@ -76,9 +76,10 @@ def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_pena
         solver: "lbfgs" or "saga".
         inverse_penalty, max_iter, tolerance, seed: scikit-learn's C, max_iter, tol, random_state.
     """
-    model = LogisticRegression(
-        solver=solver, C=inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=seed
-    )  # fmt: skip
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(solver=solver, C=inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=seed)
     if solver == "lbfgs":
         binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones
         penalty, targets = inverse_penalty / (2 if binary else 1), torch.from_numpy(labels).to(features.device)
