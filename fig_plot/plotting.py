@@ -12,9 +12,8 @@ from matplotlib.markers import MarkerStyle
 from scipy.stats import rankdata, spearmanr
 
 from fig_plot.tables import LABELS
-from utils.pictures import STYLE
+from utils.pictures import PLAIN_TEXT
 
-PLAIN = [STYLE, {"text.parse_math": False}]  # a name with a dollar is no formula
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # behind a text
 
 
@@ -41,7 +40,8 @@ def draw_rank_scatter(
         beside: the names stand beside the dots instead.
     """
     complete = np.isfinite(x) & np.isfinite(y)
-    rank_x, rank_y, dots = rankdata(x[complete]), rankdata(y[complete]), {}
+    rank_x, rank_y = rankdata(x[complete]), rankdata(y[complete])
+    dots: dict[str, Artist] = {}
     is_defined = complete.sum() > 2 and np.ptp(rank_x) > 0 and np.ptp(rank_y) > 0
     if is_defined:
         ends = np.array([rank_x.min(), rank_x.max()])
@@ -57,8 +57,8 @@ def draw_rank_scatter(
             dots[names[position]] = dot
         if names and beside:
             side, shift = ("right", -0.3) if rank_x[i] > 0.7 * complete.sum() else ("left", 0.3)
-            text = {"fontsize": 6, "ha": side, "va": "center", "bbox": OVER_LINES}
-            axes.text(rank_x[i] + shift, rank_y[i], short_name(names[position]), **text)
+            name = short_name(names[position])
+            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=7, ha=side, va="center", bbox=OVER_LINES)
     num_places = int(complete.sum()) if beside else len(x)  # panels side by side share their axes
     limits, ticks = (0, num_places + 1), sorted({1, (num_places + 1) // 2, num_places})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
@@ -82,7 +82,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     cells = data.set_index(["model", "dataset"])
     num_columns = min(4, len(models))
     num_rows = -(-len(models) // num_columns)
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         legend_height = 0.17 * len(datasets) + 0.3 if names else 0
         # inches; the note needs 3.8
         size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
@@ -121,7 +121,7 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
         names: the scores.
     """
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.2, 2.8), squeeze=False)
         handles: dict[str, Artist] = {}
         for panel, name in zip(axes[0], names, strict=True):
@@ -150,7 +150,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
     """
     models, datasets = list(dict.fromkeys(cells.model)), sorted(set(cells.dataset), reverse=True)
     heights = np.arange(len(datasets))
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         size = (1.9 * len(models) + 2.6, 0.22 * len(datasets) + 1.1)
         figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, sharey=True)
         for panel, model in zip(axes[0], models, strict=True):
@@ -173,7 +173,7 @@ def plot_sensitivity(table: pd.DataFrame, names: tuple[str, ...], title: str) ->
         names: the scores.
         title: of the figure.
     """
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.8, 2.4), squeeze=False, sharey=True)
         for panel, name in zip(axes[0], names, strict=True):
             values = table[table.score == name].pivot(index="layer", columns="fraction", values="spearman")
@@ -195,7 +195,7 @@ def plot_forest(table: pd.DataFrame, scores: Sequence[str], measures: Sequence[s
         scores: from top to bottom.
         measures: from left to right.
     """
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         size = (2.1 * len(measures) + 1.9, 0.2 * len(scores) + 0.9)
         figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
         for panel, measure in zip(axes[0], measures, strict=True):
@@ -221,7 +221,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     """
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.32 * len(labels) + 1.1), sharey=True)
         for panel, claim in zip(axes, claims, strict=True):
             for _, row in rows[rows["claim"] == claim].iterrows():
@@ -245,7 +245,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
 
 def plot_idea() -> Figure:
     """What the score measures: how much of a direction u that a task needs lies inside the subspace V."""
-    with plt.style.context(PLAIN):
+    with plt.style.context(PLAIN_TEXT):
         figure, panel = plt.subplots(figsize=(5.2, 2.0))
         panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)
         start, inside, tip = (1.6, 0.5), (4.3, 0.9), (4.3, 2.3)

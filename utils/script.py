@@ -43,7 +43,7 @@ def warn(message: str) -> None:
 
 def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
     """The config that a command line gives; the groups of settings leave no trace in the names of the flags."""
-    config = tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    config: Any = tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     expand(config)
     return config
 
