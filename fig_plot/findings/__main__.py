@@ -142,9 +142,10 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
     layers, probes, after = plain_layers(data_dir), read_table("probes", data_dir), load_after_lora(data_dir)
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
-    of_first = [table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)]
+    studied = trained_models(seeds)
+    of_first = studied[studied["seed"] == first], layers[layers["seed"] == first], probes[probes["seed"] == first]
     rows: dict[str, Iterable] = {
-        "like_for_like": like_for_like_rows(*of_first, draws=draws),
+        "like_for_like": like_for_like_rows(*of_first, draws),
         "selection": selection_rows(cells, layers, draws),
         "sensitivity": sensitivity_rows(cells, layers),
         "correlations": correlation_rows(cells, draws),
@@ -152,15 +153,15 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
         "partial": partial_rows(cells, draws, (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES)),
         "controls": control_rows(every, draws),
         "random_weights": random_weights_rows(every, after, draws),
-        "twin": twin_rows(*of_first, draws=draws),
+        "twin": twin_rows(*of_first, draws),
         "after_lora": after_lora_rows(after, every, draws),
         "calibration": calibration_rows(cells, draws),
         "decision": decision_rows(cells, draws),
         "seeds": seed_rows(seeds),
     }
-    of_paper = [table[table["dataset"].isin(PAPER_KEYS)] for table in of_first]
-    if 4 <= of_paper[0]["dataset"].nunique() < cells["dataset"].nunique():
-        rows["like_for_like_paper"] = like_for_like_rows(*of_paper, draws=draws)
+    of_cells, of_layers, of_probes = (table[table["dataset"].isin(PAPER_KEYS)] for table in of_first)
+    if 4 <= of_cells["dataset"].nunique() < cells["dataset"].nunique():
+        rows["like_for_like_paper"] = like_for_like_rows(of_cells, of_layers, of_probes, draws)
         columns = [name for name in (*CELL_KEYS, "ntps", *MEASURES, *RIVALS) if name in cells]
         rows["correlations_paper"] = correlation_rows(cells.loc[cells["dataset"].isin(PAPER_KEYS), columns], draws)
     if table_path("features", data_dir).is_file():
