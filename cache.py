@@ -317,6 +317,16 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     return path, config
 
 
+def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
+    """The settings, rows, classes and model that tell moments of one path apart."""
+    return {
+        "config": result_settings(config),
+        "model_fingerprint": model_fingerprint(config.model, config.run),
+        "fingerprint": data.fingerprint,
+        "label_names": data.label_names,
+    }
+
+
 def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
     """The moments of `data`, with the pooled states beside them if asked for; made where they are missing, or `anew`.
 
@@ -324,12 +334,7 @@ def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
         UserError: moments of another identity, without --overwrite; or of `compute`.
     """
     path = config_path(config)
-    identity = {
-        "config": result_settings(config),
-        "model_fingerprint": model_fingerprint(config.model, config.run),
-        "fingerprint": data.fingerprint,
-        "label_names": data.label_names,
-    }
+    identity = identity_of(config, data)
 
     def is_current() -> bool:
         current = not anew and stored.is_complete(path, identity, config.output, config.run.overwrite)

@@ -79,7 +79,7 @@ def make_model(folder: Path) -> PreTrainedTokenizerBase:
 
 def make_rows(path: Path, tokenizer: PreTrainedTokenizerBase, num_texts: int, length: int) -> None:
     """Writes `num_texts` texts of `length` words, each one token behind a blank, with one of two labels."""
-    pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    pieces = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
     words = [piece for piece in pieces if piece.startswith(" ") and piece[1:].isalpha() and piece.isascii()][:500]
     random = np.random.default_rng(0)
     with open(path, "w") as file:

@@ -14,6 +14,7 @@ Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,9 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     runs = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config), config.plain_padding)}
     progress = {name: Progress() for name in runs}
-    ways = {name: partial(steps, run, progress[name], config.num_steps) for name, run in runs.items()}
+    ways: dict[Any, Callable[[], object]] = {
+        name: partial(steps, run, progress[name], config.num_steps) for name, run in runs.items()
+    }
     alternate(ways, 1, device)  # warm-up
     fastest = {way: min(rounds) for way, rounds in alternate(ways, config.num_rounds, device).items()}
     table = {
