@@ -296,10 +296,10 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
         other, other_metadata = stack.enter_context(open_tensors(held_out_path)) if held_out_path else (None, None)
-        # not the environment: the same rows and settings give the same moments on any machine, at any commit
+        # the same rows and settings give the same moments on any machine, and with or without pooled states beside them
         identity = {
             "config": result_settings(config),
-            "moments": {name: value for name, value in metadata.items() if name != "environment"},
+            "moments": {k: v for k, v in metadata.items() if k not in ("environment", "pooled_crc32")},
             "held_out": other_metadata and {"fingerprint": other_metadata["fingerprint"]},
         }
         if stored := find_scores(output_path(config), identity, config.run):

@@ -16,8 +16,7 @@ comes after the final norm. Each layer k has, averaged over texts, in float64, u
     layer.<k>.prefix_second_moment       C0  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
     layer.<k>.prefix_next_cross_moment   C1  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
 
-With them rounding is told from rank: the errors of C0 Z and C1 Z that products in float32 leave, for a few fixed random
-signs Z, and token_square (d,), the mean over texts of the sum over t = 1..T of x_t^2.
+K_sweep.py tells rounding from rank by the errors of C0 Z and C1 Z for fixed random signs Z, and by token_square (d,).
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment

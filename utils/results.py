@@ -107,6 +107,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield temporary
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder unless it holds something."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def one_run_at_a_time(path: Path) -> Iterator[None]:
     """Locks the result at `path`: a second run of the same result waits here, and then finds it.
@@ -117,7 +123,11 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
         lock = path.with_name(f".{path.name}.lock")
         try:
             if rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                for folder in reversed(
+                    [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+                ):
+                    folder.mkdir(exist_ok=True)
+                    stack.callback(remove_if_empty, folder)  # after a refusal nothing is left
                 stack.enter_context(filelock.FileLock(lock))
                 stack.callback(lock.unlink, missing_ok=True)
         except OSError as error:  # a finished result can be read where nothing can be written
