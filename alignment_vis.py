@@ -280,7 +280,7 @@ def main(config: Config) -> None:
         config = complete_settings(config, metadata["num_layers"])
         path = output_path(config)
         # not the environment: the same rows and settings give the same moments on any machine
-        provenance = {name: value for name, value in metadata.items() if name != "environment"}
+        provenance = {k: v for k, v in metadata.items() if k not in ("environment", "pooled_crc32")}
         identity = {"config": result_settings(config), "moments": provenance}
         with one_run_at_a_time(path):
             result = find_result(path, identity, config.run)

@@ -107,10 +107,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield temporary
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Removes a folder unless it holds something."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+@contextlib.contextmanager
+def parent_folders(path: Path) -> Iterator[None]:
+    """Makes the folders of `path`; at the end those that are still empty go, so that a refusal leaves nothing."""
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -123,11 +130,7 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
         lock = path.with_name(f".{path.name}.lock")
         try:
             if rank() == 0:
-                for folder in reversed(
-                    [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-                ):
-                    folder.mkdir(exist_ok=True)
-                    stack.callback(remove_if_empty, folder)  # after a refusal nothing is left
+                stack.enter_context(parent_folders(path))
                 stack.enter_context(filelock.FileLock(lock))
                 stack.callback(lock.unlink, missing_ok=True)
         except OSError as error:  # a finished result can be read where nothing can be written
@@ -146,11 +149,13 @@ def check_writable(path: Path) -> None:
         return
     if path.suffix and path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
+    temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(path)
-        temporary.touch()
-        temporary.unlink()
+        with parent_folders(path):
+            temporary.touch()
+            temporary.unlink()
+    except FileNotFoundError:  # another run that tries the same has removed the folder again
+        return
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
