@@ -166,9 +166,7 @@ def check_writable(path: Path) -> None:
 class Stored(dict):
     """Content of a file of results, at any depth; an entry that it lacks is a UserError that names the file."""
 
-    def __init__(self, content: dict, path: Path) -> None:
-        super().__init__(content)
-        self.path = path
+    path = Path("the result")  # of a copy that `dataclasses.asdict` makes
 
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
@@ -180,8 +178,14 @@ def parse_stored(path: Path, text: str | bytes) -> Stored:
     Raises:
         UserError: the text is no JSON object, or (later) lacks an entry that is read.
     """
+
+    def with_path(found: dict) -> Stored:
+        content = Stored(found)
+        content.path = path
+        return content
+
     try:
-        content = json.loads(text, object_hook=lambda found: Stored(found, path))
+        content = json.loads(text, object_hook=with_path)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
     if not isinstance(content, Stored):
