@@ -26,6 +26,7 @@ class Repository:
 CAUSES = (
     (r"GatedRepoError|DatasetNotFoundError.*gated", "is gated",
      "Accept its terms at {url}, then log in: hf auth login. Or use {instead}."),
+    (r"Token is required|LocalTokenNotFoundError", "needs a login", "Log in: hf auth login. Or use {instead}."),
     (r"RevisionNotFoundError|DatasetNotFoundError.*revision", "has no revision {revision!r}",
      "Give {revision_flag} a branch, a tag or all 40 digits of a commit of {url}."),
     (r"OfflineModeIsEnabled|LocalEntryNotFoundError|\bConnectionError", "is no local file or folder, and the hub "
