@@ -9,12 +9,8 @@ from transformers import DistilBertConfig
 import alignment_vis
 import cache
 import K_sweep
-from tests.conftest import (
-    configure,
-    load_moments,
-    run_in_process,
-)
-from utils.results import machine
+from tests.conftest import configure, load_moments, run_in_process
+from utils.results import MACHINE
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -140,7 +136,7 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_numbers(model_dirs, rows_
     monkeypatch.setattr(cache, "load_base_model", loading)
     at_exit: list = []
     monkeypatch.setattr("atexit.register", lambda *call, **options: at_exit.append((call, options)))
-    of_a_dead_process = tmp_path / "other" / f"offloaded.{2**22 + 1}@{machine()}.tmp"
+    of_a_dead_process = tmp_path / "other" / f"offloaded.{2**22 + 1}@{MACHINE}.tmp"
     of_a_dead_process.mkdir(parents=True)
     cache.main(with_values(other, device_map="auto"))
     [folder] = (tmp_path / "other").glob("offloaded*")
