@@ -179,7 +179,7 @@ def study(model_dirs, rows_path, tmp_path_factory) -> tuple[Path, dict, subproce
             "no-model": {"seeds": seeds, "by": "echo 'error: there is no such model'; false"},
         },
         "datasets": [str(rows_path)],
-        "after": [f"python -m fig_plot.collect --results_dir {folder} --output_dir {folder}/data"],
+        "after": [f"python -m fig_plot.collect --results_dir {folder}/study/toy --output_dir {folder}/data"],
     }
     (folder / "toy.json").write_text(json.dumps(config))
     return folder, config, snakemake(folder / "toy.json", "--keep-going", "--rerun-triggers", "mtime", "params")
