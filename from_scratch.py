@@ -28,7 +28,7 @@ from utils.hub import hub_errors
 from utils.models.load import load_causal_lm, load_config, load_tokenizer
 from utils.models.states import decoder_of
 from utils.models.table import repository
-from utils.results import replace_folder
+from utils.results import write_atomically
 from utils.script import run_script
 from utils.settings import Unrecorded, with_values
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
@@ -80,7 +80,7 @@ def build(config: Config) -> Trainable:
 
     def save(folder: Path) -> None:
         if config.output.save_model:
-            with replace_folder(folder / name) as temporary:
+            with write_atomically(folder / name) as temporary:
                 model.save_pretrained(temporary)
                 load_tokenizer(config.model, config.run, model.config).save_pretrained(temporary)
 

@@ -32,7 +32,7 @@ from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
 from utils.parallel import processes
-from utils.results import check_identity, read_identity, replace_folder, result_path, save_json, settings_from_moments
+from utils.results import check_identity, read_identity, result_path, save_json, settings_from_moments, write_atomically
 from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check, result_settings, with_values
 from utils.training.before_after import compare, print_comparison
@@ -115,7 +115,7 @@ def build(config: Config) -> Trainable:
     causal_lm: Any = peft_model.get_base_model()
 
     def save(folder: Path) -> None:
-        with replace_folder(folder / "adapter") as temporary:
+        with write_atomically(folder / "adapter") as temporary:
             # no look at the hub for a changed vocabulary: the embeddings are not trained
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
             save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))

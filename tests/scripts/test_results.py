@@ -27,18 +27,17 @@ import linear_sklearn
 import linear_training
 from tests.conftest import ROOT, configure, run_command, run_in_process, write_rows
 from utils.results import (
+    MACHINE,
     check_writable,
     difference,
     find_result,
     load_json,
     one_run_at_a_time,
     open_tensors,
-    replace_folder,
     result_path,
     save_json,
     save_tensors,
     settings_from_moments,
-    temporary_path,
     write_atomically,
 )
 from utils.script import UserError, environment, git_commit
@@ -322,7 +321,7 @@ def test_a_folder_without_permission_or_read_only_is_named(code, tmp_path, monke
     def refuse(path, *_, **__):
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=f"cannot write .*{os.strerror(code)}.*--results_dir"):
         check_writable(tmp_path / "result.json")
 
@@ -340,19 +339,15 @@ def dead_process() -> int:
 
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead, living = dead_process(), os.getppid()
-    machine = temporary_path(tmp_path / "result.bin").name.partition("@")[2]
-    files = {f"result.bin.{dead}@another-machine.tmp", f"result.bin.{living}@{machine}", f"other.bin.{dead}@{machine}"}
-    for name in {*files, f"result.bin.{dead}@{machine}"}:
-        (tmp_path / name).write_bytes(b"half")
-    for process in (dead, living):
-        (tmp_path / f"adapter.{process}@{machine}").mkdir()
+    left = f"result.bin.{dead}@{MACHINE}.tmp"
+    stay = {f"result.bin.{dead}@elsewhere.tmp", f"result.bin.{living}@{MACHINE}.tmp", f"other.{dead}@{MACHINE}.tmp"}
+    for name in (left, *stay):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpAbC123").write_bytes(b"half")
     with write_atomically(tmp_path / "result.bin") as path:
         path.write_bytes(b"whole")
-    with replace_folder(tmp_path / "adapter") as folder:
-        (folder / "weights").write_bytes(b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *files, "result.bin", "adapter", f"adapter.{living}@{machine}"
-    }  # fmt: skip
+        path.with_name(".tmpAbC123").write_bytes(b"half")  # of a library
+    assert {path.name for path in tmp_path.iterdir()} == {*stay, "result.bin"}
 
 
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -371,11 +366,12 @@ def test_a_full_disk_under_safetensors_is_said_as_any_other(tmp_path, monkeypatc
     monkeypatch.setattr("utils.results.save_file", full)
     with pytest.raises(OSError, match=r"No space left.*a\.safetensors") as raised:
         save_tensors(tmp_path / "a.safetensors", {}, {})
-    with pytest.raises(OSError, match="No space left"), replace_folder(tmp_path / "adapter"):
+    with pytest.raises(OSError, match="No space left"), write_atomically(tmp_path / "adapter") as folder:
+        folder.mkdir()
         raise FULL
     assert raised.value.errno == errno.ENOSPC and (tmp_path / "adapter" / "old").is_file()
     assert read_all(tmp_path / "a.safetensors").keys() == TENSORS.keys() and len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(SafetensorError, match="other"), replace_folder(tmp_path / "adapter"):
+    with pytest.raises(SafetensorError, match="other"), write_atomically(tmp_path / "adapter"):
         raise SafetensorError("other")
 
 

@@ -23,7 +23,7 @@ from utils.hub import hub_errors
 from utils.models import gguf
 from utils.models.states import decoder_of
 from utils.models.table import FAMILIES, is_gguf, local_fingerprint, model_source, repository
-from utils.results import remove_abandoned, temporary_path
+from utils.results import temporary_folder
 from utils.script import UserError
 from utils.settings import Model, Run
 
@@ -160,8 +160,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTr
 
 def offload_folder(run: Run) -> Path:
     """A new folder for weights that fit into no memory; removed when the process ends."""
-    remove_abandoned(name := run.results_dir / "offloaded")
-    folder = temporary_path(name)
+    folder = temporary_folder(run.results_dir / "offloaded")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
