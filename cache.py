@@ -51,7 +51,7 @@ from utils.models.load import (
 )
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.models.tokens import TokenizedTexts, tokenize
-from utils.parallel import processes
+from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
@@ -248,7 +248,7 @@ def accumulate(
     Raises:
         UserError: a state is not finite, naming layer and text.
     """
-    device, devices, world = input_device(model), layer_devices(model), processes()
+    device, devices = input_device(model), layer_devices(model)
     sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
     tensors = {f"layer.{k}.{name}": value for k in sums for name, value in sums[k].tensors().items()}
 
@@ -276,14 +276,14 @@ def accumulate(
             )
 
     blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK, tokens.rope_limit)
-    steps = share_of(blocks, tokens.lengths, world.rank, world.size)
+    steps = share_of(blocks, tokens.lengths, rank(), num_started())
     num_tokens = [int(tokens.lengths[step.rows].sum()) for step in steps]
     for number in remaining_batches(partial, tensors, num_tokens):
         add_batch(steps[number].rows)
         if steps[number].ends_block:
             for layer in sums.values():
                 layer.end_block()
-    world.sum_at_first([total for layer in sums.values() for total in layer.sums.values()])
+    sum_at_first([total for layer in sums.values() for total in layer.sums.values()])
     averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
     tensors.clear()
     for k in list(sums):  # the sums of a layer go before the moments of the next are made
@@ -342,7 +342,7 @@ def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
         return current
 
     with results.one_run_at_a_time(path):
-        if processes().object_of_first(is_current):
+        if object_of_first(is_current):
             print("reused, already complete with these settings:")
         else:
             compute(config, data, identity)
@@ -352,7 +352,7 @@ def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
 
 def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> None:
     """Runs the model over the texts and writes the moments."""
-    path, device, world = config_path(config), pick_device(config.run.device), processes()
+    path, device = config_path(config), pick_device(config.run.device)
     results.check_writable(path)
     model_config = load_config(config.model, config.run)
     tokenizer = load_tokenizer(config.model, config.run, model_config)
@@ -379,7 +379,7 @@ def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> No
         "placement": repr(config.placement),
         "tokens_per_batch": config.run.batch_tokens(device),
         "device": device.type,
-        "num_processes": world.size,
+        "num_processes": num_started(),
         "environment": metadata["environment"],
     }
     partial = PartialPass(path, identity, run_settings, config.output.minutes_per_state)
@@ -387,7 +387,7 @@ def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> No
     with resumable_pass(partial, shape, config.run.overwrite) as pooled:
         tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
         tensors |= {"labels": torch.as_tensor(data.labels), "folds": torch.from_numpy(folds)}
-        if world.rank == 0:
+        if rank() == 0:
             metadata["pooled_crc32"] = checksums(pooled) if num_saved else []
             results.save_tensors(path, tensors, metadata)
 

@@ -35,7 +35,7 @@ from utils.algebra.pooled import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
 from utils.models.load import load_config
-from utils.parallel import processes
+from utils.parallel import object_of_first
 from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check
@@ -177,7 +177,7 @@ def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective
         optimizer=optimizer,
         scheduler=LambdaLR(optimizer, lambda step: 1.0),  # constant
         order=order,
-        evaluate=lambda model: processes().object_of_first(lambda: evaluate(model, objective, parts)),
+        evaluate=lambda model: object_of_first(lambda: evaluate(model, objective, parts)),
         num_steps=config.num_epochs * order.steps_per_epoch,
         steps_per_evaluation=order.steps_per_epoch,
         batch_size=config.batch_size,

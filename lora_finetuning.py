@@ -31,7 +31,7 @@ from utils.models.adapters import save_base_model
 from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
-from utils.parallel import processes
+from utils.parallel import object_of_first
 from utils.results import check_identity, read_identity, result_path, save_json, settings_from_moments, write_atomically
 from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check, result_settings, with_values
@@ -164,7 +164,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
-    return processes().object_of_first(lambda: K_sweep.main(replace(sweep, run=replace(run, device="cpu"))))
+    return object_of_first(lambda: K_sweep.main(replace(sweep, run=replace(run, device="cpu"))))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
@@ -203,7 +203,7 @@ def main(config: Config) -> None:
     after = sweep_model(with_values(moments, **adapted), with_values(sweep, **adapted), data)
     defaults = result_settings(linear_training.Config(model=config.model, data=config.data))
     result = compare(before, after, probe, metrics, defaults)
-    processes().object_of_first(lambda: save_json(folder / "before_after.json", result))
+    object_of_first(lambda: save_json(folder / "before_after.json", result))
     print_comparison(result)
     print(folder / "before_after.json")
 

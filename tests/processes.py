@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from utils.parallel import one_voice, processes
+from utils.parallel import one_voice
 
 FORK = multiprocessing.get_context("fork")
 
@@ -49,7 +49,6 @@ def start(
             os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
         faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # where it hangs, if it does
         give_bars_own_lock()
-        processes.cache_clear()
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
         if output is not None:
             sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives

@@ -13,7 +13,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,9 @@ def run_script(
                     name = Path(sys.argv[0]).name
                     raise UserError(f"{name} runs in one process, not in {num_started()}. Start it with: python {name}")
                 main(config)
-        except SystemExit:  # also --help
-            flush_stdout()
-            raise
-        flush_stdout()
+        finally:  # also after --help: a closed pipe or a full disk shows now; standard output may be closed
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -93,12 +91,6 @@ def run_script(
         sys.exit(f"error: {cannot_write(error)}")
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def flush_stdout() -> None:
-    """Writes what was printed, so that a closed pipe or a full disk shows now; standard output may be closed."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def cannot_write(error: OSError) -> str:
@@ -160,21 +152,11 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-@dataclass
-class Termination:
-    """Whether the system has asked the run to end."""
-
-    asked: bool = False
-
-
 @contextmanager
-def termination_noted() -> Iterator[Termination]:
-    """SIGTERM, by which clusters announce the end, is noted for the body to ask for, and does not end it."""
-    noted = Termination()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(noted, "asked", True))
+def termination_noted() -> Iterator[threading.Event]:
+    """Yields an event that SIGTERM sets, by which clusters announce the end, instead of ending the body."""
+    noted = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
     try:
         yield noted
     finally:

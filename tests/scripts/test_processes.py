@@ -22,7 +22,7 @@ from tests.processes import exit_codes, free_port, start
 from utils.algebra.scores import SCORES
 from utils.models.batches import share_of, token_steps
 from utils.models.tokens import TokenizedTexts
-from utils.parallel import processes
+from utils.parallel import connect
 from utils.script import UserError
 from utils.settings import with_values
 from utils.training import finetune as finetuning
@@ -317,7 +317,7 @@ def test_what_torch_says_of_a_meeting_is_one_line(monkeypatch):
     monkeypatch.setattr("utils.parallel.rendezvous", fail)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as said:
-        processes.__wrapped__()
+        connect()
     assert re.fullmatch(r"error: .* cannot meet \(The socket .* node0:1\.\)\. .* torchrun\.", str(said.value))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.algebra.pooled import partial_pooled_path, pooled_path, reserve
-from utils.parallel import processes
+from utils.parallel import num_started, object_of_first, on_one_machine, rank, synchronize
 from utils.results import (
     check_state,
     open_tensors,
@@ -54,8 +54,7 @@ class PartialPass:
     @property
     def path(self) -> Path:
         """The file of this process."""
-        world = processes()
-        name = f"{self.moments.stem}.partial-{world.rank + 1}-of-{world.size}.safetensors"
+        name = f"{self.moments.stem}.partial-{rank() + 1}-of-{num_started()}.safetensors"
         return self.moments.with_name(name)
 
     def paths(self) -> list[Path]:
@@ -116,9 +115,9 @@ def remaining_batches(partial: PartialPass | None, tensors: dict[str, Tensor], n
             progress.update(num_tokens[number])
             if partial:
                 is_due = time.monotonic() - partial.saved >= 60 * partial.minutes_per_state
-                if termination.asked or (is_due and number + 1 < len(num_tokens)):
+                if termination.is_set() or (is_due and number + 1 < len(num_tokens)):
                     partial.save(tensors, number + 1)
-            if termination.asked:
+            if termination.is_set():
                 sys.exit(128 + signal.SIGTERM)
 
 
@@ -129,22 +128,22 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, ...] | None, o
     Raises:
         UserError: the processes of a pass with pooled states are on several machines.
     """
-    path, world = partial_pooled_path(partial.moments), processes()
-    if pooled_shape and not world.on_one_machine:
+    path = partial_pooled_path(partial.moments)
+    if pooled_shape and not on_one_machine():
         raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
-    world.object_of_first(lambda: partial.discard_unusable(bool(pooled_shape), overwrite))
+    object_of_first(lambda: partial.discard_unusable(bool(pooled_shape), overwrite))
     try:
         if pooled_shape:
-            world.object_of_first(lambda: reserve(path, pooled_shape))
+            object_of_first(lambda: reserve(path, pooled_shape))
         yield np.load(path, mmap_mode="r+") if pooled_shape else None
-        world.synchronize()
-        if world.rank == 0:
+        synchronize()
+        if rank() == 0:
             if pooled_shape:  # after the moments: a process that is killed in between continues from its sums
                 os.replace(path, pooled_path(partial.moments))
             else:  # those of former moments
                 pooled_path(partial.moments).unlink(missing_ok=True)
             remove_partial(partial.moments)
-        world.synchronize()  # the others may read the pooled states next
+        synchronize()  # the others may read the pooled states next
     except BaseException:
         if not partial.paths():
             path.unlink(missing_ok=True)

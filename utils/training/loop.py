@@ -27,7 +27,7 @@ from utils.data.load import LabelledTexts
 from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
 from utils.models.load import model_fingerprint, stored_as
-from utils.parallel import processes
+from utils.parallel import leave, object_of_first
 from utils.script import UserError, environment, pick_device, termination_noted
 from utils.settings import Session, all_settings, result_settings
 from utils.training.baselines import text_baselines
@@ -127,7 +127,7 @@ def find_finished(config: Any, folder: Path, identity: dict[str, Any]) -> dict |
             results.check_state(folder / STATE, identity, config.run.overwrite)
         return metrics
 
-    return processes().object_of_first(find)
+    return object_of_first(find)
 
 
 # ------------------------------------------------------------------ training
@@ -147,7 +147,7 @@ def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
             return stored
         run, save_weights = prepare(accelerator)
         progress = train(run)
-        return processes().object_of_first(lambda: save_result(config, run, progress, data, save_weights))
+        return object_of_first(lambda: save_result(config, run, progress, data, save_weights))
 
 
 def load_progress(run: TrainingRun) -> Progress:
@@ -158,7 +158,7 @@ def load_progress(run: TrainingRun) -> Progress:
     """
     stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
     step = stored and stored["step"]
-    if processes().object_of_first(lambda: step) != step:
+    if object_of_first(lambda: step) != step:
         raise UserError(f"{run.folder / STATE} differs between machines. Set --results_dir to a folder they share.")
     if stored is None:
         return Progress()
@@ -206,13 +206,15 @@ def train(run: TrainingRun) -> Progress:
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
             # all processes end after the same step, or one would wait for another
-            is_ended = bool(accelerator.reduce(torch.tensor(float(termination.asked), device=run.targets.device)) > 0)
+            is_ended = bool(
+                accelerator.reduce(torch.tensor(float(termination.is_set()), device=run.targets.device)) > 0
+            )
             is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
                 save_progress(run, progress)
                 saved = progress.seconds
             if is_ended and not is_last:
-                processes().leave()  # together, now that the state is written
+                leave()  # together, now that the state is written
                 sys.exit(128 + signal.SIGTERM)
     for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes
         tracker.finish()
