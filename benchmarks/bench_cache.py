@@ -15,10 +15,11 @@ Writes results/benchmarks/bench_cache.json, or bench_cache.<model>.json.
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache
-from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
+from benchmarks.harness import NUM_FOLDS, Bench, alternate, plain_forward, random_model, random_texts, write_result
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
@@ -34,6 +35,8 @@ from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.script import pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run, path_name
+
+Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, folds (n,)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,7 @@ class Config:
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
     other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
-    device: str = "cpu"  # cpu or cuda
-    results_dir: Path = Path("results")  # the result goes there
-
-
-Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, folds (n,)
+    bench: Bench = Bench()
 
 
 def read_texts(config: Config) -> Texts:
@@ -67,35 +66,18 @@ def read_texts(config: Config) -> Texts:
     return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
 
 
-def subjects(config: Config, device: torch.device) -> Iterator[tuple[str, PreTrainedModel, Texts]]:
-    """Name, model and texts of every model in every dtype."""
-    texts = read_texts(config) if config.model_name else random_texts(config.num_texts, config.mean_length)
-    for name in (config.model_name,) if config.model_name else config.random_models:
-        for dtype in config.dtypes:
-            if config.model_name:
-                model = load_base_model(Model(config.model_name, dtype=dtype), Run(), device)
-            else:
-                model = random_model(str(name), dtype, device)
-            yield f"{name}, {dtype}", model, texts
-
-
 @torch.inference_mode()
-def dense_formula(model: PreTrainedModel, tokens: TokenizedTexts, targets: Tensor) -> list[dict[str, Tensor]]:
-    """M, B, C0 and C1 text by text from their definition, with the triangular matrices L1 and L2; batches of 32."""
-    d, device = model.config.hidden_size, model.device
-    shapes = {"M": (d, d), "B": (d, targets.shape[1]), "C0": (d, d), "C1": (d, d)}
-    totals = [
-        {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-        for _ in range(model.config.num_hidden_layers + 1)
-    ]
+def dense_formula(model: PreTrainedModel, tokens: TokenizedTexts, targets: Tensor) -> list[dict[str, Any]]:
+    """M, B, C0 and C1 of every layer, text by text from their definition with the matrices L1 and L2; batches of 32."""
+    totals: list[dict[str, Any]] = [defaultdict(int) for _ in range(model.config.num_hidden_layers + 1)]
     for indices in np.array_split(np.arange(len(tokens.lengths)), -(-len(tokens.lengths) // 32)):
-        input_ids, lengths = tokens.pad(indices)
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(device)
-        states = model(input_ids=input_ids.to(device), attention_mask=mask, output_hidden_states=True).hidden_states
+        input_ids, lengths = (tensor.to(model.device) for tensor in tokens.pad(indices))
+        mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+        states = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
         for row, (index, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
-            prefix = torch.ones(length, length - 1, device=device).triu()  # L1
-            shift = torch.eye(length, device=device)[:, 1:]  # L2
-            y = targets[index].float().to(device)
+            prefix = torch.ones(length, length - 1, device=model.device).triu()  # L1
+            shift = torch.eye(length, device=model.device)[:, 1:]  # L2
+            y = targets[index].float().to(model.device)
             for total, state in zip(totals, states, strict=True):
                 x = state[row, :length].float().T
                 m = x.mean(1)
@@ -106,47 +88,47 @@ def dense_formula(model: PreTrainedModel, tokens: TokenizedTexts, targets: Tenso
     return totals
 
 
-def run_pass(model: PreTrainedModel, texts: Texts, product_dtype: Precision, tokens_per_batch: int) -> None:
-    """The sums of cache.py over the texts."""
-    settings = cache.Config(product_dtype=product_dtype, run=Run(tokens_per_batch=tokens_per_batch))
-    cache.accumulate(model, *texts, settings)
-
-
-def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config, tokens_per_batch: int) -> dict:
-    """Seconds of each way in each round, the ratios of the fastest, and the peak memory of a GPU."""
+def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> dict[str, Any]:
+    """Seconds of each run in each round, the ratios of the fastest, and the peak memory of a GPU."""
     device, lengths, num_tokens = model.device, texts[0].lengths, int(texts[0].lengths.sum())
-    padded = sum(int(lengths[batch].max()) * len(batch) for batch in token_batches(lengths, tokens_per_batch))
-    forward = partial(plain_forward, model, texts[0], tokens_per_batch)
-    ways: dict[str, Callable[[], object]] = {"forward": forward}
-    for product_dtype in config.product_dtypes:
-        ways[product_dtype] = partial(run_pass, model, texts, product_dtype, tokens_per_batch)
-    for other in config.other_batches:
-        ways[f"batches of {other}"] = partial(run_pass, model, texts, config.product_dtypes[0], other)
-    forward()  # warm-up
+    size = config.tokens_per_batch or Run().batch_tokens(device)
+    padding = sum(int(lengths[batch].max()) * len(batch) for batch in token_batches(lengths, size)) / num_tokens
+    runs: dict[str, Callable[[], object]] = {"forward": partial(plain_forward, model, texts[0], size)}
+    passes = {str(dtype): (dtype, size) for dtype in config.product_dtypes}
+    passes |= {f"batches of {other}": (config.product_dtypes[0], other) for other in config.other_batches}
+    for run, (dtype, tokens_per_batch) in passes.items():
+        settings = cache.Config(product_dtype=dtype, run=Run(tokens_per_batch=tokens_per_batch))
+        runs[run] = partial(cache.accumulate, model, *texts, settings)
+    runs["forward"]()  # warm-up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = alternate(ways, config.num_rounds, device)
+    times = alternate(runs, config.num_rounds, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     dense = partial(dense_formula, model, texts[0], cache.one_hot_targets(texts[1]))
     times |= alternate({"dense": dense}, config.num_dense_rounds, device)
-    fastest = {way: min(rounds) for way, rounds in times.items() if rounds}
-    ratios = {way: value / fastest["forward"] for way, value in fastest.items()}
-    for way, value in fastest.items():
-        print(
-            f"{name:<26} {way:<16} {value:9.2f} s, {ratios[way]:5.2f} of forward, {num_tokens / value:10,.0f} tokens/s"
-        )
-    print(f"{name:<26} padded tokens / tokens {padded / num_tokens:.3f}")
-    row = {"subject": name, "num_tokens": num_tokens, "padding": padded / num_tokens, "seconds": times}
-    return row | {"over_forward": ratios, "peak_bytes": peak}
+    fastest = {run: min(rounds) for run, rounds in times.items() if rounds}
+    ratios = {run: seconds / fastest["forward"] for run, seconds in fastest.items()}
+    for run, seconds in fastest.items():
+        told = f"{seconds:9.2f} s, {ratios[run]:5.2f} of forward, {num_tokens / seconds:10,.0f} tokens/s"
+        print(f"{name:<26} {run:<16} {told}")
+    print(f"{name:<26} padded tokens / tokens {padding:.3f}")
+    row = {"subject": name, "num_tokens": num_tokens, "padding": padding, "tokens_per_batch": size}
+    return row | {"seconds": times, "over_forward": ratios, "peak_bytes": peak}
 
 
 def main(config: Config) -> None:
-    """Measures every model and prints a line for each way."""
-    device = pick_device(config.device)
-    tokens_per_batch = config.tokens_per_batch or Run().batch_tokens(device)
-    rows = [measure(*subject, config, tokens_per_batch) for subject in subjects(config, device)]
+    """Measures every model in every dtype and prints a line for each run."""
+    device, rows = pick_device(config.bench.device), []
+    texts = read_texts(config) if config.model_name else random_texts(config.num_texts, config.mean_length)
+    for name in (config.model_name,) if config.model_name else config.random_models:
+        for dtype in config.dtypes:
+            if config.model_name:
+                model = load_base_model(Model(config.model_name, dtype=dtype), Run(), device)
+            else:
+                model = random_model(str(name), dtype, device)
+            rows.append(measure(f"{name}, {dtype}", model, texts, config))
     ending = f".{path_name(config.model_name)}" if config.model_name else ""
-    write_result(config, f"bench_cache{ending}", {"tokens_per_batch": tokens_per_batch, "rows": rows})
+    write_result(config, f"bench_cache{ending}", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,38 +5,27 @@
 
 Each runs in a process of its own on the same texts. TransformerRanker gives one score of all layers (H-score, best
 layer); prescreen.py gives every score of every layer, the baselines and the page. TransformerRanker is installed into
-results/benchmarks/transformer-ranker/ (pip, without its dependencies but torchmetrics) unless it is there.
+results/benchmarks/transformer-ranker/ (pip, without its dependencies but torchmetrics) unless that folder has it.
 Writes results/benchmarks/bench_prescreen.json.
 """
 
 import json
+import site
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from benchmarks.harness import measure_process, write_result
-from utils.data.load import LabelledTexts, load_splits
+from benchmarks.harness import Bench, in_own_process, write_result
+from utils.data.load import load_splits
 from utils.models.load import load_causal_lm, load_tokenizer, read_config
 from utils.models.table import model_source
 from utils.results import load_json
-from utils.script import run_script
-from utils.settings import Data, Model, Run
+from utils.script import pick_device, run_script
+from utils.settings import Data, Model, Run, with_values
 
 PEER = ("transformer-ranker==0.2.0", "torchmetrics==1.8.2", "lightning-utilities==0.15.2")
-THEIRS = """
-import json, sys
-from datasets import load_dataset
-from transformer_ranker import TransformerRanker
-rows, batch_size, estimator, *models = sys.argv[1:]
-ranker = TransformerRanker(load_dataset("json", data_files=rows, split="train"))
-result = ranker.run(models, batch_size=int(batch_size), estimator=estimator, layer_aggregator="bestlayer", device="cpu")
-print(json.dumps({name: float(score) for name, score in result.scores.items()}))
-"""
 
 
 @dataclass(frozen=True)
@@ -46,62 +35,65 @@ class Config:
     models: tuple[str, ...] = ("tiny", "micro")  # known to prescreen.py
     dataset_name: str = "docstrings/library"  # a classification dataset
     max_samples: int = 2000  # training rows
-    estimator: str = "hscore"  # TransformerRanker's score
-    batch_size: int = 32  # TransformerRanker's default
-    results_dir: Path = Path("results")  # the result goes there
+    bench: Bench = Bench()
 
 
-def plain_folder(name: str, folder: Path) -> Path:
+def plain_folder(name: str, folder: Path) -> str:
     """A folder that transformers loads by itself: the model's own, or a copy of a GGUF file."""
-    source = Path(model_source(name))
+    source, target = Path(model_source(name)), folder / name
     if source.is_dir():
-        return source.resolve()
-    target = folder / name
+        return str(source.resolve())
     if not (target / "config.json").is_file():
         model, run = Model(name), Run(device="cpu")
-        config = read_config(model, run)
-        copy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        copy.load_state_dict(load_causal_lm(model, run, torch.device("cpu")).state_dict())
-        load_tokenizer(model, run, config).save_pretrained(target)
-        copy.save_pretrained(target)
-    return target.resolve()
+        load_tokenizer(model, run, read_config(model, run)).save_pretrained(target)
+        load_causal_lm(model, run, pick_device("cpu")).save_pretrained(target)
+    return str(target.resolve())
 
 
-def run_theirs(config: Config, train: LabelledTexts, folder: Path) -> dict[str, Any]:
-    """TransformerRanker's score of each model and its cost; a plain copy of a model is made before, untimed."""
-    peer, rows = (folder.parent / "transformer-ranker").resolve(), (folder / "rows.jsonl").resolve()
-    if not (peer / "transformer_ranker").is_dir():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", peer, *PEER], check=True)
-    lines = [{"text": text, "label": int(label)} for text, label in zip(train.texts, train.labels, strict=True)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    models = [str(plain_folder(name, folder / "models")) for name in config.models]
-    printed, numbers = measure_process(
-        ["-c", THEIRS, str(rows), str(config.batch_size), config.estimator, *models], peer
-    )
-    return {**numbers, "scores": json.loads(printed.strip().splitlines()[-1])}
+def run_theirs(config: Config, peer: Path, rows: Path, models: list[str]) -> dict[str, float]:
+    """TransformerRanker's score of each model."""
+    site.addsitedir(str(peer))
+    from datasets import load_dataset
+    from transformer_ranker import TransformerRanker
+
+    ranker = TransformerRanker(load_dataset("json", data_files=str(rows), split="train"))
+    options = {"estimator": "hscore", "layer_aggregator": "bestlayer", "device": config.bench.device}
+    result = ranker.run(models, batch_size=32, **options)  # its defaults
+    return {name: float(score) for name, score in result.scores.items()}
 
 
-def run_ours(config: Config, folder: Path) -> dict[str, Any]:
-    """R2 of each model by prescreen.py, and its cost."""
-    command = ["prescreen.py", "--models", *config.models, "--dataset_name", config.dataset_name, "--device", "cpu"]
-    command += ["--max_samples", str(config.max_samples), "--results_dir", str(folder), "--overwrite"]
-    _, numbers = measure_process(command)
-    page = load_json(folder / "prescreen" / f"{Data(config.dataset_name).path_name}.json")
-    parts = {name: sum(model[name] for model in page["models"]) for name in ("seconds_of_pass", "seconds_of_scores")}
-    return {**numbers, **parts, "scores": {model["model"]: model["r2"] for model in page["models"]}}
+def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
+    """The models as prescreen.py ranks them."""
+    import prescreen
+
+    names = {name: getattr(config, name) for name in ("models", "dataset_name", "max_samples")}
+    ours = with_values(prescreen.Config(), **names, device=config.bench.device, results_dir=folder, overwrite=True)
+    prescreen.main(ours)
+    return load_json(folder / "prescreen" / f"{ours.data.path_name}.json")["models"]
 
 
 def main(config: Config) -> None:
-    """Runs both and prints the table."""
-    folder = config.results_dir.resolve() / "benchmarks" / "bench_prescreen"
+    """Runs both and prints the table; a plain copy of a model is made before, untimed."""
+    folder = config.bench.results_dir.resolve() / "benchmarks" / "bench_prescreen"
     folder.mkdir(parents=True, exist_ok=True)
+    peer, rows = folder.with_name("transformer-ranker"), folder / "rows.jsonl"
+    if not (peer / "transformer_ranker").is_dir():
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", peer, *PEER], check=True)
     train = load_splits(Data(config.dataset_name, max_samples=config.max_samples), Run())["train"]
-    result = {"transformer_ranker": run_theirs(config, train, folder), "prescreen": run_ours(config, folder / "ours")}
+    lines = [{"text": text, "label": int(label)} for text, label in zip(train.texts, train.labels, strict=True)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = [plain_folder(name, folder / "models") for name in config.models]
+    theirs, their_cost = in_own_process(run_theirs, config, peer, rows, plain)
+    ours, our_cost = in_own_process(run_ours, config, folder / "ours")
+    parts = {name: sum(model[name] for model in ours) for name in ("seconds_of_pass", "seconds_of_scores")}
+    result = {
+        "transformer_ranker": {**their_cost, "scores": theirs},
+        "prescreen": {**our_cost, **parts, "scores": {model["model"]: model["r2"] for model in ours}},
+    }
     for name, row in result.items():
-        cost = f"{row['seconds']:9.1f} s, {row['cpu_seconds']:9.1f} CPU s, {row['peak_gigabytes']:6.2f} GiB"
+        cost = f"{row['seconds']:9.1f} s, {row['cpu_seconds']:9.1f} CPU s, {row['peak_mb'] / 1024:6.2f} GiB"
         print(f"{name:<20}{cost}, {row['scores']}")
-    ours = result["prescreen"]
-    print(f"prescreen.py: the pass {ours['seconds_of_pass']:.1f} s, all scores {ours['seconds_of_scores']:.1f} s")
+    print(f"prescreen.py: the pass {parts['seconds_of_pass']:.1f} s, all scores {parts['seconds_of_scores']:.1f} s")
     write_result(config, "bench_prescreen", {"num_texts": len(train.texts), **result})
 
 

@@ -25,7 +25,7 @@ import torch
 
 import from_scratch
 import lora_finetuning
-from benchmarks.harness import alternate, write_result
+from benchmarks.harness import Bench, alternate, write_result
 from utils.data.load import load_splits
 from utils.models.load import load_config, load_tokenizer
 from utils.models.tokens import TokenizedTexts, tokenize
@@ -42,37 +42,33 @@ class Config:
 
     model_name: str = "tiny"  # as in lora_finetuning.py
     dataset_name: str = "docstrings/library"  # as in lora_finetuning.py
-    kind: Literal["lora", "full_finetuning"] = "lora"  # what is trained
+    kind: Literal["lora", "full_finetuning"] = "lora"  # weights that are trained
     plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to the longest text of it
     batch_size: int = 16  # texts per step
     max_length: int = 128  # tokens per text
     dtype: Dtype = "float32"  # of the model; bfloat16 is slow on a CPU without instructions for it
     num_steps: int = 20  # steps of a round
     num_rounds: int = 3  # rounds; the fastest counts
-    device: str = "auto"  # auto, cpu, cuda
-    results_dir: Path = Path("results")  # where the result goes
+    bench: Bench = Bench()
 
 
 def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     """A run with the paper's hyperparameters and the batch size asked for, and the tokens of train and test."""
     script: Any = lora_finetuning if config.kind == "lora" else from_scratch
-    options: dict[str, Any] = {} if config.kind == "lora" else {"init": "pretrained"}
+    names = ("model_name", "dataset_name", "batch_size", "max_length", "dtype")
+    options = {name: getattr(config, name) for name in names} | {"device": config.bench.device}
+    if config.kind == "full_finetuning":
+        options["init"] = "pretrained"
     with tempfile.TemporaryDirectory() as folder:
-        asked = {
-            name: getattr(config, name) for name in ("model_name", "dataset_name", "batch_size", "max_length", "device")
-        }
-        settings = with_values(script.Config(), **asked, **options, results_dir=Path(folder), dtype=config.dtype)
+        settings = with_values(script.Config(), **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
         model_config = load_config(settings.model, settings.run)
         tokenizer = load_tokenizer(settings.model, settings.run, model_config)
-        tokens = {
-            split: tokenize(part.texts, tokenizer, model_config, config.max_length) for split, part in data.items()
-        }
-        accelerator = start_accelerator(settings, Path(folder))
+        tokens = {split: tokenize(data[split].texts, tokenizer, model_config, config.max_length) for split in data}
         set_seed(settings.data.seed)
         decoder, _ = script.build(settings)
-        run = build_run(settings, decoder, data, tokens, accelerator, Path(folder))
-    return run, tokens
+        accelerator = start_accelerator(settings, Path(folder))
+        return build_run(settings, decoder, data, tokens, accelerator, Path(folder)), tokens
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:
@@ -85,13 +81,10 @@ def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str
         input_ids, lengths = tokens["train"].pad(rows)
         if padding == "dataset":
             input_ids = torch.nn.functional.pad(input_ids, (0, longest - input_ids.shape[1]))
-        run.model.mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(device)
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(device)
+        run.model.decoder.forward = partial(decoder, attention_mask=mask)
         return input_ids.to(device), lengths.to(device)
 
-    def masked(**arguments: Any) -> Any:
-        return decoder(**arguments, attention_mask=run.model.mask)
-
-    run.model.decoder.forward = masked
     order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.order.seed)
     return replace(run, inputs=inputs, order=order)
 
@@ -104,44 +97,41 @@ def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:
 
 
 def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
-    """Bytes: on a GPU the peak of allocated memory, on a CPU what the largest step keeps for its backward pass."""
+    """Bytes: on a GPU the peak of allocated memory, on a CPU the tensors that the largest step keeps."""
     if run.targets.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         steps(run, progress, num_steps)
         return torch.cuda.max_memory_allocated()
     weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
-    largest = 0
-    for _ in range(num_steps):
-        kept: dict[int, tuple[int, torch.Tensor]] = {}  # held, so that no address is used twice within a step
+    sizes: list[dict[int, int]] = []  # bytes of each storage that a step keeps, by its address
 
-        def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor
-            return tensor
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[-1][storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(num_steps):
+            sizes.append({})
             steps(run, progress, 1)
-        largest = max(largest, sum(size for size, _ in kept.values()))
-    return largest
+    return max(sum(size for address, size in step.items() if address not in weights) for step in sizes)
 
 
 def main(config: Config) -> None:
     """Measures both loops in one run, prints the table and writes it."""
-    device = pick_device(config.device)
-    runs = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config), config.plain_padding)}
-    progress = {name: Progress() for name in runs}
-    ways: dict[Any, Callable[[], object]] = {
-        name: partial(steps, run, progress[name], config.num_steps) for name, run in runs.items()
+    device = pick_device(config.bench.device)
+    both = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config), config.plain_padding)}
+    progress = {name: Progress() for name in both}
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(steps, run, progress[name], config.num_steps) for name, run in both.items()
     }
-    alternate(ways, 1, device)  # warm-up
-    fastest = {way: min(rounds) for way, rounds in alternate(ways, config.num_rounds, device).items()}
+    alternate(runs, 1, device)  # warm-up
     table = {
         name: {
-            "steps_per_second": config.num_steps / fastest[name],
-            "peak_bytes": float(peak_memory(run, progress[name], config.num_steps)),
+            "steps_per_second": config.num_steps / min(rounds),
+            "peak_bytes": float(peak_memory(both[name], progress[name], config.num_steps)),
         }
-        for name, run in runs.items()
+        for name, rounds in alternate(runs, config.num_rounds, device).items()
     }
     table["ratio"] = {key: value / table["plain"][key] for key, value in table["ours"].items()}
     for name, row in table.items():

@@ -1,49 +1,52 @@
-"""Clock, models of random weights, random texts and result files: shared by every benchmark."""
+"""Clock, processes, models of random weights, random texts and result files: shared by every benchmark."""
 
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.states import run_base_model
 from utils.models.tokens import TokenizedTexts
 from utils.results import save_json
-from utils.script import ROOT, UserError, environment
+from utils.script import environment
 from utils.settings import all_settings
 
 NUM_CLASSES, NUM_FOLDS = 6, 5  # of random texts
-# architecture, width, layers, heads, key heads, feed-forward width, vocabulary: from the models' config.json
-DECODERS: dict[str, tuple[str, int, int, int, int, int, int]] = {
-    "SmolLM2-135M": ("llama", 576, 30, 9, 3, 1536, 49_152),
-    "Qwen2-0.5B": ("qwen2", 896, 24, 14, 2, 4864, 151_936),
-    "Qwen2-7B": ("qwen2", 3584, 28, 28, 4, 18944, 152_064),
-    "Llama-3-8B": ("llama", 4096, 32, 32, 8, 14336, 128_256),
+MAX_LENGTH = 2048  # tokens of a random text
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+# architecture, `SIZES` and vocabulary: from the models' config.json
+DECODERS: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "small": ("qwen2", (64, 2, 1, 1, 192), 4_096),
+    "SmolLM2-135M": ("llama", (576, 30, 9, 3, 1536), 49_152),
+    "Qwen2-0.5B": ("qwen2", (896, 24, 14, 2, 4864), 151_936),
+    "Qwen2-7B": ("qwen2", (3584, 28, 28, 4, 18944), 152_064),
+    "Llama-3-8B": ("llama", (4096, 32, 32, 8, 14336), 128_256),
 }
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Settings of every benchmark."""
+
+    device: str = "cpu"  # cpu or cuda
+    results_dir: Path = Path("results")  # the result goes to benchmarks/ there
+
+
+# ------------------------------------------------------------------ random models and texts
 def random_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """A base model with the sizes of `DECODERS` and random weights, made on the device."""
-    from transformers import LlamaConfig, Qwen2Config
-
-    kind, width, layers, heads, key_heads, feed_forward, vocabulary = DECODERS[name]
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=2048,
-    )
+    kind, sizes, vocabulary = DECODERS[name]
+    options = {**dict(zip(SIZES, sizes, strict=True)), "max_position_embeddings": MAX_LENGTH}
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, **options)
     torch.manual_seed(0)
     with device:
         return AutoModel.from_config(config, dtype=getattr(torch, dtype)).eval()
@@ -54,7 +57,7 @@ def random_texts(num_texts: int, mean_length: int) -> tuple[TokenizedTexts, Labe
     random, half = np.random.default_rng(0), mean_length // 2
     lengths = random.integers(mean_length - half, mean_length + half + 1, num_texts)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, 2048)
+    tokens = TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, MAX_LENGTH)
     names = [f"class {number}" for number in range(NUM_CLASSES)]
     labels = LabelledTexts([], np.arange(num_texts) % NUM_CLASSES, names, "")
     return tokens, labels, np.arange(num_texts) % NUM_FOLDS
@@ -66,54 +69,41 @@ def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_bat
         run_base_model(model, tokens.pad(indices)[0].to(model.device))
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, with the device's queue drained on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def alternate(ways: dict[Any, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[Any, list[float]]:
-    """Seconds of each way in each round; the ways take turns: a slow moment of the machine meets each."""
-    times: dict[Any, list[float]] = {name: [] for name in ways}
+# ------------------------------------------------------------------ clock and memory
+def alternate(runs: dict[str, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the runs take turns, so that a slow moment of the machine meets each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(num_rounds):
-        for name, run in ways.items():
-            times[name].append(seconds(run, device))
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            times[name].append(time.perf_counter() - start)
     return times
 
 
-def measure_process(command: list[str], folder: Path | None = None) -> tuple[str, dict[str, float]]:
-    """Output of `python command`; its seconds on the clock and on the processor, and the most memory it held, GiB.
-
-    Args:
-        command: arguments of Python.
-        folder: put before everything else that Python imports.
-
-    Raises:
-        UserError: it failed.
-    """
-    start, path = time.perf_counter(), {} if folder is None else {"PYTHONPATH": str(folder)}
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **path}
-    )
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise UserError(f"{' '.join(command[:3])} failed; its messages are above.")
-    numbers = {"seconds": time.perf_counter() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    return printed, numbers | {"peak_gigabytes": usage.ru_maxrss / 2**20}
+def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
+    """The value of a call and its seconds, with the processor time and the peak memory of the process so far."""
+    start = time.perf_counter()
+    value = function(*arguments)
+    seconds = time.perf_counter() - start
+    with open("/proc/self/status") as file:  # getrusage would give the peak of the process that started this one
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    return value, {"seconds": seconds, "cpu_seconds": time.process_time(), "peak_mb": peak}
 
 
-def write_result(config: Any, name: str, result: dict[str, Any]) -> Path:
-    """Writes results/benchmarks/<name>.json with settings, environment and device; prints and returns its path."""
-    path = config.results_dir / "benchmarks" / f"{name}.json"
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
+    """`measured` of a call in a process of its own, whose memory is that of this call and the libraries alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured, function, *arguments).result()
+
+
+def write_result(config: Any, name: str, result: dict[str, Any]) -> None:
+    """Writes results/benchmarks/<name>.json with settings, environment and device, and prints its path."""
+    path = config.bench.results_dir / "benchmarks" / f"{name}.json"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     head = {"config": all_settings(config), "environment": environment(), "device": device}
     save_json(path, {**head, "threads": torch.get_num_threads(), **result})
     print(path)
-    return path

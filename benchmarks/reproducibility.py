@@ -5,25 +5,18 @@
         --tasks sst2 legacy-datasets/banking77 marksverdhei/clickbait_title_classification \\
         --output fig_plot/data/smollm2/reproducibility.csv
 
-A score is the run's: the mean over the fractions at the last layer. Each is computed again, by cache.py and K_sweep.py,
-
-    float64 products     instead of float32 ones, sums being float64 in both
-    4096 tokens a batch  instead of 1024: other batches, hence another order of the texts
-    bfloat16 model       instead of a float32 one
-
-and `ntps` in further ways, from the same moments. `ntps_smallest` is `ntps` with --eigenvectors smallest.
+A score is the mean over the fractions at the last layer. The moments are made again with each entry of `RECOMPUTED`,
+and `ntps` is computed in further ways from the same moments; `ntps_smallest` is `ntps` with --eigenvectors smallest.
 
     drawn basis          one arbitrary basis of the tied space of U at a time, instead of the average over all of them
     released formula     of `ntps_smallest`: the released script's, with a cut at 1e-8 and the basis that `eigh` returns
     float32 formula      of `ntps_released`, that number: everything after the moments in float32 instead of float64
 
-Reads the datasets and the model, and the study's fig_plot/data/scores.csv for the spread over datasets if it is there.
+Reads the datasets, the model and, for the spread over the datasets of a study, its `--scores`.
 Writes fig_plot/data/reproducibility.csv: dataset, score, variant, draw (of a drawn basis), value; and the comparison it
 prints, reproducibility_summary.csv.
 """
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,9 +38,9 @@ from utils.script import run_script
 from utils.settings import check, with_values
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
-    "baseline": {},
+    "baseline": {},  # float32 model and products, float64 sums, 1024 tokens a batch
     "float64 products": {"product_dtype": "float64"},
-    "4096 tokens a batch": {"tokens_per_batch": 4096},
+    "4096 tokens a batch": {"tokens_per_batch": 4096},  # hence another order of the texts
     "bfloat16 model": {"dtype": "bfloat16"},
 }
 ORDERS: dict[str, Literal["largest", "smallest"]] = {"ntps": "largest", "ntps_smallest": "smallest"}
@@ -62,47 +55,33 @@ class Config:
     tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # datasets, likewise
     max_samples: int = 2000  # stratified sample of the training split
     num_draws: int = 20  # bases of the tied space
-    seed: int = 0  # of the draws
     device: str = "cpu"  # of the forward passes
     scores: Path = Path("fig_plot/data/scores.csv")  # the study's scores, for the spread over datasets
     output: Path = Path("fig_plot/data/reproducibility.csv")  # the CSV file written
 
     def __post_init__(self) -> None:
-        if not self.tasks or min(self.max_samples, self.num_draws) < 1:
-            raise ValueError("--tasks, --max_samples and --num_draws must not be empty or 0")
-        check(self, "from 0 to 4294967295", "seed")
+        check(self, "at least 1", "max_samples", "num_draws")
 
 
 # ------------------------------------------------------------------ ntps in a basis that is not averaged over
-def score_of_columns(u: Tensor, v: Tensor, k_us: list[int], k_vs: list[int]) -> float:
-    """|P U_k|^2 / |U_k|^2 averaged over the fractions, the columns of U (d, rank M) and V (d, rank C0) as they come."""
-    inside = NestedBasis.of(v, k_vs).projected_norms(u)
-    norms = u.square().sum(0)
-    return float(np.mean([(inside[i, :k].sum() / norms[:k].sum()).item() for i, k in enumerate(k_us)]))
-
-
-def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws: int, seed: int) -> Iterator[float]:
+def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws: int) -> Iterator[float]:
     """The run's `ntps`, each time with the tied eigenvectors of U in another M-orthonormal basis, drawn at random."""
     solved = K_sweep.perception(moments, center=False)
     tied = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
     order = [1] if config.eigenvectors == "smallest" else []  # dimensions to flip
-    u, v = solved.vectors, K_sweep.next_token_subspace(moments, center=False).flip(order)
+    v = K_sweep.next_token_subspace(moments, center=False).flip(order)
     k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (solved.whitener, v))
-    random = np.random.default_rng(seed)
+    basis, random = NestedBasis.of(v, k_vs), np.random.default_rng(0)
     for _ in range(num_draws):
-        # the Q of a Gaussian matrix; which signs it has does not matter to a sum of squares
+        # the Q of a Gaussian matrix; its signs do not matter to a sum of squares
         rotation = torch.from_numpy(np.linalg.qr(random.standard_normal((tied.shape[1],) * 2))[0])
-        yield score_of_columns(torch.cat([u, tied @ rotation], dim=1).flip(order), v, k_us, k_vs)
+        u = torch.cat([solved.vectors, tied @ rotation], dim=1).flip(order)
+        inside, whole = basis.projected_norms(u), u.square().sum(0)
+        yield float(np.mean([float(inside[i, :k].sum() / whole[:k].sum()) for i, k in enumerate(k_us)]))
 
 
-# ------------------------------------------------------------------ the released formula
 def released_eigenvectors(factor: Tensor, denominator: Tensor) -> Tensor:
-    """All solutions of F F' x = lambda C x as the released script has them, smallest lambda first: (d, rank).
-
-    Args:
-        factor: F, (d, c), in the dtype to compute in.
-        denominator: C, (d, d), likewise; directions with an eigenvalue up to 1e-8 are left out.
-    """
+    """All solutions of F F' x = lambda C x by the released script, smallest lambda first: (d, rank)."""
     eigenvalues, vectors = torch.linalg.eigh(denominator)
     kept = eigenvalues > ABSOLUTE_CUT
     whitener = vectors[:, kept] / eigenvalues[kept].sqrt()
@@ -122,89 +101,70 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 
 
 # ------------------------------------------------------------------ run
-def load_last_layer(moments: cache.Config) -> LayerMoments:
-    """The moments that cache.py wrote, of the last layer."""
-    with open_tensors(cache.config_path(moments)) as (file, metadata):
-        return load_layer(file, metadata, metadata["num_layers"] - 1, torch.device("cpu"))
-
-
-def measure(task: str, config: Config, folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one dataset; moments and results go to `folder`, a subfolder for each way of computing them."""
-
-    def row(score: str, variant: str, value: float, draw: int | None = None) -> dict[str, Any]:
-        return {"dataset": task, "score": score, "variant": variant, "draw": draw, "value": value}
-
+def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
+    """Score, variant and value of every way to compute the scores of one dataset."""
     for variant, options in RECOMPUTED.items():
-        shared: dict[str, Any] = {"model_name": config.model_name, "dataset_name": task}
-        shared["results_dir"] = folder / variant
-        sampled = {"max_samples": config.max_samples, "device": config.device, "layers": (-1,)}
-        made = with_values(cache.Config(), **shared, **options, **sampled)
-        cache.main(made)
-        moments = load_last_layer(made)
+        with tempfile.TemporaryDirectory() as folder:
+            shared = {name: getattr(config, name) for name in ("model_name", "max_samples", "device")}
+            shared |= {"dataset_name": task, "layers": (-1,), "results_dir": Path(folder)}
+            made = with_values(cache.Config(), **shared, **options)
+            cache.main(made)
+            with open_tensors(cache.config_path(made)) as (file, metadata):
+                moments = load_layer(file, metadata, metadata["num_layers"] - 1, torch.device("cpu"))
         for score, order in ORDERS.items():
-            sweep = with_values(K_sweep.Config(eigenvectors=order, num_null_draws=2), **shared, picture=False)
-            of_run = K_sweep.main(sweep)["score"]
+            sweep = K_sweep.Config(eigenvectors=order, num_null_draws=2)
+            found = K_sweep.sweep_layer(moments, None, sweep, 0).scores
             for name in SCORES if order == "largest" else ("ntps",):
-                yield row(score if name == "ntps" else name, variant, of_run[name]["value"])
+                yield score if name == "ntps" else name, variant, float(found[name].mean())
             if variant == "baseline":
-                draws = drawn_basis_scores(moments, sweep, config.num_draws, config.seed)
-                yield from (row(score, "drawn basis", value, draw) for draw, value in enumerate(draws))
+                for value in drawn_basis_scores(moments, sweep, config.num_draws):
+                    yield score, "drawn basis", value
         released = released_score(moments, sweep.fractions, torch.float64)
-        yield row("ntps_released", variant, released)
+        yield "ntps_released", variant, released
         if variant == "baseline":
-            yield row("ntps_smallest", "released formula", released)
-            yield row("ntps_released", "float32 formula", released_score(moments, sweep.fractions, torch.float32))
+            yield "ntps_smallest", "released formula", released
+            yield "ntps_released", "float32 formula", released_score(moments, sweep.fractions, torch.float32)
 
 
-def baseline_values(rows: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, str]:
-    """Baseline of each dataset (row) and score (column), of the study where it has this model, and where it is from."""
-    if config.scores.is_file():
-        study = pd.read_csv(config.scores).query("split == 'train' and subspace == 'autoregression' and not center")
-        study = study[study["model"] == config.model_name]
-        firsts = study.sort_values("seed").groupby(["eigenvectors", "dataset"]).first()
-        if set(ORDERS.values()) <= set(firsts.index.get_level_values("eigenvectors")):
-            largest, smallest = (firsts.loc[order] for order in ORDERS.values())
-            return largest[[*SCORES]].assign(ntps_smallest=smallest["ntps"]), f"{len(largest)} tasks of {config.scores}"
-    ours = rows[rows["variant"] == "baseline"].pivot(index="dataset", columns="score", values="value")
-    return ours, f"the {len(ours)} datasets"
+def spread_over_tasks(config: Config) -> pd.Series:
+    """Standard deviation of each score over the datasets of the study; nan if the study lacks the model."""
+    plain = "model == @config.model_name and split == 'train' and subspace == 'autoregression' and not center"
+    firsts = pd.read_csv(config.scores).query(plain).sort_values("seed").groupby(["eigenvectors", "dataset"]).first()
+    spread = firsts.groupby("eigenvectors")[[*SCORES]].std().reindex(["largest", "smallest"])
+    smallest = spread.loc["smallest", "ntps"]  # the released score is the same but for the basis
+    return pd.Series({**spread.loc["largest"], "ntps_smallest": smallest, "ntps_released": smallest})
 
 
 def compare(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     """A row per score and variant: the largest difference over datasets and draws, beside the spread over tasks."""
-    values, source = baseline_values(rows, config)
-    spread = values.std()
-    spread["ntps_released"] = spread["ntps_smallest"]  # the same score but for the basis
-    compared = []
-    for score, of_score in rows.groupby("score", sort=False):
-        baseline = of_score[of_score["variant"] == "baseline"].set_index("dataset")["value"]
-        difference = of_score["value"] - of_score["dataset"].map(baseline)
-        by_variant = difference.groupby(of_score["variant"], sort=False)
-        table = pd.DataFrame({"largest_difference": by_variant.agg(lambda d: d.abs().max()), "sd": by_variant.std()})
-        table = table.drop("baseline").assign(sd_over_tasks=spread[score], spread_of=source)
-        compared.append(table.reset_index().assign(score=score))
-    table = pd.concat(compared)
+    is_baseline = rows["variant"] == "baseline"
+    baseline = rows[is_baseline].set_index(["dataset", "score"])["value"].rename("baseline")
+    rows = rows[~is_baseline].join(baseline, on=["dataset", "score"])
+    difference = (rows["value"] - rows["baseline"]).groupby([rows["score"], rows["variant"]], sort=False)
+    table = pd.DataFrame({"largest_difference": difference.agg(lambda d: d.abs().max()), "sd": difference.std()})
+    table = table.reset_index()
     table.loc[table["variant"] != "drawn basis", "sd"] = np.nan  # of three numbers it says nothing
-    table["share"] = table["largest_difference"] / table["sd_over_tasks"]
-    return table[["score", "variant", "largest_difference", "sd", "sd_over_tasks", "share", "spread_of"]]
+    table["sd_over_tasks"] = table["score"].map(spread_over_tasks(config))
+    return table.assign(share=table["largest_difference"] / table["sd_over_tasks"])
+
+
+def save(table: pd.DataFrame, path: Path, digits: int) -> None:
+    """Writes a CSV file and prints its path."""
+    with write_atomically(path) as temporary:
+        table.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
+    print(path)
 
 
 def main(config: Config) -> None:
-    """Measures every dataset, writes the CSV file and prints the table."""
-    rows = []
-    for task in config.tasks:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            rows += list(measure(task, config, Path(folder)))
-    table = pd.DataFrame(rows, columns=["dataset", "score", "variant", "draw", "value"]).astype({"draw": "Int64"})
-    with write_atomically(config.output) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+    """Measures every dataset, writes the CSV files and prints the comparison."""
+    rows = [(task, *row) for task in config.tasks for row in measure(task, config)]
+    table = pd.DataFrame(rows, columns=["dataset", "score", "variant", "value"])
+    draw = table.groupby(["dataset", "score", "variant"]).cumcount().where(table["variant"] == "drawn basis")
+    table.insert(3, "draw", draw.astype("Int64"))
     compared = compare(table, config)
-    print(compared.drop(columns="spread_of").to_string(index=False, float_format="%.3g", na_rep=""))
-    print(f"differences over {', '.join(config.tasks)}; spread: standard deviation of {compared['spread_of'].iloc[0]}")
-    summary = config.output.with_name(f"{config.output.stem}_summary.csv")
-    with write_atomically(summary) as temporary:
-        compared.to_csv(temporary, index=False, float_format="%.3g", lineterminator="\n")
-    print(summary)
-    print(config.output)
+    print(compared.to_string(index=False, float_format="%.3g", na_rep=""))
+    save(compared, config.output.with_name(f"{config.output.stem}_summary.csv"), 3)
+    save(table, config.output, 9)
 
 
 if __name__ == "__main__":
