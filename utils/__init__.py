@@ -20,6 +20,7 @@ sys.excepthook = quiet_interrupt
 for name in [*os.environ]:
     if name.startswith("ACCELERATE_") or name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"):
         del os.environ[name]
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports each weight that a base model leaves out
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a busy machine spinning costs tenfold
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
 if os.environ.get("RANK", "0") != "0":

@@ -125,7 +125,7 @@ def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
 def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
     whole = llama_file.read_bytes()
     cut = tmp_path / "cut.gguf"
-    weights = min(tensor.start for tensor in read_header(llama_file).tensors.values())
+    weights = min(tensor.offset for tensor in read_header(llama_file).tensors.values())
     for size in (0, 3, 4, 20, 40, 200, weights // 2, weights - 100, weights + 1, len(whole) - 5000):
         cut.write_bytes(whole[:size])
         for read in (load_config, load_tokenizer, quantisation, read_header):

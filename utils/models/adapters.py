@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from utils.hub import shorten
@@ -17,7 +15,6 @@ from utils.results import load_json, save_json
 from utils.script import UserError
 
 BASE_MODEL_FILE = "base_model.json"  # lora_finetuning.py names in it the model that the adapter beside it is for
-PREFIX = "base_model.model."  # of every key that PEFT saves
 
 
 # ------------------------------------------------------------------ the model an adapter is for
@@ -46,30 +43,21 @@ def is_base_model(causal_lm: nn.Module, folder: Path, named: str | None, model_n
         adapted: dict[str, Tensor] = {name: parameters[name] for name in made_for["weights"] if name in parameters}
         return fingerprint == made_for["fingerprint"] or weights_digest(adapted) == made_for["weights_digest"]
     source = model_source(model_name)
-    if not named or named in (model_name, source):
-        return True
-    if Path(named).is_dir() and Path(source).exists():
+    if named and Path(named).is_dir() and Path(source).exists():
         return local_fingerprint(Path(named)) == local_fingerprint(Path(source))
-    if "/models--" in named:  # a folder of the hub's cache
-        named = named.split("/models--", 1)[1].split("/", 1)[0].replace("--", "/")
-    return Path(named).name.lower() == Path(source).name.lower()
+    return not named or named == model_name or Path(named).name.lower() == Path(source).name.lower()
 
 
 # ------------------------------------------------------------------ merging
-def find_target(causal_lm: Any, keys: list[str]) -> Any:
-    """The part of the model that an adapter with these keys fits: the causal LM, or its model without the head."""
-    for target in (causal_lm, causal_lm.base_model, decoder_of(causal_lm)):
-        if all(hasattr(target, key.removeprefix(PREFIX).split(".")[0]) for key in keys if key.startswith(PREFIX)):
-            return target
-    return None
-
-
 def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: str) -> Any:
     """The causal LM with the adapter in `folder` merged into it; `fingerprint` is that of the causal LM.
 
     Raises:
         UserError: no adapter is there, it is damaged, of another kind, of another model, or does not fit this one.
     """
+    from peft import PeftConfig, PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
     adapter, remedy = f"The adapter in {folder}", "Name the model it was made for with --model_name."
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"No adapter at {folder}. Make one: python lora_finetuning.py --model_name ...")
@@ -82,35 +70,27 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     if config.is_prompt_learning:
         kind = config.peft_type.value
         raise UserError(f"{adapter} is one of {kind}: it adds tokens and cannot be merged. --adapter_dir takes LoRA.")
-    saved = getattr(config, "modules_to_save", None) or ()
-    known = {name.split(".")[-1] for name, _ in causal_lm.named_modules()}
-    heads = [name for name in saved if name.split(".")[-1] not in known]
-    if left_out := [head for head in heads if any(f".{head}." in key for key in weights)]:
-        print(
-            f"The head of the adapter in {folder} is left out ({', '.join(left_out)}): no hidden state depends on it."
-        )
-        weights = {key: weight for key, weight in weights.items() if not any(f".{head}." in key for head in left_out)}
-    if heads:
-        config.modules_to_save = [name for name in saved if name not in heads] or None
-    if (target := find_target(causal_lm, list(weights))) is None:
-        kind = type(causal_lm).__name__
-        raise UserError(f"{adapter} does not belong to {kind}: it has {min(weights)}, unknown to the model. {remedy}")
-    [decoder_name] = [name for name, module in target.named_modules() if module is decoder_of(causal_lm)]
-    if not any(key.startswith(f"{PREFIX}{decoder_name}") for key in weights):
-        names = ", ".join(sorted({key.removeprefix(PREFIX).split(".")[0] for key in weights} or left_out))
-        raise UserError(f"{adapter} changes {names} only, not a hidden state. Train one with other --target_modules.")
-    named = config.base_model_name_or_path
-    if not is_base_model(causal_lm, folder, named, model_name, fingerprint):
+    if not is_base_model(causal_lm, folder, named := config.base_model_name_or_path, model_name, fingerprint):
         raise UserError(
             f"{adapter} was made for {named}, or for other weights of that name, not for {model_name}. {remedy} If it "
             f"is the same one, change base_model_name_or_path in {folder}/adapter_config.json."
         )
+    weights = without_head(causal_lm, config, weights, folder)
+    keys = [key.removeprefix("base_model.model.") for key in weights]  # as PEFT saves all of them
+    parts = {key.split(".")[0] for key in keys}
+    # the module that was trained: the causal LM, or its model without the head
+    modules = (causal_lm, causal_lm.base_model, decoder := decoder_of(causal_lm))
+    target = next((module for module in modules if all(hasattr(module, part) for part in parts)), causal_lm)
+    [decoder_name] = [name for name, module in target.named_modules() if module is decoder]
+    if not any(key.startswith(decoder_name) for key in keys):
+        names = ", ".join(sorted(parts)) or "its head"
+        raise UserError(f"{adapter} changes {names} only, not a hidden state. Train one with other --target_modules.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is looked at below
+            warnings.simplefilter("ignore")  # the keys they name are checked below
             peft_model: Any = PeftModel(target, config)
             result: Any = set_peft_model_state_dict(peft_model, weights)
-            own = [name for name, _ in peft_model.named_parameters() if peft_model.base_model.prefix in name]
+            own = {name for name, _ in peft_model.named_parameters() if peft_model.base_model.prefix in name}
             merged = peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:  # another width, a setting this version does not know
         raise UserError(f"{adapter} does not fit {model_name}: {shorten(str(error))}. {remedy}") from error
@@ -119,3 +99,15 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     if faults:
         raise UserError(f"{adapter} does not fit {model_name}: it {faults[0]}.")
     return merged if target is causal_lm else causal_lm
+
+
+def without_head(causal_lm: nn.Module, config: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The weights without those of a classifier's head, which no causal LM has; the config forgets it, too."""
+    known = {name.split(".")[-1] for name, _ in causal_lm.named_modules()}
+    saved = getattr(config, "modules_to_save", None) or ()
+    heads = [name for name in saved if name.split(".")[-1] not in known]
+    config.modules_to_save = [name for name in saved if name not in heads] or None
+    dropped = {head for head in heads for key in weights if f".{head}." in key}
+    if dropped:
+        print(f"The head of the adapter in {folder} is left out ({', '.join(dropped)}): no hidden state depends on it.")
+    return {key: weight for key, weight in weights.items() if not any(f".{head}." in key for head in dropped)}

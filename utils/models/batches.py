@@ -34,17 +34,42 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | 
     values, counts = np.unique(-lengths, return_counts=True)
     values, ends = -values, np.concatenate([[0], np.cumsum(counts)])
     cost = float(BATCH_COST)
-    while True:
-        groups = cheapest_groups(values, ends, tokens_per_batch, cost)
-        padded = sum(int(values[i]) * int(ends[j] - ends[i]) for i, j in groups)
-        if padded <= MAX_PADDED * lengths.sum():
-            break
+    groups = cheapest_groups(values, ends, tokens_per_batch, cost)
+    while sum(values[i] * (ends[j] - ends[i]) for i, j in groups) > MAX_PADDED * lengths.sum():
         cost /= 2
-    batches = []
-    for i, j in groups:
-        size = max(1, tokens_per_batch // int(values[i]))
-        batches += [order[start : min(start + size, ends[j])] for start in range(ends[i], ends[j], size)]
-    return batches
+        groups = cheapest_groups(values, ends, tokens_per_batch, cost)
+    sizes = [max(1, tokens_per_batch // int(values[i])) for i, _ in groups]
+    return [
+        batch
+        for (i, j), size in zip(groups, sizes, strict=True)
+        for batch in split_rows(order[ends[i] : ends[j]], size)
+    ]
+
+
+def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
+    """The cut of the different lengths with the fewest padded tokens plus `cost` a batch, from the shortest on.
+
+    Args:
+        values: the m different lengths, descending; every text of a group is padded to its first length.
+        ends: texts before each of them, (m + 1,).
+        tokens_per_batch: as in `token_batches`.
+        cost: of a batch, in tokens.
+
+    Returns:
+        `(i, j)` for each group, of the lengths `values[i:j]`.
+    """
+    best, cut = np.zeros(len(values) + 1), np.zeros(len(values), dtype=int)
+    for i in range(len(values) - 1, -1, -1):  # the best cut of the lengths behind the first group is known by then
+        texts = ends[i + 1 :] - ends[i]
+        batches = -(-texts // max(1, tokens_per_batch // int(values[i])))
+        total = values[i] * texts + cost * batches + best[i + 1 :]
+        cut[i] = i + 1 + int(total.argmin())
+        best[i] = total.min()
+    groups, i = [], 0
+    while i < len(values):
+        groups.append((i, int(cut[i])))
+        i = int(cut[i])
+    return groups
 
 
 def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> list[np.ndarray]:
@@ -64,37 +89,23 @@ class Step:
 def token_steps(
     lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int, rope_limit: int | None = None
 ) -> list[list[Step]]:
-    """The batches of `token_batches`, in blocks of at least so many pairs of neighbouring tokens; the last has fewer.
-
-    Args:
-        lengths: tokens of each text, (n,).
-        tokens_per_batch: as in `token_batches`.
-        pairs_per_block: fewest pairs (t, t+1) of a block.
-        rope_limit: as in `token_batches`.
-    """
-    blocks: list[list[Step]] = []
-    block: list[Step] = []
+    """The batches of `token_batches`, in blocks of at least so many pairs of tokens (t, t+1); the last has fewer."""
+    blocks: list[list[Step]] = [[]]
     batches, num_pairs = token_batches(lengths, tokens_per_batch, rope_limit), 0
     for number, rows in enumerate(batches, 1):
         num_pairs += int((lengths[rows] - 1).sum())
-        ends = num_pairs >= pairs_per_block or number == len(batches)
-        block.append(Step(rows, ends))
-        if ends:
-            blocks.append(block)
-            block, num_pairs = [], 0
+        ends_block = num_pairs >= pairs_per_block or number == len(batches)
+        blocks[-1].append(Step(rows, ends_block))
+        if ends_block and number < len(batches):
+            blocks.append([])
+            num_pairs = 0
     return blocks
 
 
 def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_processes: int) -> list[Step]:
-    """The steps of one of the processes: each block, longest texts first, goes to the process with the least to do.
+    """The steps of process `rank`: each block, longest texts first, goes to the process with the least to do.
 
     The first block is that of process 0. Every text is in exactly one share; with few blocks a share can be empty.
-
-    Args:
-        blocks: of `token_steps`.
-        lengths: tokens of each text, (n,).
-        rank: number of the process.
-        num_processes: how many there are.
     """
     load, own = np.zeros(num_processes, dtype=np.int64), []
     for block in blocks:
@@ -102,35 +113,6 @@ def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_proce
         load[least] += sum(int(lengths[step.rows].max()) * len(step.rows) + BATCH_COST for step in block)
         own += block if least == rank else []
     return own
-
-
-def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
-    """The cut of the different lengths `values` (descending) with the fewest padded tokens plus `cost` a batch.
-
-    Every text of a group is padded to its first length. Solved from the shortest lengths on: the best cut of what is
-    left after the first group is known by then.
-
-    Args:
-        values: the m different lengths, descending.
-        ends: texts before each of them, (m + 1,).
-        tokens_per_batch: as in `token_batches`.
-        cost: of a batch, in tokens.
-
-    Returns:
-        `(i, j)` for each group, of the lengths `values[i:j]`.
-    """
-    best, cut = np.zeros(len(values) + 1), np.zeros(len(values), dtype=int)
-    for i in range(len(values) - 1, -1, -1):
-        texts = ends[i + 1 :] - ends[i]
-        batches = -(-texts // max(1, tokens_per_batch // int(values[i])))
-        total = values[i] * texts + cost * batches + best[i + 1 :]
-        cut[i] = i + 1 + int(total.argmin())
-        best[i] = total.min()
-    groups, i = [], 0
-    while i < len(values):
-        groups.append((i, int(cut[i])))
-        i = int(cut[i])
-    return groups
 
 
 def assign_folds(texts: list[str], num_folds: int) -> np.ndarray:

@@ -1,14 +1,11 @@
 """Check on a few short texts that a model's states are those of a causal LM, layer by layer.
 
-No list of architectures can decide that for the next one. Each property that the moments rely on is tested on the model
-itself, on sequences of the data set's own tokens, before states are read:
+No list of architectures can decide that for the next one; so the model itself is tried, before its states are read:
 
     one width      every state is (b, t, d), d the configured hidden size
     a chain        layer k + 1 receives the output of layer k; up to a factor, as RWKV halves its states on the way
     causality      other tokens behind a position, padding or not, change no state up to it
     no company     a sequence in a right-padded batch has the states it has alone
-
-b sequences, t tokens, d hidden size.
 """
 
 from typing import Any
@@ -68,8 +65,8 @@ def difference(found: Tensor, expected: Tensor) -> Tensor:
 
 def routes_tokens(model: nn.Module) -> bool:
     """True for a mixture of experts."""
-    names = {type(module).__name__.lower() for module in model.modules()}
-    return any(word in name for name in names for word in ("moe", "expert", "router"))
+    names = " ".join(type(module).__name__.lower() for module in model.modules())
+    return any(word in names for word in ("moe", "expert", "router"))
 
 
 def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:

@@ -1,9 +1,8 @@
 """Causal LMs in one GGUF file, quantised or not: configuration, tokenizer and weights as transformers reads them.
 
 transformers reads these files too, but parses the vocabulary anew for each of the three and twice for the weights: 47 s
-for SmolLM2-135M instead of 5. This module combines its parts: the reader of the header, the names of the settings, the
-tokenizers, the order of the rows. The weights are de-quantised once a run, into an ordinary model that can be trained
-and saved as a folder; transformers refuses to save the one that it makes of a GGUF file.
+for SmolLM2-135M instead of 5. This module combines its parts. The weights are de-quantised once a run, into an ordinary
+model that can be trained and saved as a folder; transformers refuses to save the one that it makes of a GGUF file.
 """
 
 import math
@@ -18,8 +17,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-from transformers.integrations.gguf import reader as header
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer, reader
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from utils.script import UserError
@@ -36,20 +34,11 @@ ASSUMED = {"attention.causal": True, "rope.scaling.type": "none"}
 ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "rope.local.freq_base": 1e4}}
 
 
-class StoredTensor(NamedTuple):
-    """Shape, quantisation, first byte and end of a tensor in the file."""
-
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    start: int
-    end: int
-
-
 class Header(NamedTuple):
     """All of a GGUF file but its weights."""
 
     metadata: dict  # an array of strings is replaced by its length
-    tensors: dict[str, StoredTensor]  # by the name in the file
+    tensors: dict[str, reader.TensorInfo]  # by the name in the file; `offset` counts from its first byte
 
 
 def read_header(path: Path) -> Header:
@@ -60,19 +49,21 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise UserError(f"No file {path}. python -m demo.real_llm fetches a model; --model_name smollm2 then names it.")
-    size = path.stat().st_size
     try:
         blob = np.memmap(path, mode="r")
-        metadata, num_tensors, position = header._read_metadata(blob, str(path))
-        entries, position = header._read_tensor_table(blob, num_tensors, position)
-        alignment = metadata.get("general.alignment", 32)
-        start = -(-position // alignment) * alignment
-        tensors = {name: locate(shape, kind, start + offset) for name, shape, kind, offset in entries}
+        metadata, num_tensors, position = reader._read_metadata(blob, str(path))
+        entries, position = reader._read_tensor_table(blob, num_tensors, position)
+        start = position + -position % metadata.get("general.alignment", 32)
+        tensors = {}
+        for name, shape, kind, offset in entries:
+            weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]  # of one block
+            num_bytes = math.prod(shape) // weights * size
+            tensors[name] = reader.TensorInfo(name, shape, kind, start + offset, num_bytes)
     except Exception as error:  # the bytes of a damaged header make the reader raise anything
         raise UserError(f"{path} is cut off or not a readable GGUF file ({error}). Fetch it again.") from None
-    end = max((tensor.end for tensor in tensors.values()), default=start)
-    if size < end:
-        raise UserError(f"{path} is cut off: it has {size:,} of {end:,} bytes. Fetch it again.")
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
+    if len(blob) < end:
+        raise UserError(f"{path} is cut off: it has {len(blob):,} of {end:,} bytes. Fetch it again.")
     if (architecture := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise UserError(
             f"{path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
@@ -81,19 +72,12 @@ def read_header(path: Path) -> Header:
     return Header(metadata, tensors)
 
 
-def locate(shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
-    """A tensor that starts at byte `start`, with its end."""
-    quantisation = gguf.GGMLQuantizationType(kind)
-    weights, size = gguf.GGML_QUANT_SIZES[quantisation]  # of one block
-    return StoredTensor(shape, quantisation, start, start + math.prod(shape) // weights * size)
-
-
 def quantisation(path: Path) -> str:
     """The file's own name of its quantisation (`Q4_1`, `F16`, ...), and the bits of a weight on average."""
     file = read_header(path)
     names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
     num_weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-    num_bytes = sum(tensor.end - tensor.start for tensor in file.tensors.values())
+    num_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
     name = names.get(file.metadata.get("general.file_type", -1), "unknown")
     return f"{name} ({8 * num_bytes / num_weights:.1f} bits a weight)"
 
@@ -125,19 +109,15 @@ def load_config(path: Path) -> PreTrainedConfig:
     assumed |= ASSUMED_BY.get(architecture, {})
     for name, value in file.metadata.items():
         setting = name.removeprefix(f"{architecture}.")
-        if setting == name or setting in NOT_IN_THE_STATES:
-            continue
-        if value != assumed[setting] if setting in assumed else (value and name not in names):
+        is_read = setting == name or name in names or setting in NOT_IN_THE_STATES
+        is_as_assumed = value == assumed[setting] if setting in assumed else is_read or not value
+        if not is_as_assumed:
             raise UserError(f"{path} states {name} = {value}, which is not read here. Take the model's folder instead.")
     return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer, padding on the right.
-
-    Raises:
-        UserError: of `read_header`, or the file holds no tokenizer that transformers knows.
-    """
+    """The tokenizer, padding on the right. Raises UserError: the file holds none that transformers knows."""
     read_header(path)
     try:
         architecture, vocabulary, options = get_gguf_tokenizer(str(path))
@@ -151,11 +131,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM on the CPU, its weights de-quantised to `dtype`.
-
-    Raises:
-        UserError: of `load_config`, or the weights are not those of the architecture.
-    """
+    """The causal LM on the CPU, its weights de-quantised to `dtype`. Raises UserError: they do not fit together."""
     config, file = load_config(path), read_header(path)
     with torch.device("meta"):  # names and shapes only
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -180,10 +156,9 @@ def state_dict(file: Header, skeleton: PreTrainedModel, path: Path, dtype: torch
         if stored is None or stored.shape != tuple(weight.shape):
             found = "nothing" if stored is None else stored.shape
             raise UserError(f"{path} has {found} for {stored_name}, not {tuple(weight.shape)}. Fetch it again.")
-        weights, size = gguf.GGML_QUANT_SIZES[stored.kind]
-        rows = blob[stored.start : stored.end].reshape(*stored.shape[:-1], stored.shape[-1] // weights * size)
-        values = processor.process(weights=gguf.dequantize(rows, stored.kind), name=stored_name).weights
-        state[name] = torch.tensor(values, dtype=dtype)
+        rows = blob[stored.offset : stored.offset + stored.nbytes].reshape(*stored.shape[:-1], -1)
+        weights = gguf.dequantize(rows, gguf.GGMLQuantizationType(stored.ggml_type))
+        state[name] = torch.tensor(processor.process(weights=weights, name=stored_name).weights, dtype=dtype)
     if left:
         raise UserError(f"{path} holds {sorted(left)[0]}, which a {architecture} model here would not use.")
     return state

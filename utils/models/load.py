@@ -1,53 +1,52 @@
-"""Load a causal LM, its configuration and tokenizer; and the fingerprint that tells it from another of its name."""
+"""Load a causal LM, its configuration and tokenizer; and the fingerprint that tells it from another of its name.
+
+Modelling code is imported by the functions that use it: it takes as long as torch, and `--help` has no need of it.
+"""
 
 import atexit
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import logging as transformers_logging
 
-import utils.models.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
 from utils.hub import hub_errors
-from utils.models import gguf
 from utils.models.states import decoder_of
 from utils.models.table import FAMILIES, is_gguf, local_fingerprint, model_source, repository
 from utils.results import temporary_folder
 from utils.script import UserError
 from utils.settings import Model, Run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+TABLE = "Choose another --model_name; docs/architectures.md lists what can be used."
+
 
 # ------------------------------------------------------------------ configuration and identity
-def read_config(model: Model, run: Run) -> PreTrainedConfig:
-    """The configuration of all parts of the model.
+def read_config(model: Model, run: Run) -> "PreTrainedConfig":
+    """The configuration of all parts of the model. Raises UserError: no such model, or an encoder-decoder."""
+    from transformers import AutoConfig
 
-    Raises:
-        UserError: there is no such model, or it is an encoder-decoder.
-    """
+    import utils.models.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
+
     if is_gguf(source := model_source(model.model_name)):
+        from utils.models import gguf
+
         return gguf.load_config(Path(source))
     with hub_errors(repository(model.model_name, model.revision)):
         config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=run.trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS is of a causal LM, a decoder that "
-            "reads the text alone. Choose another --model_name; docs/architectures.md lists what can be used."
+            f"reads the text alone. {TABLE}"
         )
     return config
 
 
-def load_config(model: Model, run: Run) -> PreTrainedConfig:
+def load_config(model: Model, run: Run) -> "PreTrainedConfig":
     """The configuration of the text decoder. Raises UserError as `read_config`."""
     config = read_config(model, run)
     with hub_errors(repository(model.model_name, model.revision)):
@@ -81,12 +80,16 @@ def stored_as(model: Model) -> dict[str, str]:
     """`quantisation` of a model in a GGUF file, for the metadata of its results; nothing for any other model."""
     if not is_gguf(source := model_source(model.model_name)):
         return {}
+    from utils.models import gguf
+
     return {"quantisation": f"{gguf.quantisation(Path(source))}, de-quantised once a run to {model.dtype}"}
 
 
 # ------------------------------------------------------------------ tokenizer and weights
-def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenizer:
+def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Tokenizer":
     """The tokenizer; a long text loses its end, whatever the tokenizer's own settings say. Raises UserError."""
+    from transformers import AutoTokenizer
+
     name, revision = model_source(model.model_name), model.revision
     family = FAMILIES.get(config.model_type)
     if model.tokenizer_name:
@@ -94,6 +97,8 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
     elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
     if is_gguf(name):
+        from utils.models import gguf
+
         return gguf.load_tokenizer(Path(name))
     sought = repository(name, revision)
     sides = {"padding_side": "right", "truncation_side": "right"}
@@ -101,12 +106,10 @@ def load_tokenizer(model: Model, run: Run, config: PreTrainedConfig) -> Tokenize
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.trust_remote_code, **sides)
 
 
-def auto_class_of(model: Model, config: PreTrainedConfig) -> Any:
-    """The Auto class that makes the causal LM of a configuration; for a multi-modal model it makes all parts.
+def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
+    """The Auto class of the causal LM; of a multi-modal model, that of all parts. Raises UserError: it has none."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    Raises:
-        UserError: an architecture without causal LM.
-    """
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto_class._model_mapping:  # type: ignore[attr-defined]
             return auto_class
@@ -114,38 +117,35 @@ def auto_class_of(model: Model, config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
     raise UserError(
         f"{model.model_name} ({config.model_type}) is not a causal LM: transformers has none of this architecture. "
-        "Choose another --model_name; docs/architectures.md lists what can be used."
+        + TABLE
     )
 
 
-def load_weights(model: Model, run: Run, device_map: str | None = None) -> PreTrainedModel:
-    """The causal LM on the CPU, or by a device map where there is room; of a multi-modal model all of it.
+def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreTrainedModel":
+    """The causal LM on the CPU, or spread by a device map; of a multi-modal model all of it.
 
     Raises:
-        UserError: `hub_errors`, `auto_class_of`, a weight of another shape, or one of the decoder that the checkpoint
-            lacks; the library would fill it with random numbers.
+        UserError: it cannot be loaded, a weight has another shape, or the checkpoint lacks one of the decoder, which
+            the library would fill with random numbers.
     """
     if is_gguf(source := model_source(model.model_name)):
+        from utils.models import gguf
+
         if device_map:
             raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it away.")
         return gguf.load_model(Path(source), getattr(torch, model.dtype))
     auto_class = auto_class_of(model, read_config(model, run))
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports what is left out, which is what we want
-    try:
-        with hub_errors(repository(model.model_name, model.revision)):
-            loaded, info = auto_class.from_pretrained(
-                source,
-                revision=model.revision,
-                dtype=getattr(torch, model.dtype),
-                trust_remote_code=run.trust_remote_code,
-                device_map=device_map,
-                offload_folder=offload_folder(run) if device_map else None,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with hub_errors(repository(model.model_name, model.revision)):
+        loaded, info = auto_class.from_pretrained(
+            source,
+            revision=model.revision,
+            dtype=getattr(torch, model.dtype),
+            trust_remote_code=run.trust_remote_code,
+            device_map=device_map,
+            offload_folder=offload_folder(run) if device_map else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set: any order without it
         raise UserError(
             f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
@@ -165,30 +165,19 @@ def offload_folder(run: Run) -> Path:
     return folder
 
 
-def load_causal_lm(model: Model, run: Run, device: torch.device) -> PreTrainedModel:
-    """The causal LM in evaluation mode, an adapter merged if one is named.
-
-    Raises:
-        UserError: of `load_weights`, or of `merge_adapter`.
-    """
+def load_causal_lm(model: Model, run: Run, device: torch.device) -> "PreTrainedModel":
+    """The causal LM in evaluation mode, an adapter merged if one is named. Raises UserError."""
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
-        from utils.models.adapters import merge_adapter  # the import of PEFT takes a second
+        from utils.models.adapters import merge_adapter
 
         base = dataclasses.replace(model, adapter_dir=None)
         causal_lm = merge_adapter(causal_lm, model.adapter_dir, base.model_name, model_fingerprint(base, run))
     return causal_lm.to(device).eval()
 
 
-def load_base_model(model: Model, run: Run, device: torch.device, device_map: str = "none") -> PreTrainedModel:
-    """The decoder without its lm_head, in evaluation mode, for hidden states.
-
-    Args:
-        model: its name, revision and dtype.
-        run: whether its own code may run.
-        device: of its weights.
-        device_map: "auto" spreads the layers over all devices, main memory and disk.
-    """
+def load_base_model(model: Model, run: Run, device: torch.device, device_map: str = "none") -> "PreTrainedModel":
+    """The decoder without its lm_head, in evaluation mode; `device_map` "auto" spreads its layers. Raises UserError."""
     if device_map == "none":
         return decoder_of(load_causal_lm(model, run, torch.device("cpu"))).to(device).eval()
     if model.adapter_dir is not None:

@@ -8,8 +8,7 @@ Written from the paper, the published names and shapes, and the measured behavio
 (tests/models/test_openelm.py). Heads and feed-forward width grow from the first layer to the last ("layer-wise
 scaling", section 2.1 there). It gives hidden states and logits of right-padded texts; no cache, no generation.
 
-Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`; in one layer
-q query heads, k key/value heads, feed-forward width f.
+Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`.
 """
 
 # ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
@@ -27,12 +26,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-RMS_NORM_EPS = 1e-6  # not in the published config.json
-
 
 # ------------------------------------------------------------------ configuration
 class OpenELMConfig(PreTrainedConfig):
-    """The fields of the published config.json with its class defaults; `attribute_map` holds the library's names."""
+    """The fields of the published config.json that decide anything; `attribute_map` holds the library's names."""
 
     model_type = "openelm"
     attribute_map = {
@@ -48,59 +45,44 @@ class OpenELMConfig(PreTrainedConfig):
     num_transformer_layers: int = 12
     model_dim: int = 2048
     head_dim: int = 128
-    qkv_multipliers: float | list[float] = 1.0  # q h / d: one number, or [first layer, last layer]
+    qkv_multipliers: float | list[float] = 1.0  # query heads times h / d: one number, or [first layer, last layer]
     num_gqa_groups: int = 1  # query heads per key/value head, whatever the name says
-    num_query_heads: list[int] | None = None  # informative, as the next line: `layer_sizes` has them
-    num_kv_heads: list[int] | None = None
-    ffn_multipliers: float | list[float] = 4.0  # f / d: one number, [first layer, last layer], or one per layer
+    ffn_multipliers: float | list[float] = 4.0  # width / d: one number, [first layer, last layer], or one per layer
     ffn_dim_divisor: int = 256
-    ffn_with_glu: bool = True
     activation_fn_name: str = "swish"
-    normalization_layer_name: str = "rms_norm"  # informative: there is no other
-    normalize_qk_projections: bool = False
     share_input_output_layers: bool = False
     rope_freq_constant: float = 10000
-    rope_max_length: int = 4096  # informative: it sized a table, and here there is none
-    initializer_range: float = 0.02  # informative: see OpenELMPreTrainedModel
-    use_cache: bool = True  # informative: there is no cache
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
     def layer_sizes(self) -> list[tuple[int, int, int]]:
-        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1).
+        """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1)."""
+        sizes = []
+        group_size = self.head_dim * self.num_gqa_groups
+        multipliers = map(self.multiplier_per_layer, ("qkv_multipliers", "ffn_multipliers"))
+        for query, width in zip(*multipliers, strict=True):
+            # whole groups, so that every key/value head serves the same number of query heads
+            num_groups = round_to_multiple(query * self.model_dim, group_size) // group_size
+            ffn_width = round_to_multiple(width * self.model_dim, self.ffn_dim_divisor)
+            sizes.append((num_groups * self.num_gqa_groups, num_groups, ffn_width))
+        return sizes
 
-        Raises:
-            ValueError: a list of multipliers is neither a range nor one entry per layer.
-        """
-        num_layers = self.num_transformer_layers
-        # a multiple of the group, so that every key/value head serves the same number of query heads
-        heads = [
-            _round_to_multiple(multiplier * self.model_dim, self.head_dim * self.num_gqa_groups) // self.head_dim
-            for multiplier in _multiplier_per_layer("qkv_multipliers", self.qkv_multipliers, num_layers)
-        ]
-        widths = [
-            _round_to_multiple(multiplier * self.model_dim, self.ffn_dim_divisor)
-            for multiplier in _multiplier_per_layer("ffn_multipliers", self.ffn_multipliers, num_layers)
-        ]
-        kv_heads = [count // self.num_gqa_groups for count in heads]
-        return list(zip(heads, kv_heads, widths, strict=True))
-
-
-def _multiplier_per_layer(name: str, multipliers: float | list[float], num_layers: int) -> list[float]:
-    """One multiplier per layer; two numbers are a range, also in a model of two layers."""
-    if isinstance(multipliers, int | float):
-        return [multipliers] * num_layers
-    if len(multipliers) == 2:
-        first, last = multipliers
-        # two decimals as published: unrounded, three of the four published models get other head counts
-        return [round(first + (last - first) * layer / max(num_layers - 1, 1), 2) for layer in range(num_layers)]
-    if len(multipliers) == num_layers:
-        return list(multipliers)
-    raise ValueError(f"OpenELM configuration: {name} has {len(multipliers)} entries for {num_layers} layers.")
+    def multiplier_per_layer(self, name: str) -> list[float]:
+        """One multiplier per layer; two numbers are a range, also in a model of two layers. Raises ValueError."""
+        multipliers, num_layers = getattr(self, name), self.num_transformer_layers
+        if isinstance(multipliers, int | float):
+            return [multipliers] * num_layers
+        if len(multipliers) == 2:
+            first, last = multipliers
+            # two decimals as published: unrounded, three of the four published models get other head counts
+            return [round(first + (last - first) * layer / max(num_layers - 1, 1), 2) for layer in range(num_layers)]
+        if len(multipliers) == num_layers:
+            return list(multipliers)
+        raise ValueError(f"OpenELM configuration: {name} has {len(multipliers)} entries for {num_layers} layers.")
 
 
-def _round_to_multiple(value: float, divisor: int) -> int:
+def round_to_multiple(value: float, divisor: int) -> int:
     """The multiple of `divisor` nearest to `value`, at least one, and the next one up if that is below 0.9 `value`."""
     nearest = max(divisor, int((value + divisor / 2) // divisor) * divisor)
     return nearest + divisor if nearest < 0.9 * value else nearest
@@ -108,7 +90,7 @@ def _round_to_multiple(value: float, divisor: int) -> int:
 
 # ------------------------------------------------------------------ parts of a layer
 class OpenELMRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, any leading axes: (..., size) -> (..., size)."""
+    """x / sqrt(mean(x^2) + 1e-6) * weight over the last axis: (..., size) -> (..., size)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -116,18 +98,11 @@ class OpenELMRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # The weight stays outside: the published model multiplies after the rounding to bfloat16, which shows in bits.
-        return F.rms_norm(hidden_states, self.weight.shape, eps=RMS_NORM_EPS) * self.weight
+        return F.rms_norm(hidden_states, self.weight.shape, eps=1e-6) * self.weight
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1 (RoPE, arXiv 2104.09864, section 3.2.2).
-
-    Args:
-        position_ids: the integers p, (b, t) or (1, t).
-
-    Returns:
-        Two tensors (b or 1, t, 1, h/2), float32 on the device of `position_ids`; the third axis is for the heads.
-    """
+    """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1 (RoPE, arXiv 2104.09864): p (b, t) -> (b, t, 1, h/2)."""
     # In no buffer: from_pretrained leaves them uninitialised, model.to(bfloat16) rounds them. On the CPU, for the same
     # bits on every device: the position multiplies a difference by up to 2047.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
@@ -149,20 +124,17 @@ class ResidualLinear(nn.Linear):
 class OpenELMAttention(nn.Module):
     """Causal grouped-query attention with normalised queries and keys: (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+    def __init__(self, config: OpenELMConfig, query_heads: int, kv_heads: int) -> None:
         super().__init__()
-        query_heads, kv_heads, _ = config.layer_sizes()[layer_idx]
         self.head_dim = config.head_dim
-        self.split_sizes = [query_heads, kv_heads, kv_heads]
-        # output features: all query heads, then all key heads, then all value heads
+        self.split_sizes = [query_heads, kv_heads, kv_heads]  # of the output features
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.split_sizes) * config.head_dim, bias=False)
-        normalize = config.normalize_qk_projections
-        self.q_norm = OpenELMRMSNorm(config.head_dim) if normalize else nn.Identity()
-        self.k_norm = OpenELMRMSNorm(config.head_dim) if normalize else nn.Identity()
+        self.q_norm = OpenELMRMSNorm(config.head_dim)
+        self.k_norm = OpenELMRMSNorm(config.head_dim)
         self.out_proj = ResidualLinear(query_heads * config.head_dim, config.model_dim, bias=False)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, q + 2k, h)
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, all heads, h)
         query, key, value = heads.split(self.split_sizes, dim=2)
         # the dtype of the values: under autocast, the float32 weight of the norm has made the other two float32
         query = apply_rotary(self.q_norm(query), *rotary).to(value.dtype).transpose(1, 2)
@@ -172,33 +144,28 @@ class OpenELMAttention(nn.Module):
 
 
 class OpenELMFeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202) with one fused input projection, or the plain two matrices: (b, t, d) -> (b, t, d)."""
+    """SwiGLU (arXiv 2002.05202) with one fused input projection: (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+    def __init__(self, config: OpenELMConfig, width: int) -> None:
         super().__init__()
-        _, _, width = config.layer_sizes()[layer_idx]
-        self.gated = config.ffn_with_glu
         self.activation = ACT2FN[config.activation_fn_name]
-        self.proj_1 = nn.Linear(config.model_dim, 2 * width if self.gated else width, bias=False)
+        self.proj_1 = nn.Linear(config.model_dim, 2 * width, bias=False)
         self.proj_2 = ResidualLinear(width, config.model_dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        inner = self.proj_1(hidden_states)
-        if not self.gated:
-            return self.proj_2(self.activation(inner))
-        gate, up = inner.chunk(2, dim=-1)
+        gate, up = self.proj_1(hidden_states).chunk(2, dim=-1)
         return self.proj_2(self.activation(gate) * up)
 
 
 class OpenELMDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + ffn(norm(x)): (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
+    def __init__(self, config: OpenELMConfig, query_heads: int, kv_heads: int, width: int) -> None:
         super().__init__()
         self.attn_norm = OpenELMRMSNorm(config.model_dim)
-        self.attn = OpenELMAttention(config, layer_idx)
+        self.attn = OpenELMAttention(config, query_heads, kv_heads)
         self.ffn_norm = OpenELMRMSNorm(config.model_dim)
-        self.ffn = OpenELMFeedForward(config, layer_idx)
+        self.ffn = OpenELMFeedForward(config, width)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), rotary)
@@ -207,7 +174,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 # ------------------------------------------------------------------ models
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """Base of both models: names that the library looks up, and the initialisation for training from scratch."""
+    """Names that the library looks up, and the initialisation for training from scratch."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
@@ -218,10 +185,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Standard deviation d^-1/2, in the matrices that close a residual branch (2 layers d)^-1/2; norms 1.
-
-        The published scheme; `initializer_range` has no part in it.
-        """
+        """The published scheme: deviation d^-1/2, (2 layers d)^-1/2 where a residual branch closes; norms 1."""
         std = self.config.model_dim**-0.5
         if isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=std * (2 * self.config.num_transformer_layers) ** -0.5)
@@ -232,43 +196,27 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 
 
 class OpenELMModel(OpenELMPreTrainedModel):
-    """The decoder without output head (arXiv 2404.14619, section 2.1)."""
+    """The decoder without output head."""
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__(config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = nn.ModuleList(
-            [OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_transformer_layers)]
-        )
+        self.layers = nn.ModuleList(OpenELMDecoderLayer(config, *sizes) for sizes in config.layer_sizes())
         self.norm = OpenELMRMSNorm(config.model_dim)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutput:
-        """Hidden states of every position of right-padded texts.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """The states (b, t, d) after the final norm; with `output_hidden_states=True` also those of each layer.
 
         Args:
-            input_ids: (b, t), or instead `inputs_embeds` (b, t, d).
+            input_ids: right-padded texts, (b, t).
             attention_mask: (b, t), 0 at padding; behind right padding the causal mask hides it already.
-
-        Returns:
-            `last_hidden_state` (b, t, d), after the final norm; with `output_hidden_states=True` also `hidden_states`,
-            the embeddings, then each layer's output, the last of them after the norm.
-
-        Raises:
-            ValueError: padding on the left.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("OpenELM here reads texts that are padded on the right.")
-        hidden_states = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.token_embeddings(input_ids)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_freq_constant)
         for layer in self.layers:
@@ -277,7 +225,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
 
 class OpenELMForCausalLM(OpenELMPreTrainedModel):
-    """`OpenELMModel` and next-token logits, in the published models from the embedding matrix (arXiv 2404.14619)."""
+    """`OpenELMModel` and next-token logits, in the published models from the embedding matrix."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
     prepare_inputs_for_generation = None  # PEFT looks it up; there is no generation
@@ -289,7 +237,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutput:
         """Next-token logits (b, t, v); arguments as in `OpenELMModel.forward`."""
         outputs = self.transformer(input_ids, **kwargs)
         return CausalLMOutput(logits=self.lm_head(outputs.last_hidden_state), hidden_states=outputs.hidden_states)

@@ -5,17 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from utils.script import UserError
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The decoder inside a causal LM: what gives the hidden states that its head reads.
+    """The decoder inside a causal LM, whose hidden states its head reads. Raises UserError: it has none apart."""
+    from transformers import PreTrainedModel
 
-    Raises:
-        UserError: it is not apart from the head.
-    """
     base = causal_lm.base_model
     if base is causal_lm:
         parts = [module for module in causal_lm.children() if isinstance(module, PreTrainedModel)]
@@ -28,25 +25,20 @@ def decoder_of(causal_lm: Any) -> Any:
     return decoder
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a base model: of the lists of that length the one that holds most of the weights.
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a base model: of the lists of `num_hidden_layers` modules the one with most weights.
 
-    `self_check` finds out whether they are what they seem.
-
-    Raises:
-        UserError: no list of `num_hidden_layers` modules is found.
+    `self_check` finds out whether they are what they seem. Raises UserError: no such list.
     """
     num_layers = model.config.num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
     if not lists:
-        raise UserError(
-            f"{type(model).__name__} has no list of {num_layers} decoder layers to read hidden states from."
-        )
+        raise UserError(f"{type(model).__name__} has no list of {num_layers} decoder layers to read states from.")
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
 @torch.inference_mode()
-def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+def visit_hidden_states(model: Any, input_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
     """Runs the model on right-padded `input_ids` (b, t) and calls `visit(layer, hidden_states)` as each layer appears.
 
     Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
@@ -71,12 +63,12 @@ def visit_hidden_states(model: PreTrainedModel, input_ids: Tensor, visit: Callab
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where tokens go in: the device of the first weights that are on one; those on disk have none."""
+    """The device that tokens go to, of the first weights that are on one; those on disk have none."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+def layer_devices(model: Any) -> list[torch.device]:
     """The device that the states of each layer are on, layer 0 first; one token is run where they can differ."""
     device = input_device(model)
     if all(parameter.device == device for parameter in model.parameters()):
@@ -88,7 +80,7 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
 
 
 @torch.inference_mode()
-def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def run_base_model(model: Any, input_ids: Tensor) -> Tensor:
     """The last hidden states, (b, t, d), of right-padded `input_ids`.
 
     No mask tensor: behind right padding the causal mask alone hides the padding from every valid token, and without a
@@ -98,15 +90,12 @@ def run_base_model(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
-    """The pooled state m of each text: mean over its tokens, or its last token.
+    """The pooled state m of each text (b, d): "mean" over its tokens, or its "last" token.
 
     Args:
         hidden_states: (b, t, d), right-padded.
         lengths: tokens per text, (b,).
         pooling: "mean" or "last".
-
-    Returns:
-        (b, d), in the dtype of `hidden_states`.
     """
     if pooling == "last":
         return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]

@@ -34,6 +34,8 @@ FAMILIES = {  # keyed by `config.model_type`
     "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
 }
 OPEN = "open"
+GEMMA = "python -m demo.real_llm gemma3-270m --accept_gemma_terms"
+LLAMA_3 = "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
 LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
 MODELS = {
     "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
@@ -42,9 +44,7 @@ MODELS = {
     "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
     "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
     "smollm2": ModelSpec("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "135M", "python -m demo.real_llm smollm2"),
-    "gemma3-270m": ModelSpec(
-        "gemma3-270m/gemma-3-270m-q4_k_m.gguf", "268M", "python -m demo.real_llm gemma3-270m --accept_gemma_terms"
-    ),
+    "gemma3-270m": ModelSpec("gemma3-270m/gemma-3-270m-q4_k_m.gguf", "268M", GEMMA),
     "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
     "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
     "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
@@ -52,18 +52,14 @@ MODELS = {
     "apple/OpenELM-450M": ModelSpec("apple/OpenELM-450M", "450M", LLAMA_2),
     "apple/OpenELM-1_1B": ModelSpec("apple/OpenELM-1_1B", "1.1B", LLAMA_2),
     "apple/OpenELM-3B": ModelSpec("apple/OpenELM-3B", "3B", LLAMA_2),
-    "meta-llama/Meta-Llama-3-8B": ModelSpec(
-        "meta-llama/Meta-Llama-3-8B", "8B", "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
-    ),
+    "meta-llama/Meta-Llama-3-8B": ModelSpec("meta-llama/Meta-Llama-3-8B", "8B", LLAMA_3),
 }
-
 
 # Files of a folder that decide the states: weights, architecture, tokens, code. The others decide nothing.
 DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
-OTHER_FILES = (
-    *("pretraining.json", "generation_config.json", "training_args.bin", "metrics.json"),
-    *("README.txt", "base_model.json"),
-)
+OTHER_FILES = {
+    "pretraining.json", "generation_config.json", "training_args.bin", "metrics.json", "README.txt", "base_model.json",
+}  # fmt: skip
 
 
 def is_gguf(model_name: str) -> bool:
@@ -110,18 +106,11 @@ def file_digest(path: Path, size: int, modified: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def current_digest(path: Path) -> bytes:
-    """SHA-256 of a file as it is now."""
-    stat = path.stat()
-    return file_digest(path, stat.st_size, stat.st_mtime_ns)
-
-
 def local_fingerprint(path: Path) -> str:
     """First 16 hex digits of the SHA-256 of a GGUF file, or over names and contents of a folder's deciding files."""
+    files = [path] if path.is_file() else sorted({file for pattern in DECIDING_FILES for file in path.glob(pattern)})
+    digests = {file: file_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
     if path.is_file():
-        return current_digest(path).hex()[:16]
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in DECIDING_FILES for file in path.glob(pattern)}):
-        if file.name not in OTHER_FILES:
-            digest.update(file.name.encode() + b"\0" + current_digest(file))
-    return digest.hexdigest()[:16]
+        return digests[path].hex()[:16]
+    deciding = [file.name.encode() + b"\0" + digests[file] for file in files if file.name not in OTHER_FILES]
+    return hashlib.sha256(b"".join(deciding)).hexdigest()[:16]

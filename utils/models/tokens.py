@@ -3,13 +3,12 @@
 import functools
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from utils.script import UserError
 
@@ -49,14 +48,14 @@ class TokenizedTexts:
         return torch.from_numpy(input_ids), torch.from_numpy(lengths)
 
 
-def context_length(config: PreTrainedConfig) -> int | None:
+def context_length(config: Any) -> int | None:
     """The longest text the model can read, None where its configuration sets no limit, as that of a recurrent model."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
     limits = (getattr(config, name, None) for name in names)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def rope_limit(config: PreTrainedConfig) -> int | None:
+def rope_limit(config: Any) -> int | None:
     """The length above which LongRoPE (arXiv 2402.13753) rotates every position of a batch by other angles.
 
     The states of a short text then depend on the longest text of its batch. None for other models.
@@ -68,10 +67,8 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def tokenize(
-    texts: list[str], tokenizer: Tokenizer, config: PreTrainedConfig, max_length: int | None = None
-) -> TokenizedTexts:
-    """All texts as token ids, truncated to `max_length` or to the context; prints how many lost their end.
+def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | None = None) -> TokenizedTexts:
+    """All texts as token ids, truncated to `max_length`; prints how many lost their end.
 
     Without `max_length` the limit is the model's context or the tokenizer's own limit, the smaller one.
 
@@ -82,10 +79,10 @@ def tokenize(
     if max_length and limit and max_length > limit:
         raise UserError(f"--max_length {max_length} is more than the model can read: {limit} tokens. Lower it.")
     if max_length is None:
-        own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
-        max_length = min((length for length in (limit, own) if length), default=None)
+        limits = (limit, tokenizer.model_max_length)
+        max_length = min((length for length in limits if length and length < NO_LIMIT), default=None)
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
-    ids, lengths, num_cut = array("i"), array("q"), 0  # as compact as the arrays they become, without a copy
+    ids, lengths, num_cut = array("i"), array("q"), 0  # as compact as the arrays they become
     for start in tqdm(range(0, len(texts), TEXTS_PER_CHUNK), desc="tokenize", unit="chunk", leave=False):
         chunk = texts[start : start + TEXTS_PER_CHUNK]
         encoded = tokenizer(chunk, truncation=max_length is not None, max_length=max_length, **options)["input_ids"]
