@@ -39,7 +39,7 @@ from utils.algebra.partial import PartialPass, remaining_batches, remove_partial
 from utils.algebra.pooled import checksums
 from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
-from utils.models.batches import assign_folds, share_of, token_steps
+from utils.models.batches import assign_folds, share_of, token_batches, token_blocks
 from utils.models.check import self_check
 from utils.models.load import (
     known_fingerprint,
@@ -275,12 +275,14 @@ def accumulate(
                 f"({model.dtype}). Half precision overflows on some models: try --dtype float32 or bfloat16."
             )
 
-    blocks = token_steps(tokens.lengths, config.run.batch_tokens(device), PAIRS_PER_BLOCK, tokens.rope_limit)
+    batches = token_batches(tokens.lengths, config.run.batch_tokens(device), tokens.rope_limit)
+    blocks = token_blocks(batches, tokens.lengths, PAIRS_PER_BLOCK)
     steps = share_of(blocks, tokens.lengths, rank(), num_started())
-    num_tokens = [int(tokens.lengths[step.rows].sum()) for step in steps]
+    num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
     for number in remaining_batches(partial, tensors, num_tokens):
-        add_batch(steps[number].rows)
-        if steps[number].ends_block:
+        rows, ends_block = steps[number]
+        add_batch(rows)
+        if ends_block:
             for layer in sums.values():
                 layer.end_block()
     sum_at_first([total for layer in sums.values() for total in layer.sums.values()])

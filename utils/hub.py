@@ -13,26 +13,25 @@ from utils.script import CANNOT_WRITE, UserError
 class Repository:
     """A repository that is sought on the hub or in a folder."""
 
-    name: str  # its id
+    name: str
     kind: str  # "Model" or "Dataset"
     known: tuple[str, ...]  # names that a wrong one may have meant
     instead: str  # an alternative without the hub
     revision: str | None = None
-    revision_flag: str = "--revision"
 
 
-# A regular expression for "class of the error, its bases and causes: message"; what is wrong; what fixes it. The first
-# row that fits is taken. The classes are named, so that their libraries need not be imported.
+# A regular expression for "class of the error, its bases and causes: message"; the fault; the remedy. The first row
+# that fits is taken. The classes are named, so that their libraries need not be imported.
 CAUSES = (
     (r"GatedRepoError|DatasetNotFoundError.*gated", "is gated",
      "Accept its terms at {url}, then log in: hf auth login. Or use {instead}."),
     (r"Token is required|LocalTokenNotFoundError", "needs a login", "Log in: hf auth login. Or use {instead}."),
     (r"RevisionNotFoundError|DatasetNotFoundError.*revision", "has no revision {revision!r}",
      "Give {revision_flag} a branch, a tag or all 40 digits of a commit of {url}."),
-    (r"OfflineModeIsEnabled|LocalEntryNotFoundError|\bConnectionError", "is no local file or folder, and the hub "
-     "cannot be reached", "Connect once to download it (and unset HF_HUB_OFFLINE), or use {instead}.{nearest}"),
-    (r"RepositoryNotFoundError|DatasetNotFoundError", "is no local file or folder, and does not exist on the hub or is "
-     "private", "For a private one log in: hf auth login.{nearest}"),
+    (r"OfflineModeIsEnabled|LocalEntryNotFoundError|\bConnectionError", "is not local, and the hub cannot be reached",
+     "Connect once to download it (and unset HF_HUB_OFFLINE), or use {instead}.{nearest}"),
+    (r"RepositoryNotFoundError|DatasetNotFoundError", "is no local file or folder, and not on the hub or private",
+     "For a private one log in: hf auth login.{nearest}"),
     (r"scripts are no longer supported", "holds a loading script, which is never executed",
      "The hub's conversion may serve: {revision_flag} refs/convert/parquet."),
     (r"ValueError.*trust_remote_code", "wants to run its own code", "Read it; then add --trust_remote_code."),
@@ -77,11 +76,14 @@ def hub_errors(repository: Repository) -> Iterator[None]:
             if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:  # not the hub's fault
                 raise cause from None
         said = " ".join([*(base.__name__ for cause in chain for base in type(cause).__mro__), ":", str(error)])
-        facts = asdict(repository) | {
-            "url": f"https://huggingface.co/{'datasets/' if repository.kind == 'Dataset' else ''}{repository.name}",
-            "message": shorten(str(error)),
-            "error": type(error).__name__,
-            "nearest": nearest(repository.name, repository.known),
-        }
         _, fault, remedy = next(row for row in CAUSES if re.search(row[0], said, re.IGNORECASE | re.DOTALL))
-        raise UserError(("{kind} {name} " + fault + ". " + remedy).format(**facts)) from error
+        folder, flag = ("datasets/", "--dataset_revision") if repository.kind == "Dataset" else ("", "--revision")
+        sentence = f"{{kind}} {{name}} {fault}. {remedy}".format(
+            **asdict(repository),
+            url=f"https://huggingface.co/{folder}{repository.name}",
+            revision_flag=flag,
+            message=shorten(str(error)),
+            error=type(error).__name__,
+            nearest=nearest(repository.name, repository.known),
+        )
+        raise UserError(sentence) from error

@@ -20,7 +20,7 @@ import lora_finetuning
 from tests.conftest import configure, load_moments, make_texts, run_command, write_rows
 from tests.processes import exit_codes, free_port, start
 from utils.algebra.scores import SCORES
-from utils.models.batches import share_of, token_steps
+from utils.models.batches import share_of, token_batches, token_blocks
 from utils.models.tokens import TokenizedTexts
 from utils.parallel import connect
 from utils.script import UserError
@@ -129,14 +129,15 @@ def test_a_process_without_texts_changes_nothing(model_dirs, tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 def test_shares_hold_every_text_once_and_are_of_like_size(size):
     lengths = np.random.default_rng(0).integers(1, 200, 3000)
-    blocks = token_steps(lengths, 1024, 2048)
-    assert all((lengths[np.concatenate([step.rows for step in block])] - 1).sum() >= 2048 for block in blocks[:-1])
+    blocks = token_blocks(token_batches(lengths, 1024), lengths, 2048)
+    assert all((lengths[np.concatenate(block)] - 1).sum() >= 2048 for block in blocks[:-1])
     shares = [share_of(blocks, lengths, rank, size) for rank in range(size)]
-    rows = [np.concatenate([step.rows for step in share] or [np.arange(0)]) for share in shares]
+    rows = [np.concatenate([rows for rows, _ in share] or [np.arange(0)]) for share in shares]
     assert sorted(np.concatenate(rows)) == list(range(3000))
     tokens = [int(lengths[of].sum()) for of in rows]
     assert max(tokens) - min(tokens) < 2 * 3100  # two blocks
-    assert all(share[-1].ends_block for share in shares if share)
+    assert all(share[-1][1] for share in shares if share)
+    assert sum(ends for share in shares for _, ends in share) == len(blocks)
 
 
 def test_float32_products_are_those_of_one_process(model_dirs, rows_path, tmp_path):

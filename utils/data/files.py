@@ -341,7 +341,7 @@ def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> So
     revision = revision or (spec.revision if spec else None)
     instead = "a local file or docstrings/<task>; known: python -m utils.data.load"
     options = {"name": config or None, "data_files": spec.data_files if spec else None}
-    with hub_errors(Repository(hub_id, "Dataset", tuple(DATASETS), instead, revision, "--dataset_revision")):
+    with hub_errors(Repository(hub_id, "Dataset", tuple(DATASETS), instead, revision)):
         try:
             loaded = datasets.load_dataset(hub_id, revision=revision, **options)
         except RuntimeError as error:

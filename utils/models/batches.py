@@ -5,7 +5,6 @@ over a block is then the same number, in whatever process it is taken.
 """
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,40 +77,32 @@ def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> 
     return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward pass."""
-
-    rows: np.ndarray  # (b,) numbers of the texts
-    ends_block: bool
-
-
-def token_steps(
-    lengths: np.ndarray, tokens_per_batch: int, pairs_per_block: int, rope_limit: int | None = None
-) -> list[list[Step]]:
-    """The batches of `token_batches`, in blocks of at least so many pairs of tokens (t, t+1); the last has fewer."""
-    blocks: list[list[Step]] = [[]]
-    batches, num_pairs = token_batches(lengths, tokens_per_batch, rope_limit), 0
-    for number, rows in enumerate(batches, 1):
-        num_pairs += int((lengths[rows] - 1).sum())
-        ends_block = num_pairs >= pairs_per_block or number == len(batches)
-        blocks[-1].append(Step(rows, ends_block))
-        if ends_block and number < len(batches):
+def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, pairs_per_block: int) -> list[list[np.ndarray]]:
+    """The batches in blocks of at least so many pairs of tokens (t, t+1); the last block has fewer."""
+    blocks: list[list[np.ndarray]] = [[]]
+    num_pairs = 0
+    for rows in batches:
+        if num_pairs >= pairs_per_block:
             blocks.append([])
             num_pairs = 0
+        blocks[-1].append(rows)
+        num_pairs += int((lengths[rows] - 1).sum())
     return blocks
 
 
-def share_of(blocks: list[list[Step]], lengths: np.ndarray, rank: int, num_processes: int) -> list[Step]:
-    """The steps of process `rank`: each block, longest texts first, goes to the process with the least to do.
+def share_of(
+    blocks: list[list[np.ndarray]], lengths: np.ndarray, rank: int, num_processes: int
+) -> list[tuple[np.ndarray, bool]]:
+    """The batches of process `rank`, each with true for the last of its block.
 
-    The first block is that of process 0. Every text is in exactly one share; with few blocks a share can be empty.
+    Each block, longest texts first, goes to the process with the least to do, the first to process 0. Every text is in
+    exactly one share; with few blocks a share can be empty.
     """
     load, own = np.zeros(num_processes, dtype=np.int64), []
     for block in blocks:
         least = int(load.argmin())
-        load[least] += sum(int(lengths[step.rows].max()) * len(step.rows) + BATCH_COST for step in block)
-        own += block if least == rank else []
+        load[least] += sum(int(lengths[rows].max()) * len(rows) + BATCH_COST for rows in block)
+        own += [(rows, rows is block[-1]) for rows in block if least == rank]
     return own
 
 
