@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from utils.data.load import load_splits
 from utils.hub import hub_errors
@@ -65,16 +64,15 @@ class Config(FinetuningConfig):
 
 def build(config: Config) -> Trainable:
     """The decoder of the causal LM, all its weights float32 and trained, and the function that saves the model."""
+    from transformers import AutoModelForCausalLM
+
     if config.init == "pretrained":
         in_float32 = with_values(config.model, dtype="float32")
         model: Any = load_causal_lm(in_float32, config.run, torch.device("cpu"))
     else:
+        model_config, trust = load_config(config.model, config.run), config.run.trust_remote_code
         with hub_errors(repository(config.model.model_name, config.model.revision)):
-            model = AutoModelForCausalLM.from_config(
-                load_config(config.model, config.run),
-                dtype=torch.float32,
-                trust_remote_code=config.run.trust_remote_code,
-            )
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trust)
     model.config.use_cache = False
     name = f"{config.model.path_name}+{config.kind}+{config.data.path_name}"
 

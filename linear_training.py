@@ -19,7 +19,6 @@ with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 import cache
 from utils.algebra.moments import moments_path
@@ -115,53 +113,27 @@ def standardization(states: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------ run
 @torch.no_grad()
 def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Scores on each part but train, as `<part>_<score>`."""
-    scores: dict[str, Any] = {}
-    for part, (states, targets) in parts.items():
-        if part != "train":
-            found = objective.scores(head(states).cpu(), targets)
-            scores |= {f"{part}_{name}": value for name, value in found.items()}
-    return scores
+    """Scores on the states and targets of each part, as `<part>_<score>`."""
+    found = {part: objective.scores(head(states).cpu(), targets) for part, (states, targets) in parts.items()}
+    return {f"{part}_{name}": value for part, scores in found.items() for name, value in scores.items()}
 
 
-def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
-    """Trains the probe on `train` and writes its result, unless it exists already.
-
-    Returns the metrics, in every process.
-    """
-    ending = ".standardized" if config.standardize else ""
-    folder = result_path("linear_training", config.run, config.model, config.data, ending)
-
-    def prepare(accelerator: "Accelerator") -> tuple[TrainingRun, Callable[[], None]]:
-        kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
-        states = {split: load_pooled(find_states(config, split, "last", data[split]), -1) for split in SPLITS}
-        mean, spread = standardization(states["train"][kept]) if config.standardize else (0.0, 1.0)
-        states = {split: ((found - mean) / spread).float() for split, found in states.items()}
-        objective = Objective.of(data["train"])
-        targets = {split: objective.targets(data[split].labels) for split in SPLITS}
-        parts = {"train": (states["train"][kept], targets["train"][kept]), "test": (states["test"], targets["test"])}
-        if len(held_out):
-            parts["validation"] = (states["train"][held_out], targets["train"][held_out])
-        probe = build_run(config, parts, objective, make_identity(config, data), accelerator, folder)
-        path = folder / "head.safetensors"
-        return probe, lambda: save_head(path, probe.model, objective, probe.identity, mean, spread)
-
-    return train_once(config, folder, data, prepare)
-
-
-def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective: Objective,
-              identity: dict[str, Any], accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
-    """Head, optimiser (AdamW) and evaluation over states in memory.
-
-    `parts` has the states (n, d) and targets (n,) of `train`, `test` and, if asked for, `validation`.
-    """
+def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: "Accelerator", folder: Path) -> TrainingRun:
+    """Head, optimiser (AdamW) and evaluation over the stored states, which are made if missing."""
     device = accelerator.device
-    parts = {name: (states.to(device), targets) for name, (states, targets) in parts.items()}
-    states, targets = parts["train"]
+    kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
+    states = {split: load_pooled(find_states(config, split, "last", data[split]), -1) for split in SPLITS}
+    mean, spread = standardization(states["train"][kept]) if config.standardize else (0.0, 1.0)
+    states = {split: ((found - mean) / spread).float().to(device) for split, found in states.items()}
+    objective = Objective.of(data["train"])
+    targets = {split: objective.targets(data[split].labels) for split in SPLITS}
+    parts = {"test": (states["test"], targets["test"])}
+    if len(held_out):
+        parts["validation"] = (states["train"][held_out], targets["train"][held_out])
+    train_states, identity = states["train"][kept], make_identity(config, data)
     set_seed(config.data.seed)
-    head = make_head(states.shape[1], objective.num_labels, config.dropout).to(device)
-    order = BatchOrder(len(states), config.batch_size, config.data.seed)
-    optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
+    order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 
     def has_stalled(history: list[dict]) -> bool:
         if config.patience is None:
@@ -171,11 +143,11 @@ def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective
 
     return TrainingRun(
         model=head,
-        inputs=lambda rows: (states[torch.from_numpy(rows).to(device)],),
-        targets=targets.to(device),
+        inputs=lambda rows: (train_states[torch.from_numpy(rows).to(device)],),
+        targets=targets["train"][kept].to(device),
         objective=objective,
-        optimizer=optimizer,
-        scheduler=LambdaLR(optimizer, lambda step: 1.0),  # constant
+        optimizer=torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay),
+        learning_rate=lambda step: config.learning_rate,
         order=order,
         evaluate=lambda model: object_of_first(lambda: evaluate(model, objective, parts)),
         num_steps=config.num_epochs * order.steps_per_epoch,
@@ -185,8 +157,16 @@ def build_run(config: Config, parts: dict[str, tuple[Tensor, Tensor]], objective
         folder=folder,
         identity=identity,
         session=config.session,
+        save_weights=lambda: save_head(folder / "head.safetensors", head, objective, identity, mean, spread),
         stop=has_stalled,
     )
+
+
+def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
+    """Trains the probe and writes its result, unless it exists already; returns the metrics, in every process."""
+    ending = ".standardized" if config.standardize else ""
+    folder = result_path("linear_training", config.run, config.model, config.data, ending)
+    return train_once(config, folder, data, lambda accelerator: build_run(config, data, accelerator, folder))
 
 
 def main(config: Config) -> None:

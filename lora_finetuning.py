@@ -73,11 +73,7 @@ class Config(FinetuningConfig):
 
 # ------------------------------------------------------------------ the method
 def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
-    """The causal LM with LoRA in its projections; nothing else requires a gradient.
-
-    Raises:
-        UserError: no targets are known, a target is not a projection inside the decoder, or there is no such layer.
-    """
+    """The causal LM with LoRA in its projections; nothing else requires a gradient."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
@@ -141,11 +137,7 @@ def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
 
 
 def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
-    """The result of K_sweep.py of one model; that of an earlier adapter at the same path is replaced.
-
-    Raises:
-        UserError: stored moments or scores of other settings, classes or rows, or of another model.
-    """
+    """The result of K_sweep.py of one model; that of an earlier adapter at the same path is replaced."""
     identity, path = cache.identity_of(moments, data["train"]), K_sweep.output_path(sweep)
 
     def run_at(path: Path) -> Run:
@@ -168,11 +160,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
-    """The result of linear_training.py, whatever the probe's hyperparameters; with its defaults if it has to be made.
-
-    Raises:
-        UserError: a stored result of other pooling, classes or rows, or of another model.
-    """
+    """The result of linear_training.py, whatever its hyperparameters; made with the defaults if missing."""
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype=dtype)
     probe = linear_training.Config(config.training.pooling, model=model, data=config.data, run=run)
     path = result_path("linear_training", run, model, config.data) / "metrics.json"
@@ -194,11 +182,12 @@ def main(config: Config) -> None:
     if not config.output.ntps_after:
         finetune(config, "lora", build, data)
         return
-    metrics = find_finished(config, folder, make_identity(config, data))
-    moments, sweep = stored_settings(config)  # before the training: stored results that do not fit are refused first
+    # before the work: stored results that do not fit are refused first
+    object_of_first(lambda: find_finished(config, folder, data))
+    moments, sweep = stored_settings(config)
     before = sweep_model(moments, sweep, data)
     probe = probe_metrics(config, moments.model.dtype, data)
-    metrics = metrics or finetune(config, "lora", build, data)
+    metrics = finetune(config, "lora", build, data)
     adapted = {"adapter_dir": folder / "adapter"}
     after = sweep_model(with_values(moments, **adapted), with_values(sweep, **adapted), data)
     defaults = result_settings(linear_training.Config(model=config.model, data=config.data))

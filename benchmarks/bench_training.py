@@ -27,11 +27,10 @@ import from_scratch
 import lora_finetuning
 from benchmarks.harness import Bench, alternate, write_result
 from utils.data.load import load_splits
-from utils.models.load import load_config, load_tokenizer
-from utils.models.tokens import TokenizedTexts, tokenize
-from utils.script import pick_device, run_script, set_seed
+from utils.models.tokens import TokenizedTexts
+from utils.script import pick_device, run_script
 from utils.settings import Dtype, path_name, with_values
-from utils.training.finetune import build_run
+from utils.training.finetune import build_run, tokenize_splits
 from utils.training.loop import Progress, TrainingRun, start_accelerator, train_step
 from utils.training.objective import BatchOrder
 
@@ -62,13 +61,9 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = with_values(script.Config(), **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
-        model_config = load_config(settings.model, settings.run)
-        tokenizer = load_tokenizer(settings.model, settings.run, model_config)
-        tokens = {split: tokenize(data[split].texts, tokenizer, model_config, config.max_length) for split in data}
-        set_seed(settings.data.seed)
-        decoder, _ = script.build(settings)
         accelerator = start_accelerator(settings, Path(folder))
-        return build_run(settings, decoder, data, tokens, accelerator, Path(folder)), tokens
+        run = build_run(settings, script.build, data, accelerator, Path(folder))
+    return run, tokenize_splits(settings, data)
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:

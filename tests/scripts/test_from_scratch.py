@@ -26,7 +26,7 @@ def settings(model_dirs, rows_path, tmp_path) -> dict:
 def test_loss_falls_and_every_weight_is_trained_in_float32(settings, model_dirs, architecture, dtype):
     folder = model_folder(architecture, model_dirs)
     changes = {"model_name": str(folder), "dtype": dtype, "learning_rate": 3e-3, "num_steps": 40}
-    run, _ = make_run(from_scratch, configure(from_scratch, **settings | changes))
+    run = make_run(from_scratch, configure(from_scratch, **settings | changes))
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert len(run.trained_parameters()) == len(list(run.model.parameters()))
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
@@ -37,7 +37,7 @@ def test_loss_falls_and_every_weight_is_trained_in_float32(settings, model_dirs,
 
 def test_random_weights_follow_the_seed_and_are_not_the_pretrained_ones(settings):
     def weights(**changes):
-        run, _ = make_run(from_scratch, configure(from_scratch, **settings, **changes))
+        run = make_run(from_scratch, configure(from_scratch, **settings, **changes))
         return run.model.decoder.layers[0].self_attn.q_proj.weight.detach()
 
     pretrained = AutoModelForCausalLM.from_pretrained(settings["model_name"], dtype=torch.float32)

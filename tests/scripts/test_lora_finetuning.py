@@ -5,11 +5,10 @@ import csv
 import functools
 import io
 import json
-import os
 import shutil
-import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -20,14 +19,13 @@ import cache
 import K_sweep
 import lora_finetuning
 from tests.conftest import configure, kill_at, run_in_process
-from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps
+from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps, tokens_of_test
 from utils.data import load as data_module
 from utils.models.load import load_base_model
 from utils.models.states import run_base_model
 from utils.models.table import FAMILIES
 from utils.results import save_json
 from utils.script import UserError
-from utils.settings import with_values
 
 pytestmark = pytest.mark.slow
 
@@ -46,79 +44,65 @@ def result(results_dir):
 
 # ------------------------------------------------------------------ what is trained
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_only_adapter_and_head_have_gradients_and_change(settings, model_dirs, architecture):
-    folder = model_folder(architecture, model_dirs)
-    config = configure(lora_finetuning, **settings | {"model_name": str(folder), "learning_rate": 1e-2, "warmup": 0.0})
-    run, _ = make_run(lora_finetuning, config)
+def test_adapter_and_head_alone_are_trained_and_the_saved_adapter_gives_the_trained_states(
+    settings, model_dirs, architecture
+):
+    """Trained in place, loaded by plain PEFT, and merged by cache.py's loader: three times the same hidden states."""
+    settings |= {"model_name": str(model_folder(architecture, model_dirs)), "learning_rate": 1e-2, "num_steps": 60}
+    config = configure(lora_finetuning, **settings, warmup=0.0)
+    run, input_ids = make_run(lora_finetuning, config), tokens_of_test(config).pad(np.arange(5))[0]
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    take_steps(run, 3)
-    trained = run.trained_parameters()
-    assert {name.rsplit(".", 1)[-1] for name in trained if name.startswith("head.")} == {"weight", "bias"}
+    losses, trained = take_steps(run, 60), run.trained_parameters()
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert {"head.1.weight", "head.1.bias"} < set(trained)
     for name, parameter in run.model.named_parameters():
         is_new = ".lora_A." in name or ".lora_B." in name or name.startswith("head.")
         assert (name in trained) == parameter.requires_grad == is_new
         assert torch.equal(parameter, before[name]) != is_new, name
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name}
     assert adapted == set(FAMILIES[architecture].lora_target_modules)
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    inside = dict(original.get_decoder().named_parameters())
-    for name, parameter in run.model.decoder.named_parameters():
-        if ".lora_" not in name:
-            assert torch.equal(parameter, inside[name.replace(".base_layer", "")])
 
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_falls_and_the_saved_adapter_gives_the_trained_states(settings, model_dirs, architecture):
-    """Trained in place, loaded by plain PEFT, and merged by cache.py's loader: three times the same hidden states."""
-    folder = model_folder(architecture, model_dirs)
-    changes = {"model_name": str(folder), "learning_rate": 1e-2, "num_steps": 60}
-    config = configure(lora_finetuning, **settings | changes)
-    run, made_of = make_run(lora_finetuning, config)
-    losses = take_steps(run, 60)
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     run.model.eval()
-    made_of["save"](config.run.results_dir)
-    adapter_dir = config.run.results_dir / "adapter"
-    input_ids, _ = made_of["tokens"]["test"].pad(torch.arange(5).numpy())
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    run.save_weights()
+    adapter_dir = run.folder / "adapter"
+    original = AutoModelForCausalLM.from_pretrained(config.model.model_name, dtype=torch.float32).eval()
     with torch.no_grad():
-        trained = run.model.decoder(input_ids=input_ids).last_hidden_state
-        before = original.get_decoder()(input_ids=input_ids).last_hidden_state
+        states = run.model.decoder(input_ids=input_ids).last_hidden_state
+        untrained = original.get_decoder()(input_ids=input_ids).last_hidden_state
         by_peft = PeftModel.from_pretrained(original, adapter_dir)(input_ids, output_hidden_states=True)
-    loaded = by_peft.hidden_states[-1]
     with_adapter = replace(config.model, adapter_dir=adapter_dir)
     merged = run_base_model(load_base_model(with_adapter, config.run, torch.device("cpu")), input_ids)
-    assert (trained - before).abs().max() > 1e-2
-    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-6)
-    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-4)
+    assert (states - untrained).abs().max() > 1e-2
+    torch.testing.assert_close(by_peft.hidden_states[-1], states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged, states, rtol=0, atol=1e-4)
 
 
 def test_start_layer_and_targets(settings):
     config = configure(lora_finetuning, **settings, start_layer=1, target_modules=("v_proj", "down_proj"), rank=4)
-    run, _ = make_run(lora_finetuning, config)
-    adapted = {name.split(".lora_")[0] for name in run.trained_parameters() if ".lora_" in name}
+    trained = make_run(lora_finetuning, config).trained_parameters()
+    adapted = {name.split(".lora_")[0] for name in trained if ".lora_" in name}
     assert adapted == {"decoder.layers.1.self_attn.v_proj", "decoder.layers.1.mlp.down_proj"}
-    assert {parameter.shape[0] for name, parameter in run.trained_parameters().items() if ".lora_A." in name} == {4}
+    assert {parameter.shape[0] for name, parameter in trained.items() if ".lora_A." in name} == {4}
 
 
 def test_dtype_is_of_the_frozen_weights_and_what_is_trained_is_float32(settings):
-    run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings | {"dtype": "bfloat16"}))
+    run = make_run(lora_finetuning, configure(lora_finetuning, **settings | {"dtype": "bfloat16"}))
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in run.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    exact, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings))
+    exact = make_run(lora_finetuning, configure(lora_finetuning, **settings))
     losses = [take_steps(each, 3) for each in (run, exact)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-def test_gradient_checkpointing_changes_no_number(settings, tmp_path):
+def test_gradient_checkpointing_changes_no_number(settings):
     found = []
     for checkpointing in (False, True):
         config = configure(lora_finetuning, **settings, gradient_checkpointing=checkpointing)
-        run, _ = make_run(lora_finetuning, config)
+        run = make_run(lora_finetuning, config)
         run.model.train()  # a model that only evaluates stores no activations
         calls: list[int] = []  # a checkpointed layer is run once more in the backward pass
-        for projection in (layer.self_attn.q_proj for layer in run.model.decoder.layers):
-            projection.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        for layer in run.model.decoder.layers:
+            layer.self_attn.q_proj.register_forward_hook(lambda *_, calls=calls: calls.append(0))
         found.append(take_steps(run, 6))
         assert len(calls) == 6 * 2 * (1 + checkpointing)
     assert found[0] == pytest.approx(found[1], abs=1e-6)
@@ -142,16 +126,13 @@ def test_an_unknown_family_needs_targets(settings, monkeypatch):
     known = r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
     with pytest.raises(UserError, match=known):
         make_run(lora_finetuning, configure(lora_finetuning, **settings))
-    run, _ = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
+    run = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
     assert len(run.trained_parameters()) == 2 * 2 + 2
 
 
 # ------------------------------------------------------------------ command line
 def arguments(settings, *more):
-    call = ["lora_finetuning.py"]
-    for name, value in settings.items():
-        call += [f"--{name}", value]
-    return [*call, *more]
+    return ["lora_finetuning.py", *(word for name, value in settings.items() for word in (f"--{name}", value)), *more]
 
 
 def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypatch, capsys):
@@ -175,9 +156,9 @@ def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
     call = arguments(settings | {"results_dir": killed}, "--minutes_per_state", "0.003")
     kill_at(lambda: list(killed.glob("lora/*/*/state.safetensors")), *call)
     assert not list(killed.glob("lora/*/*/metrics.json"))
-    for place in (killed, whole):
-        lora_finetuning.main(configure(lora_finetuning, **settings | {"results_dir": place}))
-        assert ("going on from step" in capsys.readouterr().out) == (place == killed)
+    for results_dir in (killed, whole):
+        lora_finetuning.main(configure(lora_finetuning, **settings | {"results_dir": results_dir}))
+        assert ("going on from step" in capsys.readouterr().out) == (results_dir == killed)
     folders = result(killed)[0], result(whole)[0]
     assert len({(folder / "history.csv").read_text() for folder in folders}) == 1
     for name in ("head.safetensors", "adapter/adapter_model.safetensors"):
@@ -194,21 +175,23 @@ def scores_of(results, model) -> dict:
 
 @pytest.fixture(scope="module")
 def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
-    """Settings of a run with --ntps_after, what it printed, and how often it read the dataset; tests work on copies."""
+    """Settings of a run with --ntps_after; tests work on copies of its results."""
     settings = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
     settings |= {"results_dir": tmp_path_factory.mktemp("compared"), "dtype": "float32", "num_steps": 30}
     settings |= {"batch_size": 4, "learning_rate": 1e-2}
-    calls, real, printed = [], data_module.find_source, io.StringIO()
+    reads, find_source, printed = [], data_module.find_source, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(data_module, "find_source", lambda *given: calls.append(given) or real(*given))
-        assert run_in_process(patch, *arguments(settings, "--ntps_after")) == 0
-    return {"settings": settings, "printed": printed.getvalue(), "num_reads": len(calls)}
+        patch.setattr(data_module, "find_source", lambda *given: reads.append(given) or find_source(*given))
+        lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
+    assert printed.getvalue().strip().splitlines()[-1].endswith("before_after.json")
+    assert "difference" in printed.getvalue() and "retained" in printed.getvalue()
+    assert len(reads) == 1 and printed.getvalue().count("168 train and 72 test texts") == 1  # the splits are read once
+    return settings
 
 
 def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
-    results = compared["settings"]["results_dir"]
+    results = compared["results_dir"]
     folder, metrics = result(results)
-    assert compared["printed"].strip().splitlines()[-1] == str(folder / "before_after.json")
     table = json.loads((folder / "before_after.json").read_text())
     for row, model in (("before", folder.parent.name), ("after", f"{folder.parent.name}+lora")):
         scores = scores_of(results, model)["score"]
@@ -217,38 +200,27 @@ def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
     [probe] = results.glob("linear_training/*/*/metrics.json")
     assert table["linear_probe"] == json.loads(probe.read_text())["last"]["test_accuracy"]
     assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
-    assert "difference" in compared["printed"] and "retained" in compared["printed"]
-    # the splits are read once
-    assert compared["num_reads"] == 1 and compared["printed"].count("168 train and 72 test texts") == 1
 
 
 def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
-    """Another adapter is copied to the same place, with its times, which are older than those of the first's scores."""
-    settings = compared["settings"] | {"results_dir": tmp_path / "results"}
-    other = compared["settings"] | {"results_dir": tmp_path / "other", "learning_rate": 3e-2}
-    lora_finetuning.main(configure(lora_finetuning, **other))
-    old = time.time() - 10_000
-    for path in (tmp_path / "other").rglob("*"):
-        os.utime(path, (old, old))
-    shutil.copytree(compared["settings"]["results_dir"], settings["results_dir"])
-    folder, _ = result(settings["results_dir"])
+    """Another adapter is copied to the same place; then --overwrite trains the first one again: its scores are back."""
+    results = tmp_path / "results"
+    settings, other = compared | {"results_dir": results}, compared | {"results_dir": tmp_path / "other"}
+    lora_finetuning.main(configure(lora_finetuning, **other | {"learning_rate": 3e-2}))
+    shutil.copytree(compared["results_dir"], results)
+    folder, _ = result(results)
     model = folder.parent.name
-    before, after = scores_of(settings["results_dir"], model), scores_of(settings["results_dir"], f"{model}+lora")
-    [moments] = settings["results_dir"].glob(f"moments/{model}+lora/*/train.safetensors")
+    before, after = scores_of(results, model), scores_of(results, f"{model}+lora")
+    [moments] = results.glob(f"moments/{model}+lora/*/train.safetensors")
     stale = moments.read_bytes()
     shutil.copytree(result(tmp_path / "other")[0], folder, dirs_exist_ok=True)
     lora_finetuning.main(configure(lora_finetuning, **settings | {"learning_rate": 3e-2}, ntps_after=True))
-    renewed = scores_of(settings["results_dir"], f"{model}+lora")
-    assert moments.read_bytes() != stale
-    assert renewed["score"]["ntps"]["value"] != after["score"]["ntps"]["value"]
-    assert scores_of(settings["results_dir"], model) == before
-    table = json.loads((folder / "before_after.json").read_text())
-    assert table["ntps"]["ntps"]["after"] == renewed["score"]["ntps"]
-
-    # once more with --overwrite, which trains the first adapter again: its scores are back
-    again = with_values(configure(lora_finetuning, **settings), ntps_after=True, overwrite=True)
-    lora_finetuning.main(again)
-    assert scores_of(settings["results_dir"], f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]
+    renewed = scores_of(results, f"{model}+lora")["score"]["ntps"]
+    assert moments.read_bytes() != stale and renewed["value"] != after["score"]["ntps"]["value"]
+    assert scores_of(results, model) == before
+    assert json.loads((folder / "before_after.json").read_text())["ntps"]["ntps"]["after"] == renewed
+    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True, overwrite=True))
+    assert scores_of(results, f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]
 
 
 @pytest.mark.parametrize(
@@ -256,14 +228,11 @@ def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     [
         ("linear_training", ["config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
         ("linear_training", ["config", "seed"], 1, "seed: 1 there, 0 now"),
-        ("linear_training", ["train_fingerprint"], "of others", "other rows"),
         ("linear_training", ["test_fingerprint"], "of others", "other rows"),
         ("linear_training", ["label_names"], ["a", "b", "c"], "other classes"),
         ("linear_training", ["model_fingerprint"], "of another", "other weights"),
         ("ntps", ["moments", "config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
         ("ntps", ["moments", "fingerprint"], "of others", "other rows"),
-        ("ntps", ["moments", "label_names"], ["a", "b", "c"], "other classes"),
-        ("ntps", ["moments", "model_fingerprint"], "of another", "other weights"),
         ("ntps", ["held_out", "fingerprint"], "of others", "other rows"),
     ],
 )
@@ -271,20 +240,17 @@ def test_results_that_do_not_fit_are_refused_before_the_training(
     compared, tmp_path, monkeypatch, result_of, keys, value, message
 ):
     """Moments are deleted once they are read, as in a study."""
-    shutil.copytree(compared["settings"]["results_dir"], tmp_path / "results")
-    for folder in ("lora", "moments"):
-        shutil.rmtree(tmp_path / "results" / folder)
-    found = (tmp_path / "results" / result_of).rglob("*.json")
-    [path] = [path for path in found if "+lora" not in str(path)]
+    results = tmp_path / "results"
+    shutil.copytree(compared["results_dir"], results, ignore=shutil.ignore_patterns("lora", "moments", "*+lora"))
+    [path] = (results / result_of).rglob("*.json")
     content = json.loads(path.read_text())
     part = functools.reduce(dict.__getitem__, keys[:-1], content)
     part[keys[-1]] = value
     save_json(path, content)
     monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
-    config = configure(lora_finetuning, **compared["settings"] | {"results_dir": tmp_path / "results"}, ntps_after=True)
     with pytest.raises(UserError, match=message):
-        lora_finetuning.main(config)
-    assert not list(tmp_path.glob("results/moments"))
+        lora_finetuning.main(configure(lora_finetuning, **compared | {"results_dir": results}, ntps_after=True))
+    assert not (results / "moments").exists()
 
 
 def test_scores_made_before_the_test_moments_get_held_out_numbers_before_the_training(settings, monkeypatch):
@@ -303,18 +269,17 @@ def test_ntps_after_has_the_settings_of_the_scores_before(settings):
     shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split, pooling="last", dtype="bfloat16", num_folds=3))
-    options = {"num_null_draws": 7, "num_random_draws": 3, "fractions": (0.3, 0.7), "seed": 4}
-    K_sweep.main(configure(K_sweep, **shared, picture=False, **options | {"seed": 0}))
+    options = {"num_null_draws": 7, "num_random_draws": 3, "fractions": (0.3, 0.7)}
+    K_sweep.main(configure(K_sweep, **shared, picture=False, **options))
     results = settings["results_dir"]
     shutil.rmtree(results / "moments")
     lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
     folder, metrics = result(results)
-    name = folder.parent.name
-    before, after = scores_of(results, name), scores_of(results, f"{name}+lora")
+    before, after = (scores_of(results, folder.parent.name + ending) for ending in ("", "+lora"))
     [probe] = results.glob("linear_training/*/*/metrics.json")
     assert (metrics["config"]["dtype"], metrics["config"]["pooling"]) == ("float32", "last")
     made = [before["moments"]["config"], after["moments"]["config"], json.loads(probe.read_text())["config"]]
     assert [(config["dtype"], config["pooling"]) for config in made] == [("bfloat16", "last")] * 3
     assert [config["num_folds"] for config in made[:2]] == [3, 3]
-    for option in ("num_null_draws", "num_random_draws", "fractions"):
-        assert after["config"][option] == before["config"][option] == json.loads(json.dumps(options[option]))
+    for option, value in json.loads(json.dumps(options)).items():
+        assert after["config"][option] == before["config"][option] == value

@@ -39,9 +39,6 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
 
     `majority` predicts the class frequencies of train, and so the most frequent class (regression: the mean).
     `bag_of_words` is scikit-learn's TF-IDF, sublinear, with logistic regression (C = 10) or ridge (alpha = 1).
-
-    Returns:
-        {"majority": scores, "bag_of_words": scores}, scores as in utils/training/metrics.py, of all classes of `train`.
     """
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -64,10 +61,7 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
 def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """R2 of ridge regression (alpha = 1) on TF-IDF on each fold that has texts, fitted on the others: (folds,).
 
-    Args:
-        train: n texts.
-        targets: one-hot labels or targets, (n, c).
-        folds: number of the fold of each text, (n,).
+    `targets` are one-hot labels or targets, (n, c), `folds` the number of the fold of each text, (n,).
     """
     from sklearn.linear_model import Ridge
 

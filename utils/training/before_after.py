@@ -10,10 +10,8 @@ from utils.algebra.scores import SCORES
 def compare(before: dict, after: dict, probe: dict, lora: dict, probe_defaults: dict) -> dict[str, Any]:
     """Each score before and after LoRA; accuracy (R2 for regression) of probe and LoRA at the last step, and the gain.
 
-    Args:
-        before, after: results of K_sweep.py, without and with the adapter.
-        probe, lora: metrics of linear_training.py and lora_finetuning.py.
-        probe_defaults: settings of linear_training.py that are not told.
+    `before` and `after` are results of K_sweep.py, `probe` and `lora` are metrics. The settings of the probe that
+    differ from `probe_defaults` are kept.
     """
     scores: dict[str, Any] = {}
     for score in SCORES:

@@ -4,6 +4,7 @@ The two scripts differ in how the model is built and in what is saved of it; set
 evaluation and results are here. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
@@ -22,7 +22,7 @@ from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import result_path
 from utils.script import UserError, set_seed
 from utils.settings import Data, Model, Run, Session, check
-from utils.training.loop import METRICS, TrainingRun, make_identity, train_once
+from utils.training.loop import TrainingRun, make_identity, train_once
 from utils.training.objective import BatchOrder, Objective, make_head, save_head
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ class Hyperparameters:
         check(self, "positive", "learning_rate")
         check(self, "in [0, 1)", "dropout", "warmup")
 
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        num_warmup = round(self.warmup * self.num_steps)
+        if step < num_warmup:
+            return self.learning_rate * (step / num_warmup)
+        share = (step - num_warmup) / (self.num_steps - num_warmup)
+        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
+
 
 @dataclass(frozen=True)
 class FinetuningSession(Session):
@@ -71,11 +79,6 @@ class FinetuningConfig:
             raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
 
 
-# a decoder (base model without lm_head, whose parameters that require a gradient are trained), and the function that
-# writes its trained part into the folder of the result
-Trainable = tuple[Any, Callable[[Path], None]]
-
-
 # ------------------------------------------------------------------ model
 class Classifier(nn.Module):
     """Decoder, pooling over the tokens of the last hidden state, head: right-padded ids (b, t) -> (b, c) float32."""
@@ -91,27 +94,12 @@ class Classifier(nn.Module):
         return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
 
 
-def build_optimizer(model: nn.Module, config: Hyperparameters) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Adafactor without first moment and with a plain learning rate, and warm-up with half a cosine down to 0."""
-    from transformers import Adafactor, get_cosine_schedule_with_warmup
-
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    plain = {"scale_parameter": False, "relative_step": False}
-    optimizer = Adafactor(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **plain)
-    # not wrapped by accelerate, which would step it once for each process
-    num_warmup = round(config.warmup * config.num_steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, config.num_steps)
-
-
 @torch.no_grad()
 def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int,
             accelerator: "Accelerator") -> Tensor:  # fmt: skip
     """Outputs of all texts, (n, c) float32 on the CPU, the same whatever the batches; each text is run once.
 
     Every process fills in the rows of its batches, and the sum over processes has them all.
-
-    Raises:
-        UserError: the device has too little memory for a batch.
     """
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
@@ -125,39 +113,63 @@ def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_pe
 
 
 # ------------------------------------------------------------------ run
-def build_run(config: FinetuningConfig, decoder: Any, data: dict[str, LabelledTexts],
-              tokens: dict[str, TokenizedTexts], accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
-    """Classifier, optimiser, schedule, order and evaluation of one run; `data` and `tokens` are of train and test."""
-    training, device = config.training, accelerator.device
-    texts_per_step = training.batch_size * training.gradient_accumulation
+# a decoder (base model without lm_head, whose parameters that require a gradient are trained), and the function that
+# writes its trained part into the folder of the result
+Trainable = tuple[Any, Callable[[Path], None]]
+
+
+def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) -> dict[str, TokenizedTexts]:
+    """The tokens of train and test, as the model of `config` reads them."""
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    return {name: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for name, part in data.items()}
+
+
+def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
+              accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
+    """Classifier, optimiser, order and evaluation of one run; arguments as for `finetune`."""
+    from transformers import Adafactor
+
+    training, device, tokens = config.training, accelerator.device, tokenize_splits(config, data)
+    set_seed(config.data.seed)
+    decoder, save = build(config)
+    self_check(decoder.to(device), tokens["train"], config.model.model_name)
     objective = Objective.of(data["train"])
-    train_targets, test_targets = (objective.targets(data[split].labels) for split in ("train", "test"))
+    targets = {split: objective.targets(part.labels) for split, part in data.items()}
     head = make_head(decoder.config.hidden_size, objective.num_labels, training.dropout)
     if config.session.gradient_checkpointing:
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
-    optimizer, scheduler = build_optimizer(model, training)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = {"scale_parameter": False, "relative_step": False}
+    rows_per_step = training.batch_size * training.gradient_accumulation
+    identity = make_identity(config, data)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         outputs = predict(model, tokens["test"], objective.num_labels, config.run.batch_tokens(device), accelerator)
-        return {f"test_{name}": value for name, value in objective.scores(outputs, test_targets).items()}
+        return {f"test_{name}": value for name, value in objective.scores(outputs, targets["test"]).items()}
+
+    def save_weights() -> None:
+        save(folder)  # the largest, and in one piece: if it does not fit, the old files stay
+        save_head(folder / "head.safetensors", head, objective, identity)
 
     return TrainingRun(
         model=model,
         inputs=lambda rows: tuple(tensor.to(device) for tensor in tokens["train"].pad(rows)),
-        targets=train_targets.to(device),
+        targets=targets["train"].to(device),
         objective=objective,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        order=BatchOrder(len(train_targets), texts_per_step, config.data.seed, tokens["train"].lengths),
+        optimizer=Adafactor(parameters, training.learning_rate, weight_decay=training.weight_decay, **plain),
+        learning_rate=training.learning_rate_at,
+        order=BatchOrder(len(targets["train"]), rows_per_step, config.data.seed, tokens["train"].lengths),
         evaluate=evaluate,
         num_steps=training.num_steps,
         steps_per_evaluation=training.steps_per_evaluation,
         batch_size=training.batch_size,
         accelerator=accelerator,
         folder=folder,
-        identity=make_identity(config, data),
+        identity=identity,
         session=config.session,
+        save_weights=save_weights,
         sides=tokens["train"].sides,
     )
 
@@ -172,25 +184,4 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
         data: train and test.
     """
     folder = result_path(kind, config.run, config.model, config.data)
-
-    def prepare(accelerator: "Accelerator") -> tuple[TrainingRun, Callable[[], None]]:
-        model_config = load_config(config.model, config.run)
-        tokenizer = load_tokenizer(config.model, config.run, model_config)
-        tokens = {
-            split: tokenize(part.texts, tokenizer, model_config, config.model.max_length)
-            for split, part in data.items()
-        }
-        set_seed(config.data.seed)
-        decoder, save = build(config)
-        decoder.to(accelerator.device)
-        self_check(decoder, tokens["train"], config.model.model_name)
-        run = build_run(config, decoder, data, tokens, accelerator, folder)
-
-        def save_weights() -> None:
-            save(folder)  # the largest, and in one piece: if it does not fit, the old files stay
-            (folder / METRICS).unlink(missing_ok=True)  # of an earlier run
-            save_head(folder / "head.safetensors", run.model.head, run.objective, run.identity)
-
-        return run, save_weights
-
-    return train_once(config, folder, data, prepare)
+    return train_once(config, folder, data, lambda accelerator: build_run(config, build, data, accelerator, folder))

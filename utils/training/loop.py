@@ -1,7 +1,7 @@
 """The training loop of linear_training.py, lora_finetuning.py and from_scratch.py.
 
 The rows of a step, its dropout masks and its learning rate follow from (seed, step) alone. A state on disk therefore
-needs weights, optimiser, scheduler and the step: a killed run continues with the numbers of an uninterrupted one.
+needs weights, optimiser and the step: a killed run continues with the numbers of an uninterrupted one.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from utils import results
@@ -49,7 +48,7 @@ class TrainingRun:
     targets: Tensor  # (n,), on the device
     objective: Objective
     optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR  # one step an optimiser step
+    learning_rate: Callable[[int], float]  # of a step, counted from 0
     order: BatchOrder
     evaluate: Callable[[nn.Module], dict[str, Any]]  # a row of the history, without step and training loss
     num_steps: int
@@ -59,6 +58,7 @@ class TrainingRun:
     folder: Path  # of the result
     identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
     session: Session
+    save_weights: Callable[[], None]  # writes the trained weights into the folder
     stop: Callable[[list[dict]], bool] = lambda history: False  # asked after each evaluation
     sides: np.ndarray | None = None  # (n,) training rows of different sides never share a forward pass
 
@@ -77,13 +77,47 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # of the steps since the last row of the history
 
 
-# ------------------------------------------------------------------ before the training
-def start_accelerator(config: Any, folder: Path) -> "Accelerator":
-    """accelerate on the device asked for, with its tracker, in the group of processes that exists.
+# ------------------------------------------------------------------ one result
+def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]:
+    """The identity of a run: settings that change the result, fingerprints of the model and of the rows."""
+    return {
+        "config": result_settings(config),
+        "model_fingerprint": model_fingerprint(config.model, config.run),
+        "train_fingerprint": data["train"].fingerprint,
+        "test_fingerprint": data["test"].fingerprint,
+    }
+
+
+def find_finished(config: Any, folder: Path, data: dict[str, LabelledTexts]) -> dict | None:
+    """The metrics of a finished run of this identity, None if it has to be made.
+
+    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued.
 
     Raises:
-        UserError: the device does not exist, or the package of the tracker is missing.
+        UserError: a result or a state of another identity; or the result has to be made and cannot be written.
     """
+    identity = make_identity(config, data)
+    metrics = results.find_result(folder / METRICS, identity, config.run)
+    if metrics is None and (folder / STATE).is_file():
+        results.check_state(folder / STATE, identity, config.run.overwrite)
+    return metrics
+
+
+def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
+               build: Callable[["Accelerator"], TrainingRun]) -> dict:  # fmt: skip
+    """The metrics of the run that `build` makes, in every process; reused if `folder` has a result of this identity."""
+    with results.one_run_at_a_time(folder / METRICS):
+        metrics = object_of_first(lambda: find_finished(config, folder, data))
+        if metrics is not None:
+            print(f"reused, already complete with these settings:\n{folder / METRICS}")
+            return metrics
+        run = build(start_accelerator(config, folder))
+        progress = train(run)
+        return object_of_first(lambda: save_result(config, run, progress, data))
+
+
+def start_accelerator(config: Any, folder: Path) -> "Accelerator":
+    """accelerate on the device asked for, with its tracker, in the group of processes that exists."""
     from accelerate import Accelerator
 
     device, tracker = pick_device(config.run.device), config.session.track
@@ -100,80 +134,20 @@ def start_accelerator(config: Any, folder: Path) -> "Accelerator":
     return accelerator
 
 
-def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]:
-    """The identity of a run: settings that change the result, fingerprints of the model and of the rows."""
-    return {
-        "config": result_settings(config),
-        "model_fingerprint": model_fingerprint(config.model, config.run),
-        "train_fingerprint": data["train"].fingerprint,
-        "test_fingerprint": data["test"].fingerprint,
-    }
-
-
-def find_finished(config: Any, folder: Path, identity: dict[str, Any]) -> dict | None:
-    """The metrics of a finished run of this identity, None if it has to be made.
-
-    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued.
-
-    Raises:
-        UserError: a result or a state of another identity; or the result has to be made and cannot be written.
-    """
-
-    def find() -> dict | None:
-        metrics = results.find_result(folder / METRICS, identity, config.run)
-        if metrics is not None:
-            print(f"reused, already complete with these settings:\n{folder / METRICS}")
-        elif (folder / STATE).is_file():
-            results.check_state(folder / STATE, identity, config.run.overwrite)
-        return metrics
-
-    return object_of_first(find)
-
-
 # ------------------------------------------------------------------ training
-def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
-               prepare: Callable[["Accelerator"], tuple[TrainingRun, Callable[[], None]]]) -> dict:  # fmt: skip
-    """The metrics of a run, in every process; trained and written unless the result exists already.
-
-    Args:
-        config: settings of the script.
-        folder: of the result.
-        data: train and test.
-        prepare: makes the run, and the function that writes its weights into the folder.
-    """
-    accelerator = start_accelerator(config, folder)
-    with results.one_run_at_a_time(folder / METRICS):
-        if (stored := find_finished(config, folder, make_identity(config, data))) is not None:
-            return stored
-        run, save_weights = prepare(accelerator)
-        progress = train(run)
-        return object_of_first(lambda: save_result(config, run, progress, data, save_weights))
-
-
 def load_progress(run: TrainingRun) -> Progress:
-    """The progress of an interrupted run, its state put into model, optimiser and schedule; else that of a new one.
+    """The progress of an interrupted run, its state put into model and optimiser; else that of a new one.
 
     Raises:
         UserError: the state is of another run, or only some of the processes see it.
     """
     stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
-    step = stored and stored["step"]
-    if object_of_first(lambda: step) != step:
+    progress = Progress(**{name: stored[name] for name in vars(Progress())}) if stored else Progress()
+    if object_of_first(lambda: progress.step) != progress.step:
         raise UserError(f"{run.folder / STATE} differs between machines. Set --results_dir to a folder they share.")
-    if stored is None:
-        return Progress()
-    run.scheduler.load_state_dict(stored["scheduler"])
-    for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    print(f"going on from step {step} of {run.num_steps}")
-    return Progress(**{name: stored[name] for name in vars(Progress())})
-
-
-def save_progress(run: TrainingRun, progress: Progress) -> None:
-    """Writes the state of the run; without space for it the run goes on."""
-    with results.state_if_there_is_place():
-        values = {**asdict(progress), "scheduler": run.scheduler.state_dict()}
-        save_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity, values)
+    if stored:
+        print(f"going on from step {progress.step} of {run.num_steps}")
+    return progress
 
 
 def train(run: TrainingRun) -> Progress:
@@ -184,7 +158,7 @@ def train(run: TrainingRun) -> Progress:
     Raises:
         UserError: a loss that is not finite, too little memory, or the state of another run.
     """
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate import DistributedDataParallelKwargs
 
     progress, accelerator = load_progress(run), run.accelerator
     # an expert to which a step sends no token has no gradient
@@ -196,12 +170,11 @@ def train(run: TrainingRun) -> Progress:
                disable=not accelerator.is_main_process)  # fmt: skip
     with bar, termination_noted() as termination:
         while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
-            rate = float(run.scheduler.get_last_lr()[0])
             progress.losses.append(train_step(run, progress, model))
             bar.update()
             is_last = progress.step == run.num_steps
             if progress.step % run.steps_per_evaluation == 0 or is_last:
-                row = add_row(run, progress, rate)
+                row = add_row(run, progress)
                 bar.set_postfix({name: value for name, value in row.items() if "loss" in name}, refresh=False)
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
@@ -211,7 +184,9 @@ def train(run: TrainingRun) -> Progress:
             )
             is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
-                save_progress(run, progress)
+                with results.state_if_there_is_place():
+                    parameters = run.trained_parameters()
+                    save_state(run.folder / STATE, parameters, run.optimizer, run.identity, vars(progress))
                 saved = progress.seconds
             if is_ended and not is_last:
                 leave()  # together, now that the state is written
@@ -221,12 +196,12 @@ def train(run: TrainingRun) -> Progress:
     return progress
 
 
-def add_row(run: TrainingRun, progress: Progress, learning_rate: float) -> dict[str, Any]:
+def add_row(run: TrainingRun, progress: Progress) -> dict[str, Any]:
     """Evaluates, appends a row to the history and returns it; its training loss is the mean since the last row."""
     row = {
         "step": progress.step,
         "epoch": progress.step / run.order.steps_per_epoch,
-        "learning_rate": learning_rate,
+        "learning_rate": run.learning_rate(progress.step - 1),
         "train_loss": math.fsum(progress.losses) / len(progress.losses),
     }
     run.model.eval()
@@ -257,8 +232,9 @@ def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
             f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of the train split. "
             "Try a smaller --learning_rate or --dtype float32; in the first step, look at those texts and labels."
         )
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate(progress.step)
     run.optimizer.step()
-    run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     return loss
@@ -295,8 +271,7 @@ def best_row(history: list[dict], is_regression: bool) -> dict:
     return min(history, key=lambda row: row["test_loss"] if is_regression else -row["test_accuracy"])
 
 
-def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts],
-                save_weights: Callable[[], None]) -> dict:  # fmt: skip
+def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts]) -> dict:
     """Writes the weights, history.csv and, last, metrics.json; prints and returns the metrics.
 
     Everything is computed before anything is written, so that old and new files coexist only briefly.
@@ -319,7 +294,8 @@ def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[st
         "best_rule": "validation loss" if "validation_loss" in history[0] else "test score (flatters)",
         "baselines": text_baselines(data["train"], data["test"]),
     }
-    save_weights()
+    run.save_weights()
+    (run.folder / METRICS).unlink(missing_ok=True)  # of an earlier run
     with results.write_atomically(run.folder / "history.csv") as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
     results.save_json(run.folder / METRICS, metrics)

@@ -53,11 +53,7 @@ class Objective:
         return cross_entropy(outputs, targets, reduction="sum")
 
     def scores(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Mean loss and every score of outputs (n, c) against targets (n,), both on the CPU.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """Mean loss and every score of outputs (n, c) against targets (n,), both on the CPU."""
         outputs = outputs.double()
         loss = self.loss_sum(outputs, targets.double() if self.is_regression else targets).item() / len(targets)
         if not math.isfinite(loss):

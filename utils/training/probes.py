@@ -15,26 +15,19 @@ def as_array(features: Tensor) -> Any:
     return features if sklearn.get_config()["array_api_dispatch"] else features.numpy()
 
 
-def preconditioned_start(features: Tensor, labels: Tensor, num_classes: int, inverse_penalty: float) -> Tensor:
+def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: float) -> np.ndarray:
     """Weights and intercepts close to the optimum of softmax regression: a start from which lbfgs has little to do.
 
     The same objective, minimised by L-BFGS in the coordinates V of W = D V L^-1, with L L' = X'X/n + penalty and D
-    diagonal: there the Hessian is near the identity, whatever the correlations between the features.
-
-    Args:
-        features: X, (n, d), standardised, float32 or float64.
-        labels: classes 0..c-1, (n,).
-        num_classes: c.
-        inverse_penalty: scikit-learn's C.
-
-    Returns:
-        (c, d + 1), float64, the intercept last.
+    diagonal: there the Hessian is near the identity, whatever the correlations between the features. Arguments as for
+    `fit_logistic`; returns (c, d + 1) float32, the intercept last.
     """
     from scipy.optimize import minimize
 
     n, d = features.shape
     penalty = 1 / (inverse_penalty * n)
-    one_hot = torch.nn.functional.one_hot(labels, num_classes).T.to(features.dtype).contiguous()
+    classes = torch.from_numpy(labels).to(features.device)
+    one_hot = torch.nn.functional.one_hot(classes).T.to(features.dtype).contiguous()
     shares = one_hot.mean(1).double()
     curvature = shares * (1 - shares) / 2  # of the loss in a class's logit, halfway from a start at zero to a good fit
     unit = curvature.rsqrt()[:, None]
@@ -43,7 +36,7 @@ def preconditioned_start(features: Tensor, labels: Tensor, num_classes: int, inv
     factor = torch.linalg.cholesky(second_moment + jitter * torch.eye(d, device=features.device).double())
 
     def to_weights(flat: np.ndarray) -> tuple[Tensor, Tensor]:
-        scaled = torch.from_numpy(flat).to(features.device).view(num_classes, d + 1) * unit
+        scaled = torch.from_numpy(flat).to(features.device).view(-1, d + 1) * unit
         return torch.linalg.solve_triangular(factor, scaled[:, :d], upper=False, left=False), scaled[:, d:]
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -59,9 +52,9 @@ def preconditioned_start(features: Tensor, labels: Tensor, num_classes: int, inv
         return loss.item(), gradient.flatten().cpu().numpy()
 
     options = {"gtol": 5e-4, "maxiter": 200}  # mostly within scikit-learn's own tolerance
-    found = minimize(loss_and_gradient, np.zeros(num_classes * (d + 1)), method="L-BFGS-B", jac=True, options=options)
+    found = minimize(loss_and_gradient, np.zeros(len(one_hot) * (d + 1)), method="L-BFGS-B", jac=True, options=options)
     start = torch.cat(to_weights(found.x), dim=1)
-    return (start - start.mean(0)).cpu()
+    return (start - start.mean(0)).cpu().numpy().astype(np.float32)
 
 
 def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_penalty: float, max_iter: int,
@@ -82,8 +75,7 @@ def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_pena
     model = LogisticRegression(solver=solver, C=inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=seed)
     if solver == "lbfgs":
         binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones
-        penalty, targets = inverse_penalty / (2 if binary else 1), torch.from_numpy(labels).to(features.device)
-        start = preconditioned_start(features, targets, int(labels.max()) + 1, penalty).numpy().astype(np.float32)
+        start = preconditioned_start(features, labels, inverse_penalty / (2 if binary else 1))
         start = start[1:] - start[:1] if binary else start
         model.warm_start, model.coef_, model.intercept_ = True, start[:, :-1].copy(), start[:, -1].copy()
     num_iterations = 0
