@@ -85,6 +85,11 @@ def run_script(
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
         sys.exit(141)  # the code that a shell gives for SIGPIPE
+    except torch.OutOfMemoryError as error:
+        if debug:
+            raise
+        batch = "Lower --tokens_per_batch or --max_length; in training --batch_size, with more --gradient_accumulation"
+        sys.exit(f"error: {str(error).partition('.')[0]}. {batch}.")
     except OSError as error:
         if error.errno not in NO_PLACE or debug:
             raise

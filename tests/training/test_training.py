@@ -1,6 +1,7 @@
 """utils/training/loop.py and finetune.py: order, schedule, gradients, memory, evaluation; and what several share."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.models.openelm import OpenELMConfig
 from utils.models.tokens import TokenizedTexts
 from utils.results import result_path
-from utils.script import UserError
+from utils.script import UserError, run_script
 from utils.training.finetune import build_run, predict, tokenize_splits
 from utils.training.loop import (
     Progress,
@@ -195,15 +196,13 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
             torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-5)
 
 
-def test_a_device_too_small_for_a_batch_is_a_users_error(run, monkeypatch):
-    def tiny_device(input_ids, lengths):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_device_too_small_for_a_batch_is_a_users_error(monkeypatch):
+    def main(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr(run.model, "forward", tiny_device)
-    with pytest.raises(UserError, match=r"step 1 with --batch_size 4. Try a smaller --batch_size with more --gradient"):
-        take_steps(run, 1)
-    with pytest.raises(UserError, match=r"evaluation. Lower --tokens_per_batch \(1,?024\)"):
-        run.evaluate(run.model)
+    monkeypatch.setattr(sys, "argv", ["from_scratch.py"])
+    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory\. Lower --tokens_per_batch .* --batch_size"):
+        run_script(main, from_scratch.Config, None)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(run, monkeypatch):

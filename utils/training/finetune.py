@@ -20,7 +20,7 @@ from utils.models.load import load_config, load_tokenizer
 from utils.models.states import pool
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import result_path
-from utils.script import UserError, set_seed
+from utils.script import set_seed
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
 from utils.training.objective import BatchOrder, Objective, make_head, save_head
@@ -104,11 +104,8 @@ def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_pe
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
     batches = token_batches(tokens.lengths, tokens_per_batch, tokens.rope_limit)
-    try:
-        for rows in batches[accelerator.process_index :: accelerator.num_processes]:
-            outputs[torch.from_numpy(rows).to(device)] = model(*(tensor.to(device) for tensor in tokens.pad(rows)))
-    except torch.OutOfMemoryError:
-        raise UserError(f"Out of memory in the evaluation. Lower --tokens_per_batch ({tokens_per_batch}).") from None
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        outputs[torch.from_numpy(rows).to(device)] = model(*(tensor.to(device) for tensor in tokens.pad(rows)))
     return accelerator.reduce(outputs, "sum").cpu()
 
 
@@ -127,7 +124,7 @@ def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) ->
 
 def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
               accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
-    """Classifier, optimiser, order and evaluation of one run; arguments as for `finetune`."""
+    """Classifier, optimiser, order and evaluation of one run on train and test."""
     from transformers import Adafactor
 
     training, device, tokens = config.training, accelerator.device, tokenize_splits(config, data)
@@ -175,13 +172,6 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
 
 
 def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts]) -> dict:
-    """Trains and writes the result, unless it exists already; returns the metrics, in every process.
-
-    Args:
-        config: settings of the script, a FinetuningConfig.
-        kind: folder under `results_dir`.
-        build: makes the decoder from `config`; its random numbers follow from the seed set before.
-        data: train and test.
-    """
+    """The metrics of the model that `build` makes, in every process; trained unless `kind` has the result already."""
     folder = result_path(kind, config.run, config.model, config.data)
     return train_once(config, folder, data, lambda accelerator: build_run(config, build, data, accelerator, folder))

@@ -136,11 +136,7 @@ def start_accelerator(config: Any, folder: Path) -> "Accelerator":
 
 # ------------------------------------------------------------------ training
 def load_progress(run: TrainingRun) -> Progress:
-    """The progress of an interrupted run, its state put into model and optimiser; else that of a new one.
-
-    Raises:
-        UserError: the state is of another run, or only some of the processes see it.
-    """
+    """The progress of an interrupted run, its state put into model and optimiser; else that of a new one."""
     stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
     progress = Progress(**{name: stored[name] for name in vars(Progress())}) if stored else Progress()
     if object_of_first(lambda: progress.step) != progress.step:
@@ -154,9 +150,6 @@ def train(run: TrainingRun) -> Progress:
     """Trains until `num_steps` or until `stop` says so; continues from the state of an interrupted run.
 
     After SIGTERM it finishes the step, saves a state and exits. Only the main process, by its clock, saves states.
-
-    Raises:
-        UserError: a loss that is not finite, too little memory, or the state of another run.
     """
     from accelerate import DistributedDataParallelKwargs
 
@@ -179,9 +172,8 @@ def train(run: TrainingRun) -> Progress:
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
             # all processes end after the same step, or one would wait for another
-            is_ended = bool(
-                accelerator.reduce(torch.tensor(float(termination.is_set()), device=run.targets.device)) > 0
-            )
+            asked = torch.tensor(float(termination.is_set()), device=run.targets.device)
+            is_ended = accelerator.reduce(asked).item() > 0
             is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
                 with results.state_if_there_is_place():
@@ -214,19 +206,9 @@ def add_row(run: TrainingRun, progress: Progress) -> dict[str, Any]:
 
 
 def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
-    """One optimiser step; returns the mean loss over its rows.
-
-    Raises:
-        UserError: a loss that is not finite, or too little memory.
-    """
+    """One optimiser step; returns the mean loss over its rows."""
     rows = run.order(progress.step)
-    try:
-        loss = accumulate_gradients(run, progress.step, model, rows)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"Out of memory at step {progress.step + 1} with --batch_size {run.batch_size}. Try a smaller --batch_size "
-            "with more --gradient_accumulation, --gradient_checkpointing, --max_length or --dtype bfloat16."
-        ) from None
+    loss = accumulate_gradients(run, progress.step, model, rows)
     if not math.isfinite(loss):
         raise UserError(
             f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of the train split. "
