@@ -152,7 +152,7 @@ def check_writable(path: Path) -> None:
 class Stored(dict):
     """Content of a file of results, at any depth; an entry that it lacks is a UserError that names the file."""
 
-    path = Path("the result")  # of a copy that `dataclasses.asdict` makes
+    path: Path
 
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")

@@ -17,6 +17,7 @@ import cache
 import linear_training
 from tests.conftest import configure, make_texts, run_in_process, write_rows
 from tests.processes import exit_codes, start
+from utils.algebra.pooled import load_pooled
 from utils.data.load import load_texts
 from utils.script import UserError
 from utils.settings import Run, with_values
@@ -37,16 +38,10 @@ def settings(model_dirs, rows_path, tmp_path):
 
 
 def result(results_dir):
+    """Folder, metrics and history of the only result below a folder."""
     [path] = results_dir.glob("linear_training/*/*/metrics.json")
-    return path.parent, json.loads(path.read_text())
-
-
-def history(folder):
-    return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
-
-
-def assert_same_histories(*results_dirs):
-    assert len({(result(results_dir)[0] / "history.csv").read_text() for results_dir in results_dirs}) == 1
+    rows = list(csv.DictReader((path.parent / "history.csv").read_text().splitlines()))
+    return path.parent, json.loads(path.read_text()), rows
 
 
 # ------------------------------------------------------------------ the method
@@ -64,26 +59,23 @@ def train_through_the_model(config) -> list[float]:
     torch.manual_seed(config.data.seed)
     head = torch.nn.Linear(model.config.hidden_size, data.num_labels)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
-    losses, step = [], 0
+    losses = []
     for epoch in range(config.num_epochs):
         order = np.random.default_rng((config.data.seed, epoch)).permutation(len(labels))
-        of_epoch = []
-        for first in range(0, len(order), config.batch_size):
-            rows = order[first : first + config.batch_size]
+        for rows in np.split(order, range(config.batch_size, len(order), config.batch_size)):
             batch = tokenizer([data.texts[row] for row in rows], padding=True, return_tensors="pt")
             with torch.no_grad():
                 states = model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]
             pooled = (states * mask).sum(1) / mask.sum(1)
-            torch.manual_seed(int(np.random.SeedSequence((config.data.seed, step, 0)).generate_state(1)[0]))
+            seed = np.random.SeedSequence((config.data.seed, len(losses), 0)).generate_state(1)[0]
+            torch.manual_seed(int(seed))
             loss = cross_entropy(head(torch.dropout(pooled, config.dropout, train=True)), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            of_epoch.append(loss.item())
-            step += 1
-        losses.append(float(np.mean(of_epoch)))
-    return losses
+            losses.append(loss.item())
+    return np.reshape(losses, (config.num_epochs, -1)).mean(1).tolist()
 
 
 def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_path, monkeypatch):
@@ -92,13 +84,12 @@ def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_
     for split in ("train", "test"):  # states of every layer serve too
         moments = cache.Config(split, num_folds=3, model=config.model, data=config.data, run=config.run)
         cache.main(with_values(moments, save_pooled="all"))
-    linear_training.main(config)
-    losses = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
-    assert losses == pytest.approx(expected, abs=1e-5)
-    assert losses[0] - losses[-1] > 0.05  # and something has been learned
     monkeypatch.setattr(cache, "load_base_model", lambda *_: pytest.fail("the model runs again"))
+    linear_training.main(config)
+    losses = [float(row["train_loss"]) for row in result(tmp_path)[2]]
+    assert losses == pytest.approx(expected, abs=1e-5) and losses[0] - losses[-1] > 0.05
     linear_training.main(with_values(config, dropout=0.0, overwrite=True))
-    others = [float(row["train_loss"]) for row in history(result(tmp_path)[0])]
+    others = [float(row["train_loss"]) for row in result(tmp_path)[2]]
     assert abs(others[-1] - expected[-1]) > 1e-3  # the comparison can tell two runs apart
 
 
@@ -106,16 +97,15 @@ def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_
 def test_the_saved_head_scores_as_reported_on_raw_states(settings, tmp_path, standardize):
     config = settings(standardize=standardize, learning_rate=1e-2, num_epochs=20)
     linear_training.main(config)
-    folder, metrics = result(tmp_path)
+    folder, metrics, _ = result(tmp_path)
     head = load_file(folder / "head.safetensors")
     [moments] = tmp_path.glob("moments/*/*/test.safetensors")
     labels = torch.from_numpy(load_texts(config.data, config.run, "test").labels)
-    outputs = linear_training.load_pooled(moments, -1) @ head["weight"].T + head["bias"]
+    outputs = load_pooled(moments, -1) @ head["weight"].T + head["bias"]
     accuracy = (outputs.argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(metrics["last"]["test_accuracy"], abs=1e-6)
     assert cross_entropy(outputs, labels).item() == pytest.approx(metrics["last"]["test_loss"], abs=1e-4)
     assert accuracy > metrics["baselines"]["majority"]["accuracy"] + 0.1
-    assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.5
 
 
 def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path, monkeypatch):
@@ -127,8 +117,8 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path
 
     monkeypatch.setattr(linear_training, "evaluate", planted)
     linear_training.main(settings(validation_share=0.2, patience=2, num_epochs=8, batch_size=200))
-    folder, metrics = result(tmp_path)
-    assert [row["step"] for row in history(folder)] == ["1", "2", "3", "4", "5", "6"]
+    _, metrics, rows = result(tmp_path)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert metrics["num_steps"] == metrics["last"]["step"] == 6
     assert metrics["best"]["step"] == 4 and metrics["best_rule"] == "validation loss"
 
@@ -157,9 +147,8 @@ def test_regression_reports_the_unit_of_the_labels(settings, tmp_path):
     path = write_rows(tmp_path / "lengths.jsonl", rows)
     changes = {"standardize": True, "learning_rate": 3e-2, "num_epochs": 60, "pooling": "last"}
     linear_training.main(settings(dataset_name=str(path), **changes))
-    folder, metrics = result(tmp_path)
-    assert metrics["last"]["test_r2"] > 0.2 and metrics["last"]["test_mse"] < metrics["baselines"]["majority"]["mse"]
-    assert load_file(folder / "head.safetensors")["bias"].shape == (1,)
+    last, majority = (result(tmp_path)[1][name] for name in ("last", "baselines"))
+    assert last["test_r2"] > 0.2 and last["test_mse"] < majority["majority"]["mse"]
 
 
 # ------------------------------------------------------------------ command line
@@ -168,15 +157,13 @@ def test_command_line_writes_and_standardised_probes_stand_beside(settings, tmp_
     call = ["linear_training.py", "--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
     call += ["--results_dir", tmp_path, "--device", "cpu", "--num_epochs", "3"]
     assert run_in_process(monkeypatch, *call) == 0
-    folder, metrics = result(tmp_path)
+    folder, metrics, _ = result(tmp_path)
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
-    assert metrics["config"]["num_epochs"] == 3
-    assert metrics["last"]["step"] == metrics["num_steps"] and 0 <= metrics["last"]["test_macro_f1"] <= 1
-    written = (folder / "metrics.json").stat().st_mtime_ns
+    assert metrics["config"]["num_epochs"] == 3 and metrics["last"]["step"] == metrics["num_steps"]
     assert run_in_process(monkeypatch, *call, "--standardize") == 0
     assert (folder.parent / f"{folder.name}.standardized" / "metrics.json").is_file()
-    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
 # ------------------------------------------------------------------ states
@@ -186,13 +173,12 @@ def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd,
     whole, ended = (settings(results_dir=tmp_path / name) for name in ("whole", "ended"))
 
     def run(own):
-        step, seen = loop.train_step, []
+        step = loop.train_step
 
-        def terminated(*arguments):
-            seen.append(0)
-            if own == rank and len(seen) == 5:
+        def terminated(run, progress, model):
+            if own == rank and progress.step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(*arguments)
+            return step(run, progress, model)
 
         loop.train_step = terminated
         linear_training.main(with_values(ended, minutes_per_state=60.0))
@@ -202,38 +188,34 @@ def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd,
     for config in (ended, whole):
         assert exit_codes(start(lambda _, config=config: linear_training.main(config), size)) == [0] * size
     assert capfd.readouterr().out.count("going on from step 5 of") == 1
-    assert_same_histories(tmp_path / "whole", tmp_path / "ended")
+    assert result(tmp_path / "whole")[2] == result(tmp_path / "ended")[2]
 
 
-def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(
-    settings, tmp_path, monkeypatch, capsys
-):
+def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(settings, tmp_path, monkeypatch):
     config = settings(results_dir=tmp_path / "results")
     linear_training.main(config)
-    folder, old = result(tmp_path / "results")
-    again, step = with_values(config, learning_rate=1e-2, overwrite=True), loop.train_step
+    folder, old, _ = result(tmp_path / "results")
+    again, step, first_steps = with_values(config, learning_rate=1e-2, overwrite=True), loop.train_step, []
 
     def interrupted(run, progress, model):
-        if progress.step == 6:
+        first_steps.append(progress.step)
+        if len(first_steps) == 7:
             raise KeyboardInterrupt
         return step(run, progress, model)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            linear_training.main(with_values(again, minutes_per_state=0.0))
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        linear_training.main(with_values(again, minutes_per_state=0.0))
     assert result(tmp_path / "results")[1] == old and (folder / "state.safetensors").is_file()
     with pytest.raises(UserError, match=r"metrics\.json was made with other settings"):
         linear_training.main(with_values(again, overwrite=False))
-    (folder / "metrics.json").rename(folder / "away")
+    (folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
         linear_training.main(with_values(config, dropout=0.5))
-    (folder / "away").rename(folder / "metrics.json")
-    capsys.readouterr()
     linear_training.main(again)
-    assert "going on from step 6 of" in capsys.readouterr().out
+    assert first_steps[7] == 6
     linear_training.main(with_values(again, overwrite=False, results_dir=tmp_path / "whole"))
-    assert_same_histories(tmp_path / "whole", tmp_path / "results")
+    assert result(tmp_path / "whole")[2] == result(tmp_path / "results")[2]
 
 
 def test_without_space_for_a_state_training_goes_on(settings, tmp_path, monkeypatch):
