@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import cache
 from utils.algebra.features import feature_scores
-from utils.algebra.linalg import Eigenspace, NestedBasis, Noise, rounding, whiten
+from utils.algebra.linalg import NO_NOISE, Eigenspace, NestedBasis, Noise, rounding, whiten
 from utils.algebra.moments import LayerMoments, check_has_layer, find_scores, held_out_path, load_layer
 from utils.algebra.nulls import permuted_scores, random_scores, random_stream
 from utils.algebra.ridge import load_folds, probe_scores
@@ -105,7 +105,7 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
 
 # ------------------------------------------------------------------ the eigenproblem
 def solve_generalized_eigenproblem(
-    factor: Tensor, denominator: Tensor, noise: Noise | None = None, factor_error: Tensor | None = None
+    factor: Tensor, denominator: Tensor, noise: Noise = NO_NOISE, factor_error: Tensor | None = None
 ) -> Eigenspace:
     """Solves F F' u = lambda C u in the range of C, largest eigenvalue first.
 
@@ -117,7 +117,7 @@ def solve_generalized_eigenproblem(
     Args:
         factor: F, (d, c), float64.
         denominator: C, (d, d), symmetric, positive semi-definite, float64.
-        noise: the part of C that is rounding; None: of float64 alone.
+        noise: the part of C that is rounding, beyond that of float64.
         factor_error: the error of F Z for random signs Z, (d, p); None: exact.
     """
     whitener = whiten(denominator, noise=noise)
@@ -157,10 +157,8 @@ def perception(moments: LayerMoments, center: bool) -> Eigenspace:
 def next_token_subspace(moments: LayerMoments, center: bool) -> Tensor:
     """V of a layer, from C1 and C0, largest eigenvalue first, (d, rank C0)."""
     prefix_moment, next_moment = moments.autoregression(center)
-    error = moments.rounding.prefix_next_error if moments.rounding else None
-    return complete_by_variance(
-        solve_generalized_eigenproblem(next_moment, prefix_moment, moments.prefix_noise(center), error)
-    )
+    noise, error = moments.prefix_noise(center), moments.next_rounding.error
+    return complete_by_variance(solve_generalized_eigenproblem(next_moment, prefix_moment, noise, error))
 
 
 def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_index: int) -> Tensor:
@@ -275,8 +273,7 @@ def sweep_layer(
     scores |= excess_loss(sigma, labels, basis, scores["ntps_whitened"], scores["retained"])
     seed, space = (config.data.seed, layer_index), (u.whitener, whitener, basis, whitened)
     null = permuted_scores(moments, space, config.center, config.num_null_draws, seed)
-    explained = labels.coordinates, labels.eigenvalues
-    random_v = random_scores(u.vectors, whitener.T @ sigma, explained, ks, num_random_draws, seed)
+    random_v = random_scores(u.vectors, whitener.T @ sigma, labels, ks, num_random_draws, seed)
     return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
 
@@ -318,7 +315,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:
                 folds = load_folds(path, layer_index, device) if layer_index == last else None
-                layer = dataclasses.replace(layer, closed_form=feature_scores(moments, held_out, folds).scores)
+                layer = dataclasses.replace(layer, closed_form=feature_scores(moments, held_out, folds)[0])
             layers.append(layer)
     return {
         **identity,

@@ -1,7 +1,6 @@
 """Stream a labelled text dataset through a causal LM and save the second moments of its hidden states, layer by layer.
 
     python cache.py                                                  # embedded model and data
-    python cache.py --dataset_name docstrings/kind --split test
     python cache.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --dtype bfloat16
     python cache.py --dataset_name my_rows.jsonl --text_column body --label_column topic
 
@@ -21,7 +20,6 @@ K_sweep.py tells rounding from rank by the errors of C0 Z and C1 Z for fixed ran
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,35 +27,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from utils import results
 from utils.algebra import moments as stored
-from utils.algebra.linalg import NUM_PROBES
 from utils.algebra.memory import keep_on_host
 from utils.algebra.partial import PartialPass, remaining_batches, remove_partial, resumable_pass
 from utils.algebra.pooled import checksums
-from utils.algebra.products import CentredProducts, Precision, ProductDtype, choose_precision
+from utils.algebra.products import NUM_PROBES, CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
+from utils.models import load as models
 from utils.models.batches import assign_folds, share_of, token_batches, token_blocks
 from utils.models.check import self_check
-from utils.models.load import (
-    known_fingerprint,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    stored_as,
-)
+from utils.models.load import load_base_model
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
-PAIRS_PER_BLOCK = 8192  # so many products are added up in their own precision before they move to float64
+TOKENS_PER_BLOCK = 8192  # so many are added up in the precision of the products before these move to float64
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
-WITHOUT_FLOAT64 = ("mps",)  # devices whose states move to the CPU for the sums
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
-    pooling: Literal["mean", "last"] = "mean"  # pooled state m of a text: mean of its tokens, or its last token
+    pooling: Pooling = "mean"  # pooled state m of a text: mean of its tokens, or its last token
     num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
     product_dtype: ProductDtype = "auto"  # of the products s_t s_t' and s_t x_{t+1}'; auto: by the number of tokens
     model: Model = Model()
@@ -116,9 +106,7 @@ def prefix_moments(x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def pooled_moments(m: Tensor, y: Tensor) -> dict[str, Tensor]:
     """M and B summed over texts, with the sums of m and, for Ledoit-Wolf shrinkage, of |m|^4 and |m|^2 m.
 
-    Args:
-        m: pooled states (b, d) float64.
-        y: one-hot labels, or regression targets, (b, c) float64.
+    m: pooled states (b, d); y: one-hot labels, or regression targets, (b, c); both float64.
     """
     norm_squared = m.square().sum(1)
     return {
@@ -134,56 +122,42 @@ class LayerSums:
     """The sums of one layer over texts, in float64."""
 
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        device: torch.device,
-        precision: Precision = "float64",
-        pooling: Literal["mean", "last"] = "mean",
-        on_host: bool = False,
+        self, shape: tuple[int, int, int], device: torch.device, precision: Precision, pooling: Pooling, on_host: bool
     ) -> None:
-        """Zeros, of shape (d, c, f): hidden size, labels, and folds that are kept apart (1: none are).
-
-        The hidden states come from `device`; `on_host` keeps the sums in main memory.
-        """
-        (d, c, f), self.pooling, self.on_host = shape, pooling, on_host
-        self.device = torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
-        self.products = None if precision == "float64" else CentredProducts(d, precision, self.device)
+        """Zeros, of `shape`: hidden size, labels, and folds kept apart (1: none); in main memory if `on_host`."""
+        (d, c, self.num_folds), self.precision, self.pooling, self.on_host = shape, precision, pooling, on_host
+        self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        self.products: CentredProducts | None = None  # of the block that has begun
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # of that block: m, y, and the numbers of the folds
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device="cpu" if on_host else self.device)
 
         no_texts = pooled_moments(zeros(0, d), zeros(0, c))  # zeros of the right shapes
-        self.sums = {name: zeros(f, *zero.shape) for name, zero in no_texts.items()}
+        self.sums = {name: zeros(self.num_folds, *zero.shape) for name, zero in no_texts.items()}
         self.sums |= prefix_moments(zeros(0, 1, d), zeros(0)) | {"total_square": zeros(d)}
         self.sums |= {f"prefix_{name}_error": zeros(d, NUM_PROBES) for name in ("second", "next")}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that changes during a pass, by name."""
-        return self.sums | (self.products.tensors() if self.products else {})
+    def add(self, x: Tensor, lengths: Tensor, y: Tensor, folds: Tensor, flush: bool = True) -> tuple[Tensor, Tensor]:
+        """Adds right-padded hidden states x (b, T, d) of texts with labels y (b, c) float64, in folds (b,).
 
-    def add(self, x: Tensor, lengths: Tensor, y: Tensor, folds: list[slice]) -> tuple[Tensor, Tensor]:
-        """Adds the texts of a batch; returns the mean and the pooled state of each, (b, d) float64.
-
-        Args:
-            x: hidden states (b, T, d), right-padded.
-            lengths: tokens per text, (b,).
-            y: labels (b, c) float64.
-            folds: the texts of each fold.
+        Returns:
+            The mean and the pooled state of each text, (b, d) float64.
         """
-        x, lengths, y = (tensor.to(self.device) for tensor in (x, lengths, y))
-        if self.products:
-            totals = self.products.add(x, lengths)  # s_T
-        else:
+        x, lengths, y, folds = (tensor.to(self.device) for tensor in (x, lengths, y, folds))
+        if self.precision == "float64":
             x = x.double()
-            totals = pool(x, lengths, "mean") * lengths[:, None]
+            totals = pool(x, lengths, "mean") * lengths[:, None]  # s_T
             self.add_up(prefix_moments(x, lengths))
+        else:
+            self.products = self.products or CentredProducts(x.shape[2], self.precision, self.device)
+            totals = self.products.add(x, lengths)
         self.add_up({"total_square": totals.square().sum(0)})
         mean = totals / lengths[:, None]
         m = mean if self.pooling == "mean" else pool(x, lengths, "last").double()
-        for fold, texts in enumerate(folds if len(self.sums["pooled_mean"]) > 1 else [slice(None)]):
-            self.add_up(pooled_moments(m[texts], y[texts]), fold)
-        if self.on_host:
-            self.end_block()
+        self.batches.append((m, y, folds))
+        if flush or self.on_host:
+            self.flush()
         return mean, m
 
     def add_up(self, values: dict[str, Tensor], *fold: int) -> None:
@@ -191,10 +165,15 @@ class LayerSums:
         for name, value in values.items():
             self.sums[name][fold].add_(value.to(self.sums[name].device))
 
-    def end_block(self) -> None:
-        """Moves the products of lower precision to the float64 sums."""
+    def flush(self) -> None:
+        """Adds the products of lower precision, and the pooled moments of all batches since the last call."""
         if self.products:
-            self.add_up(self.products.flush())
+            self.add_up(self.products.sums())
+        m, y, folds = map(torch.cat, zip(*self.batches, strict=True))
+        for fold in range(self.num_folds):
+            rows = folds == fold if self.num_folds > 1 else slice(None)
+            self.add_up(pooled_moments(m[rows], y[rows]), fold)
+        self.products, self.batches = None, []
 
     def averages(self, num_samples: int, fold_sizes: Tensor) -> dict[str, Tensor]:
         """The moments, by the names in the docstring of this file, of n texts, (f,) of them in each fold."""
@@ -211,24 +190,32 @@ class LayerSums:
 
 # ------------------------------------------------------------------ the pass
 def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
-    """Zeros for each layer k that is kept, of whose hidden states `devices[k]` is the device.
-
-    Raises:
-        UserError: the sums do not fit the free memory, or there is no such layer.
-    """
+    """Zeros for each layer k that is kept, if they fit the free memory; its hidden states come from `devices[k]`."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
     with_folds = stored.choose(config.output.folds, kept)
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
-    on_meta = (LayerSums(shape, torch.device("meta"), precision) for shape in shapes.values())  # takes no memory
-    num_bytes = [sum(tensor.nbytes for tensor in sums.tensors().values()) for sums in on_meta]
+    on_meta = [LayerSums(shape, torch.device("meta"), precision, config.pooling, False) for shape in shapes.values()]
+    of_block = 0 if precision == "float64" else 12 * d * d  # at most three matrices of float32
+    num_bytes = [of_block + sum(tensor.nbytes for tensor in layer.sums.values()) for layer in on_meta]
     on_host = keep_on_host(num_bytes, [devices[k] for k in kept], config.placement.accumulate_on)
     return {k: LayerSums(shapes[k], devices[k], precision, config.pooling, on_host) for k in kept}
 
 
+def check_finite(found: dict[int, Tensor], rows: np.ndarray, dtype: torch.dtype) -> None:
+    """Raises UserError at the first layer and row whose states are not finite; `found` says so, (b,) bool a layer."""
+    finite = torch.stack(list(found.values()))
+    if not finite.all():  # read once a batch: a GPU waits for it
+        layer, text = (~finite).nonzero()[0].tolist()
+        raise UserError(
+            f"Non-finite hidden states at layer {list(found)[layer]}, row {rows[text]} of the split ({dtype}). "
+            "Half precision overflows on some models: try --dtype float32 or bfloat16."
+        )
+
+
 @torch.inference_mode()
 def accumulate(
-    model: PreTrainedModel,
+    model: Any,
     tokens: TokenizedTexts,
     data: LabelledTexts,
     folds: np.ndarray,
@@ -239,53 +226,36 @@ def accumulate(
     """The moments of n texts by one pass: `layer.<k>.<name>` and, of labels, `<name>`; processes share the texts.
 
     Args:
-        model: base model without lm_head; one layer's states are alive at a time.
-        tokens, data, folds: the texts, their labels, and the number of the fold of each, (n,).
-        config: pooling, num_folds, product_dtype, tokens_per_batch, layers, folds, accumulate_on are read.
+        folds: number of the fold of each text, (n,).
         pooled: (layers saved, n, d), filled in place; holds the last layers, at most all.
         partial: the sums of an unfinished pass; None: the pass cannot be continued.
-
-    Raises:
-        UserError: a state is not finite, naming layer and text.
     """
     device, devices = input_device(model), layer_devices(model)
     sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
-    tensors = {f"layer.{k}.{name}": value for k in sums for name, value in sums[k].tensors().items()}
+    batches = token_batches(tokens.lengths, config.run.batch_tokens(device), tokens.rope_limit)
+    blocks = token_blocks(batches, tokens.lengths, TOKENS_PER_BLOCK)
+    steps = share_of(blocks, tokens.lengths, rank(), num_started())
+    tensors = {f"layer.{k}.{name}": total for k, layer in sums.items() for name, total in layer.sums.items()}
+    num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
 
-    def add_batch(rows: np.ndarray) -> None:
-        rows = rows[np.argsort(folds[rows], kind="stable")]  # so that the texts of a fold are neighbours
-        ends = np.searchsorted(folds[rows], np.arange(config.num_folds + 1)).tolist()
-        fold_texts = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        input_ids, lengths = (tensor.to(device) for tensor in tokens.pad(rows))
-        targets = one_hot_targets(data, rows).to(device)
+    def add_batch(rows: np.ndarray, ends_block: bool) -> None:
+        of_batch = (*tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows]))
+        input_ids, lengths, targets, fold_numbers = (tensor.to(device) for tensor in of_batch)
         finite: dict[int, Tensor] = {}
 
-        def add_layer(layer: int, x: Tensor) -> None:
-            if layer in sums:
-                mean, m = sums[layer].add(x, lengths, targets, fold_texts)
-                finite[layer] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
-                if pooled is not None and layer >= len(devices) - len(pooled):
-                    pooled[layer - len(devices), rows] = m.float().cpu().numpy()
+        def add_layer(k: int, x: Tensor) -> None:
+            if k in sums:
+                mean, m = sums[k].add(x, lengths, targets, fold_numbers, ends_block)
+                finite[k] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
+                if pooled is not None and k >= len(devices) - len(pooled):
+                    pooled[k - len(devices), rows] = m.float().cpu().numpy()
 
         visit_hidden_states(model, input_ids, add_layer)
-        if not (all_finite := torch.stack(list(finite.values()))).all():  # read once a batch: a GPU waits for it
-            at, text = (~all_finite).nonzero()[0].tolist()
-            raise UserError(
-                f"Non-finite hidden states at layer {list(finite)[at]}, row {rows[text]} of the split "
-                f"({model.dtype}). Half precision overflows on some models: try --dtype float32 or bfloat16."
-            )
+        check_finite(finite, rows, model.dtype)
 
-    batches = token_batches(tokens.lengths, config.run.batch_tokens(device), tokens.rope_limit)
-    blocks = token_blocks(batches, tokens.lengths, PAIRS_PER_BLOCK)
-    steps = share_of(blocks, tokens.lengths, rank(), num_started())
-    num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
-    for number in remaining_batches(partial, tensors, num_tokens):
-        rows, ends_block = steps[number]
-        add_batch(rows)
-        if ends_block:
-            for layer in sums.values():
-                layer.end_block()
-    sum_at_first([total for layer in sums.values() for total in layer.sums.values()])
+    for number in remaining_batches(partial, tensors, num_tokens, [ends_block for _, ends_block in steps]):
+        add_batch(*steps[number])
+    sum_at_first(list(tensors.values()))
     averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
     tensors.clear()
     for k in list(sums):  # the sums of a layer go before the moments of the next are made
@@ -297,7 +267,7 @@ def accumulate(
 # ------------------------------------------------------------------ find or make
 def config_path(config: Config) -> Path:
     """The file of the moments of a config."""
-    return stored.moments_path(config.run, config.model, config.data, config.split)
+    return results.result_path("moments", config.run, config.model, config.data) / f"{config.split}.safetensors"
 
 
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
@@ -313,38 +283,24 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
         for split in splits:
             ensure(with_values(config, split=split), data[split])
     config = results.settings_from_moments(config, path)
-    if fingerprint := known_fingerprint(config.model, config.run):
+    if fingerprint := models.known_fingerprint(config.model, config.run):
         results.check_identity(results.read_identity(path), {"config": {}, "model_fingerprint": fingerprint}, path)
     return path, config
 
 
 def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
     """The settings, rows, classes and model that tell moments of one path apart."""
-    return {
-        "config": result_settings(config),
-        "model_fingerprint": model_fingerprint(config.model, config.run),
-        "fingerprint": data.fingerprint,
-        "label_names": data.label_names,
-    }
+    of_model = {"model_fingerprint": models.model_fingerprint(config.model, config.run)}
+    of_rows = {"fingerprint": data.fingerprint, "label_names": data.label_names}
+    return {"config": result_settings(config), **of_model, **of_rows}
 
 
 def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
-    """The moments of `data`, with the pooled states beside them if asked for; made where they are missing, or `anew`.
-
-    Raises:
-        UserError: moments of another identity, without --overwrite; or of `compute`.
-    """
-    path = config_path(config)
-    identity = identity_of(config, data)
-
-    def is_current() -> bool:
-        current = not anew and stored.is_complete(path, identity, config.output, config.run.overwrite)
-        if current:
-            remove_partial(path)  # of a run that was killed with the result written
-        return current
-
+    """The moments of `data`, with the pooled states beside them if asked for; made if they are missing, or `anew`."""
+    path, identity = config_path(config), identity_of(config, data)
     with results.one_run_at_a_time(path):
-        if object_of_first(is_current):
+        if object_of_first(lambda: not anew and stored.is_complete(path, identity, config)):
+            remove_partial(path)  # of a run that was killed with the result written
             print("reused, already complete with these settings:")
         else:
             compute(config, data, identity)
@@ -356,47 +312,37 @@ def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> No
     """Runs the model over the texts and writes the moments."""
     path, device = config_path(config), pick_device(config.run.device)
     results.check_writable(path)
-    model_config = load_config(config.model, config.run)
-    tokenizer = load_tokenizer(config.model, config.run, model_config)
+    model_config = models.load_config(config.model, config.run)
+    tokenizer = models.load_tokenizer(config.model, config.run, model_config)
     tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
     folds = assign_folds(data.texts, config.num_folds)
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
     num_layers, d = model.config.num_hidden_layers + 1, model.config.hidden_size
-    num_saved = len(stored.choose(config.output.save_pooled, range(num_layers)))
+    output, batch_tokens = replace(config.output, minutes_per_state=0), config.run.batch_tokens(device)
     metadata = {
         **identity,
-        **stored_as(config.model),
+        **models.stored_as(config.model),
         **stored.describe_texts(tokens.token_ids, tokens.offsets),
-        "num_texts_cut": tokens.num_cut,
-        "max_length": tokens.max_length,
-        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
-        "num_layers": num_layers,
+        **{"num_texts_cut": tokens.num_cut, "max_length": tokens.max_length},
+        **{"num_layers": num_layers, "hidden_size": d},
         "layers": stored.numbers_of_layers(config.output.layers, num_layers),
-        "hidden_size": d,
+        "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
         "environment": environment(),
     }
-    run_settings = {
-        "output": repr(replace(config.output, minutes_per_state=0)),
-        "placement": repr(config.placement),
-        "tokens_per_batch": config.run.batch_tokens(device),
-        "device": device.type,
-        "num_processes": num_started(),
-        "environment": metadata["environment"],
-    }
-    partial = PartialPass(path, identity, run_settings, config.output.minutes_per_state)
-    shape = (num_saved, len(folds), d) if num_saved else None
-    with resumable_pass(partial, shape, config.run.overwrite) as pooled:
+    run_settings = (output, config.placement, batch_tokens, device.type, num_started(), metadata["environment"])
+    partial = PartialPass(path, identity, repr(run_settings), config.output.minutes_per_state)
+    num_saved = len(stored.choose(config.output.save_pooled, range(num_layers)))
+    with resumable_pass(partial, (num_saved, len(folds), d), config.run.overwrite) as pooled:
         tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
         tensors |= {"labels": torch.as_tensor(data.labels), "folds": torch.from_numpy(folds)}
         if rank() == 0:
-            metadata["pooled_crc32"] = checksums(pooled) if num_saved else []
-            results.save_tensors(path, tensors, metadata)
+            results.save_tensors(path, tensors, metadata | {"pooled_crc32": checksums(pooled)})
 
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they are there already."""
-    load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    models.load_config(config.model, config.run)  # its name is wrong or right before the data are read
     ensure(config, load_texts(config.data, config.run, config.split), anew=config.run.overwrite)
 
 

@@ -30,7 +30,6 @@ import cache
 from linear_training import SPLITS, find_states
 from utils import results
 from utils.algebra.linalg import whiten, without_constants
-from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled, open_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.load import load_config, model_fingerprint, stored_as
@@ -212,7 +211,8 @@ def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # before the passes, not after them
     load_config(config.model, config.run)  # a wrong name is refused before the data are read
-    config = results.settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
+    moments = cache.Config(model=config.model, data=config.data, run=config.run)
+    config = results.settings_from_moments(config, cache.config_path(moments))
     data = load_splits(config.data, config.run)
     check_labels(data["train"])
     path = results.result_path("linear_sklearn", config.run, config.model, config.data, ".json")

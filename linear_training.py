@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 import cache
-from utils.algebra.moments import moments_path
 from utils.algebra.pooled import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
@@ -172,7 +171,8 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it exists already."""
     load_config(config.model, config.run)  # a wrong name is refused before the data are read
-    config = settings_from_moments(config, moments_path(config.run, config.model, config.data, "train"))
+    moments = cache.Config(model=config.model, data=config.data, run=config.run)
+    config = settings_from_moments(config, cache.config_path(moments))
     run(config, load_splits(config.data, config.run))
 
 

@@ -174,9 +174,9 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
     with open_tensors(path) as (file, metadata):
         for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
-            found = features.feature_scores(moments, None, load_folds(path, layer, device))
-            layers.append(found.scores)
-            fits.append(found.fits)
+            scores, fits_of_layer = features.feature_scores(moments, None, load_folds(path, layer, device))
+            layers.append(scores)
+            fits.append(fits_of_layer)
     errors = np.array([[fit.error for fit in folds] for folds in fits])
     judged = judge_layers(errors, np.array([fit.baseline for fit in fits[-1]]))
     return {

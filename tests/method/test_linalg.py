@@ -5,18 +5,14 @@ import pytest
 import scipy.linalg
 import torch
 
+from tests.method.toy import tensor
 from utils.algebra.linalg import (
     NestedBasis,
     Noise,
-    inverse_root,
-    noise_probes,
     whiten,
     without_constants,
 )
-
-
-def tensor(array) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(array), dtype=torch.float64)
+from utils.algebra.products import noise_probes
 
 
 def covariance_of(spectrum, seed=0) -> np.ndarray:
@@ -54,18 +50,10 @@ def test_tolerance_cuts_the_spectrum_of_the_correlations(tolerance, rank):
 
 
 def test_a_coordinate_that_is_always_zero_is_left_out():
-    matrix = np.zeros((5, 5))
-    matrix[:4, :4] = covariance_of([1, 2, 3, 4])
+    matrix = scipy.linalg.block_diag(covariance_of([1, 2, 3, 4]), 0)
     whitener = whiten(tensor(matrix)).numpy()
     assert whitener.shape == (5, 4) and not whitener[4].any()
     np.testing.assert_allclose(whitener.T @ matrix @ whitener, np.eye(4), atol=1e-12)
-
-
-def test_inverse_root_is_scipy_s_and_zero_on_the_null_space():
-    full, deficient = covariance_of([1, 2, 3, 4]), covariance_of([5, 2, 0, 0], seed=1)
-    roots = inverse_root(torch.stack([tensor(full), tensor(deficient)])).numpy()
-    np.testing.assert_allclose(roots[0], scipy.linalg.inv(scipy.linalg.sqrtm(full)), atol=1e-12)
-    np.testing.assert_allclose(roots[1] @ roots[1], scipy.linalg.pinvh(deficient, rtol=1e-12), atol=1e-12)
 
 
 def test_constant_features_are_taken_out_by_their_spread_and_not_by_their_unit():
@@ -78,32 +66,23 @@ def test_constant_features_are_taken_out_by_their_spread_and_not_by_their_unit()
     np.testing.assert_array_equal(found[kept], covariance[kept])
 
 
-@pytest.mark.parametrize("num_vectors", [1, 5, 12])
-def test_nested_basis_spans_what_qr_spans_at_every_k(num_vectors):
-    random = np.random.default_rng(num_vectors)
-    vectors = random.normal(size=(12, num_vectors)) * np.logspace(0, 6, num_vectors)
-    points = random.normal(size=(12, 7))
-    ks = list(range(1, num_vectors + 1))
-    basis = NestedBasis.of(tensor(vectors), ks)
-    assert basis.dims == ks
-    np.testing.assert_allclose(basis.q.T @ basis.q.numpy(), np.eye(12), atol=1e-12)  # Q is square and orthogonal
-    q = np.linalg.qr(vectors)[0]
-    inside = [np.square(q[:, :k].T @ points).sum(0) for k in ks]
-    np.testing.assert_allclose(basis.projected_norms(tensor(points)), inside, atol=1e-12)
-
-
-def test_a_nested_basis_counts_the_dimensions_that_the_first_columns_span():
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_nested_basis_spans_what_the_first_columns_span(dependent):
     random = np.random.default_rng(0)
-    vectors = random.normal(size=(90, 75))
-    vectors[:, 3] = vectors[:, :3] @ [1, -2, 3]
-    vectors[:, 10:20] = vectors[:, :8] @ random.normal(size=(8, 10))
-    vectors[:, 70] = vectors[:, :60] @ random.normal(size=60)
-    ks = [1, 3, 4, 5, 9, 12, 20, 21, 66, 71, 75]
-    basis = NestedBasis.of(tensor(vectors), ks)
-    for k, dimension in zip(ks, basis.dims, strict=True):
-        expected, found = scipy.linalg.orth(vectors[:, :k], rcond=1e-10), basis.q[:, :dimension].numpy()
-        assert dimension == expected.shape[1]
+    vectors, units = random.normal(size=(90, 75)), np.logspace(0, 6, 75)
+    if dependent:
+        vectors[:, 3] = vectors[:, :3] @ [1, -2, 3]
+        vectors[:, 10:20] = vectors[:, :8] @ random.normal(size=(8, 10))
+        vectors[:, 70] = vectors[:, :60] @ random.normal(size=60)
+    points, ks = random.normal(size=(90, 7)), [1, 3, 4, 5, 9, 12, 20, 21, 66, 71, 75]
+    basis = NestedBasis.of(tensor(vectors * units), ks)
+    np.testing.assert_allclose(basis.q.T @ basis.q.numpy(), np.eye(90), atol=1e-12)  # Q is square and orthogonal
+    norms = basis.projected_norms(tensor(points))
+    for k, dimension, inside in zip(ks, basis.dims, norms, strict=True):
+        expected, found = scipy.linalg.orth(vectors[:, :k], rcond=1e-10), basis.q[:, :dimension]
+        assert dimension == expected.shape[1] and (dependent or dimension == k)
         np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-10)
+        np.testing.assert_allclose(inside, np.square(expected.T @ points).sum(0), atol=1e-9)
 
 
 def test_a_column_of_rounding_spans_nothing():

@@ -11,7 +11,7 @@ from sklearn.linear_model import LinearRegression
 import cache
 import K_sweep
 from tests.conftest import configure, run_in_process
-from tests.method.test_K_sweep import make_data, moments_of, solve, sweep, tensor
+from tests.method.toy import make_data, moments_of, solve, sweep, tensor
 from utils.algebra.nulls import draw_permuted_factors
 from utils.algebra.scores import NULL_SCORES
 from utils.results import load_json
@@ -26,14 +26,9 @@ def test_closed_form_null_agrees_with_real_permutations(n, d, c):
     features, targets, states = make_data(n, d, c, seed=7)
     drawn = sweep(features, targets, states, num_null_draws=1000)["null_draws"]
     random = np.random.default_rng(0)
-    names = NULL_SCORES
-    real = {name: [] for name in names}
-    for _ in range(200):
-        permuted = sweep(features, random.permutation(targets), states, num_null_draws=2)
-        for name in names:
-            real[name].append(permuted[name].numpy())
-    for name in names:
-        permutations, draws = np.stack(real[name]), drawn[name].numpy()
+    real = [sweep(features, random.permutation(targets), states, num_null_draws=2) for _ in range(200)]
+    for name in NULL_SCORES:
+        permutations, draws = np.stack([found[name] for found in real]), drawn[name].numpy()
         standard_error = permutations.std(0) / np.sqrt(200) + draws.std(0) / np.sqrt(1000) + 1e-9
         assert np.all(np.abs(permutations.mean(0) - draws.mean(0)) < 5 * standard_error), name
         spread, drawn_spread = (np.diff(np.quantile(of.mean(1), [0.1, 0.9])) for of in (permutations, draws))
@@ -45,11 +40,11 @@ def test_draws_have_the_known_mean():
     p = np.array([0.5, 0.3, 0.2])
     label_covariance = tensor(np.diag(p) - np.outer(p, p))
     for n, rank in ((200, 30), (40, 30), (31, 30), (33, 30)):
-        drawn = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
-        totals = drawn.factors.square().sum((1, 2))
+        factors, bases = draw_permuted_factors(rank, n, label_covariance, 4000, np.random.default_rng(0))
+        totals = factors.square().sum((1, 2))
         expected = rank * label_covariance.trace() / (n - 1)
         assert abs(totals.mean() - expected) < 5 * totals.std() / 4000**0.5 + 1e-12
-        np.testing.assert_allclose(drawn.bases.mT @ drawn.bases, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
+        np.testing.assert_allclose(bases.mT @ bases, torch.eye(2).expand(4000, 2, 2), atol=1e-9)
 
 
 @pytest.mark.parametrize("center", [False, True])

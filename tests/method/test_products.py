@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import cache
-from utils.algebra.linalg import noise_probes
-from utils.algebra.products import CentredProducts, choose_precision, split
+from utils.algebra.products import CentredProducts, Precision, choose_precision, noise_probes, split
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
-CPU = torch.device("cpu")
 RELATIVE = {"float32": 3e-7, "bfloat16x2": 2e-5}  # largest error of an element over the largest element
 
 
@@ -48,6 +46,15 @@ def plain(made: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tens
     return total
 
 
+def products_of(made: list[tuple[torch.Tensor, torch.Tensor]], precision: Precision) -> dict[str, torch.Tensor]:
+    """The sums of a block; each batch returns the sums of its texts."""
+    products = CentredProducts(30, precision, torch.device("cpu"))
+    for x, lengths in made:
+        totals = [text[:length].sum(0) for text, length in zip(x.double(), lengths.tolist(), strict=True)]
+        torch.testing.assert_close(products.add(x, lengths), torch.stack(totals), rtol=1e-12, atol=1e-12)
+    return products.sums()
+
+
 def assert_close(found: dict, expected: dict, relative: float, names=None) -> None:
     for name in names or expected:
         error = (found[name] - expected[name]).abs().max()
@@ -63,42 +70,32 @@ def test_the_plain_formula_is_the_definition():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", RELATIVE)
 def test_products_equal_the_plain_formula_and_know_their_error(precision, dtype):
-    """Twice: a second block starts from nothing, around another centre."""
-    products, made, z = CentredProducts(30, precision, CPU), batches(dtype), noise_probes(30)
-    for block in (made, made[1:]):
-        for x, lengths in block:
-            totals = products.add(x, lengths)
-            for total, text, length in zip(totals, x.double(), lengths.tolist(), strict=True):
-                torch.testing.assert_close(total, text[:length].sum(0), rtol=1e-12, atol=1e-12)
-        found, expected = products.flush(), plain(block)
-        assert_close(found, expected, RELATIVE[precision])
-        assert_close(found, expected, 1e-13, ["prefix_mean", "next_mean"])  # no product of lower precision in them
-        for moment, error in (("second_moment", "second_error"), ("next_cross_moment", "next_error")):
-            missed = (found[f"prefix_{moment}"] - expected[f"prefix_{moment}"]) @ z
-            scale = expected[f"prefix_{moment}"].abs().max()
-            assert (found[f"prefix_{error}"] - missed).abs().max() <= 1e-12 * scale  # what is measured is the error
-            assert missed.abs().max() > 1e-10 * scale  # and there is one
+    made, z = batches(dtype), noise_probes(30)
+    found, expected = products_of(made, precision), plain(made)
+    assert_close(found, expected, RELATIVE[precision])
+    assert_close(found, expected, 1e-13, ["prefix_mean", "next_mean"])  # no product of lower precision in them
+    for moment, error in (("second_moment", "second_error"), ("next_cross_moment", "next_error")):
+        missed = (found[f"prefix_{moment}"] - expected[f"prefix_{moment}"]) @ z
+        scale = expected[f"prefix_{moment}"].abs().max()
+        assert (found[f"prefix_{error}"] - missed).abs().max() <= 1e-12 * scale  # what is measured is the error
+        assert missed.abs().max() > 1e-10 * scale  # and there is one
 
 
 def test_states_of_a_bfloat16_model_need_one_part():
     """Beside a mean of 1,000, the second part of x would be lost; as one exact part nothing of x is."""
-    products, made = CentredProducts(30, "bfloat16x2", CPU), batches(torch.bfloat16, mean=1000)
-    for x, lengths in made:
-        products.add(x, lengths)
-    assert_close(products.flush(), plain(made), 2e-7)
+    made = batches(torch.bfloat16, mean=1000)
+    assert_close(products_of(made, "bfloat16x2"), plain(made), 2e-7)
 
 
 def test_a_centre_makes_errors_relative_to_the_spread():
     """With a mean of 1,000 an uncentred product in float32 is off by 1e-7 of 10^6 in each element."""
-    products, made = CentredProducts(30, "float32", CPU), batches(torch.float32, mean=1000)
-    for x, lengths in made:
-        products.add(x, lengths)
-    found = products.flush()["prefix_second_moment"] - plain(made)["prefix_second_moment"]
-    uncentred = torch.zeros(30, 30)
+    made = batches(torch.float32, mean=1000)
+    exact, uncentred = plain(made)["prefix_second_moment"], torch.zeros(30, 30)
     for x, lengths in made:
         s = torch.cat([text[:length].cumsum(0)[:-1] for text, length in zip(x, lengths, strict=True)])
         uncentred += s.T @ s
-    assert found.abs().max() < 0.05 * (uncentred.double() - plain(made)["prefix_second_moment"]).abs().max()
+    error = (products_of(made, "float32")["prefix_second_moment"] - exact).abs().max()
+    assert error < 0.05 * (uncentred.double() - exact).abs().max()
 
 
 def test_few_tokens_are_multiplied_in_float64():

@@ -199,32 +199,28 @@ def test_rank_and_scores_are_those_of_exact_arithmetic(case, dtype, product_dtyp
 
 
 # ------------------------------------------------------------------ layers without a score
-def run_sweep(model_dir, tmp_path, texts: list[str], pooling="mean") -> dict:
+@pytest.mark.parametrize(
+    ("texts", "pooling", "without_score"),
+    [
+        ([f"{text} ." for text in make_texts(24)], "last", [0]),  # layer 0 pools to the full stop
+        ([f"{text} ." for text in make_texts(80)], "last", [0]),
+        (["the red house"] * 40, "mean", [0, 1, 2, 3]),
+        (["e", "a", "t", "o"] * 10, "mean", [0, 1, 2, 3]),  # texts of one token
+    ],
+)
+def test_a_layer_whose_states_tell_nothing_has_no_score(model_dirs, tmp_path, capsys, texts, pooling, without_score):
     rows = [{"text": text, "label": f"class {i % 3}"} for i, text in enumerate(texts)]
     data = Data(str(write_rows(tmp_path / "rows.jsonl", rows)))
-    groups = {"model": Model(str(model_dir)), "data": data, "run": Run(results_dir=tmp_path, tokens_per_batch=128)}
+    run = Run(results_dir=tmp_path, tokens_per_batch=128)
+    groups = {"model": Model(str(model_dirs["llama"])), "data": data, "run": run}
     cache.main(cache.Config(split="all", pooling=pooling, **groups))
     K_sweep.main(K_sweep.Config(split="all", num_null_draws=3, **groups))
     [path] = (tmp_path / "ntps").rglob("*.json")
-    return json.loads(path.read_text(), parse_constant=pytest.fail)
-
-
-@pytest.mark.parametrize("num_texts", [24, 80])
-def test_a_layer_where_every_text_pools_to_the_same_has_no_score_and_the_others_have(
-    model_dirs, tmp_path, capsys, num_texts
-):
-    result = run_sweep(model_dirs["llama"], tmp_path, [f"{text} ." for text in make_texts(num_texts)], "last")
-    first, *others = result["layers"]
-    assert all(first[name] is None for name in (*SCORES, "excess_loss", "null"))
-    for layer, name in itertools.product(others, SCORES):
-        assert 0 <= min(layer[name]) <= max(layer[name]) <= 1 + 1e-9, (layer["layer"], name)
-    assert 0 < result["score"]["retained"]["value"] <= 1
-    assert "No score at layer 0" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("texts", [["the red house"] * 40, ["e", "a", "t", "o"] * 10], ids=["equal", "one token"])
-def test_equal_texts_and_texts_of_one_token_have_no_score(model_dirs, tmp_path, capsys, texts):
-    result = run_sweep(model_dirs["llama"], tmp_path, texts)
-    assert all(layer[name] is None for layer in result["layers"] for name in SCORES)
-    assert all(result["score"][name]["value"] is None for name in SCORES)
-    assert "No score at layer 0, 1, 2, 3" in capsys.readouterr().out
+    result = json.loads(path.read_text(), parse_constant=pytest.fail)
+    for layer, name in itertools.product(result["layers"], SCORES):
+        if layer["layer"] in without_score:
+            assert layer[name] is layer["excess_loss"] is layer["null"] is None
+        else:
+            assert 0 <= min(layer[name]) <= max(layer[name]) <= 1 + 1e-9, (layer["layer"], name)
+    assert (result["score"]["retained"]["value"] is None) == (3 in without_score)
+    assert f"No score at layer {', '.join(map(str, without_score))}:" in capsys.readouterr().out

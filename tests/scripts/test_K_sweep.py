@@ -12,15 +12,13 @@ import torch
 
 import cache
 import K_sweep
-from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
+from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, write_rows
 from utils.algebra.moments import load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
 from utils.results import open_tensors
 from utils.script import UserError, parse
 from utils.settings import with_values
-
-CPU = torch.device("cpu")
 
 
 def test_only_options_other_than_the_default_stand_in_the_name():
@@ -29,13 +27,11 @@ def test_only_options_other_than_the_default_stand_in_the_name():
 
     folder = "results/ntps/tiny/docstrings__kind"
     assert name() == name(subspace="autoregression") == f"{folder}.json"
-    assert name(subspace="pca") == f"{folder}.pca.json"
     assert name(subspace="random", split="test", center=True) == f"{folder}.test.random.centered.json"
-    assert name(eigenvectors="smallest") == f"{folder}.smallest.json"
-    assert name(coordinates="standardized") == f"{folder}.standardized.json"
+    assert name(eigenvectors="smallest", coordinates="standardized") == f"{folder}.smallest.standardized.json"
 
 
-# ------------------------------------------------------------------ the embedded model, and the command line
+# ------------------------------------------------------------------ real models: however the moments are computed
 def shuffled_texts(settings, run, split):
     """The texts of `load_texts` in another order."""
     data = load_texts(settings, run, split)
@@ -43,39 +39,34 @@ def shuffled_texts(settings, run, split):
     return dataclasses.replace(data, texts=[data.texts[i] for i in order], labels=data.labels[order])
 
 
+def sweep_all(folder: Path, **options) -> tuple[list, list]:
+    """The moments of every layer of a docstring task, and their scores."""
+    config = configure(cache, dataset_name="docstrings/kind", results_dir=folder, **options)
+    cache.main(config)
+    with open_tensors(cache.config_path(config)) as (file, metadata):
+        layers = [load_layer(file, metadata, layer, torch.device("cpu")) for layer in metadata["layers"]]
+    sweep = K_sweep.Config(num_null_draws=2)
+    return layers, [K_sweep.sweep_layer(moments, None, sweep, i) for i, moments in enumerate(layers)]
+
+
+def assert_equal_scores(one: list, other: list, tolerance: float) -> None:
+    """NTPS within 1e-4, the other scores within the tolerance, at every layer and fraction; and equal ranks."""
+    for a, b in zip(one, other, strict=True):
+        assert (a.rank_u, a.rank_v, a.rank_label) == (b.rank_u, b.rank_v, b.rank_label)
+        for name in SCORES:
+            difference = (a.scores[name] - b.scores[name]).abs().max()
+            assert difference < (1e-4 if name == "ntps" else tolerance), (name, a.layer, difference)
+
+
 @pytest.fixture(scope="module")
-def tiny_results(tmp_path_factory):
-    """cache.py on one docstring task with the embedded model, 1,500 texts, under four ways of computing the same."""
-    ways = {
-        "reference": {},
-        "small batches": {"tokens_per_batch": 256},
-        "float64 products": {"product_dtype": "float64"},
-        "shuffled texts": {},
-    }
-    results = {}
-    for way, options in ways.items():
-        folder = tmp_path_factory.mktemp("tiny")
-        config = configure(cache, dataset_name="docstrings/kind", max_samples=1500, results_dir=folder, **options)
-        with pytest.MonkeyPatch.context() as patch:
-            if way == "shuffled texts":
-                patch.setattr(cache, "load_texts", shuffled_texts)
-            cache.main(config)
-        [results[way]] = folder.glob("moments/*/*/train.safetensors")
-    return results
-
-
-def sweep_all(path) -> tuple[list, list]:
-    with open_tensors(path) as (file, metadata):
-        layers = [load_layer(file, metadata, layer, CPU) for layer in metadata["layers"]]
-    config = K_sweep.Config(num_null_draws=2)
-    return layers, [K_sweep.sweep_layer(moments, None, config, i) for i, moments in enumerate(layers)]
+def tiny(tmp_path_factory):
+    return sweep_all(tmp_path_factory.mktemp("tiny"), max_samples=1500)
 
 
 @pytest.mark.slow
-def test_scores_of_the_embedded_model_equal_the_reference_and_excess_lies_within_its_bounds(tiny_results):
-    layers, found = sweep_all(tiny_results["reference"])
+def test_scores_of_the_embedded_model_equal_the_reference_and_excess_lies_within_its_bounds(tiny):
     fractions = K_sweep.Config().fractions
-    for moments, layer in zip(layers, found, strict=True):
+    for moments, layer in zip(*tiny, strict=True):
         expected = [K_sweep.ntps_reference(moments, fraction) for fraction in fractions[::6]]
         np.testing.assert_allclose(layer.scores["ntps"][::6], expected, atol=1e-6)
         excess, slack = layer.scores["excess_loss"], 1e-9
@@ -86,15 +77,21 @@ def test_scores_of_the_embedded_model_equal_the_reference_and_excess_lies_within
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["small batches", "float64 products", "shuffled texts"])
-def test_score_does_not_depend_on_how_it_is_computed(tiny_results, way):
-    reference, other = sweep_all(tiny_results["reference"])[1], sweep_all(tiny_results[way])[1]
-    for a, b in zip(reference, other, strict=True):
-        assert (a.rank_u, a.rank_v, a.rank_label) == (b.rank_u, b.rank_v, b.rank_label)
-        for name in SCORES:
-            assert (a.scores[name] - b.scores[name]).abs().max() < 1e-4, (name, a.layer)
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"tokens_per_batch": 256}, 1e-4),
+        ({"product_dtype": "float64"}, 1e-4),
+        ({}, 1e-4),  # texts in another order
+    ],
+)
+def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, tmp_path, monkeypatch):
+    if not options:
+        monkeypatch.setattr(cache, "load_texts", shuffled_texts)
+    assert_equal_scores(tiny[1], sweep_all(tmp_path, max_samples=1500, **options)[1], tolerance)
 
 
+# ------------------------------------------------------------------ the command line
 @pytest.fixture(scope="module")
 def cached(model_dirs, rows_path, tmp_path_factory):
     """A results folder with the moments of both splits in bfloat16; and the settings K_sweep.py needs to find them."""
@@ -111,11 +108,19 @@ def names(cached, tmp_path):
     return cached | {"results_dir": shutil.copytree(cached["results_dir"], tmp_path / "results")}
 
 
-def test_from_moments_to_json_and_picture(names, monkeypatch, capsys):
-    call = [word for name, value in names.items() for word in (f"--{name}", value)]
-    assert run_in_process(monkeypatch, "K_sweep.py", *call) == 0
-    path = names["results_dir"] / "ntps" / Path(names["model_name"]).name / "rows.json"
-    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
+@pytest.fixture
+def config(names):
+    return configure(K_sweep, **names, picture=False, num_null_draws=2)
+
+
+def test_from_texts_to_json_and_picture(model_dirs, rows_path, tmp_path):
+    """As a user types it."""
+    call = ["--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path]
+    for script in (["cache.py", "--split", "test"], ["cache.py"], ["K_sweep.py"]):
+        done = run_command(*script, *call)
+        assert done.returncode == 0, done.stderr
+    path = tmp_path / "ntps" / Path(model_dirs["qwen2"]).name / "rows.json"
+    assert done.stdout.strip().splitlines()[-1] == str(path)
     content = json.loads(path.read_text())
     assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
     for layer in content["layers"]:
@@ -123,35 +128,16 @@ def test_from_moments_to_json_and_picture(names, monkeypatch, capsys):
             assert len(layer[name]) == len(content["fractions"]) == 19
         assert set(layer["null"]) == {"ntps_label", "ntps_whitened", "retained"}
         assert 0 <= layer["probe_r2"] <= 1 and layer["probe_r2_held_out"] is not None
-    value = np.mean(content["layers"][-1]["retained"])
-    assert content["score"]["retained"]["value"] == pytest.approx(value)
+    assert content["score"]["retained"]["value"] == pytest.approx(np.mean(content["layers"][-1]["retained"]))
     assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".pdf").is_file()
 
 
-def test_settings_left_at_their_default_are_those_of_the_moments(names):
-    result = K_sweep.main(configure(K_sweep, **names, picture=False, num_null_draws=2))
-    assert result["config"]["dtype"] == "bfloat16"
+def test_settings_left_at_their_default_are_those_of_the_moments(names, config):
+    assert K_sweep.main(config)["config"]["dtype"] == "bfloat16"
     with pytest.raises(UserError, match=r"dtype: 'bfloat16' there, 'float16' now"):
-        K_sweep.main(configure(K_sweep, **names, picture=False, dtype="float16"))
+        K_sweep.main(with_values(config, dtype="float16"))
     with pytest.raises(UserError, match=r"max_samples: None there, 20 now"):
-        K_sweep.main(configure(K_sweep, **names, picture=False, max_samples=20))
-
-
-def test_results_are_reused_refused_and_kept_apart(names, monkeypatch):
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    first, solve = K_sweep.main(config), K_sweep.sweep_layer
-
-    def no_work(*_):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(K_sweep, "sweep_layer", no_work)
-    assert K_sweep.main(config) == first
-    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
-        K_sweep.main(with_values(config, seed=1))
-    monkeypatch.setattr(K_sweep, "sweep_layer", solve)
-    K_sweep.main(with_values(config, eigenvectors="smallest", center=True))
-    folder = names["results_dir"] / "ntps" / Path(names["model_name"]).name
-    assert sorted(path.name for path in folder.iterdir()) == ["rows.json", "rows.smallest.centered.json"]
+        K_sweep.main(with_values(config, max_samples=20))
     cache.main(configure(cache, **names, dtype="bfloat16", pooling="last", overwrite=True))
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
         K_sweep.main(config)
@@ -162,9 +148,8 @@ def held_out_of(result: dict) -> list:
     return [layer["probe_r2_held_out"] for layer in result["layers"]]
 
 
-def test_held_out_numbers_come_and_go_with_their_moments(names, capsys):
+def test_held_out_numbers_come_and_go_with_their_moments(names, config, capsys):
     """A result that is stored is made again, not refused and not stale, where held-out moments have come or gone."""
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     test = next(names["results_dir"].glob("moments/*/*/test.safetensors"))
     away = test.rename(names["results_dir"] / "away.safetensors")
     without = K_sweep.main(config)
@@ -178,17 +163,14 @@ def test_held_out_numbers_come_and_go_with_their_moments(names, capsys):
     assert "held-out numbers of moments that are gone: made again" in capsys.readouterr().out
 
 
-def test_held_out_moments_of_other_rows_are_refused(names, tmp_path):
+def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
     """Same settings, same classes, same model: only the fingerprint of the rows tells them apart."""
     rows = Path(shutil.copy(names["dataset_name"], tmp_path / "rows.jsonl"))
-    names = names | {"dataset_name": str(rows), "results_dir": tmp_path / "mine"}
-    for split in ("train", "test"):
-        cache.main(configure(cache, **names, split=split))
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     K_sweep.main(config)
     changed = [json.loads(line) for line in rows.read_text().splitlines()]
     write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
-    cache.main(configure(cache, **names, split="test", overwrite=True))
+    other = names | {"dataset_name": str(rows), "split": "test", "dtype": "bfloat16", "overwrite": True}
+    cache.main(configure(cache, **other))
     with pytest.raises(UserError, match=r"other moments of the held-out split.*--overwrite"):
         K_sweep.main(config)
 
@@ -200,15 +182,24 @@ def test_held_out_moments_of_other_rows_are_refused(names, tmp_path):
         ({"pooling": "last"}, "pooling: 'last' there, 'mean' now"),
         ({"max_length": 5}, "max_length: 5 there, None now"),
         ({"label_column": "other"}, "label_column: 'other' there, 'label' now"),
+        ({"weights": "other"}, "other weights of the model"),
     ],
 )
-def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(names, tmp_path, capsys, change, said):
+def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(
+    names, model_dirs, tmp_path, capsys, change, said
+):
     """As they would be without any; the command in the sentence makes the right ones."""
     old = [json.loads(line) for line in Path(names["dataset_name"]).read_text().splitlines()]
     rows = write_rows(tmp_path / "two.jsonl", [row | {"other": f"kind {i % 4}"} for i, row in enumerate(old)])
-    names = names | {"dataset_name": str(rows), "results_dir": tmp_path / "mine"}
+    model = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
+    names = {"model_name": str(model), "dataset_name": str(rows), "results_dir": tmp_path / "mine"}
+    if change == {"weights": "other"}:
+        change = {}
+        cache.main(configure(cache, **names, label_column="label", split="test"))
+        retrain(model)
+    else:
+        cache.main(configure(cache, **({**names, "label_column": "label", "split": "test"} | change)))
     cache.main(configure(cache, **names, label_column="label"))
-    cache.main(configure(cache, **({**names, "label_column": "label", "split": "test"} | change)))
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
@@ -219,33 +210,15 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(names, 
     assert None not in held_out_of(K_sweep.main(config))
 
 
-# ------------------------------------------------------------------ identity and mistakes
-def test_a_retrained_model_is_noticed(names, model_dirs, tmp_path, capsys):
-    folder = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
-    names = names | {"model_name": str(folder)}
-    cache.main(configure(cache, **names))
-    config = configure(K_sweep, **names, picture=False, num_null_draws=2)
-    K_sweep.main(config)
-    retrain(folder)
-    with pytest.raises(UserError, match="other weights of the model"):
-        K_sweep.main(config)
-    cache.main(configure(cache, **names, split="test"))
-    shutil.rmtree(folder)  # moments are solved without the model, where it is not there
-    folder.mkdir()
-    assert held_out_of(K_sweep.main(with_values(config, overwrite=True))) == [None] * 3
-    assert "was made with other weights of the model. Run: python cache.py" in capsys.readouterr().out
-
-
+# ------------------------------------------------------------------ mistakes
 def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     """The name of an adapted model is of a folder of results; cache.py takes the model and its adapter."""
     wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "max_samples": 90, "split": "test"}
     with pytest.raises(UserError, match=r"No moments at .*Run: python cache\.py ") as raised:
         K_sweep.main(configure(K_sweep, **wanted, results_dir=tmp_path))
-    script, *arguments = shlex.split(str(raised.value).split("Run: python ")[1])
-    assert script == "cache.py"
     adapter = tmp_path / "lora" / "tiny" / "docstrings__kind" / "adapter"
     expected = wanted | {"model_name": "tiny", "adapter_dir": adapter, "results_dir": tmp_path}
-    parsed = parse(cache.Config, arguments)
+    parsed = parse(cache.Config, shlex.split(str(raised.value).split("Run: python cache.py ")[1]))
     assert parsed == configure(cache, **expected)
     assert str(cache.config_path(parsed)) in str(raised.value)  # where K_sweep.py looked
 
@@ -265,17 +238,16 @@ def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, c
     assert not any(tmp_path.iterdir())  # before a pass through the model
 
 
-def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path, monkeypatch):
+def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path):
     """They do for the train split, where the test split only judges the probe."""
-    folder = tmp_path / "numbers"
-    folder.mkdir()
     for split, spread in (("train", 0.1), ("test", 0.0)):
         rows = [{"text": text, "label": 0.1 + spread * (i % 7)} for i, text in enumerate(make_texts(40))]
+        (folder := tmp_path / "numbers").mkdir(exist_ok=True)
         write_rows(folder / f"{split}.jsonl", rows)
     shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(folder), "results_dir": tmp_path / "results"}
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split))
-    arguments = [word for name, value in shared.items() for word in (f"--{name}", value)]
-    message = run_in_process(monkeypatch, "K_sweep.py", *arguments, "--split", "test", "--no_picture")
-    assert message.startswith("error: The labels of ") and "test.safetensors are all equal. See --split" in message
-    assert run_in_process(monkeypatch, "K_sweep.py", *arguments, "--no_picture") == 0
+    config = configure(K_sweep, **shared, picture=False)
+    with pytest.raises(UserError, match=r"labels of .*test.safetensors are all equal. See --split"):
+        K_sweep.main(with_values(config, split="test"))
+    K_sweep.main(config)

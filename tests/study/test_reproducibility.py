@@ -8,7 +8,7 @@ import torch
 import K_sweep
 from benchmarks import reproducibility
 from tests.conftest import ROOT, configure, run_in_process
-from tests.method.test_K_sweep import make_data, moments_of
+from tests.method.toy import make_data, moments_of
 from utils.algebra.linalg import whiten
 from utils.algebra.scores import SCORES
 

@@ -1,43 +1,29 @@
 """Scores of pooled features for labels in closed form, from the moments of one layer: ridge, H-score, LogME, CKA, R2.
 
-Nothing here sees a text: n, the means of m m', m y' and m are enough, with |m|^4 and |m|^2 m for Ledoit-Wolf shrinkage.
-
 Symbols: n texts, d features, c classes; Sigma the covariance of the features, S that with the one-hot labels, p the
 class shares, D = diag(p) - p p' the covariance of the labels.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.algebra.linalg import rounding, whiten
 from utils.algebra.moments import LayerMoments
-from utils.algebra.ridge import RidgeFit, fold_moments, probe_scores, ridge, whole_split
+from utils.algebra.ridge import Moments, RidgeFit, fold_pairs, probe_scores, ridge, whole_split
 
-
-@dataclass(frozen=True)
-class Definition:
-    """A score's name and label, for tables and their readers; larger is better for each."""
-
-    name: str
-    label: str
-    saturates: bool = False  # has its best value whatever the labels once n <= d
-
-
-DEFINITIONS = (
-    Definition("ridge_r2", "ridge R2, cross-validated"),
-    Definition("h_oas", "H-score, OAS shrinkage"),
-    Definition("h_ledoit_wolf", "H-score, Ledoit-Wolf"),
-    Definition("logme", "LogME"),
-    Definition("cka", "linear CKA"),
-    Definition("probe_r2_held_out", "least-squares R2, held out"),
-    Definition("probe_r2", "least-squares R2, train", saturates=True),
-)
-NAMES = tuple(definition.name for definition in DEFINITIONS)
-LABELS = {definition.name: definition.label for definition in DEFINITIONS}
+LABELS = {  # name -> label of each score, for tables and their readers; larger is better
+    "ridge_r2": "ridge R2, cross-validated",
+    "h_oas": "H-score, OAS shrinkage",
+    "h_ledoit_wolf": "H-score, Ledoit-Wolf",
+    "logme": "LogME",
+    "cka": "linear CKA",
+    "probe_r2_held_out": "least-squares R2, held out",
+    "probe_r2": "least-squares R2, train",
+}
+NAMES = tuple(LABELS)
 
 
 # ------------------------------------------------------------------ H-score
@@ -85,10 +71,7 @@ def log_evidence(eigenvalues: Tensor, projected: Tensor, squares: Tensor, n: int
 
     Args:
         eigenvalues: of the sum of m m', without zeros, (k,).
-        projected: the sums of m y in that eigenbasis, (k, targets).
-        squares: the sum of y^2 of each target, (targets,).
-        n: texts.
-        d: features.
+        projected, squares: the sums of m y in that eigenbasis, (k, targets), and of y^2, (targets,).
     """
     sigma = eigenvalues[:, None]
     explained = projected.square() / sigma
@@ -128,45 +111,32 @@ def cka(moments: LayerMoments, sigma: Tensor) -> float:
 
 
 # ------------------------------------------------------------------ all of them
-class FeatureScores(NamedTuple):
-    """Every score of a layer, and the fits of its ridge regression."""
-
-    scores: dict[str, dict[str, Any]]  # name -> value and meaningless; ridge also null_mean, null_std and z
-    fits: list[RidgeFit]  # of each fold, or of the other split; none without either
-
-
 def feature_scores(
-    moments: LayerMoments, held_out: LayerMoments | None = None, folds: tuple[dict[str, Tensor], Tensor] | None = None
-) -> FeatureScores:
-    """Every score of one layer, but H-scores of a regression; ridge alone where m never varies.
+    moments: LayerMoments, held_out: LayerMoments | None = None, folds: list[Moments] | None = None
+) -> tuple[dict[str, dict[str, Any]], list[RidgeFit]]:
+    """Every score of one layer, but H-scores of a regression; ridge alone where m never varies; the fits of ridge.
 
-    Args:
-        moments: of the layer.
-        held_out: the same of the other split.
-        folds: of `utils.algebra.ridge.load_folds`; None: ridge is fitted on all texts and judged by the other split.
+    A score has a `value` and is `meaningless` or not; ridge also has `null_mean`, `null_std` and `z`. With fewer than
+    two folds, of `load_folds`, ridge is fitted on all texts and judged by those held out, if any.
     """
     sigma, entries, fits = moments.pooled_covariance, dict[str, dict[str, Any]](), list[RidgeFit]()
-    pairs = fold_moments(*folds) if folds else []
-    if len(pairs) < 2 and held_out is not None:
+    pairs = fold_pairs(folds) if folds and len(folds) > 1 else []
+    if not pairs and held_out is not None:
         pairs = [(whole_split(moments), whole_split(held_out))]
-    if pairs and pairs[0][0].num > 0:
+    if pairs:
         entries["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
     whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
     if rank := whitener.shape[1]:
-        probe = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
-        values = {name: value for name, value in probe.items() if name in NAMES}
+        values = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
         values |= {"cka": cka(moments, sigma), "logme": logme(moments)}
         if moments.class_counts is not None:
             values |= {name: h_score(moments, sigma, of(moments, sigma)) for name, of in SHRINKAGES.items()}
-        entries |= {
-            name: {"value": value if math.isfinite(value) else None}
-            for name, value in values.items()
-            if value is not None
-        }
+        for name, value in values.items():
+            if value is not None:
+                entries[name] = {"value": value if math.isfinite(value) else None}
+    # the probe has its best value on its own rows whatever the labels once n <= d
     is_saturated = moments.num_samples <= max(len(sigma), rank + 1)
     scores = {
-        definition.name: entries[definition.name] | {"meaningless": definition.saturates and is_saturated}
-        for definition in DEFINITIONS
-        if definition.name in entries
+        name: entries[name] | {"meaningless": name == "probe_r2" and is_saturated} for name in NAMES if name in entries
     }
-    return FeatureScores(scores, fits)
+    return scores, fits

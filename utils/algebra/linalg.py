@@ -1,13 +1,13 @@
 """Whitening, the cut of a spectrum, nested bases: one of each, for every score and probe. All in float64."""
 
+import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-NUM_PROBES = 4
 
 
 def rounding(size: int) -> float:
@@ -15,30 +15,35 @@ def rounding(size: int) -> float:
     return size * torch.finfo(torch.float64).eps
 
 
-def noise_probes(size: int) -> Tensor:
-    """Z, (d, p): fixed random signs. The error of C Z is measured, as that of C itself would cost another C."""
-    return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_PROBES)))
-
-
 @dataclass(frozen=True)
 class Noise:
     """Rounding in a positive semi-definite matrix C: directions that it explains are not in the range of C."""
 
-    diagonal: Tensor  # (d,), the most that rounding of the states adds to each diagonal element
-    error: Tensor | None = None  # (d, p), the error of C Z for the signs Z of `noise_probes`; None: none
-    max_rank: int | None = None  # directions that the data can have, by their number; None: any
+    diagonal: Tensor | float = 0.0  # (d,), the most that rounding of the states adds to each diagonal element
+    error: Tensor | None = None  # (d, p), the error of C Z for random signs Z; None: none
+    max_rank: int = sys.maxsize  # directions that the data can have, by their number
+
+    def centred(self, diagonal: Tensor) -> "Noise":
+        """The noise once the mean is taken from C, of this diagonal: that of a difference, which can be far smaller."""
+        lost = rounding(len(diagonal)) * diagonal
+        return dataclasses.replace(self, diagonal=self.diagonal + lost, max_rank=max(0, self.max_rank - 1))
+
+    def scaled(self, scale: Tensor, diagonal: Tensor) -> "Noise":
+        """The noise of D C D for a diagonal matrix D of elements `scale`, (d,), and C of this diagonal."""
+        error, squares = self.error, scale.square()
+        if error is not None:  # an element's error is in proportion to the sizes of its two coordinates
+            error = error * scale[:, None] * (diagonal @ squares / diagonal.sum()).sqrt()
+        return dataclasses.replace(self, diagonal=self.diagonal * squares, error=error)
 
     def num_null_directions(self, matrix: Tensor, eigenvalues: Tensor, basis: Tensor) -> int:
         """How many of the smallest eigenvalues of `equilibrated_eigh` errors of products, or the rank, explain.
 
-        Random errors of the elements show, in a null space of m directions, as eigenvalues up to 2 sqrt(m) times their
-        deviation (Wigner's semicircle). The largest m that this explains, with a factor of two to spare, is null; so a
-        direction that stands alone above the noise is kept. An element's error in C is in proportion to the sizes of
-        its two coordinates, so that each row of the error of C Z, divided by its own size and that of all coordinates,
-        has the deviation of an equilibrated element.
+        Random errors show, in a null space of m directions, as eigenvalues up to 2 sqrt(m) times their deviation
+        (Wigner's semicircle). The largest m that this explains, with a factor of two to spare, is null: a direction
+        that stands alone is kept. A row of the error of C Z, over the sizes of its coordinate and of all, deviates as
+        an equilibrated element does.
         """
-        num_null = 0 if self.max_rank is None else max(0, len(eigenvalues) - self.max_rank)
-        is_used = basis.any(1)
+        num_null, is_used = max(0, len(eigenvalues) - self.max_rank), basis.any(1)
         if self.error is None or not is_used.any():
             return num_null
         sizes = matrix.diagonal()[is_used]
@@ -48,42 +53,34 @@ class Noise:
         return max(num_null, int(explained.max()) + 1 if len(explained) else 0)
 
 
-def equilibrated_eigh(matrix: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+NO_NOISE = Noise()
+
+
+def equilibrated_eigh(matrix: Tensor, noise: Noise = NO_NOISE) -> tuple[Tensor, Tensor]:
     """Eigenvalues of D^-1/2 C D^-1/2, D the diagonal of C, ascending, (d,), and A = D^-1/2 E: A' C A is diagonal.
 
     A coordinate that is always zero, or not more than rounding, has zeros in A.
     """
     diagonal = matrix.diagonal()
-    scale = torch.where(diagonal > (noise.diagonal if noise else 0), diagonal, torch.inf).rsqrt()
+    scale = torch.where(diagonal > noise.diagonal, diagonal, torch.inf).rsqrt()
     scaled = matrix * scale * scale[:, None]
     eigenvalues, eigenvectors = torch.linalg.eigh((scaled + scaled.T) / 2)
     return eigenvalues, scale[:, None] * eigenvectors
 
 
-def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise | None = None) -> Tensor:
-    """W with W' C W = I on the range of the symmetric, positive semi-definite C; its columns count the rank kept.
+def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise = NO_NOISE) -> Tensor:
+    """W, (d, rank), with W' C W = I on the range of the symmetric, positive semi-definite C, (d, d) float64.
 
     C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
-    massive coordinate; then eigenvalues above `tolerance` times the largest, and above the noise, are kept. Where C is
-    singular, the columns are in the range of the scaled matrix, so that solutions there depend on the axes.
+    massive coordinate; then eigenvalues above `tolerance` (None: d * eps, as `numpy.linalg.matrix_rank` has it) times
+    the largest, and above the noise, are kept. Where C is singular, solutions depend on the axes.
 
     Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
-
-    Args:
-        matrix: C, (d, d), float64.
-        tolerance: of the cut; None: d * eps, the rule of `numpy.linalg.matrix_rank`.
-        noise: the part of C that is rounding beyond that; None: nothing.
-
-    Returns:
-        (d, rank).
     """
     eigenvalues, basis = equilibrated_eigh(matrix, noise)
     floor = (rounding(len(matrix)) if tolerance is None else tolerance) * eigenvalues[-1:].clamp(min=0)
-    if noise:
-        floor = floor + basis.square().T @ noise.diagonal
-    kept = eigenvalues > floor
-    if noise:
-        kept[: noise.num_null_directions(matrix, eigenvalues, basis)] = False
+    kept = eigenvalues > floor + (basis.square().T * noise.diagonal).sum(1)
+    kept[: noise.num_null_directions(matrix, eigenvalues, basis)] = False
     return basis[:, kept] * eigenvalues[kept].rsqrt()
 
 
@@ -123,12 +120,10 @@ class NestedBasis:
 
     @classmethod
     def of(cls, vectors: Tensor, ks: list[int], sizes: Tensor | None = None) -> "NestedBasis":
-        """The basis of the columns of `vectors`, (d, k), in their order, dependent ones left out.
+        """The basis of the columns of `vectors`, (d, k), in their order, without those that depend on earlier ones.
 
-        Args:
-            ks: numbers of vectors whose spans are of interest.
-            vectors: one within sqrt(d * eps) of the span of those before it is dependent.
-            sizes: (k,), what rounding is relative to: a vector of sqrt(d * eps) of its size is zero; None: its length.
+        A column within sqrt(d * eps) of their span depends on them. One is zero below that share of its entry of
+        `sizes`, (k,), to which its rounding is relative; None: only a column of zeros is zero.
         """
         tolerance = math.sqrt(rounding(len(vectors)))
         lengths = vectors.norm(dim=0)
@@ -151,9 +146,8 @@ def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
     kept: list[int] = []
     basis = torch.zeros_like(columns.T)  # orthonormal rows
     for j, column in enumerate(columns.T):
-        span = basis[: len(kept)]
         for _ in range(2):  # twice is enough: one pass leaves rounding of the size of the part it takes off
-            column = column - (span @ column) @ span
+            column = column - (basis[: len(kept)] @ column) @ basis[: len(kept)]
         if (length := column.norm()) > tolerance:
             basis[len(kept)] = column / length
             kept.append(j)

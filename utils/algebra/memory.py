@@ -17,15 +17,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
-    """Whether main memory keeps the sums: if asked for, and with "auto" where they do not fit a GPU.
+    """True if main memory keeps the sums of each layer: if asked for, and with "auto" where they do not fit a GPU.
 
-    Args:
-        num_bytes: of the sums of each layer.
-        devices: of the hidden states of each layer.
-        accumulate_on: "auto", "device" or "cpu".
-
-    Raises:
-        UserError: the sums do not fit.
+    Raises UserError where they do not fit.
     """
     for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
         needed = Counter[torch.device]()
@@ -34,8 +28,6 @@ def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_o
         lacking = [device for device in needed if needed[device] > free_memory(device)]
         if not lacking:
             return on_host
-    raise UserError(
-        f"The sums of the pass need {needed[lacking[0]] / 1e9:.1f} GB; {lacking[0]} has "
-        f"{free_memory(lacking[0]) / 1e9:.1f} GB free. Try fewer --layers, --folds none, --accumulate_on cpu or "
-        "--device_map auto."
-    )
+    sizes = f"{needed[lacking[0]] / 1e9:.1f} GB; {lacking[0]} has {free_memory(lacking[0]) / 1e9:.1f} GB free"
+    flags = "fewer --layers, --folds none, --accumulate_on cpu or --device_map auto"
+    raise UserError(f"The sums of the pass need {sizes}. Try {flags}.")

@@ -1,7 +1,6 @@
 """The moments that cache.py writes, read back one layer at a time, with the settings they were made with."""
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -13,38 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.algebra.linalg import Noise, rounding
+from utils import results
+from utils.algebra.linalg import NO_NOISE, Noise
 from utils.algebra.pooled import has_pooled
-from utils.results import check_identity, difference, find_result, open_tensors, read_identity, result_path
 from utils.script import UserError
-from utils.settings import Data, Model, Run, command_line, result_settings, with_values
+from utils.settings import Run, command_line, result_settings, with_values
 
-PER_LAYER = (
+OF_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
     *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
+    *("pooled_norm_fourth_power", "pooled_norm_squared_pooled"),
 )
-NORMS = ("pooled_norm_fourth_power", "pooled_norm_squared_pooled")  # for Ledoit-Wolf shrinkage
-OF_ROUNDING = ("prefix_second_error", "prefix_next_error")
 EQUAL_LABELS = 1e-12  # variance of labels beside their mean square that is rounding
-COMPARED = ("config", "label_names", "model_fingerprint")  # of the moments of two splits
-SHARED = ("label_mean", "label_second_moment")  # the labels are the same at every layer
-
-
-def moments_path(run: Run, model: Model, data: Data, split: str) -> Path:
-    """Where the moments of a split are."""
-    return result_path("moments", run, model, data) / f"{split}.safetensors"
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What in the moments of one layer can be rounding."""
-
-    pooled: Tensor  # (d,), variance that the rounding of the states to the model's dtype gives the pooled state
-    prefix: Tensor  # (d,), what it adds to the diagonal of C0
-    prefix_second_error: Tensor  # (d, p), error of C0 Z
-    prefix_next_error: Tensor  # (d, p), error of C1 Z
-    num_distinct_texts: int
-    num_distinct_pairs: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +41,12 @@ class LayerMoments:
     label_second_moment: Tensor
     num_samples: int
     num_pairs: int
-    class_counts: Tensor | None = None  # texts of each class, (c,); None: regression
+    class_counts: list[int] | None = None  # texts of each class; None: regression
     pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
     pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
-    rounding: Rounding | None = None  # None: of float64 alone
+    pooled_rounding: Noise = NO_NOISE  # of M, beyond that of float64
+    prefix_rounding: Noise = NO_NOISE  # of C0
+    next_rounding: Noise = NO_NOISE  # of C1: its error alone
 
     @property
     def pooled_covariance(self) -> Tensor:
@@ -105,60 +86,47 @@ class LayerMoments:
 
     def scaled(self, scale: Tensor) -> "LayerMoments":
         """The moments of states with coordinates multiplied by `scale`, (d,), the diagonal of D: D M D, D B, ..."""
-        rows, both, errors = scale[:, None], scale * scale[:, None], self.rounding
-        if errors is not None:  # an element's error is in proportion to the sizes of its two coordinates, as in `Noise`
-            variances = self.prefix_second_moment.diagonal()
-            growth = rows * (variances @ scale.square() / variances.sum()).sqrt()
-            errors = dataclasses.replace(
-                errors,
-                **{name: getattr(errors, name) * scale.square() for name in ("pooled", "prefix")},
-                **{name: getattr(errors, name) * growth for name in OF_ROUNDING},
-            )
-        changes: dict[str, Any] = dict.fromkeys(NORMS)
-        changes |= {name: getattr(self, name) * scale for name in ("pooled_mean", "prefix_mean", "next_mean")}
-        for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
-            changes[name] = getattr(self, name) * both
-        changes["pooled_label_cross_moment"] = self.pooled_label_cross_moment * rows
-        return dataclasses.replace(self, **changes, rounding=errors)
+        both, variances = scale * scale[:, None], self.prefix_second_moment.diagonal()
+        factors = dict.fromkeys(("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"), both)
+        factors |= dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), scale)
+        factors["pooled_label_cross_moment"] = scale[:, None]
+        changes: dict[str, Any] = {name: getattr(self, name) * factor for name, factor in factors.items()}
+        for name in ("pooled_rounding", "prefix_rounding", "next_rounding"):
+            changes[name] = getattr(self, name).scaled(scale, variances)
+        changes |= {"pooled_norm_fourth_power": None, "pooled_norm_squared_pooled": None}
+        return dataclasses.replace(self, **changes)
 
     def pooled_noise(self, center: bool) -> Noise:
-        """What of M, or of Sigma, is rounding."""
-        diagonal = torch.zeros_like(self.pooled_mean)
-        if center:  # Sigma is a difference of two float64 matrices that can be much larger than it
-            diagonal += rounding(len(diagonal)) * self.pooled_second_moment.diagonal()
-        if self.rounding is None:
-            return Noise(diagonal)
-        return Noise(diagonal + self.rounding.pooled, max_rank=self.rounding.num_distinct_texts - center)
+        """The rounding in M, or in Sigma."""
+        return self.pooled_rounding.centred(self.pooled_second_moment.diagonal()) if center else self.pooled_rounding
 
     def prefix_noise(self, center: bool) -> Noise:
-        """What of C0 is rounding."""
-        diagonal = torch.zeros_like(self.pooled_mean)
-        if center:
-            diagonal += rounding(len(diagonal)) * self.prefix_second_moment.diagonal()
-        if self.rounding is None:
-            return Noise(diagonal)
-        max_rank = max(0, self.rounding.num_distinct_pairs - center)
-        return Noise(diagonal + self.rounding.prefix, self.rounding.prefix_second_error, max_rank)
+        """The rounding in C0, centred or not."""
+        return self.prefix_rounding.centred(self.prefix_second_moment.diagonal()) if center else self.prefix_rounding
 
 
-def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -> Rounding:
-    """What in the moments of a layer can be rounding.
+# ------------------------------------------------------------------ files
+def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -> dict[str, Any]:
+    """The fields of `LayerMoments` that describe rounding: of the states, by its variance, and of the products.
 
     A state of the model's dtype is off by up to half of its spacing, eps 2^e for |x| in 2^e [1, 2): a variance of
-    eps^2 4^e / 12, which is eps^2 x^2 / 12 times 3 / (8 log 2) on average over mantissas (their logarithm is
-    uniform). The errors of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum t times.
-    Four times that is taken, which also covers mantissas that are less evenly spread.
+    eps^2 4^e / 12, on average over mantissas eps^2 x^2 / 12 times 3 / (8 log 2), as their logarithm is uniform. Errors
+    of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum t times. Four times that is
+    taken, for mantissas that are less evenly spread.
     """
-    statistics, config = metadata["rounding"], metadata["config"]
-    relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
-    tokens_per_text = metadata["num_tokens"] / metadata["num_samples"]
-    per_token = 4 * relative * file.get_tensor(f"layer.{layer}.token_square").to(device).clamp(min=0) / tokens_per_text
-    return Rounding(
-        pooled=per_token * (1 if config["pooling"] == "last" else statistics["mean_inverse_length"]),
-        prefix=per_token * statistics["mean_prefix_tokens"],
-        **{name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_ROUNDING},
-        **{name: statistics[name] for name in ("num_distinct_texts", "num_distinct_pairs")},
+    square, second_error, next_error = (
+        file.get_tensor(f"layer.{layer}.{name}").to(device)
+        for name in ("token_square", "prefix_second_error", "prefix_next_error")
     )
+    config, found = metadata["config"], metadata["rounding"]
+    relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
+    per_token = 4 * relative * square.clamp(min=0) * metadata["num_samples"] / metadata["num_tokens"]
+    pooled = per_token * (1 if config["pooling"] == "last" else found["mean_inverse_length"])
+    return {
+        "pooled_rounding": Noise(pooled, max_rank=found["num_distinct_texts"]),
+        "prefix_rounding": Noise(per_token * found["mean_prefix_tokens"], second_error, found["num_distinct_pairs"]),
+        "next_rounding": Noise(error=next_error),
+    }
 
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
@@ -168,34 +136,24 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
         UserError: the layer is not kept.
     """
     check_has_layer(metadata, layer)
-    tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in (*PER_LAYER, *NORMS)}
-    tensors |= {name: file.get_tensor(name).to(device) for name in SHARED}
-    if metadata["class_counts"] is not None:
-        tensors["class_counts"] = torch.tensor(metadata["class_counts"], device=device)
-    counts = {name: metadata[name] for name in ("num_samples", "num_pairs")}
-    return LayerMoments(**tensors, **counts, rounding=load_rounding(file, metadata, layer, device))
+    tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_LAYER}
+    tensors |= {name: file.get_tensor(name).to(device) for name in ("label_mean", "label_second_moment")}
+    counts = {name: metadata[name] for name in ("num_samples", "num_pairs", "class_counts")}
+    return LayerMoments(**tensors, **counts, **load_rounding(file, metadata, layer, device))
 
 
 def describe_texts(token_ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-    """Counts of n texts, and the statistics from which `load_rounding` tells rounding from rank.
-
-    Args:
-        token_ids: of all texts, end to end, (num_tokens,).
-        offsets: text i is token_ids[offsets[i] : offsets[i + 1]], (n + 1,).
-    """
+    """Counts of n texts, text i of `token_ids[offsets[i] : offsets[i + 1]]`, and statistics for `load_rounding`."""
     lengths = np.diff(offsets)
-    digests = bytearray()  # 16 bytes a text instead of a copy of it
-    for start, end in itertools.pairwise(offsets):
-        digests += hashlib.blake2b(token_ids[start:end].tobytes(), digest_size=16).digest()
-    _, first = np.unique(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2), axis=0, return_index=True)
-    rounding_statistics = {
+    distinct = {hash(token_ids[start:end].tobytes()): end - start for start, end in itertools.pairwise(offsets)}
+    rounding = {
         "mean_inverse_length": float((1 / lengths).mean()),
         "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
-        "num_distinct_texts": len(first),
-        "num_distinct_pairs": int((lengths[first] - 1).sum()),
+        "num_distinct_texts": len(distinct),
+        "num_distinct_pairs": int(sum(distinct.values())) - len(distinct),
     }
     counts = {"num_samples": len(lengths), "num_tokens": int(lengths.sum()), "num_pairs": int((lengths - 1).sum())}
-    return {**counts, "rounding": rounding_statistics}
+    return {**counts, "rounding": rounding}
 
 
 def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -212,47 +170,32 @@ def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------ find
-def is_complete(path: Path, identity: dict[str, Any], output: Any, overwrite: bool) -> bool:
-    """Whether the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
-
-    Args:
-        path: of the moments.
-        identity: as `check_identity` compares it.
-        output: `layers`, `folds` and `save_pooled` of cache.py's config.
-        overwrite: moments that would be refused are incomplete.
+def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
+    """True if the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
 
     Raises:
-        UserError: moments of another identity, or of layers that are not among those asked for.
+        UserError: they are of another identity; with --overwrite they are incomplete.
     """
     if not path.is_file():
         return False
+    output = config.output
     try:
-        with open_tensors(path) as (file, metadata):
-            check_identity(metadata, identity, path)
-            keys, kept, num_layers = file.keys(), set(metadata["layers"]), metadata["num_layers"]
+        with results.open_tensors(path) as (file, metadata):
+            results.check_identity(metadata, identity, path)
+            keys, num_layers = file.keys(), metadata["num_layers"]
         asked = numbers_of_layers(output.layers, num_layers)
-        if not kept.issuperset(asked) and not kept.issubset(asked):
-            raise UserError(
-                f"{path} has layers {in_words(kept)}, which would be lost. Keep them with --layers "
-                f"{in_words(kept.union(asked))}, replace them with --overwrite, or write elsewhere with --results_dir."
-            )
-        return (
-            kept.issuperset(asked)
-            and all(f"layer.{layer}.fold_pooled_mean" in keys for layer in choose(output.folds, asked))
-            and has_pooled(path, metadata["pooled_crc32"], len(choose(output.save_pooled, range(num_layers))))
-        )
+        needed = {f"layer.{layer}.pooled_mean" for layer in asked}
+        needed |= {f"layer.{layer}.fold_pooled_mean" for layer in choose(output.folds, asked)}
+        num_pooled = len(choose(output.save_pooled, range(num_layers)))
+        return needed.issubset(keys) and has_pooled(path, metadata["pooled_crc32"], num_pooled)
     except UserError:
-        if not overwrite:
+        if not config.run.overwrite:
             raise
         return False
 
 
 def check_embedded(config: Any, path: Path) -> None:
-    """Says that moments of the embedded model are made because they are not there.
-
-    Raises:
-        UserError: they are of another model; names the command that makes them.
-    """
+    """Prints that missing moments of the embedded model are made; for another model raises UserError with a command."""
     if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
         name, adapted, _ = config.model.model_name.partition("+lora")
         adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
@@ -263,20 +206,17 @@ def check_embedded(config: Any, path: Path) -> None:
 
 
 def held_out_path(path: Path, config: Any) -> Path | None:
-    """The moments of the other split, None where it has none; those of other settings are left out with a sentence.
+    """The moments of the other split than those at `path`, made with `config`; None where it has none like them.
 
-    Args:
-        path: of the moments.
-        config: of cache.py, as these moments have it.
+    Moments of other settings are left out with a sentence.
     """
-    other = {"train": "test", "test": "train"}.get(path.stem)
-    held_out = path.with_stem(other or path.stem)
-    if other is None or not held_out.is_file():
+    other = {"train": "test", "test": "train", "all": "none"}[config.split]
+    if not (held_out := path.with_stem(other)).is_file():
         return None
-    identity = {name: value for name, value in read_identity(path).items() if name in COMPARED}
+    identity = {name: results.read_identity(path)[name] for name in ("config", "model_fingerprint", "label_names")}
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
-    if not (how := difference(read_identity(held_out), identity)):
+    if not (how := results.difference(results.read_identity(held_out), identity)):
         return held_out
     wanted = with_values(config, split=other, overwrite=True)
     command = command_line("cache.py", wanted, {*result_settings(config), "results_dir", "overwrite"})
@@ -285,21 +225,16 @@ def held_out_path(path: Path, config: Any) -> Path | None:
 
 
 def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The stored scores at `path`; None where they have to be made, also as their held-out moments have come or gone.
-
-    Args:
-        path: of the result of K_sweep.py.
-        identity: as for `difference`; its `held_out` is None without held-out moments.
-        run: `overwrite` is read.
-    """
+    """The scores at `path`; None where they have to be made, also because their held-out moments have come or gone."""
     held_out = identity["held_out"]
-    stored = find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
+    stored = results.find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
     if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
         change = "has no held-out numbers yet" if held_out else "has held-out numbers of moments that are gone"
         print(f"{path} {change}: made again.")
-        return find_result(path, identity, dataclasses.replace(run, overwrite=True))
+        results.check_writable(path)
+        return None
     if stored:
-        check_identity(stored, identity, path)
+        results.check_identity(stored, identity, path)
     return stored
 
 
@@ -316,22 +251,14 @@ def in_words(layers: Iterable[int]) -> str:
 
 def check_has_layer(metadata: dict, layer: int) -> None:
     """Raises UserError where the moments do not hold a layer."""
-    kept = metadata["layers"]
-    if layer not in kept:
-        raise UserError(
-            f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with --layers "
-            f"{in_words({*kept, layer})}, or without --layers for all of them."
-        )
+    if layer not in (kept := metadata["layers"]):
+        more = f"--layers {in_words({*kept, layer})}"
+        raise UserError(f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with {more}, or without.")
 
 
-def numbers_of_layers(layers: tuple[int, ...] | None, num_layers: int) -> list[int]:
-    """Layers as asked for, negative ones counted from the end, in order and each once; all without any.
-
-    Raises:
-        UserError: there is no such layer.
-    """
-    if layers is None:
-        return list(range(num_layers))
+def numbers_of_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """Layers as asked for, negative ones counted from the end, in order and each once; all without any."""
+    layers = range(num_layers) if layers is None else layers
     if wrong := [layer for layer in layers if not -num_layers <= layer < num_layers]:
         last = num_layers - 1
         raise UserError(f"There is no layer {wrong[0]}: the model has layers 0 to {last}, or -{num_layers} to -1.")

@@ -8,14 +8,12 @@ ones have not, as whitening stretches V: they are drawn, in the coordinates of t
 V is Gaussian rows, each times its deviation.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.algebra.linalg import NestedBasis, inverse_root, rounding
+from utils.algebra.linalg import Eigenspace, NestedBasis, inverse_root, rounding
 from utils.algebra.moments import LayerMoments
 
 STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1,), "random V": (2,)}
@@ -27,29 +25,17 @@ def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Genera
 
 
 # ------------------------------------------------------------------ permuted labels
-@dataclass(frozen=True)
-class PermutedFactors:
-    """Draws of W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of each draw's span."""
-
-    factors: Tensor  # (num_draws, rank Sigma, c)
-    bases: Tensor  # (num_draws, rank Sigma, b), b the rank of the label covariance
-
-
 def draw_permuted_factors(
     rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
-) -> PermutedFactors:
-    """Draws of W' S when the labels are permuted.
+) -> tuple[Tensor, Tensor]:
+    """Draws of W' S when the labels are permuted, W the whitener of Sigma, and an orthonormal basis of each one's span.
 
-    W' S = G (G'G + R)^{-1/2} L': G (rank, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
+    W' S = G (G'G + R)^{-1/2} L': G (rank Sigma, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
     (c, b) a root of the label covariance. The draws are rotation invariant: any orthonormal basis of the whitened
     space will do.
 
-    Args:
-        rank: of Sigma.
-        num_samples: n.
-        label_covariance: (c, c).
-        num_draws: number of draws.
-        random: source of randomness.
+    Returns:
+        (num_draws, rank, c) and (num_draws, rank, b).
     """
     eigenvalues, vectors = torch.linalg.eigh(label_covariance)
     kept = eigenvalues > rounding(len(eigenvalues)) * eigenvalues[-1].clamp(min=0)
@@ -59,48 +45,18 @@ def draw_permuted_factors(
     if freedom > num_labels:  # Bartlett: the triangular root of a Wishart matrix instead of `freedom` Gaussian rows
         root = np.triu(random.standard_normal((num_draws, num_labels, num_labels)), 1)
         diagonal = range(num_labels)
-        root[:, diagonal, diagonal] = np.sqrt(
-            random.chisquare(freedom - np.arange(num_labels), (num_draws, num_labels))
-        )
+        squares = random.chisquare(freedom - np.arange(num_labels), (num_draws, num_labels))
+        root[:, diagonal, diagonal] = np.sqrt(squares)
     else:
         root = random.standard_normal((num_draws, freedom, num_labels))
     g, r = (torch.from_numpy(array).to(label_covariance.device) for array in (gaussian, root))
     gram = g.mT @ g
-    return PermutedFactors(g @ inverse_root(gram + r.mT @ r) @ label_root.T, g @ inverse_root(gram))
+    return g @ inverse_root(gram + r.mT @ r) @ label_root.T, g @ inverse_root(gram)
 
 
-def whitened_null(draws: PermutedFactors, dims: list[int]) -> dict[str, Tensor]:
-    """`ntps_whitened` and `retained` of each draw, (num_draws, fractions) each.
-
-    Args:
-        draws: of `draw_permuted_factors`, in the nested basis of V within the space that Sigma whitens.
-        dims: directions of that space that the first columns of V span, for each fraction.
-    """
-    shares = {}
-    for name, columns in (("ntps_whitened", draws.bases), ("retained", draws.factors)):
-        inside = pad(columns.square().sum(2).cumsum(1), (1, 0))
-        shares[name] = inside[:, dims] / inside[:, -1:]
-    return shares
-
-
-def euclidean_null(
-    draws: PermutedFactors, to_perception: Tensor, offset: Tensor, perception: Tensor, dims: list[int]
-) -> Tensor:
-    """`ntps_label` of each draw, (num_draws, fractions).
-
-    Args:
-        draws: as of `whitened_null`.
-        to_perception: takes that basis to the space that M whitens, (rank M, rank Sigma).
-        offset: W_M' mu p', the part of W_M' B that permuting leaves alone, (rank M, c).
-        perception: Q' W_M, (d, rank M), Q the nested basis of V.
-        dims: directions that the first columns of V span, for each fraction.
-    """
-    num_draws, _, num_labels = draws.factors.shape
-    # one product over all draws: (rank M, rank Sigma) @ (rank Sigma, draws * c)
-    labels = to_perception @ draws.factors.transpose(0, 1).flatten(1) + offset.repeat(1, num_draws)
-    labels = labels.unflatten(1, (num_draws, num_labels)).transpose(0, 1)
-    directions = perception @ (labels @ inverse_root(labels.mT @ labels)).transpose(0, 1).flatten(1)
-    inside = pad(directions.unflatten(1, (num_draws, num_labels)).square().sum(2).cumsum(0).T, (1, 0))
+def nested_shares(columns: Tensor, dims: list[int]) -> Tensor:
+    """The share of each draw's squared columns, (num_draws, rank, c), in the first `dims` rows: (num_draws, dims)."""
+    inside = pad(columns.square().sum(2).cumsum(1), (1, 0))
     return inside[:, dims] / inside[:, -1:]
 
 
@@ -113,34 +69,34 @@ def permuted_scores(
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
-    Args:
-        moments: of the layer.
-        space: whiteners of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma); nested
-            bases of V, and of V where Sigma is whitened.
-        center: the perception problem is that of Sigma: no part of it comes from the means.
-        num_draws: number of draws.
-        seed: of the run, and number of the layer.
+    `space` has the whiteners of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma), and
+    the nested bases of V, and of V where Sigma is whitened; `seed` is that of the run, and the number of the layer.
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
-    draws = draw_permuted_factors(of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random)
+    # in the nested basis of V within the space that Sigma whitens
+    factors, bases = draw_permuted_factors(
+        of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random
+    )
     to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
-    offset = (0 if center else 1) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
-    euclidean = euclidean_null(draws, to_perception, offset, basis.q.T @ of_perception, basis.dims)
-    return {"ntps_label": euclidean, **whitened_null(draws, whitened.dims)}
+    offset = (not center) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
+    labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B: permuting leaves mu p' alone
+    labels = labels @ inverse_root(labels.mT @ labels)
+    directions = torch.einsum("ij,njc->nic", basis.q.T @ of_perception, labels)
+    return {
+        "ntps_label": nested_shares(directions, basis.dims),
+        "ntps_whitened": nested_shares(bases, whitened.dims),
+        "retained": nested_shares(factors, whitened.dims),
+    }
 
 
 # ------------------------------------------------------------------ random V
 def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]:
-    """|P U|^2 / |U|^2 for a random projector P of rank k: its mean at each k, and the deviation of the mean over all k.
+    """|P U|^2 / |U|^2, U (d, r), for a random projector P of rank k: its mean at each k, the deviation of their mean.
 
     Subspaces of one V are nested. With q_j the columns of a random rotation and A = U U' / |U|^2, the q_j' A q_j have
     variance 2 (tr A^2 - 1 / d) / (d (d + 2)) and sum to 1, so that the first k and the first l >= k of them covary by
     k (d - l) / (d - 1) times that.
-
-    Args:
-        directions: U, (d, r).
-        ks: columns of V for each fraction.
     """
     d, k = len(directions), torch.tensor(ks).to(directions)
     gram = directions.T @ directions
@@ -153,32 +109,27 @@ def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]
 def random_scores(
     directions: Tensor,
     to_whitened: Tensor,
-    explained: tuple[Tensor, Tensor],
+    labels: Eigenspace,
     ks: list[int],
     num_draws: int,
     seed: tuple[int, int],
 ) -> dict[str, dict[str, float | list[float]]]:
     """Mean at each fraction, and mean and deviation of the mean over fractions, of each score that sees the labels.
 
-    Args:
-        directions: U_r, (d, r).
-        to_whitened: W' Sigma, W the whitener of Sigma: takes V to the whitened space, (rank, d).
-        explained: P, the orthonormal label directions there, (rank, r), and the variance that each explains, (r,).
-        ks: columns of V for each fraction.
-        num_draws: of the whitened scores; 0: no score is asked for.
-        seed: of the run, and number of the layer.
+    `directions` are U_r, (d, r); `to_whitened`, W' Sigma, takes V to the space that Sigma whitens, (rank, d), in which
+    `labels` are the directions that explain variance of the labels. Without draws the result is empty.
     """
     if not num_draws:
         return {}
     mean, deviation = euclidean_overlap(directions, ks)
     scores = {"ntps_label": {"fractions": mean.tolist(), "mean": mean.mean().item(), "std": deviation}}
     variances, axes = torch.linalg.eigh(to_whitened @ to_whitened.T)
-    labels, weights = axes.T @ explained[0], explained[1]
+    rotated, weights = axes.T @ labels.coordinates, labels.eigenvalues
     drawn: dict[str, list[Tensor]] = {"ntps_whitened": [], "retained": []}
     random = random_stream("random V", *seed)
     for _ in range(num_draws):
-        v = torch.from_numpy(random.standard_normal((len(variances), max(ks)))).to(labels)
-        inside = NestedBasis.of(variances.clamp(min=0).sqrt()[:, None] * v, ks).projected_norms(labels)
+        v = torch.from_numpy(random.standard_normal((len(variances), max(ks)))).to(rotated)
+        inside = NestedBasis.of(variances.clamp(min=0).sqrt()[:, None] * v, ks).projected_norms(rotated)
         drawn["ntps_whitened"].append(inside.mean(1))
         drawn["retained"].append(inside @ weights / weights.sum())
     for name, draws in drawn.items():

@@ -21,12 +21,12 @@ def pooled_path(moments: Path) -> Path:
 
 
 def partial_pooled_path(moments: Path) -> Path:
-    """The name of the pooled states beside a file of moments until all are filled in."""
+    """The name of that file until all states are filled in."""
     return moments.with_suffix(".pooled.partial.npy")
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Makes a file of float32 zeros, unless there is one; a full disk shows here, and not as a SIGBUS in the pass."""
+    """Makes a file of float32 zeros, unless it exists; a full disk shows here, and not as a SIGBUS in the pass."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +39,12 @@ def reserve(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def checksums(pooled: np.ndarray) -> list[int]:
-    """CRC-32 of each layer of pooled states (layers, n, d); the moments keep them."""
+    """CRC-32 of each layer of pooled states (layers, n, d)."""
     return [zlib.crc32(np.ascontiguousarray(layer).data) for layer in pooled]
 
 
 def open_pooled(moments: Path) -> np.ndarray:
-    """The pooled states beside a file of moments as a memory map.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The pooled states beside a file of moments as a memory map; UserError if they are missing or damaged."""
     path = pooled_path(moments)
     try:
         return np.load(path, mmap_mode="r")
@@ -57,11 +53,7 @@ def open_pooled(moments: Path) -> np.ndarray:
 
 
 def load_pooled(moments: Path, layer: int) -> Tensor:
-    """The pooled states of one layer beside a file of moments, (n, d) float32; -1 is the last layer.
-
-    Raises:
-        UserError: they are not those that were written with the moments.
-    """
+    """The pooled states of one layer, (n, d) float32, -1 the last; UserError if they are not those of the moments."""
     pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or of other moments. {remedy(moments)}")
@@ -69,9 +61,7 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
 
 
 def has_pooled(moments: Path, written: list[int], num_layers: int) -> bool:
-    """Whether the last `num_layers` layers lie beside the moments, whose check sums are `written`, and are theirs."""
-    if not num_layers:
-        return True
-    if len(written) < num_layers or not pooled_path(moments).is_file():
+    """True if the last `num_layers` layers lie beside the moments, whose check sums are `written`, and are theirs."""
+    if len(written) < num_layers or (num_layers and not pooled_path(moments).is_file()):
         return False
-    return checksums(open_pooled(moments)[-1:]) == written[-1:]
+    return not num_layers or checksums(open_pooled(moments)[-1:]) == written[-1:]

@@ -21,14 +21,14 @@ together take about a quarter of the time of the large products at d = 576, and 
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.algebra.linalg import NUM_PROBES, noise_probes
-
 Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # of a `Config`; auto: by the number of tokens
+NUM_PROBES = 4
 NUM_STRIPES = 4  # C0 is symmetric: of each stripe of its rows only the part from its diagonal block on is computed
 
 
@@ -41,6 +41,11 @@ def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: 
     if product_dtype != "auto":
         return product_dtype
     return "float64" if num_tokens <= max(2**14, 32 * hidden_size) else "float32"
+
+
+def noise_probes(size: int) -> Tensor:
+    """Z, (d, p): fixed random signs. The error of C Z is measured, as that of C itself would cost another C."""
+    return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_PROBES)))
 
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +72,7 @@ def add_square(total: Tensor, rows: Tensor) -> None:
 
 
 class CentredProducts:
-    """The prefix moments of one layer over a block of batches, around the mean state of the block's first batch."""
+    """The prefix moments of one layer over a block of batches, around the mean state of its first batch."""
 
     def __init__(self, hidden_size: int, precision: Precision, device: torch.device) -> None:
         d, p = hidden_size, NUM_PROBES
@@ -80,18 +85,11 @@ class CentredProducts:
         self.second = zeros(d, d, dtype=torch.float32)  # sum of q q', its upper triangle
         self.mixed = zeros(d if precision == "bfloat16x2" else 0, d, dtype=torch.float32)  # sum of q2 q1'
         self.following = zeros(d, d, dtype=torch.float32)  # sum of q_t x_{t+1}'
-        self.centre = zeros(d)
+        self.centre: Tensor | None = None
         self.exact = zeros(2 * p, d)  # Z' times the sum of q q'; Z' times the sum of x_{t+1} q_t'
         self.prefix_sum, self.next_sum = zeros(d), zeros(d)  # of s_t, of x_{t+1}
         self.position_prefix, self.position_next = zeros(d), zeros(d)  # sums of t q_t, of t x_{t+1}
         self.position_square = zeros()  # sum of t^2
-        self.num_batches = torch.zeros((), dtype=torch.int64)  # on the CPU: read at every batch
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that changes between two flushes, by name."""
-        found = {f"block_{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        del found["block_probes"]
-        return found
 
     def add(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Adds the states of a batch.
@@ -104,38 +102,34 @@ class CentredProducts:
             The sum of all states of each text, s_T, (b, d) float64.
         """
         texts, position = (torch.arange(1, size + 1, device=x.device) for size in x.shape[:2])
-        if self.num_batches == 0:
+        if self.centre is None:
             weights = (position <= lengths[:, None]) / (len(texts) * lengths[:, None])
-            self.centre.copy_(weights.to(x.dtype).flatten() @ x.flatten(0, 1))
-        self.num_batches += 1
-
+            self.centre = (weights.to(x.dtype).flatten() @ x.flatten(0, 1)).double()
         t = position * (position < lengths[:, None])  # (b, T), 0 for the last token and for padding
         q = (x - self.centre).cumsum_(1)
         totals = q[texts - 1, lengths - 1] + lengths[:, None] * self.centre
-        self.add_vectors(q, x, t, lengths, totals)
-
-        has_next = t > 0
-        q = q.to(torch.float32) * has_next[..., None]
+        self.add_vectors(q, x, t, totals, self.centre)
+        q = q.float().mul_((t > 0)[..., None])
         # rows t of q and t + 1 of x; the last row of a text is 0 in q, so that no text meets its neighbour
         self.multiply(q.flatten(0, 1)[:-1], x.flatten(0, 1)[1:])
         return totals
 
-    def add_vectors(self, q: Tensor, x: Tensor, t: Tensor, lengths: Tensor, totals: Tensor) -> None:
+    def add_vectors(self, q: Tensor, x: Tensor, t: Tensor, totals: Tensor, c: Tensor) -> None:
         """Adds to everything but the large products, in float64.
 
         x_{t+1}'z needs no product: it is the step from q_t'z to q_{t+1}'z, plus c'z.
         """
         rows = q.flatten(0, 1)
         along = (self.probes @ rows.T).unflatten(1, t.shape)  # z'q_t, (p, b, T)
-        next_along = pad(along.diff(dim=2), (0, 1)) + (self.probes @ self.centre)[:, None, None]
+        next_along = pad(along.diff(dim=2), (0, 1)) + (self.probes @ c)[:, None, None]
         weights = torch.cat([along, next_along, torch.ones_like(along[:1])]) * (t > 0)
         thin = torch.cat([weights, t[None].double()]).flatten(1) @ rows
         self.exact += thin[:-2]
-        prefix_sum = thin[-2] + t.sum() * self.centre
+        prefix_sum = thin[-2] + t.sum() * c
         self.prefix_sum += prefix_sum
         self.position_prefix += thin[-1]
         self.next_sum += totals.sum(0) - x[:, 0].double().sum(0)
-        self.position_next += (lengths - 1).double() @ totals - prefix_sum  # summation by parts
+        self.position_next += t.amax(1).double() @ totals - prefix_sum  # summation by parts
         self.position_square += t.square().sum()
 
     def multiply(self, q: Tensor, x: Tensor) -> None:
@@ -153,8 +147,9 @@ class CentredProducts:
         for part in x_low:
             add_product(self.following, q_high, part)
 
-    def flush(self) -> dict[str, Tensor]:
-        """The sums of `prefix_moments` over the block, and the errors of C0 Z and C1 Z, (d, p); starts a new block."""
+    def sums(self) -> dict[str, Tensor]:
+        """The sums of `prefix_moments` over the block, and the errors of C0 Z and C1 Z, (d, p)."""
+        assert self.centre is not None
         upper = self.second.double()
         second = upper.triu() + upper.triu(1).T
         if len(self.mixed):
@@ -164,14 +159,11 @@ class CentredProducts:
         errors = second @ z - exact_second.T, following @ z - exact_next.T
         second.addr_(self.position_prefix, c).addr_(c, self.position_prefix + self.position_square * c)
         following.addr_(c, self.position_next)
-        sums = {
+        return {
             "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
-            "prefix_mean": self.prefix_sum.clone(),
-            "next_mean": self.next_sum.clone(),
+            "prefix_mean": self.prefix_sum,
+            "next_mean": self.next_sum,
             "prefix_second_error": errors[0],
             "prefix_next_error": errors[1],
         }
-        for tensor in self.tensors().values():
-            tensor.zero_()
-        return sums

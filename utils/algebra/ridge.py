@@ -12,7 +12,6 @@ from utils.algebra.moments import LayerMoments, check_has_layer
 from utils.results import open_tensors
 from utils.script import UserError
 
-FOLDS_OF_LAYER = ("fold_pooled_second_moment", "fold_pooled_label_cross_moment", "fold_pooled_mean")
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
 
@@ -28,22 +27,27 @@ class Moments(NamedTuple):
     num: float
 
 
+Pair = tuple[Moments, Moments]  # of the texts to fit, and of those to judge
+
+
 def whole_split(moments: LayerMoments) -> Moments:
     """All texts of a split."""
-    m, square = moments, moments.label_second_moment.trace()
-    second, cross = m.pooled_second_moment, m.pooled_label_cross_moment
-    return Moments(second, cross, m.pooled_mean, m.label_mean, square, float(m.num_samples))
+    second, cross = moments.pooled_second_moment, moments.pooled_label_cross_moment
+    square = moments.label_second_moment.trace()
+    return Moments(second, cross, moments.pooled_mean, moments.label_mean, square, float(moments.num_samples))
 
 
-def load_folds(path: Path, layer: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor] | None:
-    """The moments of each fold of one layer and the texts per fold, None if not kept."""
+def load_folds(path: Path, layer: int, device: torch.device) -> list[Moments]:
+    """The moments of one layer over each fold that has texts; empty if the file at `path` does not keep them."""
     with open_tensors(path) as (file, metadata):
         check_has_layer(metadata, layer)
         if f"layer.{layer}.fold_pooled_mean" not in file.keys():  # noqa: SIM118, no dict
-            return None
-        folds = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in FOLDS_OF_LAYER}
-        folds |= {name: file.get_tensor(name).to(device) for name in ("fold_label_mean", "fold_label_second_moment")}
-        return folds, file.get_tensor("fold_num_samples").to(device)
+            return []
+        names = [f"layer.{layer}.fold_pooled_{name}" for name in ("second_moment", "label_cross_moment", "mean")]
+        names += [f"fold_{name}" for name in ("label_mean", "label_second_moment", "num_samples")]
+        *averages, label_seconds, counts = (file.get_tensor(name).to(device) for name in names)
+    folds = zip(*averages, label_seconds.diagonal(dim1=1, dim2=2).sum(1), counts.tolist(), strict=True)
+    return [Moments(*fold) for fold in folds if fold[-1] > 0]
 
 
 def check_several(num_folds: int, who: str) -> None:
@@ -52,17 +56,14 @@ def check_several(num_folds: int, who: str) -> None:
         raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
 
 
-def fold_moments(folds: dict[str, Tensor], counts: Tensor) -> list[tuple[Moments, Moments]]:
-    """The texts outside a fold and those inside it, for each fold that has any, from `load_folds`."""
-    order = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean", "label_mean")
-    averages: list[Any] = [folds[f"fold_{name}"] for name in order]
-    averages.append(folds["fold_label_second_moment"].diagonal(dim1=1, dim2=2).sum(1))
-    totals, total = [torch.tensordot(counts, average, 1) for average in averages], counts.sum()
-    pairs: list[Any] = []
-    for fold in counts.nonzero()[:, 0]:
-        num, inside = counts[fold], [average[fold] for average in averages]
-        outside: Any = [(whole - num * part) / (total - num) for whole, part in zip(totals, inside, strict=True)]
-        pairs.append((Moments._make([*outside, (total - num).item()]), Moments._make([*inside, num.item()])))
+def fold_pairs(folds: list[Moments]) -> list[Pair]:
+    """The texts outside a fold and those inside it, for each of several folds."""
+    pairs = []
+    for i, fold in enumerate(folds):
+        others = folds[:i] + folds[i + 1 :]
+        num = sum(other.num for other in others)
+        averages: Any = [sum(other.num / num * other[j] for other in others) for j in range(len(fold) - 1)]
+        pairs.append((Moments(*averages, num), fold))
     return pairs
 
 
@@ -75,7 +76,7 @@ def about_means_of(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tenso
 
 
 def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Mean of |y - W' m|^2 with an intercept, from moments about the means of the training texts, `about_means_of`."""
+    """Mean of |y - W' m|^2 with an intercept, from the moments of `about_means_of`."""
     second, cross, label_square = about
     return label_square + (weights * (second @ weights - 2 * cross)).sum()
 
@@ -94,17 +95,6 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
 
 
 # ------------------------------------------------------------------ ridge
-def eigenbasis(train: Moments, scaled: bool = True) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) of the correlation matrix, ascending, and its basis A (d, d) for features as they are.
-
-    One decomposition serves every alpha: the weights are A diag(1 / (eigenvalues + alpha / n)) A' S. Without `scaled`
-    the features are not standardised first.
-    """
-    covariance = without_constants(train.second - torch.outer(train.mean, train.mean), train.mean, 1e-10)
-    eigenvalues, basis = equilibrated_eigh(covariance) if scaled else torch.linalg.eigh(covariance)
-    return eigenvalues.clamp(min=0), basis
-
-
 class RidgeFit(NamedTuple):
     """A ridge regression judged by texts that it was not fitted on: sums of squares over them."""
 
@@ -114,17 +104,18 @@ class RidgeFit(NamedTuple):
     shrinkage: Tensor  # lambda / (lambda + alpha / n) of each direction, ascending
 
 
-def fit_ridge(
-    train: Moments, test: Moments, spectrum: tuple[Tensor, Tensor], alphas: tuple[float, ...] = ALPHAS
-) -> RidgeFit:
-    """Ridge with an intercept, fitted on `train`, of which `spectrum` is the `eigenbasis`, and judged by `test`.
+def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
+    """Ridge with an intercept on standardised features, fitted on `train` and judged by `test`.
 
-    alpha, on the scale of sums as in scikit-learn's `Ridge`, is chosen by generalised cross-validation within `train`:
-    the texts that judge have no say in it.
+    One decomposition serves every alpha: with the eigenvalues lambda of the correlation matrix and its basis A the
+    weights are A diag(1 / (lambda + alpha / n)) A' S. alpha, on the scale of sums as in scikit-learn's `Ridge`, is
+    chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
     """
-    (eigenvalues, basis), n = spectrum, train.num
+    n, label_variance = train.num, train.label_square - train.label_mean.square().sum()
+    covariance = train.second - torch.outer(train.mean, train.mean)
+    eigenvalues, basis = equilibrated_eigh(without_constants(covariance, train.mean, 1e-10))
+    eigenvalues = eigenvalues.clamp(min=0)
     cross = basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
-    label_variance = train.label_square - train.label_mean.square().sum()
     along = cross.square().sum(1)
 
     def validation_error(alpha: float) -> float:
@@ -132,7 +123,7 @@ def fit_ridge(
         loss = label_variance - 2 * (along / ridge).sum() + (eigenvalues * along / ridge.square()).sum()
         return (loss / (1 - (1 + (eigenvalues / ridge).sum()) / n).clamp(min=1e-9).square()).item()
 
-    ridge = eigenvalues + min(alphas, key=validation_error) / n
+    ridge = eigenvalues + min(ALPHAS, key=validation_error) / n
     about = second, _, baseline = about_means_of(train, test)
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
     spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
@@ -141,14 +132,9 @@ def fit_ridge(
     return RidgeFit(sums[0], sums[1], sums[2], shrinkage=eigenvalues / ridge)
 
 
-def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
-    """R2 over all pairs of texts to fit and texts to judge, its mean, deviation and z under permuted labels; the fits.
-
-    Args:
-        pairs: of `fold_moments`, or of two splits.
-        labels: D, (c, c).
-    """
-    fits = [fit_ridge(train, test, eigenbasis(train), ALPHAS) for train, test in pairs]
+def ridge(pairs: list[Pair], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
+    """R2 over all texts that judge, its mean, deviation and z under permuted labels of covariance (c, c); the fits."""
+    fits = [fit_ridge(*pair) for pair in pairs]
     baseline = sum(fit.baseline for fit in fits)
     if not baseline > 0:  # the judging texts have equal labels
         return dict.fromkeys(("value", "null_mean", "null_std", "z")), fits
@@ -159,8 +145,8 @@ def ridge(pairs: list[tuple[Moments, Moments]], labels: Tensor) -> tuple[dict[st
     return {"value": value, "null_mean": null_mean, "null_std": null_std, "z": z}, fits
 
 
-def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[tuple[Moments, Moments]]) -> float:
-    """Standard deviation of the R2 of `fit_ridge` under permuted labels, one part or all folds together.
+def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[Pair]) -> float:
+    """Standard deviation of the R2 of `ridge` under permuted labels, one part or all folds together.
 
     The sums over folds of (m - mu)(y - p)' are then independent and nearly normal; their products, which the errors
     of the folds share, are counted once.

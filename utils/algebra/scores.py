@@ -1,4 +1,4 @@
-"""The scores of K_sweep.py: names and labels, those of a layer, the score of a run, JSON and table."""
+"""The scores of K_sweep.py: labels, those of a layer, the score of a run, JSON and table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,25 +7,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Score:
-    """One score of K_sweep.py; all are in [0, 1], and larger says that V holds more of what the task needs."""
-
-    name: str
-    label: str  # in figures
-    has_null: bool = True  # whether permuted labels give it a null and a z
-
-
-DEFINITIONS = (
-    Score("ntps", "NTPS", has_null=False),
-    Score("ntps_label", "NTPS, label directions"),
-    Score("ntps_whitened", "NTPS, whitened"),
-    Score("retained", "retained by the probe"),
-)
-SCORES = tuple(score.name for score in DEFINITIONS)
-NULL_SCORES = tuple(score.name for score in DEFINITIONS if score.has_null)
-LABELS = {score.name: score.label for score in DEFINITIONS}
+LABELS = {  # name -> label in figures; all are in [0, 1], and larger says that V holds more of what the task needs
+    "ntps": "NTPS",
+    "ntps_label": "NTPS, label directions",
+    "ntps_whitened": "NTPS, whitened",
+    "retained": "retained by the probe",
+}
+SCORES = tuple(LABELS)
+NULL_SCORES = SCORES[1:]  # permuted labels give them a null and a z
 EXCESS = ("excess_loss", "excess_lower", "excess_upper", "excess_lower_euclidean", "excess_upper_euclidean")
 
 
@@ -69,19 +58,20 @@ def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
     """One number a score, by a rule that selects nothing: the mean over all fractions at the last layer."""
     summary: dict[str, Any] = {"rule": f"mean over {num_fractions} fractions at the last layer ({last.layer})"}
     for name in SCORES:
-        value = last.scores[name].mean().item() if last.scores else None
-        summary[name] = {"value": value}
+        summary[name] = {"value": None}
         if name in NULL_SCORES:
             summary[name] |= {"null_mean": None, "null_std": None, "z": None}
-        if value is not None and name in last.null_draws:
+        if not last.scores:
+            continue
+        summary[name]["value"] = value = last.scores[name].mean().item()
+        if name in last.null_draws:
             draws = last.null_draws[name].mean(1)
             mean, spread = draws.mean().item(), draws.std().item()
             summary[name] |= {"null_mean": mean, "null_std": spread, "z": z_score(value, mean, spread)}
-        if value is not None and name in last.random:
+        if name in last.random:
             mean, spread = last.random[name]["mean"], last.random[name]["std"]
-            summary[name] |= {
-                "random_mean": mean, "random_std": spread, "random_z": z_score(value, mean, spread)
-            }  # fmt: skip
+            z = z_score(value, mean, spread)
+            summary[name] |= {"random_mean": mean, "random_std": spread, "random_z": z}
     return summary
 
 
@@ -94,23 +84,17 @@ def print_table(result: dict[str, Any]) -> None:
         for layer in result["layers"]
     ]
     print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-", col_space=8))
-    if missing := [str(layer["layer"]) for layer in result["layers"] if layer["ntps"] is None]:
-        print(
-            f"No score at layer {', '.join(missing)}: there the pooled states are the same for every text, or do not "
-            "vary with the labels, or no text has two tokens."
-        )
+    if missing := ", ".join(str(layer["layer"]) for layer in result["layers"] if layer["ntps"] is None):
+        reasons = "are the same for every text, or do not vary with the labels, or no text has two tokens"
+        print(f"No score at layer {missing}: there the pooled states {reasons}.")
     if result["num_samples"] <= result["hidden_size"]:
         print("n <= d: the least-squares probe interpolates its own rows; read the held-out column, not probe R2.")
     print(f"\nscore: {result['score']['rule']}")
     for name in SCORES:
         score = result["score"][name]
-        if score["value"] is None:
-            print(f"  {name:<14}none")
-            continue
-        line = f"  {name:<14}{score['value']:.4f}"
-        for key, label in (("null_", "permuted labels"), ("random_", "random V")):
-            z_name = "z" if key == "null_" else "random_z"
-            if z_name in score:
+        line = f"  {name:<14}{'none' if score['value'] is None else format(score['value'], '.4f')}"
+        for key, label, z_name in (("null", "permuted labels", "z"), ("random", "random V", "random_z")):
+            if score.get(f"{key}_mean") is not None:
                 z = "no spread" if score[z_name] is None else f"z = {score[z_name]:+.1f}"
-                line += f"   {label} {score[f'{key}mean']:.4f} +- {score[f'{key}std']:.4f}   {z}".ljust(46)
+                line += f"   {label} {score[f'{key}_mean']:.4f} +- {score[f'{key}_std']:.4f}   {z}".ljust(46)
         print(line.rstrip())

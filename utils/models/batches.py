@@ -77,16 +77,16 @@ def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> 
     return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
 
 
-def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, pairs_per_block: int) -> list[list[np.ndarray]]:
-    """The batches in blocks of at least so many pairs of tokens (t, t+1); the last block has fewer."""
+def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, tokens_per_block: int) -> list[list[np.ndarray]]:
+    """The batches in blocks of at least so many tokens; the last block can have fewer."""
     blocks: list[list[np.ndarray]] = [[]]
-    num_pairs = 0
+    num_tokens = 0
     for rows in batches:
-        if num_pairs >= pairs_per_block:
+        if num_tokens >= tokens_per_block:
             blocks.append([])
-            num_pairs = 0
+            num_tokens = 0
         blocks[-1].append(rows)
-        num_pairs += int((lengths[rows] - 1).sum())
+        num_tokens += int(lengths[rows].sum())
     return blocks
 
 
