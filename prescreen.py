@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ import K_sweep
 from utils.algebra import features
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.ridge import check_several, load_folds
-from utils.algebra.scores import LABELS, SCORES, summarize
+from utils.algebra.scores import SCORES, summarize
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.table import MODELS, model_source
 from utils.pictures import plot_prescreen, save_figure
@@ -73,9 +72,7 @@ def interval(values: np.ndarray) -> float:
 def judge_layers(errors: np.ndarray, baselines: np.ndarray) -> dict[str, Any]:
     """R2 of a model over all folds and on each, and its best layer; a fold's layer is chosen on the other folds.
 
-    Args:
-        errors: sums of squared errors of ridge regression, (layers, folds).
-        baselines: those of the training mean, (folds,).
+    `errors` are sums of squared errors of ridge regression, (layers, folds), `baselines` those of the training mean.
     """
     on_other_folds = errors.sum(1, keepdims=True) - errors
     chosen = errors[on_other_folds.argmin(0), range(len(baselines))]
@@ -93,9 +90,7 @@ def is_significantly_better(better: np.ndarray, worse: np.ndarray) -> bool:
 def rank_models(screened: list[dict[str, Any]], words: np.ndarray) -> list[dict[str, Any]]:
     """The models by R2, largest first, each with its rank, its comparisons and its verdict.
 
-    Args:
-        screened: the results of `screen_model`.
-        words: R2 of a bag of words on each fold, (folds,).
+    `screened` are results of `screen_model`, `words` is the R2 of a bag of words on each fold, (folds,).
     """
     ranked = sorted(screened, key=lambda model: -model["r2"])
     first = np.array(ranked[0]["fold_r2"])
@@ -152,12 +147,10 @@ def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> 
 
 def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, dict[str, float | None]]:
     """The scores of K_sweep.py at one layer: value, null, and mean and z of random V; empty if the layer has none."""
-    sweep = with_values(K_sweep.Config(data=config.data), num_null_draws=30)
+    sweep = K_sweep.Config(data=config.data, num_null_draws=30)
     found = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random)
-    if not found.scores:
-        return {}
-    score = summarize(found, len(sweep.fractions))
-    return {name: score[name] for name in SCORES}
+    score = summarize(found, len(sweep.fractions)) if found.scores else {}
+    return {name: score[name] for name in SCORES if name in score}
 
 
 def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, Any]:
@@ -214,30 +207,29 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
     train = rows["train"]
     folds = cache.assign_folds(train.texts, num_folds)
     check_several(len(np.unique(folds)), "prescreen.py")
-    scores = text_baselines(train, rows["test"])
     words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
-    on_test = {name: {k: v for k, v in found.items() if k != "train"} for name, found in scores.items()}
-    return on_test | {"fold_r2": words.tolist()}
+    return text_baselines(train, rows["test"]) | {"fold_r2": words.tolist()}
 
 
 # ------------------------------------------------------------------ table and file
-def score_ranks(models: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rank of each model, 1 = best, by each score that all have at the last layer: models x scores."""
+def score_ranks(models: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The rank of each model, 1 = best, by each score that all have at the last layer."""
     ranks = {}
     for name in (*features.NAMES, *SCORES):
         entries = [model["last_layer"].get(name, {"value": None}) for model in models]
         values = [None if entry.get("meaningless") else entry["value"] for entry in entries]
         if None not in values:
-            ranks[name] = pd.Series(values, dtype=float).rank(ascending=False, method="min").to_numpy()
-    return pd.DataFrame(ranks, index=[model["model"] for model in models])
+            ranks[name] = [1 + sum(other > value for other in values) for value in values]
+    return ranks
 
 
-def page_lines(result: dict[str, Any], ranks: pd.DataFrame) -> list[str]:
+def page_lines(result: dict[str, Any], ranks: dict[str, list[int]]) -> list[str]:
     """The lines under the table: recommendation, agreement of the scores, baselines, failures."""
     models, measure = result["models"], "accuracy" if result["num_classes"] else "r2"
     lines = [recommendation(result)]
     if len(models) > 1:
-        agreement = f"{int((ranks.iloc[0] == 1).sum())} of {ranks.shape[1]} scores agree on the first"
+        num_agreeing = sum(of_score[0] == 1 for of_score in ranks.values())
+        agreement = f"{num_agreeing} of {len(ranks)} scores agree on the first"
         widths = {model["hidden_size"] for model in models}
         lines.append(agreement + (" (widths differ: only R2 compares across them)." if len(widths) > 1 else "."))
     values = [(name.replace("_", " "), result["baselines"][name][measure]) for name in ("majority", "bag_of_words")]
@@ -259,16 +251,18 @@ def print_table(result: dict[str, Any], lines: list[str]) -> None:
     print("\n".join(["", *lines]))
 
 
-def save_table(path: Path, result: dict[str, Any], ranks: pd.DataFrame) -> None:
+def save_table(path: Path, models: list[dict[str, Any]], ranks: dict[str, list[int]]) -> None:
     """Writes every score of every layer, with its null and, at the last layer, its rank among the models, as CSV."""
+    import pandas as pd
+
     rows, columns = [], ["value", "null_mean", "null_std", "z", "random_mean", "random_z"]
-    for model in result["models"]:
+    for number, model in enumerate(models):
         for layer, scores in enumerate([*model["layers"][:-1], model["last_layer"]]):
-            ranked = ranks.loc[model["model"]].to_dict() if layer == model["num_layers"] - 1 else {}
+            own = {name: of_score[number] for name, of_score in ranks.items() if layer == model["num_layers"] - 1}
             for name, entry in scores.items():
-                row = {"model": model["model"], "layer": layer, "score": name, "rank": ranked.get(name)}
-                rows.append(row | {key: entry.get(key) for key in columns})
-    table = pd.DataFrame(rows).astype({"rank": "Int64"})[["model", "layer", "score", *columns, "rank"]]
+                row = {"model": model["model"], "layer": layer, "score": name}
+                rows.append({**row, **{key: entry.get(key) for key in columns}, "rank": own.get(name)})
+    table = pd.DataFrame(rows).astype({"rank": "Int64"})
     with write_atomically(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
     print(path)
@@ -278,11 +272,10 @@ def save_table(path: Path, result: dict[str, Any], ranks: pd.DataFrame) -> None:
 def installed_models() -> list[str]:
     """The models of demo/ on this machine, by their short names."""
     found = []
-    for name in MODELS:
-        if MODELS[name].access.startswith("python -m demo"):
-            with contextlib.suppress(UserError):  # raised for a model that is not installed
-                model_source(name)
-                found.append(name)
+    for name in (name for name, spec in MODELS.items() if spec.access.startswith("python -m demo")):
+        with contextlib.suppress(UserError):  # raised for a model that is not installed
+            model_source(name)
+            found.append(name)
     return found
 
 
@@ -292,7 +285,7 @@ def main(config: Config) -> None:
     Raises:
         UserError: a model failed; the others are written nevertheless.
     """
-    pick_device(config.run.device)  # before the work, not after it
+    pick_device(config.run.device)  # a wrong one is refused before the work
     rows = load_splits(config.data, config.run)
     without_model = baselines(rows, config.num_folds)
     with torch.inference_mode():
@@ -317,9 +310,9 @@ def main(config: Config) -> None:
         longer = command_line("prescreen.py", with_values(config, models=(*config.models, *more)))
         print(f"Also installed: {', '.join(more)}. To include them: {longer}")
     path = config.run.results_dir / "prescreen" / f"{config.data.path_name}.json"
-    save_table(path.with_suffix(".csv"), result, ranks)
+    save_table(path.with_suffix(".csv"), result["models"], ranks)
     save_json(path, result)
-    save_figure(plot_prescreen(result, ranks.rename(columns=features.LABELS | LABELS), lines), path)
+    save_figure(plot_prescreen(result, lines), path)
     print(path)
     if failed:
         raise UserError(f"{len(failed)} of {len(failed) + len(screened)} models failed: {reasons}")

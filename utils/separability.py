@@ -1,8 +1,8 @@
 """Distances between labelled points in a few coordinates, and between points with shuffled labels."""
 
+from typing import Any
+
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import silhouette_score
 
 
 def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -14,7 +14,7 @@ def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(spread > 1e-6 * np.abs(mean), spread, np.inf)
 
 
-def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> dict:
+def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.ndarray, float]:
     """The line w'z + b = 0 of a logistic regression (scikit-learn, C = 1, standardised coordinates) of two categories.
 
     Args:
@@ -22,16 +22,21 @@ def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> dict:
         is_first: whether a row is of the first category, (n,); on its side w'z + b > 0.
 
     Returns:
-        `weights` w and `intercept` b, for the coordinates as they are, not standardised.
+        w, (2,), and b, for the coordinates as they are, not standardised.
     """
+    from sklearn.linear_model import LogisticRegression
+
     mean, scale = standardize(coordinates)
     model = LogisticRegression().fit((coordinates - mean) / scale, is_first)
     weights = model.coef_[0] / scale
-    return {"weights": weights.tolist(), "intercept": float(model.intercept_[0] - weights @ mean)}
+    return weights, float(model.intercept_[0] - weights @ mean)
 
 
 def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Silhouette, and leave-one-out accuracy of logistic regression, of labels (n,) in standardised coordinates."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import silhouette_score
+
     model = LogisticRegression()
     right = [
         model.fit(coordinates[others], labels[others]).predict(coordinates[[i]])[0] == labels[i]
@@ -40,35 +45,18 @@ def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"silhouette": float(silhouette_score(coordinates, labels)), "leave_one_out": float(np.mean(right))}
 
 
-def separability(
-    coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int
-) -> dict[str, dict[str, float]]:
+def separability(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict[str, Any]:
     """Each score of `measure`: `value`, mean over shuffled labels, `p` = (1 + as good shuffles) / (1 + shuffles).
 
-    Args:
-        coordinates: (n, k).
-        labels: category of each word, (n,).
-        num_shuffles: number of shuffles.
-        seed: of the shuffles; the same one shuffles alike in both subspaces.
+    Coordinates are (n, k), labels (n,); the same seed shuffles alike in both subspaces.
     """
     random = np.random.default_rng(seed)
     mean, scale = standardize(coordinates)  # of all words at once: it sees no label
     coordinates = (coordinates - mean) / scale
-    values = measure(coordinates, labels)
     draws = [measure(coordinates, random.permutation(labels)) for _ in range(num_shuffles)]
     result = {}
-    for name, value in values.items():
+    for name, value in measure(coordinates, labels).items():
         shuffled = np.array([draw[name] for draw in draws])
         as_good = int((shuffled >= value - 1e-9).sum())  # shuffles that swap two categories whole give the same value
-        p = (1 + as_good) / (1 + num_shuffles)
-        result[name] = {"value": value, "shuffled": float(shuffled.mean()), "p": p}
+        result[name] = {"value": value, "shuffled": float(shuffled.mean()), "p": (1 + as_good) / (1 + num_shuffles)}
     return result
-
-
-def separability_of_groups(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict:
-    """`separability` of the `first_two` categories, and of `all` if there are more."""
-    first_two = labels < 2
-    groups = {"first_two": first_two}
-    if not first_two.all():
-        groups["all"] = np.ones_like(first_two)
-    return {name: separability(coordinates[rows], labels[rows], num_shuffles, seed) for name, rows in groups.items()}
