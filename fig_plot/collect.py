@@ -6,8 +6,7 @@
 
 Reads the JSON files of K_sweep.py, linear_sklearn.py, alignment_vis.py and the training scripts, at any depth; those
 below results/study/ and results/benchmarks/ only if --results_dir names such a folder. Unfinished, damaged and foreign
-files are named, skipped and counted, and so is a model and dataset that one of the scripts has not seen. Deletes
-nothing. Writes, a row each:
+files are named, skipped and counted. Deletes nothing. Writes, a row each:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
     layers.csv.gz   the same, layer and fraction: the scores there (before LoRA; of random V at the middle layer alone)
@@ -20,6 +19,7 @@ nothing. Writes, a row each:
     sources.json    the command, library versions, commits
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 
-from fig_plot.tables import REQUIRED, TEXTS, read_table, save_csv, table_path
+from fig_plot.tables import ADAPTED, REQUIRED, TEXTS, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
 from utils.results import load_json, save_json
 from utils.script import ROOT, UserError, run_script
@@ -57,57 +57,52 @@ def shown_name(name: str) -> str:
     return name.replace("__", "/")
 
 
-def cell_keys(path: Path, config: Row) -> Row:
-    """Model, dataset and seed of a file of K_sweep.py, without the options in its name."""
-    suffix = option_suffix({"coordinates": "as_is", **config})  # earlier versions did not have that setting
-    dataset = shown_name(path.stem.removesuffix(suffix))
-    return {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
+def ntps_rows(path: Path, result: Row) -> dict[str, list[Row]]:
+    """Rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py.
 
-
-def score_row(path: Path, result: Row) -> Row:
-    """A row of scores.csv."""
-    config, last = {"coordinates": "as_is", **result["config"]}, result["layers"][-1]
-    row = cell_keys(path, config)
-    row |= {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
-    row |= {name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}
-    row |= {name: last[name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
+    Layers of V by autoregression, of a random V the middle one; none after LoRA. Of the scores that need neither U nor
+    V those that mean something, on training rows.
+    """
+    config, layers = result["config"], result["layers"]
+    dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
+    keys = {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
+    options = {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
+    row = {**keys, **options, **{name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}}
+    row |= {name: layers[-1][name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
     for name in SCORES:
         score = result["score"][name]
         row |= {name if key == "value" else f"{name}_{key}": value for key, value in score.items()}
-    return row | {name: value for name, value in last.items() if name.startswith("probe_")}
-
-
-def layer_rows(path: Path, result: Row) -> Iterator[Row]:
-    """Rows of layers.csv.gz: V by autoregression at every layer, a random V at the middle one, before LoRA."""
-    config, layers = {"coordinates": "as_is", **result["config"]}, result["layers"]
-    keys = cell_keys(path, config)
-    keys |= {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
-    kept = {"autoregression": layers, "random": [layers[len(layers) // 2]]}.get(config["subspace"], [])
-    for layer in kept if not keys["model"].endswith("+lora") else ():
+    row |= {name: value for name, value in layers[-1].items() if name.startswith("probe_")}
+    rows: dict[str, list[Row]] = {"scores": [row], "layers": [], "features": []}
+    if keys["model"].endswith(ADAPTED):
+        return rows
+    for layer in {"autoregression": layers, "random": [layers[len(layers) // 2]]}.get(config["subspace"], []):
         for index, fraction in enumerate(result["fractions"]):
             scores = {name: layer[name] and layer[name][index] for name in (*SCORES, "chance")}
-            yield {**keys, "layer": layer["layer"], "fraction": fraction, **scores}
-
-
-def feature_rows(path: Path, result: Row) -> Iterator[Row]:
-    """Rows of features.csv: the closed-form scores that mean something, before LoRA, training rows."""
-    keys = cell_keys(path, result["config"])
-    is_kept = result["config"]["split"] == "train" and not keys["model"].endswith("+lora")
-    for layer in result["layers"] if is_kept else ():
+            rows["layers"].append({**keys, **options, "layer": layer["layer"], "fraction": fraction, **scores})
+    for layer in layers if config["split"] == "train" else ():
         if found := layer.get("closed_form"):
             values = {name: score["value"] for name, score in found.items() if not score["meaningless"]}
-            yield {**keys, "layer": layer["layer"], **values}
+            rows["features"].append({**keys, "layer": layer["layer"], **values})
+    return rows
 
 
-def probe_rows(path: Path, result: Row) -> Iterator[Row]:
-    """Rows of probes.csv."""
-    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.stem), "seed": result["config"]["seed"]}
+def sklearn_rows(path: Path, result: Row) -> dict[str, list[Row]]:
+    """Rows of probes.csv, and a row of datasets.csv, from a result of linear_sklearn.py."""
+    of_dataset = {"dataset": shown_name(path.stem), "seed": result["config"]["seed"]}
+    probes = []
     for layer in result["layers"]:
         scores = {f"{split}_{name}": value for split in ("train", "test") for name, value in layer[split].items()}
-        yield {**keys, "layer": layer["layer"], **scores}
+        probes.append({"model": shown_name(path.parent.name), **of_dataset, "layer": layer["layer"], **scores})
+    row = {**of_dataset, "num_classes": result["num_classes"]}
+    row |= {f"num_{split}": number for split, number in result["num_samples"].items()}
+    for name, scores in result["baselines"].items():
+        kept = [score for score in ("accuracy", "balanced_accuracy", "r2") if score in scores]
+        row |= {f"{name}_{score}": scores[score] for score in kept}
+    return {"probes": probes, "datasets": [row]}
 
 
-def training_row(path: Path, result: Row) -> Row:
+def training_rows(path: Path, result: Row) -> dict[str, list[Row]]:
     """A row of training.csv."""
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
@@ -116,7 +111,8 @@ def training_row(path: Path, result: Row) -> Row:
         row |= {"dataset": row["dataset"].removesuffix(".standardized"), "method": "linear_training_converged"}
     row |= {name: result[name] for name in ("num_train", "num_steps", "texts_per_step", "num_trained_parameters")}
     row |= {name: value for name, value in result["last"].items() if name.startswith("test_")}
-    return row | {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
+    row |= {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
+    return {"training": [row]}
 
 
 def alignment_rows(path: Path, result: Row) -> dict[str, list[Row]]:
@@ -130,16 +126,6 @@ def alignment_rows(path: Path, result: Row) -> dict[str, list[Row]]:
             numbers = {f"{name}_{key}": value for name, found in measures.items() for key, value in found.items()}
             separability.append({**keys, "space": space, "group": group, **numbers})
     return {"alignment": [{**keys, **word} for word in result["words"]], "separability": separability}
-
-
-def dataset_row(path: Path, result: Row) -> Row:
-    """A row of datasets.csv, from a result of linear_sklearn.py."""
-    row = {"dataset": shown_name(path.stem), "seed": result["config"]["seed"], "num_classes": result["num_classes"]}
-    row |= {f"num_{split}": number for split, number in result["num_samples"].items()}
-    for name, scores in result["baselines"].items():
-        kept = [score for score in ("accuracy", "balanced_accuracy", "r2") if score in scores]
-        row |= {f"{name}_{score}": scores[score] for score in kept}
-    return row
 
 
 def model_row(name: str, model_name: str) -> Row:
@@ -157,27 +143,17 @@ def model_row(name: str, model_name: str) -> Row:
         report = load_json(report_path)
         fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds")
         return {"model": name, **{field: report[field] for field in fields}}
-    return {"model": name, "num_parameters": parse_size(spec.parameters) if spec else None}
-
-
-def parse_size(size: str) -> float:
-    """`0.5B` -> 5e8."""
-    return float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    if spec is None:
+        return {"model": name, "num_parameters": None}
+    return {"model": name, "num_parameters": float(spec.parameters[:-1]) * {"M": 1e6, "B": 1e9}[spec.parameters[-1]]}
 
 
 # ------------------------------------------------------------------ all results -> tables
 READERS: dict[str, Callable[[Path, Row], dict[str, list[Row]]]] = {
-    "ntps": lambda path, result: {
-        "scores": [score_row(path, result)],
-        "layers": list(layer_rows(path, result)),
-        "features": list(feature_rows(path, result)),
-    },
-    "linear_sklearn": lambda path, result: {
-        "probes": list(probe_rows(path, result)),
-        "datasets": [dataset_row(path, result)],
-    },
+    "ntps": ntps_rows,
+    "linear_sklearn": sklearn_rows,
     "alignment": alignment_rows,
-    **{method: lambda path, result: {"training": [training_row(path, result)]} for method in METHODS},
+    **dict.fromkeys(METHODS, training_rows),
 }
 
 
@@ -209,35 +185,20 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[tuple[Path, Row]]], list
         try:
             result = load_json(path)
             rows = READERS[kind](path, result)
-            model_name, environment = result["config"]["model_name"], result["environment"]
-            check_cells([{"model": model_name, "word": environment["git_commit"] or ""}])
-            for added in rows.values():
-                check_cells(added)
+            provenance = {"model": result["config"]["model_name"], "word": result["environment"]["git_commit"]}
+            check_cells([provenance, *itertools.chain(*rows.values())])
         except UserError as error:
             skipped.append(f"skipped: {error}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             skipped.append(f"skipped: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
-            environments.append(environment)
+            environments.append(result["environment"])
             for table, added in rows.items():
                 tables[table].extend((path, row) for row in added)
-                model_names |= {row["model"]: model_name for row in added if "model" in row}
-    known = sorted(names for names in model_names.items() if not names[0].endswith("+lora"))
+                model_names |= {row["model"]: provenance["model"] for row in added if "model" in row}
+    known = sorted(names for names in model_names.items() if not names[0].endswith(ADAPTED))
     tables["models"] = [(results_dir, model_row(*names)) for names in known]
     return tables, environments, skipped
-
-
-def missing_cells(tables: dict[str, list[tuple[Path, Row]]]) -> list[str]:
-    """Models and datasets that K_sweep.py or linear_sklearn.py has not seen but another script has, in words."""
-    seen = {name: {(row["model"], row["dataset"]) for _, row in tables[name]}
-            for name in ("scores", "probes", "training")}  # fmt: skip
-    everything = {cell for cells in seen.values() for cell in cells if not cell[0].endswith("+lora")}
-    scripts = {"scores": "K_sweep.py", "probes": "linear_sklearn.py"}
-    return [
-        f"missing: {model} on {dataset} has no result of {script}"
-        for table, script in scripts.items()
-        for model, dataset in sorted(everything - seen[table])
-    ]
 
 
 def to_table(name: str, rows: list[tuple[Path, Row]]) -> pd.DataFrame:
@@ -288,15 +249,13 @@ def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame
 def save_sources(path: Path, environments: list[Row], config: Config) -> None:
     """Writes where the numbers come from: command, library versions and commits, each once."""
     command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
+    before = load_json(path) if config.keep and path.is_file() else {"git_commits": [], "environments": []}
     commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
-    origin: Row = {"command": command, "num_results": len(environments), "git_commits": commits, "environments": []}
-    before: Row = {"git_commits": [], "environments": []}
-    if config.keep and path.is_file():
-        before = load_json(path)
-        del origin["num_results"]  # how many of those before are among them is not known
     versions = [{name: value for name, value in found.items() if name != "git_commit"} for found in environments]
+    origin: Row = {"command": command}
     for key, values in (("git_commits", commits), ("environments", versions)):
-        origin[key] = before[key] + [value for i, value in enumerate(values) if value not in before[key] + values[:i]]
+        origin[key] = list(before[key])
+        origin[key] += [value for i, value in enumerate(values) if value not in before[key] + values[:i]]
     save_json(path, origin)
 
 
@@ -311,7 +270,6 @@ def main(config: Config) -> None:
     if not environments:
         found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
-    skipped += missing_cells(rows)
     tables = {name: to_table(name, of_table) for name, of_table in rows.items() if of_table}
     if config.keep:  # all are read before one is written: a damaged one leaves the others as they are
         tables = {name: with_rows_of(name, output_dir, table) for name, table in tables.items()}
@@ -324,7 +282,7 @@ def main(config: Config) -> None:
         skipped += [f"older: {path} is of an earlier run; no result found now has such rows" for path in stale]
     for line in skipped:
         print(line, file=sys.stderr)
-    print(f"{len(environments)} results, {len(skipped)} skipped or missing")
+    print(f"{len(environments)} results, {len(skipped)} skipped")
     print(f"Draw them: make figures TABLES={output_dir} FIGURES={output_dir.parent / 'figures'}")
     print(output_dir)
 

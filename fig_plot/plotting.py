@@ -27,40 +27,31 @@ def short_name(name: str) -> str:
     return name.rsplit("/")[-1]
 
 
-def draw_rank_scatter(
-    axes: Axes, x: np.ndarray, y: np.ndarray, title: str, names: list[str] | None = None, beside: bool = False
-) -> dict[str, Artist]:
-    """Dots by name: ranks of y over ranks of x, 1 = lowest on both axes, with their Spearman and least-squares line.
+def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, is_numbered: bool) -> dict[int, Artist]:
+    """Dots by position: ranks of y over ranks of x, 1 = lowest, with their Spearman and least-squares line.
 
     Args:
+        axes: the panel.
         x: (n,).
         y: (n,). Pairs with a missing side are left out before ranking.
         title: stands above the correlation.
-        names: of the dots, for a legend, each then drawn as its number; None: plain dots.
-        beside: the names stand beside the dots instead.
+        is_numbered: each dot is drawn as its position, from 1.
     """
     complete = np.isfinite(x) & np.isfinite(y)
     rank_x, rank_y = rankdata(x[complete]), rankdata(y[complete])
-    dots: dict[str, Artist] = {}
     is_defined = complete.sum() > 2 and np.ptp(rank_x) > 0 and np.ptp(rank_y) > 0
     if is_defined:
         ends = np.array([rank_x.min(), rank_x.max()])
         axes.plot(ends, np.polyval(np.polyfit(rank_x, rank_y, 1), ends), color="tab:red", lw=1, ls="--", alpha=0.8)
-    for i, position in enumerate(np.flatnonzero(complete)):
-        number = position + 1  # that of the name, also where a model misses a dataset
-        # markers fill a square, so two digits side by side need a larger one
-        with plt.rc_context({"text.parse_math": True}):
-            numeral = {"marker": MarkerStyle(f"${number}$"), "s": 28 if number < 10 else 60, "lw": 0.2}
-        style = numeral if names and not beside else {"marker": "o", "s": 8}
-        dot = axes.scatter(rank_x[i], rank_y[i], color="black", zorder=2, **style)
-        if names:
-            dots[names[position]] = dot
-        if names and beside:
-            side, shift = ("right", -0.3) if rank_x[i] > 0.7 * complete.sum() else ("left", 0.3)
-            name = short_name(names[position])
-            axes.text(rank_x[i] + shift, rank_y[i], name, fontsize=7, ha=side, va="center", bbox=OVER_LINES)
-    num_places = int(complete.sum()) if beside else len(x)  # panels side by side share their axes
-    limits, ticks = (0, num_places + 1), sorted({1, (num_places + 1) // 2, num_places})
+    dots: dict[int, Artist] = {}
+    for position, *at in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
+        number, style = position + 1, {"marker": "o", "s": 8}
+        if is_numbered:
+            # markers fill a square, so two digits side by side need a larger one
+            with plt.rc_context({"text.parse_math": True}):
+                style = {"marker": MarkerStyle(f"${number}$"), "s": 28 if number < 10 else 60, "lw": 0.2}
+        dots[position] = axes.scatter(*at, color="black", zorder=2, **style)
+    limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     r = f"r = {spearmanr(rank_x, rank_y).statistic:.2f}" if is_defined else "r undefined"
     axes.set_title(f"{title}\n{r}", fontsize=8)
@@ -75,8 +66,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
             order of the rows.
         x: column of the horizontal axis; named after LABELS if it stands there.
         y: column of the vertical axis.
-        names: of one model write the datasets beside the dots; of several draw each dot as a number and list the
-            datasets beside the panels.
+        names: draw each dot as a number, and list the datasets beside the panels.
     """
     models, datasets = list(dict.fromkeys(data.model)), list(dict.fromkeys(data.dataset))
     cells = data.set_index(["model", "dataset"])
@@ -86,36 +76,26 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         legend_height = 0.17 * len(datasets) + 0.3 if names else 0
         # inches; the note needs 3.8
         size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
-        if beside := names and len(models) == 1:
-            size = (4.4, 4.4)
         figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, sharex=True, sharey=True)
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
-        handles: dict[str, Artist] = {}
+        dots: dict[int, Artist] = {}
         for panel, model in zip(axes.flat, models, strict=False):
-            in_model = cells.loc[model].reindex(datasets)
-            values_x, values_y = (in_model[column].to_numpy(float) for column in (x, y))
-            dots = draw_rank_scatter(panel, values_x, values_y, short_name(model), datasets if names else None, beside)
-            handles |= dots
+            columns = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
+            dots |= draw_rank_scatter(panel, *columns, short_name(model), names)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
-        label_x, label_y = (f"{shown(column)} (rank, 1 = lowest)" for column in (x, y))
-        figure.supxlabel(label_x, fontsize=9)
-        figure.supylabel(label_y, fontsize=9)
-        note = "a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks"
-        figure.suptitle(note, fontsize=7)
-        if names and not beside:
-            listed = [name for name in datasets if name in handles]
-            labels = [short_name(name) for name in listed]
-            figure.legend([handles[name] for name in listed], labels, loc="outside right center", fontsize=7)
+        figure.supxlabel(f"{shown(x)} (rank, 1 = lowest)", fontsize=9)
+        figure.supylabel(f"{shown(y)} (rank, 1 = lowest)", fontsize=9)
+        figure.suptitle("a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks", fontsize=7)
+        if names:
+            labels = [short_name(datasets[position]) for position in sorted(dots)]
+            figure.legend([dots[position] for position in sorted(dots)], labels, loc="outside right center", fontsize=7)
     return figure
 
 
 def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """The paper's Figure 4, left: scores after LoRA over the same before it, a panel per score, a colour per model.
-
-    Each title has the mean change over the datasets that all models have: of each model in the order of the legend
-    where there are one or two, else of all.
 
     Args:
         scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
@@ -130,13 +110,8 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
             [handles["no change"]] = panel.plot(ends, ends, color="0.5", lw=1, ls="--")
-            change = scores.assign(change=scores[name] - scores[f"{name}_before"])
-            of_all = change.pivot_table(index="dataset", columns="model", values="change", sort=False).dropna()
-            means = list(of_all.mean()) if of_all.shape[1] < 3 else [of_all.to_numpy().mean()]
-            changes = ", ".join(f"{mean:+.3f}" for mean in means)
-            panel.set(title=f"{shown(name)}\nmean change {changes}", xlabel="before LoRA", ylabel="after LoRA")
-        order = ", in the order of the legend" if of_all.shape[1] == 2 else ""
-        figure.suptitle(f"a dot is a dataset; means over the {len(of_all)} that every model has{order}", fontsize=7)
+            panel.set(title=shown(name), xlabel="before LoRA", ylabel="after LoRA")
+        figure.suptitle("a dot is a dataset", fontsize=7)
         figure.legend(list(handles.values()), list(handles), loc="outside right center")
     return figure
 
@@ -162,54 +137,6 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
             panel.grid(axis="y", lw=0.3)
         axes[0, 0].set_yticks(heights, [short_name(name) for name in datasets], parse_math=False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def plot_sensitivity(table: pd.DataFrame, names: tuple[str, ...], title: str) -> Figure:
-    """Correlation across tasks at every layer and K, a panel per score: what choosing a layer and K would choose from.
-
-    Args:
-        table: a row per score, layer and fraction, with columns score, layer, fraction, spearman.
-        names: the scores.
-        title: of the figure.
-    """
-    with plt.style.context(PLAIN_TEXT):
-        figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 0.8, 2.4), squeeze=False, sharey=True)
-        for panel, name in zip(axes[0], names, strict=True):
-            values = table[table.score == name].pivot(index="layer", columns="fraction", values="spearman")
-            extent = (values.columns[0], values.columns[-1], values.index[0] - 0.5, values.index[-1] + 0.5)
-            style = {"origin": "lower", "aspect": "auto", "cmap": "RdBu_r", "vmin": -1, "vmax": 1}
-            image = panel.imshow(values, extent=extent, **style)
-            panel.set(title=shown(name), xlabel="K / rank V", yticks=values.index)
-        axes[0, 0].set_ylabel("layer")
-        figure.colorbar(image, ax=axes[0].tolist(), label="Spearman")
-        figure.suptitle(title)
-    return figure
-
-
-def plot_forest(table: pd.DataFrame, scores: Sequence[str], measures: Sequence[str]) -> Figure:
-    """Correlation of each score (a row) with each measure (a panel), with its 95 % interval where there is one.
-
-    Args:
-        table: a row per score and measure, with columns score, measure, value, low, high.
-        scores: from top to bottom.
-        measures: from left to right.
-    """
-    with plt.style.context(PLAIN_TEXT):
-        size = (2.1 * len(measures) + 1.9, 0.2 * len(scores) + 0.9)
-        figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
-        for panel, measure in zip(axes[0], measures, strict=True):
-            rows = table[table.measure == measure].set_index("score")
-            for height, name in enumerate(reversed(scores)):
-                if name in rows.index:
-                    row = rows.loc[name]
-                    colour = "tab:blue" if row.low > 0 else "tab:red" if row.high < 0 else "0.5"
-                    panel.plot([row.low, row.high], [height, height], color=colour, lw=1)
-                    panel.plot(row.value, height, "o", ms=4, color=colour)
-            panel.axvline(0, color="black", lw=0.6)
-            panel.set(title=shown(measure), xlabel="Spearman", xlim=(-1.02, 1.02))
-        axes[0, 0].set_yticks(range(len(scores)), [shown(name) for name in reversed(scores)])
-        figure.suptitle("bars: 95 % intervals over tasks; blue: above 0, red: below", fontsize=7)
     return figure
 
 

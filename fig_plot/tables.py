@@ -6,7 +6,6 @@ A study is a folder with a scores.csv; `title` in study.json beside it is its na
 import csv
 import gzip
 import io
-import json
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -14,16 +13,14 @@ import numpy as np
 import pandas as pd
 
 from utils.algebra.scores import NULL_SCORES, SCORES
-from utils.results import write_atomically
+from utils.results import load_json, write_atomically
 from utils.script import UserError
 
 ADAPTED = "+lora"  # end of the name of a model with a merged adapter
 DATA_DIR = Path(__file__).resolve().parent / "data"
 CELL_KEYS = ["model", "dataset"]
 SEED_KEYS = [*CELL_KEYS, "seed"]
-RANDOM_MODELS = {
-    f"{model}-random": model for model in ("tiny", "smollm2", "gemma3-270m")
-}  # random weights -> their twin
+RANDOM = "-random"  # end of the name of a twin with random weights
 # scores of the run, all at the last layer
 RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained",
               "ntps_label_z", "ntps_whitened_z", "retained_z")  # fmt: skip
@@ -71,19 +68,19 @@ FEW_TASKS = 8  # of which a bootstrap says nothing
 # the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
-# what each table of collect.py has, whatever it was collected from; its other columns but the TEXTS are of numbers
+# the tables of collect.py, with the columns that name a row; their other columns but the TEXTS are of numbers
 REQUIRED = {
-    "scores": (*SEED_KEYS, "split", "eigenvectors", "subspace", "center", *SCORES, *(f"{s}_z" for s in NULL_SCORES)),
-    "layers": (*SEED_KEYS, "split", "eigenvectors", "layer", "fraction", *SCORES),
-    "features": (*SEED_KEYS, "layer"),
-    "probes": (*SEED_KEYS, "layer"),
-    "training": (*SEED_KEYS, "method"),
-    "datasets": ("dataset", "seed"),
-    "models": ("model", "num_parameters"),
-    "alignment": tuple(CELL_KEYS),
-    "separability": (*CELL_KEYS, "space", "group"),
+    **dict.fromkeys(("scores", "layers", "features", "probes", "training"), SEED_KEYS),
+    **dict.fromkeys(("alignment", "separability"), CELL_KEYS),
+    **{"datasets": ["dataset", "seed"], "models": ["model"]},
 }
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
+# controls of V, by what they add to the name of a score
+VARIANTS = {
+    "_smallest": ("smallest", "autoregression"),
+    "_pca": ("largest", "pca"),
+    "_random": ("largest", "random"),
+}
 HELD_OUT = "probe_r2_held_out"  # of the least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
@@ -101,14 +98,13 @@ def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
     Raises:
         UserError: there is none.
     """
-    found = sorted(path.parent for path in tables_dir.rglob("scores.csv"))
-    if not found:
+    titles = {}
+    for folder in sorted(path.parent for path in tables_dir.rglob("scores.csv")):
+        study = folder / "study.json"
+        titles[folder] = load_json(study)["title"] if study.is_file() else folder.resolve().name
+    if not titles:
         raise UserError(f"No scores.csv at or below {tables_dir}. Run: python -m fig_plot.collect")
-    described = {folder: folder / "study.json" for folder in found}
-    return {
-        folder: json.loads(path.read_text(encoding="utf-8"))["title"] if path.is_file() else folder.resolve().name
-        for folder, path in described.items()
-    }
+    return titles
 
 
 def figure_name(name: str, study: Path, tables_dir: Path = DATA_DIR) -> str:
@@ -121,26 +117,22 @@ def table_path(name: str, data_dir: Path) -> Path:
     return data_dir / (f"{name}.csv.gz" if name == "layers" else f"{name}.csv")
 
 
-def check_lines(text: str) -> None:
-    """Raises ValueError where a CSV file has been cut off: pandas would take what is left for a whole one."""
-    if text and not text.endswith("\n"):
-        raise ValueError("its last line has no end")
-    rows = csv.reader(io.StringIO(text, newline=""))
-    width = len(next(rows, []))
-    for number, row in enumerate(rows, 2):
-        if row and len(row) != width:
-            raise ValueError(f"row {number} has {len(row)} cells, the first has {width}")
-
-
-def check_columns(name: str, table: pd.DataFrame) -> None:
-    """Raises ValueError where a table of collect.py lacks rows or columns, or has a word in a column of numbers."""
-    if lacking := [column for column in REQUIRED[name] if column not in table]:
-        raise ValueError(f"it has no column {lacking[0]}")
-    if table.empty:
-        raise ValueError("it has no rows")
-    for column in table:
-        if column not in TEXTS and not pd.api.types.is_numeric_dtype(table[column]):
-            raise ValueError(f"its column {column} is not of numbers")
+def parse_table(name: str, text: str) -> pd.DataFrame:
+    """The table in a CSV file. Raises ValueError where it has been cut off or is not a table of this name."""
+    widths = {len(row) for row in csv.reader(io.StringIO(text, newline=""))}
+    if len(widths) != 1 or not text.endswith("\n"):  # pandas would take what is left for a whole file
+        raise ValueError("it has been cut off, or its rows differ in length")
+    texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
+    table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
+    if name in REQUIRED:
+        if lacking := [column for column in REQUIRED[name] if column not in table]:
+            raise ValueError(f"it has no column {lacking[0]}")
+        if table.empty:
+            raise ValueError("it has no rows")
+        words = [column for column in table.select_dtypes(exclude=("number", "bool")) if column not in TEXTS]
+        if words:
+            raise ValueError(f"its column {words[0]} is not of numbers")
+    return table
 
 
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
@@ -152,14 +144,9 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     path, module = table_path(name, data_dir), "findings" if name.startswith("findings_") else "collect"
     if not path.is_file():
         raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
-    texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-        check_lines(text)
-        table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
-        if name in REQUIRED:
-            check_columns(name, table)
+        table = parse_table(name, (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8"))
     except (ValueError, csv.Error, OSError, EOFError) as error:  # those of pandas, gzip and the decoder among them
         raise UserError(f"{path} is no whole table ({error}). Make it again: python -m fig_plot.{module}") from None
     if name in ("scores", "layers"):  # of a version without these columns
@@ -185,32 +172,22 @@ def save_csv(path: Path, table: pd.DataFrame) -> None:
 def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
     """Scores of the paper's V and of its controls side by side, a row per model, dataset and seed."""
     scores = scores[(scores["split"] == "train") & ~scores["center"] & (scores["coordinates"] == "as_is")]
-    variants = {
-        "": ("largest", "autoregression"),
-        "_smallest": ("smallest", "autoregression"),
-        "_pca": ("largest", "pca"),
-        "_random": ("largest", "random"),
-    }
-    of_variant = {
-        suffix: scores[(scores["eigenvectors"] == order) & (scores["subspace"] == subspace)]
-        for suffix, (order, subspace) in variants.items()
-    }
-    columns = of_variant.pop("").drop(columns=["split", "eigenvectors", "coordinates", "subspace", "center"])
-    probes = [name for name in columns if name.startswith("probe_") and name != HELD_OUT]  # probes.csv has them
-    columns = columns.drop(columns=probes)
+    of_v = {kind: rows for kind, rows in scores.groupby(["eigenvectors", "subspace"])}
+    # probes.csv has the probe's error on test rows under the same name
+    columns = of_v.get(("largest", "autoregression"), scores[:0]).drop(columns="probe_mse", errors="ignore")
+    columns = columns.drop(columns=["split", "eigenvectors", "coordinates", "subspace", "center"])
     named = [*SCORES, *(f"{name}_z" for name in NULL_SCORES)]
-    for suffix, variant in of_variant.items():
-        renamed = variant[SEED_KEYS + named].rename(columns={name: name + suffix for name in named})
-        columns = columns.merge(renamed, on=SEED_KEYS, how="left")
+    for suffix, kind in VARIANTS.items():
+        renamed = of_v.get(kind, scores[:0]).set_index(SEED_KEYS)[named].add_suffix(suffix)
+        columns = columns.merge(renamed.reset_index(), on=SEED_KEYS, how="left")
     return columns
 
 
 def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
     """The probe of the last layer, a row per model, dataset and seed."""
     last = probes.loc[probes.groupby(SEED_KEYS)["layer"].idxmax()]
-    columns = {"test_accuracy": "probe_accuracy", "test_mse_over_variance": "probe_mse"}
-    present = {name: new for name, new in columns.items() if name in last}
-    return last[[*SEED_KEYS, *present]].rename(columns=present)
+    named = last.rename(columns={"test_accuracy": "probe_accuracy", "test_mse_over_variance": "probe_mse"})
+    return named[[name for name in (*SEED_KEYS, "probe_accuracy", "probe_mse") if name in named]]
 
 
 def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
@@ -219,20 +196,20 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
     The best layer is the one with the highest LogME, which sees training rows only. Its lead is in R2 of the
     least-squares probe on held-out rows. An older study has the last layer alone, in closed_form.csv.
     """
+    kept = [*SEED_KEYS, *FEATURE_SCORES]
     if not table_path("features", data_dir).is_file():
-        kept = [*SEED_KEYS, *FEATURE_SCORES]
-        is_there = table_path("closed_form", data_dir).is_file()
-        return read_table("closed_form", data_dir)[kept] if is_there else pd.DataFrame(columns=kept)
-    table = read_table("features", data_dir)
+        is_older = table_path("closed_form", data_dir).is_file()
+        return read_table("closed_form", data_dir)[kept] if is_older else pd.DataFrame(columns=kept)
+    table = read_table("features", data_dir).merge(probes[[*SEED_KEYS, "layer", "test_accuracy"]], how="left")
     last, best = (
         table.loc[table.groupby(SEED_KEYS)[name].idxmax()].set_index(SEED_KEYS) for name in ("layer", "logme")
     )
-    columns = last[[name for name in FEATURE_SCORES if name in last]].assign(
-        best_layer=best["layer"], best_layer_lead=best["probe_r2_held_out"] - last["probe_r2_held_out"]
+    columns = last.reindex(columns=FEATURE_SCORES).assign(
+        best_layer=best["layer"],
+        best_layer_lead=best[HELD_OUT] - last[HELD_OUT],
+        best_layer_accuracy=best["test_accuracy"],
     )
-    accuracy = probes.set_index([*SEED_KEYS, "layer"])["test_accuracy"].rename("best_layer_accuracy")
-    keys = [*SEED_KEYS, "best_layer"]
-    return columns.reset_index().merge(accuracy, left_on=keys, right_index=True, how="left", validate="one_to_one")
+    return columns.reset_index()
 
 
 def training_columns(data_dir: Path) -> pd.DataFrame:
@@ -261,21 +238,21 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
         cells = cells.merge(columns, on=SEED_KEYS, how="outer")
     datasets = datasets.drop(columns="num_classes", errors="ignore")
     cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
-    for name in (*METHOD_COLUMNS.values(), *FEATURE_SCORES):
-        if name not in cells:
-            cells[name] = np.nan
+    for name in {*METHOD_COLUMNS.values(), *FEATURE_SCORES} - {*cells}:
+        cells[name] = np.nan
     for name in SCORES:  # the mean of many random V where K_sweep.py drew them
         if f"{name}_random_mean" in cells:
             cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
-    if "num_classes" in cells:  # a regression has none, and is not to be ranked by them
-        cells["num_classes"] = cells["num_classes"].where(cells["num_classes"] > 0)
-    cells["retained_lead"] = cells["retained"] - cells["retained_random"]
-    cells["probe_skill"] = cells["probe_accuracy"] - cells["majority_accuracy"]
-    cells["headroom"] = 1 - cells["probe_accuracy"]
-    cells["lora_gain"] = cells["lora_accuracy"] - cells["probe_accuracy"]
-    cells["lora_gain_paper"] = cells["lora_accuracy"] - cells["paper_probe_accuracy"]
-    cells["full_gain"] = cells["full_accuracy"] - cells["probe_accuracy"]
-    return cells
+    probe = cells["probe_accuracy"]
+    return cells.assign(
+        num_classes=cells["num_classes"].where(cells["num_classes"] > 0),  # a regression is not ranked by them
+        retained_lead=cells["retained"] - cells["retained_random"],
+        probe_skill=probe - cells["majority_accuracy"],
+        headroom=1 - probe,
+        lora_gain=cells["lora_accuracy"] - probe,
+        lora_gain_paper=cells["lora_accuracy"] - cells["paper_probe_accuracy"],
+        full_gain=cells["full_accuracy"] - probe,
+    )
 
 
 def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -294,11 +271,9 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     `retained_lead`, over random V, and the probe on held-out rows are among them where both have it.
     """
     scores = score_columns(read_table("scores", data_dir))
-    names: tuple[str, ...] = (*SCORES, HELD_OUT) if HELD_OUT in scores else SCORES
     if "retained_random_mean" in scores:
         scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
-        names = (*names, "retained_lead")
-    scores = scores[[*SEED_KEYS, *names]]
+    scores = scores[[name for name in (*SEED_KEYS, *SCORES, HELD_OUT, "retained_lead") if name in scores]]
     adapted = scores["model"].str.endswith(ADAPTED)
     after = scores[adapted].assign(model=scores["model"].str.removesuffix(ADAPTED))
     return after.merge(scores[~adapted], on=SEED_KEYS, suffixes=("", "_before"))
@@ -311,7 +286,13 @@ def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of all models but those with random weights."""
-    return rows[~rows["model"].isin(list(RANDOM_MODELS))]
+    return rows[~rows["model"].str.endswith(RANDOM)]
+
+
+def models_with_twins(rows: pd.DataFrame) -> list[str]:
+    """The models that have a twin with random weights."""
+    models = set(rows["model"])
+    return sorted(model for model in models if model + RANDOM in models)
 
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:

@@ -54,30 +54,28 @@ def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     then over datasets. `lead` is over the better of the two baselines.
     """
     cells = without_random_weights(cells)
-    scores = known(cells, (LARGER, *RUN_SCORES, *CONTROLS, *FEATURE_SCORES))
+    scores = {name: matrix(cells, name) for name in known(cells, (LARGER, *RUN_SCORES, *CONTROLS, *FEATURE_SCORES))}
     for outcome in known(cells, ORDERED):
-        target, shares = matrix(cells, outcome), dict[str, dict[str, pd.Series]]()
+        target, of_pairs = matrix(cells, outcome), dict[str, pd.DataFrame]()
         for first, second in itertools.combinations(target.index, 2):
             difference = (target.loc[first] - target.loc[second]).to_numpy(float)
             if not np.nansum(np.abs(difference)):
                 continue
-            right = {BETTER_ELSEWHERE: is_right(elsewhere(difference), difference)}
-            for name in scores:
-                table = matrix(cells, name)
-                right[name] = is_right((table.loc[first] - table.loc[second]).to_numpy(float), difference)
-            shares[f"{first}, {second}"] = {name: pd.Series(of, target.columns) for name, of in right.items()}
-        everything = {name: pd.concat([of[name] for of in shares.values()], axis=1).mean(axis=1)
-                      for name in (*scores, BETTER_ELSEWHERE)} if len(shares) > 1 else {}  # fmt: skip
-        for models, of_pair in (*shares.items(), *([("all", everything)] if everything else [])):
-            baselines = {name: of_pair[name].mean() for name in (LARGER, BETTER_ELSEWHERE) if name in of_pair}
-            best = max(baselines, key=lambda name: np.nan_to_num(baselines[name]))
-            for name, share in of_pair.items():
-                if share.notna().any():
-                    value = bootstrap_interval(mean_cell, share, draws=draws)
-                    lead = bootstrap_interval(mean_cell, share - of_pair[best], draws=draws)
-                    yield {"outcome": outcome, "models": models, "score": name, "share": value.value, "low": value.low,
-                           "high": value.high, "best_baseline": best, "lead": lead.value, "lead_low": lead.low,
-                           "lead_high": lead.high, "datasets": int(share.notna().sum())}  # fmt: skip
+            of_scores = {name: table.loc[first] - table.loc[second] for name, table in scores.items()}
+            guesses = {BETTER_ELSEWHERE: elsewhere(difference), **of_scores}
+            right = {name: is_right(np.asarray(guess, float), difference) for name, guess in guesses.items()}
+            of_pairs[f"{first}, {second}"] = pd.DataFrame(right, index=target.columns)
+        if len(of_pairs) > 1:
+            of_pairs["all"] = pd.concat(of_pairs).groupby(level=1).mean()[[*scores, BETTER_ELSEWHERE]]
+        for models, right in of_pairs.items():
+            baselines = right[[name for name in (LARGER, BETTER_ELSEWHERE) if name in right]].mean()
+            best = str(baselines.fillna(0).idxmax())
+            for name, share in right.dropna(axis=1, how="all").items():
+                value = bootstrap_interval(mean_cell, share, draws=draws)
+                lead = bootstrap_interval(mean_cell, share - right[best], draws=draws)
+                yield {"outcome": outcome, "models": models, "score": name, **value.columns("share"),
+                       "best_baseline": best, **lead.columns("lead", "lead_"),
+                       "datasets": int(share.notna().sum())}  # fmt: skip
 
 
 # ------------------------------------------------------------------ question 9: is V special?
@@ -116,13 +114,13 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
         layers: rows of layers.csv.gz; for the middle layer those with `subspace` random are needed, too.
     """
     last = cells[[*CELL_KEYS, "retained_lead"]].rename(columns={"retained_lead": "lead"}).assign(place="last")
+    layers = without_random_weights(layers[layers["coordinates"] == "as_is"])
     middle = layers.groupby("model")["layer"].transform(lambda of_model: sorted(set(of_model))[len(set(of_model)) // 2])
-    at_middle = layers[layers["layer"] == middle]
-    means = at_middle.groupby([*CELL_KEYS, "subspace"])["retained"].mean().unstack()
-    if "random" not in means:
+    at_middle = layers[layers["layer"] == middle].groupby([*CELL_KEYS, "subspace"])["retained"].mean().unstack()
+    if "random" not in at_middle:
         return last
-    lead = (means["autoregression"] - means["random"]).rename("lead").reset_index().assign(place="middle")
-    return pd.concat([last, lead], ignore_index=True)
+    lead = (at_middle["autoregression"] - at_middle["random"]).rename("lead").reset_index()
+    return pd.concat([last, lead.assign(place="middle")], ignore_index=True)
 
 
 # ------------------------------------------------------------------ question 10: the scale of the coordinates
@@ -133,11 +131,12 @@ def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> 
     datasets), and as `<measure>` Spearman's correlation with the accuracies and the error of question 2.
 
     Args:
-        layers: rows of layers.csv.gz with column `coordinates`.
+        layers: rows of layers.csv.gz.
         cells: a row per model and dataset, for the measures.
         draws: of the intervals, over datasets.
     """
-    for model, rows in without_random_weights(layers).groupby("model"):
+    layers = without_random_weights(layers[layers["subspace"] == "autoregression"])
+    for model, rows in layers.groupby("model"):
         outcomes = cells[cells["model"] == model].set_index("dataset")
         for layer, score in itertools.product(sorted(set(rows["layer"]))[-2:], SCORES):
             at_layer = rows[rows["layer"] == layer]
@@ -151,5 +150,5 @@ def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> 
                 for measure in known(outcomes, MEASURES[:3]):
                     target = outcomes[measure].reindex(table.index).to_numpy(float)
                     found = bootstrap_interval(mean_spearman, values.to_numpy()[None], target[None], draws=draws)
-                    row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+                    row |= found.columns(measure, f"{measure}_")
                 yield row

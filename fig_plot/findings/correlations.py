@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import kendalltau, rankdata, weightedtau
+from scipy.stats import kendalltau, rankdata, spearmanr, weightedtau
 
 TOLERANCE = 1e-9  # two rank correlations nearer than this are equal: they differ by rounding only
 
-Correlation = Callable[[ArrayLike, ArrayLike], float]
+CORRELATIONS = {"spearman": spearmanr, "kendall": kendalltau, "weighted_tau": weightedtau}
 
 
 class Draws(NamedTuple):
@@ -32,6 +32,10 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+    def columns(self, value: str, ends: str = "") -> dict[str, float]:
+        """As columns `value`, `<ends>low` and `<ends>high`."""
+        return {value: self.value, f"{ends}low": self.low, f"{ends}high": self.high}
 
 
 # ------------------------------------------------------------------ correlations of one pair of vectors
@@ -70,43 +74,29 @@ def spearman_rows(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     return np.divide((a * b).sum(-1), spread, where=defined, out=np.full(spread.shape, np.nan))
 
 
-def _complete_pairs(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray] | None:
-    """The pairs without a missing side; None where no correlation is defined."""
-    pairs = np.array([x, y], float)
-    a, b = pairs[:, np.isfinite(pairs).all(0)]
-    return (a, b) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else None
-
-
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation of two vectors (n,) over their complete pairs."""
     return float(spearman_rows(x, y))
 
 
-def kendall(x: ArrayLike, y: ArrayLike) -> float:
-    """Kendall's tau-b of two vectors (n,) over their complete pairs."""
-    pairs = _complete_pairs(x, y)
-    return float("nan") if pairs is None else float(kendalltau(*pairs).statistic)
+def correlation(x: ArrayLike, y: ArrayLike, kind: str) -> float:
+    """Spearman's, Kendall's tau-b or scipy's weighted tau (the largest weigh most) of the complete pairs of (n,)."""
+    pairs = np.array([x, y], float)
+    a, b = pairs[:, np.isfinite(pairs).all(0)]
+    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
+        return float("nan")
+    return float(CORRELATIONS[kind](a, b).statistic)
 
 
-def weighted_tau(x: ArrayLike, y: ArrayLike) -> float:
-    """scipy.stats.weightedtau of two vectors (n,) over their complete pairs: the largest values weigh most."""
-    pairs = _complete_pairs(x, y)
-    return float("nan") if pairs is None else float(weightedtau(*pairs).statistic)
-
-
-CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "kendall": kendall, "weighted_tau": weighted_tau}
-
-
-def mean_correlation(x: ArrayLike, y: ArrayLike, correlation: Correlation = spearman) -> float:
+def mean_correlation(x: ArrayLike, y: ArrayLike, kind: str = "spearman") -> float:
     """Mean over models of the correlation over tasks within a model; models without a defined one are left out.
 
     Args:
         x: (models, tasks), missing cells nan.
         y: (models, tasks).
-        correlation: one of CORRELATIONS.
+        kind: one of CORRELATIONS.
     """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    rows = spearman_rows(x, y) if correlation is spearman else np.array([*map(correlation, x, y)])
+    rows = np.array([correlation(*model, kind) for model in zip(np.asarray(x), np.asarray(y), strict=True)])
     defined = rows[np.isfinite(rows)]
     return float(defined.mean()) if len(defined) else float("nan")
 

@@ -3,7 +3,9 @@
     python -m fig_plot.findings.page            # rewrites the tables between <!-- table: ... --> and <!-- end -->
     python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page is not what the CSV files say
 
-A table is a frame and, for each column, a format of its cells. The words around the tables are written by hand.
+A table is a frame and, for each column, a format of its cells. `<!-- table: tasks of smollm2 gemma3-270m -->` asks for
+the rows of two studies, one below the other; a study that has no such rows takes no part. The words around the tables
+are written by hand.
 """
 
 import re
@@ -16,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.findings.procedure import STEPS
-from fig_plot.findings.questions import CANDIDATES, GAINS, OF_THE_OUTCOME, known, rivals_of
+from fig_plot.findings.questions import GAINS, OF_THE_OUTCOME, known, rivals_of
 from fig_plot.tables import (
     CLAIMED,
     DATA_DIR,
+    FEATURE_SCORES,
     FEW_TASKS,
     LABELS,
     MEASURES,
@@ -33,7 +36,7 @@ from utils.results import write_atomically
 from utils.script import ROOT, UserError, run_script
 
 PAGES = (Path("README.md"), Path("docs/findings.md"))
-BLOCK = re.compile(r"(<!-- table: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (\w+) of ([\w -]+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 # rows of question 2, from top to bottom
 ASKED = [name for name in LABELS if name not in (*MEASURES, "ntps_whitened", "majority_accuracy", "num_parameters",
                                                  "held_out_loss", "lora_accuracy")]  # fmt: skip
@@ -43,7 +46,9 @@ CLAIMS = {
     "smaller error of the probe": ("train_mse", "probe_mse"),
     "smaller gain of LoRA": ("lora_gain_paper", "lora_gain"),
 }
-VALUE = "{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+PUBLISHED = "{published_value:+.2f} ({published_low:+.2f} to {published_high:+.2f})"
+# rows of question 7
+MODEL_CHOOSERS = ("ntps", "ntps_label", "retained", *FEATURE_SCORES, "num_parameters", "better on the others")
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,17 @@ class Table(NamedTuple):
     columns: dict[str, str]
 
 
+def interval(value: str, ends: str = "", digits: int = 2) -> str:
+    """The format of a value and its interval, which is in the columns `<ends>low` and `<ends>high`."""
+    cells = [f"{{{name}:+.{digits}f}}" for name in (value, f"{ends}low", f"{ends}high")]
+    return "{} [{}, {}]".format(*cells)
+
+
 # ------------------------------------------------------------------ from CSV files to rows
 def read_findings(name: str, data_dir: Path) -> pd.DataFrame:
     """A table of the findings; intervals over fewer than eight tasks are left out."""
     table = read_table(f"findings_{name}", data_dir)
-    num_tasks = table["members" if "members" in table else "tasks"]
+    num_tasks = table[known(table, ("members", "tasks", "datasets"))[0]]
     ends = [column for column in table if column.endswith(("low", "high"))]
     table.loc[num_tasks < FEW_TASKS, ends] = np.nan
     return table
@@ -83,31 +94,27 @@ def published_range() -> pd.DataFrame:
     return of_measure.agg(value="mean", low="min", high="max")
 
 
-def side_by_side(table: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
+def side_by_side(table: pd.DataFrame, rows: str | list[str], columns: str) -> pd.DataFrame:
     """A row per value of `rows`; the other cells in columns `<value of columns>_<name>`."""
     pivoted = table.pivot(index=rows, columns=columns)
     pivoted.columns = [f"{value}_{name}" for name, value in pivoted.columns]
     return pivoted.reset_index()
 
 
-def best_rival(table: pd.DataFrame, measure: str) -> str:
-    """The simple baseline with the largest correlation with a measure, of either sign."""
-    sizes = table[table["measure"] == measure].set_index("score")["value"].abs()
-    return str(sizes[[name for name in rivals_of(measure) if name in sizes]].idxmax())
-
-
 def overview_rows(tables_dir: Path = DATA_DIR) -> pd.DataFrame:
     """A row for each bar of the overview: claim, label, value, low, high, noise, p, note; positive is as claimed.
 
-    Of the studies that answer every claim. A baseline is turned to its own size.
+    Of the studies that answer every claim. A baseline, the simple one of the largest correlation, is turned to its own
+    size.
     """
-    asked, rows = dict[str, tuple[pd.DataFrame, pd.DataFrame]](), list[dict]()
+    steps, rules, rows = dict[str, pd.DataFrame](), dict[str, pd.DataFrame](), list[dict]()
     for study, title in reversed(find_studies(tables_dir).items()):
         for of, label in (("_paper", f"{title}, the paper's datasets"), ("", title)):
             if table_path(f"findings_like_for_like{of}", study).is_file():
-                steps = read_findings(f"like_for_like{of}", study).rename(columns={"spearman": "value"})
-                if {chosen_on for chosen_on, _ in CLAIMS.values()} <= set(steps["measure"]):
-                    asked[label] = steps.set_index(["measure", "model", "step"]), spearmans(study, of)
+                found = read_findings(f"like_for_like{of}", study).rename(columns={"spearman": "value"})
+                if {chosen_on for chosen_on, _ in CLAIMS.values()} <= set(found["measure"]):
+                    steps[label] = found.set_index(["measure", "model", "step"])
+                    rules[label] = spearmans(study, of).set_index(["measure", "score"])
 
     def add(claim: str, label: str, row: pd.Series, sign: float, note: str | None = None) -> None:
         low, high = sorted(sign * row[["low", "high"]])
@@ -117,23 +124,22 @@ def overview_rows(tables_dir: Path = DATA_DIR) -> pd.DataFrame:
     for claim, (chosen_on, measure) in CLAIMS.items():
         sign = CLAIMED[measure]
         add(claim, "published, mean and range of 8 models", published_range().loc[measure], sign)
-        for title, (steps, _) in asked.items():
-            add(claim, f"same procedure: {title}", steps.loc[(chosen_on, "mean", STEPS[0])], sign)
-        rules = {title: table.set_index(["measure", "score"]) for title, (_, table) in asked.items()}
+        for title, table in steps.items():
+            add(claim, f"same procedure: {title}", table.loc[(chosen_on, "mean", STEPS[0])], sign)
         for title, rule in rules.items():
             add(claim, f"fixed rule, test rows: {title}", rule.loc[(measure, "ntps")], sign)
         for title, rule in rules.items():
             if not title.endswith("the paper's datasets"):
-                best = best_rival(rule.reset_index(), measure)
-                row = rule.loc[(measure, best)]
-                add(claim, f"best simple baseline, its size: {title}", row, np.sign(row["value"]), LABELS[best])
+                rivals = rule.loc[measure].filter(rivals_of(measure), axis=0)
+                best = rivals.loc[rivals["value"].abs().idxmax()]
+                add(claim, f"best simple baseline, its size: {title}", best, np.sign(best["value"]), LABELS[best.name])
     return pd.DataFrame(rows)
 
 
 # ------------------------------------------------------------------ the tables
 def claims(data_dir: Path) -> Table:
     """The three claims: published, the same procedure here, the fixed rule, the best baseline; + is as claimed."""
-    title, rows = find_studies(data_dir)[data_dir], overview_rows(data_dir)
+    title, rows = find_studies(DATA_DIR)[data_dir], overview_rows()
     steps = {
         "published, mean and range of 8 models": "published",
         f"same procedure: {title}, the paper's datasets": "paper",
@@ -141,16 +147,15 @@ def claims(data_dir: Path) -> Table:
         f"fixed rule, test rows: {title}": "fixed",
         f"best simple baseline, its size: {title}": "baseline",
     }
-    rows = rows.assign(label=rows["label"].map(steps)).dropna(subset="label")
+    rows = side_by_side(rows.assign(label=rows["label"].map(steps)).dropna(subset="label"), "claim", "label")
     chosen = "{%s_value:+.2f} ({%s_noise:+.2f}, p {%s_p:.2f})"
     return Table(
-        side_by_side(rows, "claim", "label").set_index("claim", drop=False).loc[list(CLAIMS)],
-        {"a higher NTPS goes with a": "{claim}",
-         "published (range)": "{published_value:+.2f} ({published_low:+.2f} to {published_high:+.2f})",
+        rows.set_index("claim", drop=False).loc[list(CLAIMS)],
+        {"a higher NTPS goes with a": "{claim}", "published (range)": PUBLISHED,
          "same procedure, the paper's ten": chosen.replace("%s", "paper"),
          "same procedure, all": chosen.replace("%s", "all"),
-         "fixed rule, test rows": VALUE.replace("{", "{fixed_"),
-         "best simple baseline, its size": "{baseline_note} " + VALUE.replace("{", "{baseline_")},
+         "fixed rule, test rows": interval("fixed_value", "fixed_"),
+         "best simple baseline, its size": "{baseline_note} " + interval("baseline_value", "baseline_")},
     )  # fmt: skip
 
 
@@ -168,18 +173,16 @@ def tasks(data_dir: Path) -> Table:
 
 def like_for_like_paper(data_dir: Path) -> Table:
     """Question 1 on the paper's datasets: every step, mean over the models."""
-    rows = read_findings("like_for_like_paper", data_dir).query("model == 'mean'")
+    rows = read_findings("like_for_like_paper", data_dir).query("model == 'mean'").drop(columns="model")
     on_train = {measure: chosen_on for chosen_on, measure in CLAIMS.values()}
     published = published_range().add_prefix("published_").rename(index=on_train)
     rows = rows.join(published.assign(step=STEPS[0]).set_index("step", append=True), on=["measure", "step"])
     names = {"lora_gain": "LoRA gain", "lora_gain_paper": "LoRA gain, paper's probe", "train_mse": "train MSE"}
     return Table(
         rows.assign(measure=rows["measure"].map(lambda name: names.get(name, name.replace("_", " ")))),
-        {"measure": "{measure}", "step": "{step}",
-         "published (range)": "{published_value:+.2f} ({published_low:+.2f} to {published_high:+.2f})",
-         "here": "{spearman:+.2f} [{low:+.2f}, {high:+.2f}]",
+        {"measure": "{measure}", "step": "{step}", "published (range)": PUBLISHED, "here": interval("spearman"),
          "the same in noise": "{noise:+.2f} (p {p:.3f})",
-         "here, number of classes held fixed": VALUE.replace("{", "{given_classes_").replace("_value", "")},
+         "here, number of classes held fixed": interval("given_classes", "given_classes_")},
     )  # fmt: skip
 
 
@@ -193,21 +196,24 @@ def correlations(data_dir: Path) -> Table:
     measures = [name for name in MEASURES if name in set(table["measure"])]
     return Table(
         rows.assign(score=rows["score"].map(LABELS)),
-        {"": "{score}"} | {LABELS[name]: VALUE.replace("{", f"{{{name}_") for name in measures},
+        {"": "{score}"} | {LABELS[name]: interval(f"{name}_value", f"{name}_") for name in measures},
     )
 
 
 def controls(data_dir: Path) -> Table:
-    """Question 3: `retained` of V, of random V and of V by PCA, with the leads over random V."""
+    """Questions 3 and 9: `retained` of V, of random V and of V by PCA, with the leads over random V."""
     table = read_findings("controls", data_dir).query("score == 'retained'").drop(columns="score")
-    lead = "{v_lead_over_random:+.3f} [{v_low:+.3f}, {v_high:+.3f}]"
+    middle = read_findings("special", DATA_DIR).query("statistic == 'mean lead' and place == 'middle'")
+    at_middle = middle.set_index("models")[["value", "low", "high"]].add_prefix("middle_")
     return Table(
-        side_by_side(table, "model", "v"),
+        side_by_side(table, "model", "v").join(at_middle, on="model"),
         {"model": "`{model}`", "tasks": "{autoregression_tasks:.0f}", "V": "{autoregression_value:.3f}",
          "random V": "{random_value:.3f}", "V by PCA": "{pca_value:.3f}",
-         "V - random V": lead.replace("v_", "autoregression_"), "V by PCA - random V": lead.replace("v_", "pca_"),
+         "V - random V": interval("autoregression_lead_over_random", "autoregression_", 3),
+         "V by PCA - random V": interval("pca_lead_over_random", "pca_", 3),
          "tasks with z > 2": "{autoregression_tasks_above_2_random_z:.0f}",
-         "z < -2": "{autoregression_tasks_below_minus_2_random_z:.0f}"},
+         "z < -2": "{autoregression_tasks_below_minus_2_random_z:.0f}",
+         "V - random V, middle layer": interval("middle_value", "middle_", 3)},
     )  # fmt: skip
 
 
@@ -216,44 +222,63 @@ def after_lora(data_dir: Path) -> Table:
     rows = read_findings("after_lora", data_dir)
     return Table(
         rows.assign(score=rows["score"].map(LABELS)),
-        {"model": "`{model}`", "score": "{score}", "before": "{before:.3f}",
-         "change": "{change:+.3f} [{low:+.3f}, {high:+.3f}]", "raised in": "{raised} of {cells}",
-         "Spearman of the change with the gain": VALUE.replace("{", "{spearman_").replace("value", "with_gain")},
+        {"model": "`{model}`", "score": "{score}", "before": "{before:.3f}", "change": interval("change", digits=3),
+         "raised in": "{raised} of {cells}",
+         "Spearman of the change with the gain": interval("spearman_with_gain", "spearman_")},
     )  # fmt: skip
 
 
-def gains(data_dir: Path) -> Table:
-    """Question 5: the gain predicted for a task left out, and the decision."""
-    errors, decisions = (
-        read_findings(name, data_dir).query("measure == 'lora_gain'") for name in ("calibration", "decision")
-    )
-    rows = errors[errors["predictors"].isin(["nothing", *CANDIDATES])]
-    rows = rows.join(decisions.set_index("score")[["auc", "low", "high"]].add_prefix("auc_"), on="predictors")
-    rows["lead"] = rows["lead"].where(rows["predictors"] != "nothing")
+def which_model(data_dir: Path) -> Table:
+    """Question 7: the pairs of real LLMs, and all pairs; share of datasets in order, lead over the better baseline."""
+    table = read_findings("which_model", data_dir)
+    studies = [study for study in find_studies(DATA_DIR) if study != data_dir]
+    real = {model for study in studies for model in read_table("models", study)["model"]}
+    is_shown = table["models"].map(lambda pair: pair == "all" or set(pair.split(", ")) <= real)
+    table = table[is_shown & table["score"].isin(MODEL_CHOOSERS)]
+    outcomes = {"best_test_accuracy": "best layer", "lora_accuracy": "LoRA"}
+    named = table["score"].map(lambda name: LABELS.get(name, name))
     return Table(
-        rows.assign(predictors=rows["predictors"].map({**LABELS, "nothing": "the other tasks' mean"})),
-        {"from": "{predictors}", "mean absolute error, points": "{error_points:.1f}",
-         "lead over the mean gain": "{lead:+.1f} [{low:+.1f}, {high:+.1f}]",
-         'AUC of "more than 2 points"': "{auc_auc:.2f} [{auc_low:.2f}, {auc_high:.2f}]"},
+        table.assign(outcome=table["outcome"].map(outcomes), score=named),
+        {"models": "{models}", "test accuracy": "{outcome}", "score": "{score}",
+         "share in order": "{share:.2f} [{low:.2f}, {high:.2f}]",
+         "lead over the better baseline": interval("lead", "lead_")},
     )  # fmt: skip
 
 
 def layer_choice(data_dir: Path) -> Table:
     """Question 8, the layer with the most accurate probe first."""
     rows = read_findings("layer_choice", data_dir).sort_values("accuracy", ascending=False, kind="stable")
-    rows[["lead", "low", "high"]] *= 100  # points
-    rows["lead"] = rows["lead"].where(rows["chosen_by"] != "last layer")
+    leads = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
+    rows[[name for name in rows if name.startswith((*leads, "low", "high"))]] *= 100  # points
+    for name, itself in leads.items():
+        rows[name] = rows[name].where(rows["chosen_by"] != itself)
     return Table(
         rows.assign(chosen_by=rows["chosen_by"].map(lambda name: LABELS.get(name, name))),
         {"layer": "{chosen_by}", "probe accuracy on test rows": "{accuracy:.3f}",
-         "lead over the last layer, points": "{lead:+.1f} [{low:+.1f}, {high:+.1f}]"},
+         "lead over the last layer, points": interval("lead", digits=1),
+         "over the middle layer": interval("over_middle", "over_middle_", 1),
+         "over the layer best elsewhere": interval("over_others", "over_others_", 1)},
+    )  # fmt: skip
+
+
+def coordinates(data_dir: Path) -> Table:
+    """Question 10: the scores that depend on the scale of the coordinates, in every scaling."""
+    table = read_findings("coordinates", data_dir).query("score in ('ntps', 'ntps_label')")
+    return Table(
+        table.assign(coordinates=table["coordinates"].str.replace("_", " ")),
+        {"model": "`{model}`", "layer": "{layer}", "score": "`{score}`", "coordinates": "{coordinates}",
+         "mean": "{mean:.3f}", "sd over datasets": "{sd_over_datasets:.3f}",
+         "sd over scalings": "{sd_over_scalings:.3f}",
+         "Spearman with accuracy": interval("probe_accuracy", "probe_accuracy_"),
+         "with MSE / variance": interval("probe_mse", "probe_mse_")},
     )  # fmt: skip
 
 
 TABLES: dict[str, Callable[[Path], Table]] = {
     table.__name__: table
-    for table in (claims, tasks, like_for_like_paper, correlations, controls, after_lora, gains, layer_choice)
-}
+    for table in (claims, tasks, like_for_like_paper, correlations, controls, after_lora, which_model, layer_choice,
+                  coordinates)
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------ pages
@@ -265,11 +290,17 @@ def fill(form: str, row: dict) -> str:
     return ""
 
 
-def markdown(table: Table) -> str:
-    """The lines of a table."""
-    lines = [list(table.columns), ["---"] * len(table.columns)]
-    for row in table.rows.to_dict("records"):
-        lines.append([fill(form, {str(name): value for name, value in row.items()}) for form in table.columns.values()])
+def markdown(tables: dict[str, Table]) -> str:
+    """The lines of a table of several studies, by title; the title is a column where no other tells the rows apart."""
+    if not tables:
+        return "No study has these rows yet."
+    columns = {header: form for table in tables.values() for header, form in table.columns.items()}
+    if len(tables) > 1 and "model" not in columns:
+        columns = {"study": "{study}", **columns}
+    lines = [list(columns), ["---"] * len(columns)]
+    for title, table in tables.items():
+        for row in table.rows.assign(study=title).to_dict("records"):
+            lines.append([fill(form, {str(name): value for name, value in row.items()}) for form in columns.values()])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -277,15 +308,17 @@ def fill_page(text: str, page: Path) -> str:
     """The page with its tables as the CSV files have them.
 
     Raises:
-        UserError: it asks for an unknown table or study.
+        UserError: it asks for an unknown table.
     """
 
     def block(match: re.Match) -> str:
-        start, name, study, end = match.groups()
-        folder = DATA_DIR if study == "docstrings" else DATA_DIR / study
-        if name not in TABLES or folder not in find_studies():
-            raise UserError(f"{page} asks for the table {name!r} of {study!r}; there are {', '.join(TABLES)}.")
-        return f"{start}{markdown(TABLES[name](folder))}\n{end}"
+        start, name, studies, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"{page} asks for the table {name!r}; there are {', '.join(TABLES)}.")
+        titles, source = find_studies(DATA_DIR), {"claims": "like_for_like", "tasks": "correlations"}.get(name, name)
+        folders = [DATA_DIR if study == "docstrings" else DATA_DIR / study for study in studies.split()]
+        found = [folder for folder in folders if table_path(f"findings_{source}", folder).is_file()]
+        return f"{start}{markdown({titles[folder]: TABLES[name](folder) for folder in found})}\n{end}"
 
     return BLOCK.sub(block, text)
 

@@ -32,10 +32,11 @@ from fig_plot.tables import (
     FEATURE_SCORES,
     HELD_OUT,
     MEASURES,
-    RANDOM_MODELS,
+    RANDOM,
     RUN_SCORES,
     SEED_KEYS,
     matrix,
+    models_with_twins,
     without_random_weights,
 )
 from utils.algebra.scores import SCORES
@@ -83,11 +84,11 @@ def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     names = (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy")
     for measure in known(cells, MEASURES):
         target = matrix(cells, measure)
-        for name in [name for name in known(cells, names) if name != measure]:
-            score = matrix(cells, name)
-            yield from direction_rows("tasks", name, measure, score, target, draws)
-            yield from direction_rows("models", name, measure, score.T, target.T, draws)
-        yield from others_rows(measure, target, draws)
+        scores = {name: (matrix(cells, name), matrix(cells, name).T) for name in known(cells, names) if name != measure}
+        scores["mean of the others"] = mean_of_others(target), mean_of_others(target.T)
+        for name, (in_models, in_tasks) in scores.items():
+            yield from direction_rows("tasks", name, measure, in_models, target, draws)
+            yield from direction_rows("models", name, measure, in_tasks, target.T, draws)
 
 
 def direction_rows(
@@ -99,18 +100,17 @@ def direction_rows(
     """
     score, target = score.align(target, join="inner")
     x, y = score.to_numpy(float), target.to_numpy(float)
-    groups = int(np.isfinite(spearman_rows(x, y)).sum())
-    if not groups:
+    of_groups = spearman_rows(x, y)
+    if not np.isfinite(of_groups).any():
         return
-    for kind, correlation in CORRELATIONS.items():
-        if kind != "spearman":
-            interval = Interval(mean_correlation(x, y, correlation), np.nan, np.nan)
-        elif direction == "tasks":
-            interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
-        else:  # groups are the tasks here
-            interval = bootstrap_interval(mean_cell, spearman_rows(x, y), draws=draws)
+    # across models the groups are the tasks, which the bootstrap draws
+    statistic, tables = (mean_spearman, (x, y)) if direction == "tasks" else (mean_cell, (of_groups,))
+    interval = bootstrap_interval(statistic, *tables, draws=draws)
+    for kind in CORRELATIONS:
+        found = interval if kind == "spearman" else Interval(mean_correlation(x, y, kind), np.nan, np.nan)
         yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
-               **interval._asdict(), "groups": groups, "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
+               **found._asdict(), "groups": int(np.isfinite(of_groups).sum()),
+               "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
 
 def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
@@ -118,12 +118,6 @@ def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
     present = table.notna()
     count = present.sum() - present
     return (table.sum() - table.fillna(0)) / count.where(count > 0)
-
-
-def others_rows(measure: str, target: pd.DataFrame, draws: Draws) -> Rows:
-    """The rows of `mean of the others`."""
-    yield from direction_rows("tasks", "mean of the others", measure, mean_of_others(target), target, draws)
-    yield from direction_rows("models", "mean of the others", measure, mean_of_others(target.T), target.T, draws)
 
 
 def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
@@ -139,8 +133,7 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         best = max(sizes, key=lambda rival: sizes[rival])
         interval = bootstrap_interval(spearman_lead, score, others[rivals.index(best)], target, draws=draws)
         yield {"measure": measure, "score": name, "best_baseline": best, "baseline_size": sizes[best],
-               "lead": interval.value, "low": interval.low, "high": interval.high,
-               "tasks": target.shape[1]}  # fmt: skip
+               **interval.columns("lead"), "tasks": target.shape[1]}  # fmt: skip
 
 
 def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Rows:
@@ -169,8 +162,8 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
                 continue
             interval = bootstrap_interval(mean_cell, lead, draws=draws)
             row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression",
-                   "value": rows[score + v].mean(), "lead_over_random": interval.value,
-                   "low": interval.low, "high": interval.high, "tasks": len(lead)}  # fmt: skip
+                   "value": rows[score + v].mean(), **interval.columns("lead_over_random"),
+                   "tasks": len(lead)}  # fmt: skip
             yield row | ({} if v else z_columns(rows, score))
 
 
@@ -178,13 +171,13 @@ def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
     """How far a score is from that of permuted labels and from that of random V, over the tasks of a model."""
     columns: dict[str, Any] = {}
     if f"{score}_z" in rows:
-        z = rows[f"{score}_z"].dropna()
+        z = rows[f"{score}_z"]
         columns |= {"permuted_labels": rows[f"{score}_null_mean"].mean(), "mean_z": z.mean()}
-        columns |= {"tasks_above_2_z": int((z > 2).sum())}
+        columns["tasks_above_2_z"] = int((z > 2).sum())
     if is_known(rows, f"{score}_random_z"):
-        z = rows[f"{score}_random_z"].dropna()
+        z = rows[f"{score}_random_z"]
         columns |= {"mean_random_z": z.mean(), "tasks_above_2_random_z": int((z > 2).sum())}
-        columns |= {"tasks_below_minus_2_random_z": int((z < -2).sum())}
+        columns["tasks_below_minus_2_random_z"] = int((z < -2).sum())
     return columns
 
 
@@ -198,8 +191,8 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
     changed = [name for name in changes if name.endswith("_change")]
     cells = cells.merge(changes[[*CELL_KEYS, *changed]], on=CELL_KEYS, how="left")
     names = (*SCORES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changed)
-    for twin, model in RANDOM_MODELS.items():
-        both = (cells[cells["model"] == name].set_index("dataset") for name in (model, twin))
+    for model in models_with_twins(cells):
+        both = (cells[cells["model"] == name].set_index("dataset") for name in (model, model + RANDOM))
         trained, random = (table.dropna(axis=1, how="all") for table in both)
         for name in [name for name in names if name in trained and name in random]:
             pairs = pd.concat([trained[name], random[name]], axis=1, join="inner").dropna().to_numpy(float)
@@ -208,9 +201,8 @@ def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) 
             x, y = pairs.T
             lead = bootstrap_interval(mean_cell, x - y, draws=draws)
             order = bootstrap_interval(mean_spearman, x, y, draws=draws)
-            yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(), "lead": lead.value,
-                   "low": lead.low, "high": lead.high, "spearman": order.value, "spearman_low": order.low,
-                   "spearman_high": order.high, "tasks": len(pairs)}  # fmt: skip
+            yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(),
+                   **lead.columns("lead"), **order.columns("spearman", "spearman_"), "tasks": len(pairs)}  # fmt: skip
 
 
 # ------------------------------------------------------------------ question 4: after LoRA
@@ -238,10 +230,10 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> R
             mean = bootstrap_interval(mean_cell, tables[0], draws=draws)
             follows = bootstrap_interval(mean_spearman, *tables, draws=draws)
             yield {"model": model, "score": name, "before": of_score[f"{name}_before"].mean(),
-                   "after": of_score[name].mean(), "change": mean.value, "low": mean.low, "high": mean.high,
+                   "after": of_score[name].mean(), **mean.columns("change"),
                    "raised": int((of_score["change"] > 0).sum()), "cells": len(of_score),
-                   "tasks": of_score["dataset"].nunique(), "spearman_with_gain": follows.value,
-                   "spearman_low": follows.low, "spearman_high": follows.high}  # fmt: skip
+                   "tasks": of_score["dataset"].nunique(),
+                   **follows.columns("spearman_with_gain", "spearman_")}  # fmt: skip
 
 
 # ------------------------------------------------------------------ question 5: LoRA's gain on a task left out
@@ -268,9 +260,8 @@ def decision_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         tables = tables_of(rows, name, measure)
         interval = bootstrap_interval(mean_auc, *tables, draws=draws)
         if np.isfinite(interval.value):
-            yield {"measure": measure, "score": name, "auc": interval.value, "low": interval.low,
-                   "high": interval.high, "cells": len(rows), "tasks": tables[0].shape[1],
-                   "above": int((rows[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
+            yield {"measure": measure, "score": name, **interval.columns("auc"), "cells": len(rows),
+                   "tasks": tables[0].shape[1], "above": int((rows[measure] > WORTHWHILE_GAIN).sum())}  # fmt: skip
 
 
 def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> np.ndarray:
@@ -302,8 +293,8 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
         interval = bootstrap_interval(mean_cell, lead, draws=draws)
         yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
-               "error_of_mean_points": np.abs(of_mean).mean(), "lead": interval.value, "low": interval.low,
-               "high": interval.high, "rmse_points": np.sqrt(np.mean(errors**2)),
+               "error_of_mean_points": np.abs(of_mean).mean(), **interval.columns("lead"),
+               "rmse_points": np.sqrt(np.mean(errors**2)),
                "within_95_percent_points": np.quantile(np.abs(errors), 0.95), "cells": len(rows),
                "tasks": rows["dataset"].nunique()}  # fmt: skip
 
@@ -371,6 +362,7 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
     on the other datasets; and the best one on test rows, which nobody knows beforehand. `over_middle` and `over_others`
     are leads over two of these. Means over tasks, seeds of a task averaged first; intervals over tasks.
     """
+    beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
     for model, rows in table.groupby("model"):
         accuracy = rows.pivot(index=["dataset", "seed"], columns="layer", values="test_accuracy")
         if accuracy.shape[1] < 3:
@@ -381,15 +373,12 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
         for name in known(rows, LAYER_CHOOSERS):
             at = rows.loc[rows.dropna(subset=name).groupby(["dataset", "seed"])[name].idxmax()]
             chosen[name] = at.set_index(["dataset", "seed"])["test_accuracy"]
-        of_task = pd.DataFrame(chosen).groupby("dataset").mean()
-        of_layer = accuracy.groupby("dataset").mean()
+        of_task, of_layer = (values.groupby("dataset").mean() for values in (pd.DataFrame(chosen), accuracy))
         best_elsewhere = [(task, of_layer.drop(index=task).mean().idxmax()) for task in of_layer.index]
         of_task["best on the others"] = [of_layer.loc[task, layer] for task, layer in best_elsewhere]
         for name, values in of_task.items():
             row = {"model": model, "chosen_by": name, "accuracy": values.mean()}
-            beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
             for lead, other in beside.items():
                 interval = bootstrap_interval(mean_cell, values - of_task[other], draws=draws)
-                ends = ("low", "high") if lead == "lead" else (f"{lead}_low", f"{lead}_high")
-                row |= {lead: interval.value, ends[0]: interval.low, ends[1]: interval.high}
+                row |= interval.columns(lead, "" if lead == "lead" else f"{lead}_")
             yield row | {"tasks": int(values.notna().sum())}

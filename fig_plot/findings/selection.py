@@ -56,15 +56,15 @@ def _permutation_null(
     statistic: Callable[..., Any], targets: np.ndarray, num_permutations: int, seed: int
 ) -> tuple[np.ndarray, float]:
     """The statistic of permuted targets (draws,), and its one-sided p-value, nan where the statistic is."""
+    # batches keep the products of large maps out of memory
+    options: dict[str, Any] = {
+        "permutation_type": "pairings",
+        "alternative": "greater",
+        "vectorized": True,
+        "batch": 1000,
+    }
     test = permutation_test(
-        (targets,),
-        statistic,
-        permutation_type="pairings",
-        alternative="greater",
-        vectorized=True,
-        n_resamples=num_permutations,
-        batch=1000,  # keeps the products of large maps out of memory
-        rng=np.random.default_rng(seed),
+        (targets,), statistic, n_resamples=num_permutations, rng=np.random.default_rng(seed), **options
     )
     return test.null_distribution, float(test.pvalue) if np.isfinite(test.statistic) else float("nan")
 
@@ -144,10 +144,9 @@ def leave_one_out_selection(
     values of the same configuration that lie below it (ties half); these fractions are correlated (Spearman) with the
     targets. With one configuration this is its plain Spearman.
 
-    Under noise its mean is 0: the downward bias of leave-one-out predictions does not arise, as the rank of a value
-    among the others tells nothing of the others' order. Its spread is wider than Spearman's, though, since the choice
-    changes from task to task: at 12 tasks the sd is .30 for one configuration, .46 to .49 for 19 to 100 unrelated ones.
-    So its p-value comes from permuted targets, one-sided, and no table of Spearman's correlation applies.
+    Under noise its mean is 0, since the rank of a value among the others tells nothing of the others' order; but as the
+    choice changes from task to task its spread is wider than Spearman's (12 tasks: .46 to .49 for 19 to 100 unrelated
+    configurations, .30 for one). So the one-sided p-value comes from permuted targets.
 
     Args:
         maps: (configurations, tasks); missing values as in `selection_null`.
@@ -173,19 +172,3 @@ def leave_one_out_selection(
     chosen[tasks] = np.where(best < 0, -1, configurations[best])
     predicted[tasks] = fraction
     return LeaveOneOut(chosen, predicted, direction * spearman(fraction, target), p_value)
-
-
-def expected_maximum(
-    num_configurations: int, num_tasks: int, num_draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and 95 % quantile of the largest Spearman among independent noise rankings of the tasks.
-
-    What a sweep would report if it measured nothing and its configurations were unrelated; real ones resemble each
-    other, which `selection_null` takes into account.
-    """
-    random = np.random.default_rng(seed)
-    target = standardize(np.arange(num_tasks, dtype=float))
-    largest = [
-        (random.permuted(np.tile(target, (num_configurations, 1)), axis=1) @ target).max() for _ in range(num_draws)
-    ]
-    return float(np.mean(largest)), float(np.quantile(largest, 0.95))

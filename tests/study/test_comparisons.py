@@ -77,6 +77,7 @@ def test_leads_over_random_subspaces_and_their_sign_in_two_models():
                           for model, of in (("one", first), ("two", second))
                           for dataset, lead in zip(DATASETS, of, strict=True)])  # fmt: skip
     layers = pd.DataFrame([{"model": "one", "dataset": dataset, "layer": layer, "subspace": v, "fraction": fraction,
+                            "coordinates": "as_is",
                             "retained": 0.5 + (v == "autoregression") * lead * (layer == 1)}
                            for dataset, lead in zip(DATASETS, first, strict=True) for layer in (0, 1, 2)
                            for v in ("autoregression", "random") for fraction in (0.2, 0.8)])  # fmt: skip
@@ -99,7 +100,7 @@ def test_a_score_in_every_scaling_at_the_last_two_layers():
             for dataset, value in zip(DATASETS, values, strict=True):
                 for shift in (-0.1, 0.1):
                     layers.append({"model": "one", "dataset": dataset, "layer": layer, "coordinates": coordinates,
-                                   **dict.fromkeys(SCORES, value + shift)})  # fmt: skip
+                                   "subspace": "autoregression", **dict.fromkeys(SCORES, value + shift)})  # fmt: skip
     cells = pd.DataFrame({"model": "one", "dataset": DATASETS, "probe_accuracy": accuracy})
     rows = pd.DataFrame(coordinate_rows(pd.DataFrame(layers), cells, DRAWS))
     assert set(rows.layer) == {1, 2} and set(rows.score) == set(SCORES) and (rows.datasets == 8).all()

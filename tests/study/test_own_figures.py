@@ -54,7 +54,7 @@ def test_two_models_by_three_tasks_become_two_panels_and_the_repository_stays_as
         notebook = nbformat.read(ROOT / "fig_plot" / f"{name}.ipynb", as_version=4)
         NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     drawn = {path.name for path in figures.iterdir()}
-    assert {"Fig2_ntps_probe_accuracy.png", "Fig2_retained_probe_mse.pdf", "Findings_tasks.png"} <= drawn
+    assert {"Fig2_ntps_probe_accuracy.png", "Fig2_retained_probe_mse.pdf", "Findings_idea.png"} <= drawn
     assert not {name for name in drawn if name.startswith(("Fig1", "Fig3", "Fig4"))}  # nothing was trained or drawn
     cells = trained_models(load_cells(own_tables))
     panels = [panel for panel in plot_rank_grid(cells, "ntps", "probe_accuracy", names=True).axes if panel.axison]
