@@ -1,22 +1,18 @@
 """utils/data/docstrings.py: what the parser reads, the split that keeps test texts apart, and determinism."""
 
 import itertools
-import json
-import math
-import os
-import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import run_in_process
+from tests.data.inputs import load, write
 from utils.data import docstrings
-from utils.data.docstrings import TASKS, Row, Task, is_test_side, load_rows, load_task, pretraining_corpus
-from utils.script import ROOT, UserError
+from utils.data.docstrings import TASKS, Row, is_test_side, load_rows, load_task, pretraining_corpus
+from utils.script import UserError
 
 pytestmark = pytest.mark.slow
 
-CLASSIFICATION = [name for name, task in TASKS.items() if not task.regression]
 FAKE_MODULE = '''"""What the module is for.
 
 Second paragraph.
@@ -79,9 +75,7 @@ def fake_package(tmp_path, monkeypatch):
         "tests/test_it.py": '"""Docstring of a test module."""',
         "test_more.py": '"""Docstring of another test module."""',
     }.items():
-        path = tmp_path / "fakelib" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        write(tmp_path / "fakelib" / name, content)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path / "fakelib"
 
@@ -89,6 +83,7 @@ def fake_package(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ parser
 def test_rows_hold_the_facts_of_the_code(fake_package):
     rows = {row.name or row.module: row for row in docstrings.parse_libraries(["fakelib"])}
+    assert "fakelib" not in sys.modules
     names = {"plain", "Thing", "Thing.size", "Thing._grow", "Thing.make", "something"}
     assert set(rows) == {"fakelib", "fakelib.part.inner", *names}
     assert rows["fakelib"].text == "What the module is for." and rows["fakelib"].kind == "module"
@@ -101,37 +96,23 @@ def test_rows_hold_the_facts_of_the_code(fake_package):
     assert facts["Thing._grow"] == (False, False, False, False, 1)  # `return None` returns nothing
     assert facts["Thing.make"] == (True, False, False, True, 1)
     assert [rows[name].kind for name in ("plain", "Thing", "Thing.size")] == ["function", "class", "method"]
-
-
-def test_nothing_is_imported(fake_package):
-    docstrings.parse_libraries(["fakelib"])
-    assert "fakelib" not in sys.modules
-    with pytest.raises(RuntimeError, match="was imported"):
-        __import__("fakelib")
-
-
-def test_order_depends_on_the_texts_alone(fake_package):
-    script = (
-        "import dataclasses, json, sys; from utils.data import docstrings; sys.path.insert(0, sys.argv[1]);"
-        "print(json.dumps([dataclasses.astuple(row) for row in docstrings.parse_libraries(['fakelib'])]))"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "4321"}
-    command = [sys.executable, "-c", script, str(fake_package.parent)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    rows = [Row(*values) for values in json.loads(done.stdout)]
-    assert rows == docstrings.parse_libraries(["fakelib"])
-    hashes = [docstrings.text_hash(row.text) for row in rows]
-    assert hashes == sorted(hashes)
-
-
-def test_missing_package_names_the_command_that_fixes_it():
-    with pytest.raises(UserError, match=r"'no_such_package'.*pip install -r requirements\.txt"):
-        docstrings.source_files("no_such_package")
+    hashes = [docstrings.text_hash(row.text) for row in docstrings.parse_libraries(["fakelib"])]
+    assert hashes == sorted(hashes), "the order depends on the texts alone"
 
 
 def test_three_words_of_letters_are_a_text():
     assert all(map(docstrings.is_text, ("Return the sum.", "Größe des Feldes")))
     assert not any(map(docstrings.is_text, ("Two words", ">>> import this that", "=== 1 2 3 4 5 ===")))
+
+
+def test_missing_package_and_task_are_named(monkeypatch):
+    with pytest.raises(UserError, match=r"'no_such_package'.*pip install -r requirements\.txt"):
+        docstrings.source_files("no_such_package")
+    with pytest.raises(UserError, match=r"'raise'.*Did you mean raises"):
+        load("docstrings/raise")
+    monkeypatch.setattr(docstrings, "PACKAGES", ("no_such_package",))
+    with pytest.raises(UserError, match=r"need no_such_package: pip install -r requirements\.txt"):
+        docstrings.cache_path()
 
 
 # ------------------------------------------------------------------ cache
@@ -145,26 +126,25 @@ def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monke
 
     monkeypatch.setattr(docstrings, "CACHE_DIR", tmp_path)
     monkeypatch.setattr(docstrings, "parse_libraries", parse_libraries)
-    load = load_rows.__wrapped__
-    first, digest = load()
-    assert first == tuple(rows) and load() == (first, digest) and len(calls) == 1
+    read = load_rows.__wrapped__
+    first, digest = read()
+    assert first == tuple(rows) and read() == (first, digest) and len(calls) == 1
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-3])
-    assert load() == (first, digest) and len(calls) == 2
+    assert read() == (first, digest) and len(calls) == 2
     monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "0.0")
-    assert load() == (first, digest) and len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
+    assert read() == (first, digest) and len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
 
 
 # ------------------------------------------------------------------ tasks
-@pytest.mark.slow
 def test_family_of_tasks():
-    assert len(CLASSIFICATION) >= 12 and sum(task.regression for task in TASKS.values()) == 1
-    for name in CLASSIFICATION:
-        (texts, labels), (test_texts, test_labels) = load_task(name).values()
-        assert 2 <= len(set(labels)) <= 14 and set(test_labels) == set(labels), name
-        assert 500 <= len(texts) == len(labels) <= 8000 and 100 <= len(test_texts) == len(test_labels) <= 2000, name
-    labels = load_task("lines")["train"][1]
-    assert all(isinstance(label, float) and math.isfinite(label) and label >= 0 for label in labels)
+    assert len(TASKS) == 20
+    for name in TASKS.keys() - {"lines"}:
+        train, test = (load(f"docstrings/{name}", split) for split in ("train", "test"))
+        assert 2 <= train.num_labels <= 14 and set(test.labels) == set(train.labels), name
+        assert 500 <= len(train.texts) <= 8000 and 100 <= len(test.texts) <= 2000, name
+    lines = load("docstrings/lines")
+    assert lines.is_regression and lines.labels.min() >= 0
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -189,19 +169,12 @@ def test_duplicates_take_the_most_frequent_label_then_the_first():
     def rows(text, *labels):
         return [Row("numpy", "numpy", label, "", text, text) for label in labels]
 
-    task = Task("kind", "?", lambda row: row.kind)
     given = rows("Text of one kind", "b", "b", "a") + rows("text OF one kind", "a", "b") + rows("A tied text", "d", "c")
-    assert docstrings.label_texts(given, task) == {"Text of one kind": "b", "A tied text": "c"}
+    assert docstrings.label_texts(given, TASKS["kind"]) == {"Text of one kind": "b", "A tied text": "c"}
 
 
-def test_unknown_task_names_the_nearest():
-    with pytest.raises(UserError, match=r"'raise'.*Did you mean raises"):
-        load_task("raise")
-
-
-@pytest.mark.slow
 def test_command_line_prints_the_table(monkeypatch, capsys):
-    assert run_in_process(monkeypatch, "utils/data/docstrings.py", "--task", "raises", "--num_examples", "3") == 0
+    assert run_in_process(monkeypatch, "utils/data/docstrings.py", "--task", "raises") == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines if line} >= set(TASKS)
     assert any(line.startswith(f"fingerprint {docstrings.fingerprint()}") for line in lines)

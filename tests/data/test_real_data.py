@@ -1,6 +1,6 @@
 """Real copies of hub datasets beside the repository: labels and texts as a person reads them in the files, and scores.
 
-The expectations were written down from the files: rows of each class, and one text, the first where it can be printed.
+The expectations were written down from the files.
 Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
 """
 
@@ -28,101 +28,77 @@ pytestmark = [
 
 
 class Expected(NamedTuple):
-    """What a copy holds."""
+    """Rows of each class, or how many classes of whatever size; a text, or with dots its beginning; and its label."""
 
-    classes: dict[str, int] | int  # rows of each class, or how many classes of whatever size
-    text: str  # of one row, or its beginning
-    label: str | float  # of that row
-    whole: bool = False  # `text` is all of it
+    classes: dict[str, int] | int
+    text: str
+    label: str | float
     row: int = 0
-    split: str = "train"  # "all": the table divides the rows, which is not the files' order
     label_column: str | None = None
 
 
+# fmt: off
 EXPECTED = {
-    "ag_news": Expected(
-        {"World": 1259, "Sports": 1257, "Business": 1281, "Sci/Tech": 1203}, "BEA buzzing about Beehive", "Sci/Tech"
-    ),
-    "climatebert/climate_sentiment": Expected(
-        {"risk": 342, "neutral": 408, "opportunity": 250}, "− Scope 3: Optional scope that includes", "neutral"
-    ),
-    "common_sense": Expected(
-        {"A": 1909, "B": 1973, "C": 1946, "D": 1985, "E": 1928},
+    "ag_news": Expected({"World": 1259, "Sports": 1257, "Business": 1281, "Sci/Tech": 1203},
+        "BEA buzzing about Beehive…", "Sci/Tech"),
+    "climatebert/climate_sentiment": Expected({"risk": 342, "neutral": 408, "opportunity": 250},
+        "− Scope 3: Optional scope that includes…", "neutral"),
+    "common_sense": Expected({"A": 1909, "B": 1973, "C": 1946, "D": 1985, "E": 1928},
         "The sanctions against the school were a punishing blow, and they seemed to what the efforts the school had "
-        "made to change? (0) ignore (1) enforce (2) authoritarian (3) yell at (4) avoid",
-        "A",
-        whole=True,
-    ),
-    "emotion": Expected(
-        {"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
-        "i didnt feel humiliated",  # codespell:ignore didnt
-        "sadness",
-        whole=True,
-    ),
-    "imdb": Expected({"neg": 5000, "pos": 5000}, "If you like to see animals being skinned alive", "neg"),
-    "legacy-datasets/banking77": Expected(77, "I am still waiting on my card?", "card_arrival", whole=True),
-    "marksverdhei/clickbait_title_classification": Expected(
-        {"0": 10009, "1": 9991},
-        "27 Ways To Create The Perfect Travel-Inspired Nursery",
-        "1",
-        whole=True,
-        split="all",
-    ),
-    "medical": Expected(
-        {"0": 1524, "1": 1524},
+        "made to change? (0) ignore (1) enforce (2) authoritarian (3) yell at (4) avoid", "A"),
+    "emotion": Expected({"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
+        "i didnt feel humiliated", "sadness"),  # codespell:ignore didnt
+    "imdb": Expected({"neg": 5000, "pos": 5000}, "If you like to see animals being skinned alive…", "neg"),
+    "legacy-datasets/banking77": Expected(77, "I am still waiting on my card?", "card_arrival"),
+    "marksverdhei/clickbait_title_classification": Expected({"0": 10009, "1": 9991},
+        "27 Ways To Create The Perfect Travel-Inspired Nursery", "1"),
+    "medical": Expected({"0": 1524, "1": 1524},
         "After how many hour from drinking an antibiotic can I drink alcohol? I have a party tonight and I took my "
-        "last dose of Azithromycin this morning. Can I have a few drinks?",
-        "1",
-        whole=True,
-        split="all",
-    ),
-    "rotten_tomatoes": Expected(
-        {"neg": 4265, "pos": 4265}, 'the rock is destined to be the 21st century\'s new " conan "', "pos"
-    ),
-    "snli": Expected(
-        {"entailment": 6667, "neutral": 6562, "contradiction": 6771},
+        "last dose of Azithromycin this morning. Can I have a few drinks?", "1"),
+    "rotten_tomatoes": Expected({"neg": 4265, "pos": 4265},
+        'the rock is destined to be the 21st century\'s new " conan "…', "pos"),
+    "snli": Expected({"entailment": 6667, "neutral": 6562, "contradiction": 6771},
         "An older gentleman stands along the shore of an immense lake with a cityscape across the water. The man is "
-        "gazing over the water thinking about his life.",
-        "neutral",
-        whole=True,
-    ),
-    "sst2": Expected({"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative", whole=True),
-    "toxigen": Expected({}, "the pueblo are a federally recognized tribe", 4 / 3, whole=True, split="all", row=16),
+        "gazing over the water thinking about his life.", "neutral"),
+    "sst2": Expected({"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative"),
+    "toxigen": Expected({}, "the pueblo are a federally recognized tribe", 4 / 3, row=16),
     "trec": Expected(
         {"ABBR": 86, "ENTY": 1250, "DESC": 1162, "HUM": 1223, "LOC": 835, "NUM": 896},  # codespell:ignore enty
-        "How did serfdom develop in and then leave Russia ?",
-        "DESC",
-        whole=True,
-        label_column="coarse_label",
-    ),
-    "ucirvine/sms_spam": Expected(
-        {"ham": 4827, "spam": 747},
+        "How did serfdom develop in and then leave Russia ?", "DESC", label_column="coarse_label"),
+    "ucirvine/sms_spam": Expected({"ham": 4827, "spam": 747},
         "Go until jurong point, crazy.. Available only in bugis n great world la e buffet... Cine there got amore "
-        "wat...",
-        "ham",
-        whole=True,
-        split="all",
-    ),
-    "wiki_toxic": Expected(
-        {"0": 5090, "1": 5090}, "Removed that section on August 12, 2010.", "0", whole=True, row=136
-    ),
+        "wat...", "ham"),
+    "wiki_toxic": Expected({"0": 5090, "1": 5090}, "Removed that section on August 12, 2010.", "0", row=136),
 }
+# fmt: on
+
+
+def folder(name: str) -> Path:
+    return DATASETS / name.replace("/", "__")
+
+
+def given(name: str) -> Data:
+    return Data(dataset_name=name, label_column=EXPECTED[name].label_column)
+
+
+def whole_split(name: str) -> str:
+    """The split whose rows are in the file's order: without held-out rows the table divides the others."""
+    return "train" if any((folder(name) / f"{split}.parquet").is_file() for split in ("test", "validation")) else "all"
+
+
+PRESENT = [name for name in EXPECTED if folder(name).is_dir()]
 
 
 def test_every_copy_is_expected():
-    folders = {path.name for path in DATASETS.iterdir() if path.is_dir()}
-    assert folders <= {name.replace("/", "__") for name in EXPECTED}
+    assert {path for path in DATASETS.iterdir() if path.is_dir()} == {folder(name) for name in PRESENT}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", PRESENT)
 def test_texts_and_classes_are_those_of_the_file(name):
-    if not (DATASETS / name.replace("/", "__")).is_dir():
-        pytest.skip(f"no copy of {name}")
-    expected = EXPECTED[name]
-    settings = Data(dataset_name=name, label_column=expected.label_column)
-    rows = load_splits(settings, Run(datasets_dir=DATASETS), expected.split)[expected.split]
+    expected, split = EXPECTED[name], whole_split(name)
+    rows = load_splits(given(name), Run(datasets_dir=DATASETS), split)[split]
     text, label = rows.texts[expected.row], rows.labels[expected.row]
-    assert text == expected.text if expected.whole else text.startswith(expected.text)
+    assert text.startswith(expected.text[:-1]) if expected.text.endswith("…") else text == expected.text
     if rows.is_regression:
         assert label == pytest.approx(expected.label, abs=1e-6) and 1 <= rows.labels.min() <= rows.labels.max() <= 5
         return
@@ -131,32 +107,27 @@ def test_texts_and_classes_are_those_of_the_file(name):
     assert rows.label_names[label] == expected.label
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.key in PRESENT], ids=lambda spec: spec.key)
 def test_copy_is_as_the_table_says(spec, capsys):
     """Columns, classes and their names; a copy without the class names would otherwise get those of the table."""
-    if not (DATASETS / spec.key.replace("/", "__")).is_dir():
-        pytest.skip(f"no copy of {spec.key}")
-    splits = find_source(spec.key, datasets_dir=DATASETS).tables
     pieces = string.Formatter().parse(spec.text_template)
     needed = {name for _, name, _, _ in pieces if name} | {spec.label_column, *spec.group_by}
-    for split, rows in splits.items():
+    for split, rows in find_source(spec.key, datasets_dir=DATASETS).tables.items():
         assert needed <= set(rows.columns), split
         assert not spec.class_names or rows.class_names.get(spec.label_column) == list(spec.class_names), split
     if spec.num_classes == 0:
         return
-    for part, rows in load_splits(Data(spec.key), Run(datasets_dir=DATASETS)).items():
+    for part, rows in load_splits(given(spec.key), Run(datasets_dir=DATASETS)).items():
         assert spec.num_classes is None or rows.num_labels == spec.num_classes
         assert part != "train" or set(rows.labels) == set(range(rows.num_labels))
     assert f"{spec.split_rule}, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", PRESENT)
 def test_sixty_rows_get_a_score(name, tmp_path):
-    if not (DATASETS / name.replace("/", "__")).is_dir():
-        pytest.skip(f"no copy of {name}")
     options = {
         "dataset_name": name, "datasets_dir": DATASETS, "label_column": EXPECTED[name].label_column,
-        "max_samples": 60, "max_length": 32, "results_dir": tmp_path, "device": "cpu", "split": EXPECTED[name].split,
+        "max_samples": 60, "max_length": 32, "results_dir": tmp_path, "device": "cpu", "split": whole_split(name),
     }  # fmt: skip
     cache.main(configure(cache, **options))
     K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=5))

@@ -15,23 +15,24 @@ another kind is refused by column and row.
 """
 
 import ast
+import contextlib
 import datetime
 import decimal
 import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import filterfalse
 from typing import Any
 
 from utils.script import UserError, warn
 
-WHOLE = re.compile(r"0|-?[1-9][0-9]*")
-FRACTION = re.compile(r"-?(0|[1-9][0-9]*)\.([0-9]+)")
+WHOLE = re.compile(r"0|-?[1-9][0-9]{0,3999}")  # Python converts no more than 4,300 digits
+FRACTION = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+")
+PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.0|\.[0-9]*[1-9])?")  # no trailing zeros
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING_ANY_CASE = {"nan", "+nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "nat"}
 MISSING_AS_WRITTEN = {"NA", "None"}
-MOST_DIGITS = 4000  # Python converts no more than 4,300
+KINDS = {dict: "an object", list: "a list"}
 
 
 def listed(items: Iterable[Any]) -> str:
@@ -40,18 +41,33 @@ def listed(items: Iterable[Any]) -> str:
     return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
+def is_number(cell: Any) -> bool:
+    """Says if a cell is a number; True and False are classes."""
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
+
+
+def is_finite(word: str) -> bool:
+    """Says if a word is a number that a float can hold, however it is written."""
+    return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
+
+
+def _plain(cell: Any) -> Any:
+    """A cell of parquet as JSON has it. Raises ValueError for bytes and characters that are not UTF-8."""
+    try:
+        if isinstance(cell, str):
+            cell.encode()  # JSON can hold half a character, such as \ud800
+        if isinstance(cell, bytes):
+            return cell.decode()
+    except UnicodeError as error:
+        raise ValueError(f"text that is not UTF-8 ({error})") from None
+    if isinstance(cell, decimal.Decimal):
+        return int(cell) if cell.is_finite() and cell == cell.to_integral_value() else float(cell)
+    return cell.isoformat() if isinstance(cell, datetime.date | datetime.time) else cell
+
+
 # ------------------------------------------------------------------ labels
-def is_number(label: Any) -> bool:
-    """Whether a cell is a number; True and False are classes."""
-    return isinstance(label, int | float) and not isinstance(label, bool)
-
-
-def is_whole(label: float) -> bool:
-    return isinstance(label, int) or label.is_integer()  # an int of 400 digits is no float
-
-
 def is_missing(label: Any, regression: bool = False) -> bool:
-    """Whether a cell is no label: see the head of this file; -1 is a target like any other in a regression."""
+    """Says if a cell is no label: see the head of this file; -1 is a target like any other in a regression."""
     if isinstance(label, str):
         word = label.strip()
         return not word or word in MISSING_AS_WRITTEN or word.lower() in MISSING_ANY_CASE
@@ -60,77 +76,57 @@ def is_missing(label: Any, regression: bool = False) -> bool:
     return label is None or (is_number(label) and label == -1 and not regression)
 
 
-def _plain(label: Any) -> Any:
-    """A cell as None, bool, int, float or str without blanks around it; other kinds stay what they are."""
-    if isinstance(label, bytes):
-        label = label.decode(errors="backslashreplace")
-    if isinstance(label, decimal.Decimal):
-        return int(label) if label.is_finite() and label == label.to_integral_value() else float(label)
-    if isinstance(label, datetime.date | datetime.time):
-        return label.isoformat()
-    return label.strip().strip("\ufeff\u200b") if isinstance(label, str) else label
-
-
-def label_cells(source: str, cells: Sequence[Any]) -> list[Any]:
-    """The cells of a label column as None, bool, int, float or str; a list of one label is that label.
+def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> tuple[list[Any], bool]:
+    """Labels of all splits as numbers of a regression or as values of classes, None where missing.
 
     Args:
         source: name of the dataset, for messages.
-        cells: the cells of all splits, so that each kind is decided once.
-
-    Raises:
-        UserError: a label is a list or an object, or some are truth values and others numbers.
+        cells: the cells of the label column.
+        regression: None: decided by the labels, and the second of the two results.
     """
-    lists = [label for label in cells if isinstance(label, list)]
-    if any(len(label) != 1 for label in lists):
-        raise UserError(f"The labels of {source} are lists; one label per text is needed (--label_column).")
-    if lists:
-        warn(f"{len(lists)} labels of {source} are lists of one; their element is taken")
-    labels = [label[0] if isinstance(label, list) else label for label in cells]
-    for number, label in enumerate(labels, 1):
-        if isinstance(label, dict):
-            raise UserError(
-                f"Label {number} of {source} is an object with the keys {listed(label)}. See --label_column."
-            )
+    labels = []
+    for number, cell in enumerate(cells, 1):
+        try:
+            labels.append(_plain(cell))
+            if isinstance(cell, list | dict):
+                raise ValueError(f"{KINDS[type(cell)]}: {str(cell)[:60]}")
+        except ValueError as error:
+            raise UserError(f"Label {number} of {source} is {error}. Name another column: --label_column.") from None
     blanks = sum(isinstance(label, str) and label != label.strip() and bool(label.strip()) for label in labels)
     if blanks:
         warn(f"{blanks} labels of {source} have blanks around them, which are taken off")
-    labels = typed([_plain(label) for label in labels])
-    if any(isinstance(label, bool) for label in labels) and any(map(is_number, filterfalse(is_missing, labels))):
+    labels = typed([label.strip() if isinstance(label, str) else label for label in labels])
+    kinds = {type(label) for label in labels if not is_missing(label)}
+    if bool in kinds and kinds & {int, float}:
         raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
-    return labels
+    if regression is None:
+        regression = _are_targets(source, [label for label in labels if not is_missing(label, True)])
+    labels = [None if is_missing(label, regression) else label for label in labels]
+    return (_targets if regression else _classes)(source, labels), regression
 
 
 def typed(labels: list[Any]) -> list[Any]:
-    """Strings as numbers, if every label that is not missing is a number or written as one."""
-    present = [label for label in labels if not is_missing(label, True)]
-    words = {label for label in present if isinstance(label, str)}
-    if not words or not all(is_number(label) or isinstance(label, str) for label in present):
+    """Strings as numbers, if every label that is not missing is written as a number is; else the labels unchanged."""
+    words = {str(label) for label in labels if not is_missing(label, True)}
+    if not words or not any(isinstance(label, str) for label in labels):
         return labels
-    if all(WHOLE.fullmatch(word) and len(word) <= MOST_DIGITS for word in words):
+    if all(map(WHOLE.fullmatch, words)):
         kind: type = int
-    elif _are_fractions(words | {str(label) for label in present if isinstance(label, float) and not is_whole(label)}):
+    elif _are_decimals(words):
         kind = float
     else:
         return labels
-    return [None if is_missing(label, True) else kind(label) if isinstance(label, str) else label for label in labels]
+    return [None if is_missing(label, True) else kind(label) for label in labels]
 
 
-def _are_fractions(words: set[str]) -> bool:
-    """Whether different words are different numbers with decimals, each written as a number is."""
-    matches = [FRACTION.fullmatch(word) for word in words]
-    same_length = len({len(match[2]) if match else 0 for match in matches}) == 1
-    for word, match in zip(words, matches, strict=True):
-        trailing_zero = match is not None and match[2].endswith("0") and match[2] != "0"
-        plain = WHOLE.fullmatch(word) or (match and (same_length or not trailing_zero))
-        if not _is_finite(word) or not (plain or word == repr(float(word))):  # 1e-05
-            return False
+def _are_decimals(words: set[str]) -> bool:
+    """Says if different words are different finite numbers, each written as a number is."""
+    if not all(map(is_finite, words)):
+        return False
+    aligned = all(map(FRACTION.fullmatch, words)) and len({len(word.partition(".")[2]) for word in words}) == 1
+    if not aligned and not all(PLAIN.fullmatch(word) or word == repr(float(word)) for word in words):
+        return False
     return len({float(word) for word in words}) == len(words)
-
-
-def _is_finite(word: str) -> bool:
-    """Whether a word is a number that a float can hold, however it is written."""
-    return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
 def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
@@ -142,134 +138,89 @@ def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
     return f": rows {listed(row + 1 for row in rows)}{spelled}"
 
 
-def check_words(source: str, part: str, labels: Sequence[Any]) -> None:
-    """Raises UserError where few labels of a split are words, and the others numbers with decimals."""
-    present = [(row, str(label)) for row, label in enumerate(labels, 1) if not is_missing(label, True)]
-    words = [(row, word) for row, word in present if not _is_finite(word)]
-    has_decimals = any(_is_finite(word) and not float(word).is_integer() for _, word in present)
-    if words and has_decimals and 2 * len(words) < len(present):
-        row, word = words[0]
-        raise UserError(
-            f"Most labels of {source} are numbers with decimals, but {part} row {row} is {word[:40]!r}. "
-            "Leave it empty where it is missing, or take --task classification."
-        )
+def _are_targets(source: str, labels: list[Any]) -> bool:
+    """True for numbers of which some have decimals. Raises UserError where a few words stand among such numbers."""
+    if all(map(is_number, labels)):
+        return any(isinstance(label, float) and not label.is_integer() for label in labels)
+    spelled = list(map(str, labels))
+    words = [word for word in spelled if not is_finite(word)]
+    has_decimals = any(is_finite(word) and not float(word).is_integer() for word in spelled)
+    if has_decimals and 0 < 2 * len(words) < len(spelled):
+        found = f"Most labels of {source} are numbers with decimals, but some are words: {listed(map(repr, words))}"
+        raise UserError(f"{found}. Leave them empty where they are missing, or take --task classification.")
+    return False
 
 
-def target_cells(source: str, part: str, labels: Sequence[Any]) -> list[float | None]:
-    """Regression targets as finite numbers; a missing one is None. Raises UserError naming another one's row."""
-    numbers: list[float | None] = []
-    for row, label in enumerate(labels, 1):
-        try:
-            number = None if is_missing(label, True) else float(label)
-            fault = "infinite or too large" if number is not None and math.isinf(number) else ""
-        except (TypeError, ValueError):
-            fault = f"not a number: {str(label)[:40]!r}"
-        except OverflowError:
-            fault = "infinite or too large"
-        if fault:
-            raise UserError(
-                f"The target of {source}, {part} row {row}, is {fault}. Correct it, or take --task classification."
-            )
-        numbers.append(number)
-    return numbers
+def _targets(source: str, labels: list[Any]) -> list[float | None]:
+    for number, label in enumerate(labels, 1):
+        if label is not None and not is_finite(str(label)):
+            found = f"Target {number} of {source} is no finite number: {str(label)[:40]!r}"
+            raise UserError(f"{found}. Correct it, or take --task classification.")
+    return [None if label is None else float(label) for label in labels]
 
 
-def class_values(source: str, labels: Sequence[Any]) -> list[Any]:
-    """Labels, none missing, as values that sort and compare: whole numbers as int, everything else as str."""
-    if all(is_number(label) and is_whole(label) for label in labels):
-        return [int(label) for label in labels]
-    values = [str(int(label) if isinstance(label, float) and label.is_integer() else label) for label in labels]
-    classes = sorted(set(values))
+def _classes(source: str, labels: list[Any]) -> list[Any]:
+    """Values that sort and compare: whole numbers as int, everything else as str; names of classes that are near."""
+    labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
+    if all(label is None or type(label) is int for label in labels):
+        return labels
+    names = [None if label is None else str(label) for label in labels]
     near: dict[str, list[str]] = {}
-    for name in classes:
+    for name in sorted({name for name in names if name is not None}):
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         number = NUMBER.fullmatch(key) and len(key) <= 15
         near.setdefault(f"{float(key):g}" if number else key, []).append(name)
         if key in {"none", "na"}:
             warn(f"{name!r} is a class of {source}; leave the label empty where it means that there is none")
-    groups = [" and ".join(map(repr, names)) for names in near.values() if len(names) > 1]
+    groups = [" and ".join(map(repr, group)) for group in near.values() if len(group) > 1]
     if groups:
         warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
-    if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, classes)):
-        warn(
-            f"{source} has labels that are not written as numbers are: all are names of classes (or --task regression)"
-        )
-    return values
+    return names
 
 
 # ------------------------------------------------------------------ texts
-# keys that may stand beside `text` in an object whose text it is, as in the hub's {label, text}
-BESIDE_TEXT = {"text", "label", "labels", "key", "id", "index", "answer_start"}
-BYTES_LITERAL = re.compile(r"""b'.*'|b".*\"""", re.DOTALL)
+def holds_text(cells: Sequence[Any]) -> bool:
+    """Says if any cell is a string that is not just a number."""
+    return any(isinstance(cell, str) and cell.strip() and not NUMBER.fullmatch(cell) for cell in cells)
 
 
-def holds_text(values: Sequence[Any]) -> bool:
-    """Whether any value is a string that is not just a number."""
-    return any(isinstance(value, str) and value.strip() and not NUMBER.fullmatch(value) for value in values)
-
-
-def render(value: Any, in_list: bool = False) -> str:
-    """A cell as text; empty for a missing value (None, NaN).
+def render(cell: Any, in_list: bool = False) -> str:
+    """A cell as text; empty for a missing one (None, NaN). Raises ValueError that describes a cell of another kind.
 
     Choices are a list, of strings or of objects with a `text`, or the hub's {label: [...], text: [...]}.
-
-    Raises:
-        ValueError: the cell is not evidently text; the message describes it.
     """
-    if isinstance(value, dict) and "text" in value and set(value) <= BESIDE_TEXT:
-        value = value["text"]
-    if isinstance(value, str):
-        return value
-    if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
+    if isinstance(cell, dict) and "text" in cell and cell.keys() <= {"text", "label"}:
+        cell = cell["text"]
+    cell = _plain(cell)
+    if isinstance(cell, str):
+        return cell
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise ValueError("bytes that are not UTF-8") from None
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return f"{value:f}"
-    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
-        return str(value)
-    if isinstance(value, list) and not in_list:
-        try:
-            return " ".join(f"({number}) {render(choice, True)}" for number, choice in enumerate(value))
-        except ValueError as error:
-            raise ValueError(f"a list with {error}") from None
-    if isinstance(value, dict):
-        raise ValueError(f"an object with the keys {listed(map(repr, value))}")
-    raise ValueError(f"{'a list' if isinstance(value, list) else type(value).__name__}: {str(value)[:40]}")
+    if is_number(cell) and (isinstance(cell, int) or math.isfinite(cell)):
+        return str(cell)
+    if isinstance(cell, list) and not in_list:
+        return " ".join(f"({number}) {render(choice, True)}" for number, choice in enumerate(cell))
+    raise ValueError(f"{KINDS.get(type(cell), type(cell).__name__)}: {str(cell)[:60]}")
 
 
 def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> list[str]:
     """The cells of one column as texts; `source`, `part` (the split) and `name` (the column) are for messages.
 
-    Two wrappings are taken off, and said, where every text of the column has them: Python's b'...' (toxigen), and a
-    line break at the end (sms_spam).
-
-    Differs from the paper: the line break is the end of a file's line; as the last token of every text it would be all
-    that `--pooling last` sees.
-
-    Raises:
-        UserError: a cell is not evidently text; its column, row and content are named.
+    Where every text has it, Python's b'...' is taken off (toxigen), and a line break at the end (sms_spam). Differs
+    from the paper: as the last token of every text the line break would be all that `--pooling last` sees.
     """
     texts = []
     for row, cell in enumerate(cells, 1):
         try:
             texts.append(render(cell))
         except ValueError as error:
-            raise UserError(
-                f"Column {name!r} of {source}, {part} row {row}, holds {error}. Write it as a string, or as a list of "
-                'strings or of {"text": ...} objects for choices, or name other columns (--text_template).'
-            ) from None
-    if all(BYTES_LITERAL.fullmatch(text) or not text.strip() for text in texts) and any(map(str.strip, texts)):
-        try:
+            found = f"Column {name!r} of {source}, {part} row {row}, holds {error}"
+            raise UserError(f"{found}. Write a string, or a list of strings; or see --text_template.") from None
+    filled = [text for text in texts if text.strip()]
+    if filled and all(text.startswith(("b'", 'b"')) for text in filled):
+        with contextlib.suppress(ValueError, SyntaxError, AttributeError):  # text of another kind that starts so
             texts = [ast.literal_eval(text).decode() if text.strip() else text for text in texts]
             print(f"{source}: the {part} texts of {name!r} are written as Python bytes; b'...' is taken off")
-        except (ValueError, SyntaxError, AttributeError):  # not UTF-8, not ASCII, b'a' + b'b'
-            pass
     if len(texts) > 1 and all(text.endswith("\n") for text in texts):
         print(f"{source}: every {part} text of {name!r} ends with a line break, which is taken off")
         texts = [text.removesuffix("\n").removesuffix("\r") for text in texts]

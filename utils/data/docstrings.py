@@ -35,9 +35,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.hub import nearest
 from utils.results import write_atomically
 from utils.script import ROOT, UserError, run_script
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 CACHE_DIR = ROOT / "demo" / "cache"
 ROWS_FORMAT = 1  # part of the cache's name: count it up when a change of this file changes the rows
 STANDARD_LIBRARY = "stdlib"
@@ -47,18 +49,8 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # of the packages that are installe
 # tests, copies of other projects and applications say nothing about the library they are in
 SKIPPED_FOLDERS = {"test", "tests", "_internal", "externals", "extern", "_vendor", "_vendored", "__pycache__"}
 SKIPPED_FOLDERS |= {"array_api_compat", "array_api_extra", "site-packages", "dist-packages", "_antlr"}
-SKIPPED_MODULES = {
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "pydoc_data",
-    "test",
-    "antigravity",
-    "this",
-}
-# packages that hold nearly all of their library: their parts are the sub-packages
-CONTAINERS = {"pandas.core", "networkx.algorithms"}
+SKIPPED_MODULES = {"idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "test", "antigravity", "this"}
+CONTAINERS = {"pandas.core", "networkx.algorithms"}  # the parts of these libraries are one level deeper
 PROPERTY_DECORATORS = {"cache_readonly", "setter", "getter", "deleter"}  # beside every name that ends in "property"
 
 MAX_TRAIN, MAX_TEST = 8_000, 2_000  # texts per task, so that every script is quick
@@ -70,8 +62,7 @@ MIN_WORDS = 3
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    task: str | None = None  # also print the first rows of this task
-    num_examples: int = 10  # how many of them
+    task: str | None = None  # also print ten rows of this task
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +90,7 @@ class Task:
     name: str
     question: str  # one line of the table
     label: Callable[[Row], str | float | None]  # None: the row is not in the task
-    library: str | None = None  # the task is limited to its rows
-    max_classes: int | None = None  # only the largest classes are kept, and none under 50 texts
-    regression: bool = False
+    library: str | None = None  # the only one with texts of this task, whose labels are its ten largest parts
 
 
 # ------------------------------------------------------------------ source files -> rows
@@ -113,7 +102,7 @@ def first_paragraph(docstring: str) -> str:
 
 @functools.cache
 def is_text(text: str) -> bool:
-    """Whether a first paragraph is prose: three words or more, mostly letters, no interpreter session."""
+    """Says if a first paragraph is prose: three words or more, mostly letters, no interpreter session."""
     letters = sum(character.isalpha() or character == " " for character in text)
     return len(text.split()) >= MIN_WORDS and letters >= 0.6 * len(text) and ">>>" not in text
 
@@ -126,29 +115,19 @@ def text_hash(text: str) -> int:
 
 
 def is_test_side(text: str) -> bool:
-    """One text in five is on the test side, the same one in every task."""
     return text_hash(text) % 5 == 0
 
 
-def source_root(library: str) -> Path:
-    """The folder of a package, found without importing it. Raises UserError if it is not installed."""
-    spec = importlib.util.find_spec(library)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"The docstring tasks read the package {library!r}, which is not installed for {sys.executable}. "
-            "Install the pinned versions: pip install -r requirements.txt"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def source_files(library: str) -> list[tuple[str, Path]]:
-    """Dotted module names and files of one library, sorted by name. Raises UserError if it is not installed."""
+    """Dotted module names and files of one library, which is not imported, sorted by name."""
     if library == STANDARD_LIBRARY:
         root, prefix = Path(sysconfig.get_path("stdlib")), ""
-        names = sys.stdlib_module_names - SKIPPED_MODULES
-        tops = [path for path in root.iterdir() if path.stem in names]
+        tops = [path for path in root.iterdir() if path.stem in sys.stdlib_module_names - SKIPPED_MODULES]
     else:
-        root, prefix = source_root(library), f"{library}."
+        spec = importlib.util.find_spec(library)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"The package {library!r} is not installed: pip install -r requirements.txt")
+        root, prefix = Path(next(iter(spec.submodule_search_locations))), f"{library}."
         tops = list(root.iterdir())
     found = []
     for path in (path for top in tops for path in (top.rglob("*.py") if top.is_dir() else [top])):
@@ -160,20 +139,14 @@ def source_files(library: str) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def own_nodes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.AST]:
-    """The nodes of a function's body without those of the functions and classes defined in it."""
-    found, waiting = [], list[ast.AST](function.body)
+def function_facts(function: Function, source: list[str], in_class: bool) -> dict:
+    """The fields of `Row` that only functions and methods have; `source` are the lines of the file."""
+    nodes, waiting = [], list[ast.AST](function.body)
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            found.append(node)
+        if not isinstance(node, Function | ast.ClassDef | ast.Lambda):  # these have returns and raises of their own
+            nodes.append(node)
             waiting.extend(ast.iter_child_nodes(node))
-    return found
-
-
-def function_facts(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str], in_class: bool) -> dict:
-    """The fields of `Row` that only functions and methods have; `source` are the lines of the file."""
-    nodes = own_nodes(function)
     values = [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
     returns = any(not (isinstance(value, ast.Constant) and value.value is None) for value in values)
     # the last name: `setter` of @value.setter, `wraps` of @functools.wraps(f)
@@ -214,7 +187,7 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
             qualified = f"{name}.{getattr(child, 'name', '')}".lstrip(".")
             if isinstance(child, ast.ClassDef):
                 visit(child, "class", qualified, True)
-            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            elif isinstance(child, Function):
                 visit(child, "method" if in_class else "function", qualified, in_class)
             elif isinstance(child, ast.stmt | ast.ExceptHandler):  # if TYPE_CHECKING, try ... except ImportError
                 visit(child, "", name, in_class)
@@ -226,9 +199,10 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
 # ------------------------------------------------------------------ cache
 def cache_path() -> Path:
     """The file of the rows for the installed versions. Raises UserError if one of the packages is not installed."""
-    for library in PACKAGES:
-        source_root(library)  # a package without distribution metadata would raise less clearly below
-    versions = [importlib.metadata.version(DISTRIBUTIONS.get(library, library)) for library in PACKAGES]
+    try:
+        versions = [importlib.metadata.version(DISTRIBUTIONS.get(library, library)) for library in PACKAGES]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"The docstring tasks need {error.name}: pip install -r requirements.txt") from None
     key = json.dumps([ROWS_FORMAT, platform.python_version(), *versions])
     return CACHE_DIR / f"docstrings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
@@ -248,11 +222,8 @@ def parse_libraries(libraries: Iterable[str]) -> list[Row]:
 def load_rows() -> tuple[tuple[Row, ...], str]:
     """Every row in hash order, and the SHA-256 of them all.
 
-    Read from the cache: the SHA-256, and one JSON array a line. Where it is absent or damaged it is written first, in
-    about half a minute on two cores.
-
-    Raises:
-        UserError: one of the packages is not installed.
+    The cache holds the SHA-256, and one JSON array a line. Where it is absent or damaged it is written first, in about
+    half a minute on two cores.
     """
     path = cache_path()
     stored = path.read_bytes() if path.exists() else b""
@@ -297,24 +268,17 @@ def transformers_role(row: Row) -> str | None:
 
 
 def flag(value: bool | None, yes: str, no: str) -> str | None:
-    """A yes/no fact as a label."""
     return None if value is None else yes if value else no
 
 
 def private(row: Row) -> str | None:
-    """Whether the name starts with an underscore; special methods are neither public nor private."""
     last = row.name.split(".")[-1]
-    return None if not last or last.startswith("__") else flag(last.startswith("_"), "private", "public")
+    is_special = not last or last.startswith("__")  # neither public nor private
+    return None if is_special else flag(last.startswith("_"), "private", "public")
 
 
 def parameters(row: Row) -> str | None:
-    """The number of parameters, binned."""
     return None if row.parameters is None else str(row.parameters) if row.parameters < 4 else "4 or more"
-
-
-def subpackage_task(library: str) -> Task:
-    """The task of telling the largest parts of one library apart."""
-    return Task(library, f"Which part of {library} is it from?", subpackage, library, MAX_SUBPACKAGES)
 
 
 # fmt: off
@@ -332,22 +296,25 @@ TASKS: dict[str, Task] = {
              lambda row: flag(row.property, "property", "method") if row.kind == "method" else None),
         Task("decorated", "Is the function decorated?", lambda row: flag(row.decorated, "decorated", "plain")),
         Task("parameters", "How many parameters has the function?", parameters),
-        subpackage_task(STANDARD_LIBRARY),
-        *(subpackage_task(library) for library in PACKAGES if library != "transformers"),
-        Task("transformers", "Which kind of file of transformers is it from?", transformers_role, "transformers",
-             MAX_SUBPACKAGES),
+        *(Task(library, f"Which part of {library} is it from?", subpackage, library)
+          for library in (STANDARD_LIBRARY, *PACKAGES) if library != "transformers"),
+        Task("transformers", "Which kind of file of transformers is it from?", transformers_role, "transformers"),
         Task("lines", "How many code lines has the function (natural logarithm)?",
-             lambda row: math.log(row.lines) if row.lines else None, regression=True),
+             lambda row: math.log(row.lines) if row.lines else None),
     )
 }
 # fmt: on
 
 
-def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
-    """The distinct texts of a task with their labels, in the order of the rows, without any cap.
+def most_frequent(counts: Counter, num: int) -> list[Any]:
+    """The `num` labels with the highest counts; of equal ones the first in their order."""
+    return sorted(counts, key=lambda label: (-counts[label], label))[:num]
 
-    Texts equal but for their case are one text, written as where it comes first; if its owners disagree on the label it
-    gets the most frequent one, and of equally frequent ones the alphabetically first (the smallest number).
+
+def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
+    """The distinct texts of a task with their labels, in the order of the rows.
+
+    Texts equal but for their case are one text, written as where it comes first, with the most frequent label.
     """
     first: dict[str, str] = {}
     votes: dict[str, Counter] = defaultdict(Counter)
@@ -357,28 +324,17 @@ def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
         if label is not None:
             votes[first.setdefault(row.text.casefold(), row.text)][label] += 1
     labels = {text: most_frequent(counts, 1)[0] for text, counts in votes.items()}
-    if task.max_classes is None:
+    if task.library is None:
         return labels
     sizes = Counter(labels.values())
-    kept = {label for label in most_frequent(sizes, task.max_classes) if sizes[label] >= MIN_SUBPACKAGE_TEXTS}
+    kept = {label for label in most_frequent(sizes, MAX_SUBPACKAGES) if sizes[label] >= MIN_SUBPACKAGE_TEXTS}
     return {text: label for text, label in labels.items() if label in kept}
-
-
-def most_frequent(counts: Counter, num: int) -> list[Any]:
-    """The `num` labels with the highest counts; of equal ones the first in their order."""
-    return sorted(counts, key=lambda label: (-counts[label], label))[:num]
 
 
 @functools.cache
 def load_task(name: str) -> dict[str, tuple[list[str], list[str | float]]]:
-    """Texts and labels of one task, at most 8,000 of `train` and 2,000 of `test`; every prefix is a random sample.
-
-    Raises:
-        UserError: there is no such task, or one of the packages is not installed.
-    """
+    """Texts and labels of one task, at most 8,000 of `train` and 2,000 of `test`; every prefix is a random sample."""
     if name not in TASKS:
-        from utils.hub import nearest
-
         raise UserError(f"There is no docstring task {name!r}.{nearest(name, TASKS)} All tasks: {', '.join(TASKS)}.")
     labels = label_texts(load_rows()[0], TASKS[name])
     sides = {
@@ -397,13 +353,14 @@ def main(config: Config) -> None:
     for task in TASKS.values():
         train, test = (labels for _, labels in load_task(task.name).values())
         largest = max(Counter(test).values()) / len(test)
-        classes, majority = ("-", "-") if task.regression else (str(len({*train, *test})), f"{largest:.3f}")
+        is_regression = isinstance(test[0], float)
+        classes, majority = ("-", "-") if is_regression else (str(len({*train, *test})), f"{largest:.3f}")
         print(line(task.name, classes, len(train), len(test), majority, task.question))
     num_texts = len({row.text.casefold() for row in rows if is_text(row.text)})
     print(f"fingerprint {fingerprint()}: {len(rows):,} docstrings, {num_texts:,} distinct texts")
     if config.task is not None:
         texts, labels = load_task(config.task)["train"]
-        for text, label in list(zip(texts, labels, strict=True))[: config.num_examples]:
+        for text, label in list(zip(texts, labels, strict=True))[:10]:
             print(f"{label!s:<20} {text[:200]}")
     print(cache_path())
 

@@ -13,6 +13,7 @@ read, `cells.py` which labels count as missing and which cells are text. Nothing
 """
 
 import hashlib
+import itertools
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,14 +69,8 @@ class Rows:
 
 
 # ------------------------------------------------------------------ tables -> rows
-def choose_parts(source: Source, label: str, wanted: str, divide_train: bool = False) -> dict[str, Table]:
-    """The tables that serve as `train` and as `test`, which may be missing; for `all` every one with labels.
-
-    With `divide_train` there is no `test`, whatever splits there are.
-
-    Raises:
-        UserError: a split is missing; the message shows those present.
-    """
+def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) -> dict[str, Table]:
+    """The tables that serve as `train` and as `test`, which may be missing; for `all` every one with labels."""
     tables, spec = source.tables, source.spec
     labelled = {name: rows for name, rows in tables.items() if _has_labels(rows, label)}
     if wanted == "all":
@@ -96,66 +91,40 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool = F
     return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
 
 
-def _read_column(source: Source, rows: Table, name: str, flag: str) -> list[Any]:
-    """One column; `flag` names another one. Raises UserError where there is no such column."""
-    if name not in rows.columns:
-        present = ", ".join(rows.columns) or "none"
-        raise UserError(f"{source.name} has no column {name!r}; columns: {present}. Name one with {flag}.")
-    return rows.read(name)
-
-
-def _label_column(settings: Data, source: Source) -> str:
-    """The label column: as asked for, as the table of datasets has it, or `label` / `labels`."""
-    chosen = settings.label_column or (source.spec.label_column if source.spec else None)
-    present = next(iter(source.tables.values())).columns
-    return chosen or ("labels" if "label" not in present and "labels" in present else "label")
-
-
 def _has_labels(rows: Table, label: str) -> bool:
-    """Whether any row has a label; those of a test split may be hidden."""
     return label in rows.columns and not all(map(cells.is_missing, cells.typed(rows.read(label))))
 
 
-def text_pieces(settings: Data, source: Source, rows: Table, label: str) -> list[tuple[str, str | None]]:
-    """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column.
-
-    Raises:
-        UserError: two ways are asked for, the template is malformed, or no column is the evident one.
-    """
-    if settings.text_column and settings.text_template:
+def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> list[tuple[str, str | None]]:
+    """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column."""
+    template, column = settings.text_template, settings.text_column
+    if column and template:
         raise UserError("--text_column and --text_template exclude each other: give one of them.")
-    template = settings.text_template or (source.spec.text_template if source.spec else None)
-    if template is not None and not settings.text_column:
+    if source.spec and not column:
+        template = template or source.spec.text_template
+    if template:
         try:
+            template.encode()  # a shell may pass bytes that are no characters
             parsed = list(string.Formatter().parse(template))
         except ValueError as error:
             raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
         names = [name for _, name, _, _ in parsed if name is not None]
         if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
-            raise UserError(
-                f'--text_template {template!r} must name columns in braces, like "{{question}} {{choices}}".'
-            )
+            raise UserError(f"--text_template {template!r} must name columns in braces, like '{{title}} {{body}}'.")
         return [(literal, name) for literal, name, _, _ in parsed]
-    evident = settings.text_column or ("text" if "text" in rows.columns else None)
-    candidates = (
-        [evident] if evident else [name for name in rows.columns if name != label and cells.holds_text(rows.read(name))]
-    )
-    if len(candidates) != 1:
-        raise UserError(
-            f"Which column of {source.name} is the text? Columns: {', '.join(rows.columns) or 'none'}. "
-            "Name one with --text_column, or several with --text_template."
-        )
-    return [("", candidates[0])]
+    evident = column or ("text" if "text" in rows.columns else None)
+    others = [name for name in rows.columns if name != label]
+    found = [evident] if evident else [name for name in others if cells.holds_text(rows.read(name))]
+    if len(found) != 1:
+        columns = ", ".join(rows.columns) or "none"
+        raise UserError(f"Which column of {source.name} is the text? Columns: {columns}. Name one with --text_column.")
+    return [("", found[0])]
 
 
 def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
     """One text per row; empty where every column is blank, whatever the template puts around them."""
-    flag = "--text_column or --text_template"
-    columns = {
-        name: cells.render_column(source.name, part, name, _read_column(source, rows, name, flag))
-        for _, name in pieces
-        if name is not None
-    }
+    names = [name for _, name in pieces if name is not None]
+    columns = {name: cells.render_column(source.name, part, name, rows.read(name)) for name in names}
     texts = []
     for row in range(len(rows)):
         joined = "".join(literal + (columns[name][row] if name is not None else "") for literal, name in pieces)
@@ -163,40 +132,29 @@ def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, 
     return texts
 
 
-def _is_regression(settings: Data, source: Source, labels: list[Any]) -> bool:
-    """`task` decides; under `auto` the table of datasets, else any number that is not a whole one."""
-    if settings.task != "auto":
-        return settings.task == "regression"
-    if source.spec and not settings.label_column:
-        return source.spec.num_classes == 0
-    present = [label for label in labels if not cells.is_missing(label, True)]
-    return all(map(cells.is_number, present)) and not all(map(cells.is_whole, present))
-
-
 def _labelled_rows(
     settings: Data, source: Source, tables: dict[str, Table], label: str
 ) -> tuple[dict[str, Rows], bool]:
-    """The rows that have a label, by part, and whether the task is a regression."""
-    pieces = text_pieces(settings, source, next(iter(tables.values())), label)
-    written = {part: _read_column(source, rows, label, "--label_column") for part, rows in tables.items()}
-    check_class_names(list(tables.values()), f"the splits of {source.name}")
-    typed = cells.label_cells(source.name, [cell for of_part in written.values() for cell in of_part])
-    regression = _is_regression(settings, source, typed)
+    """The rows that have a label, by part; and True for a regression."""
+    check_class_names(tables.values(), f"the splits of {source.name}")
+    pieces = _text_pieces(settings, source, next(iter(tables.values())), label)
+    regression = None if settings.task == "auto" else settings.task == "regression"
+    if source.spec and settings.task == "auto" and not settings.label_column:
+        regression = source.spec.num_classes == 0
+    written = {part: rows.read(label) for part, rows in tables.items()}
+    values, regression = cells.label_values(source.name, itertools.chain(*written.values()), regression)
     group_by = source.spec.group_by if source.spec and not settings.ungrouped_split else ()
-    parts = {}
-    for part, labels in splits.split_like(typed, written).items():
-        if regression:
-            labels = cells.target_cells(source.name, part, labels)
-        elif settings.task == "auto" and not source.spec:
-            cells.check_words(source.name, part, labels)
-        texts = _join_texts(source, part, tables[part], pieces)
+    parts, rest = {}, iter(values)
+    for part, rows in tables.items():
+        texts = _join_texts(source, part, rows, pieces)
         empty = [row for row, text in enumerate(texts, 1) if not text]
         if empty and source.own:
             found = f"{len(empty)} {part} texts of {source.name} are empty: rows {cells.listed(empty)}"
             raise UserError(f"{found}. Fill or remove them.")
-        columns = [_join_texts(source, part, tables[part], [("", name)]) for name in group_by]
+        columns = [_join_texts(source, part, rows, [("", name)]) for name in group_by]
+        labels = list(itertools.islice(rest, len(rows)))
         labelled = Rows(texts, labels, splits.linked_groups(columns) if columns else None)
-        missing = [cells.is_missing(cell, regression) for cell in labels]
+        missing = [label is None for label in labels]
         fault = f"have no label (missing or -1){cells.describe_missing(written[part], missing)}"
         parts[part] = _leave_out(source, part, labelled, missing, fault, "Label them, or see --label_column.")
     return parts, regression
@@ -207,9 +165,6 @@ def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> dic
 
     Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
     the same question with the opposite label on the other side; `ungrouped_split` gives that split.
-
-    Raises:
-        UserError: too few rows for two splits, or all of one group.
     """
     num_units = len(rows.texts) if rows.groups is None else len(set(rows.groups))
     if num_units < 2:
@@ -230,7 +185,7 @@ def _leave_out(
 ) -> Rows:
     """The rows without the faulty ones, with a warning. Raises UserError if none remains, or at once if `refuse`."""
     kept = [row for row, is_faulty in enumerate(faulty) if not is_faulty]
-    found = f"{len(rows.texts) - len(kept)} of {len(rows.texts)} {part} rows of {source.name} {fault}"
+    found = f"{len(faulty) - len(kept)} of {len(faulty)} {part} rows of {source.name} {fault}"
     if not kept or (refuse and any(faulty)):
         raise UserError(f"{found}. {remedy}")
     if any(faulty):
@@ -241,28 +196,25 @@ def _leave_out(
 # ------------------------------------------------------------------ rows -> labelled texts
 def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[str, Rows], list[str]]:
     """Rows with labels 0..c-1, and the c class names: the classes of the first part (train, if it exists), sorted."""
-    values = cells.class_values(source.name, [cell for rows in parts.values() for cell in rows.labels])
-    labels = splits.split_like(values, {part: rows.labels for part, rows in parts.items()})
     first = next(iter(parts))
-    classes = sorted(set(labels[first]))
+    classes = sorted(set(parts[first].labels))
     # a number beyond the class names of the file, or a word, is its own name
     known = dict(enumerate(next(iter(source.tables.values())).class_names.get(label, ())))
-    spelled = {value: known.get(value, str(value)) for value in set(values)}
+    spelled = {value: known.get(value, str(value)) for rows in parts.values() for value in rows.labels}
     if not 2 <= len(classes) <= MAX_CLASSES:
         found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
         raise UserError(
             f"The {first} labels of {source.name} are {found}; at least two classes are needed, and up to "
-            f"{MAX_CLASSES:,} are possible. See --label_column; where -1 is a class, and not a missing label, name it "
-            "in words; for numbers there is --task regression."
+            f"{MAX_CLASSES:,} are possible. See --label_column, name a class -1 in words, or take --task regression."
         )
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
     for part, rows in parts.items():
-        unseen = sorted(spelled[value] for value in set(labels[part]) - set(classes))
+        unseen = sorted(spelled[value] for value in set(rows.labels) - set(classes))
         fault = f"have classes that train lacks: {cells.listed(unseen)}"
         remedy = "Correct them, add rows of these classes to train, or take --split all."
-        numbered = Rows(rows.texts, [index.get(value) for value in labels[part]])
-        absent = [value is None for value in numbered.labels]
+        numbered = Rows(rows.texts, [index.get(value) for value in rows.labels])
+        absent = [number is None for number in numbered.labels]
         encoded[part] = _leave_out(source, part, numbered, absent, fault, remedy, refuse=source.own)
     return encoded, [spelled[value] for value in classes]
 
@@ -270,18 +222,16 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
 def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     """Refuses regression targets whose moments, sums of squares about 0, would lose their digits."""
     if targets.min() == targets.max():
-        if part == "test":
-            return
-        raise UserError(f"The {part} targets of {name} are all equal. See --label_column or --max_samples.")
+        if part != "test":
+            raise UserError(f"The {part} targets of {name} are all equal. See --label_column or --max_samples.")
+        return
     largest = float(np.abs(targets).max())
     scaled = targets / largest  # squares of the numbers themselves may overflow
     mean, std = float(scaled.mean()), float(scaled.std())
     if abs(mean) > MAX_MEAN * std or not SPREADS[0] <= std * largest <= SPREADS[1]:
         raise UserError(
-            f"The {part} targets of {name} run from {targets.min():.9g} to {targets.max():.9g} with a standard "
-            f"deviation of {std * largest:.3g}, which must be within {SPREADS[0]:g} and {SPREADS[1]:g}, and their mean "
-            f"at most {MAX_MEAN:,.0f} times as large: rescale the column, or subtract a constant such as "
-            f"{mean * largest:.9g}."
+            f"The {part} targets of {name}, mean {mean * largest:.9g} and standard deviation {std * largest:.3g}, lose "
+            f"their digits: rescale the column, or subtract a constant such as {mean * largest:.9g}."
         )
 
 
@@ -299,7 +249,8 @@ def _report(settings: Data, source: Source, parts: dict[str, Rows], label_names:
         if spec and spec.sizes and sum(spec.sizes) != sum(sizes.values()):
             known = " and ".join(f"{size:,}" for size in spec.sizes)
             warn(f"{source.name} was known with {known} rows; this copy or revision holds others")
-        leaked = splits.leaked_share(parts["train"].texts, parts["test"].texts)
+        known_texts = set(parts["train"].texts)
+        leaked = sum(text in known_texts for text in parts["test"].texts) / sizes["test"]
         facts.append(f"{leaked:.1%} of the test texts are also in train")
         if leaked > LEAK_WARNING:
             warn(f"{leaked:.1%} of the test texts of {source.name} are also in train: test scores reward memory")
@@ -316,11 +267,8 @@ def _sample(settings: Data, source: Source, part: str, rows: Rows, label_names: 
     if not label_names:
         _check_targets(source.name, part, labels)
     digest = hashlib.sha256()
-    for number, text in enumerate(texts, 1):
-        try:
-            digest.update(text.encode() + b"\0")
-        except UnicodeEncodeError as error:
-            raise UserError(f"Text {number} of {source.name} is not valid Unicode ({error}). Correct it.") from None
+    for text in texts:
+        digest.update(text.encode() + b"\0")
     digest.update(labels.tobytes())
     return LabelledTexts(texts, labels, label_names, digest.hexdigest()[:16])
 
@@ -335,12 +283,11 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
         settings: the dataset.
         run: `datasets_dir` is read.
         wanted: "both", or the one split that is needed: "train", "test" or "all".
-
-    Raises:
-        UserError: the dataset cannot be found or read, or its rows do not make a task.
     """
     source = find_source(settings.dataset_name, settings.dataset_revision, run.datasets_dir)
-    label = _label_column(settings, source)
+    columns = next(iter(source.tables.values())).columns
+    evident = "labels" if "labels" in columns and "label" not in columns else "label"
+    label = settings.label_column or (source.spec.label_column if source.spec else evident)
     tables = choose_parts(source, label, wanted, settings.divide_train)
     parts, regression = _labelled_rows(settings, source, tables, label)
     divided = list(parts) == ["train"] and wanted != "all"
@@ -369,9 +316,7 @@ def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None))
     labels = torch.from_numpy(np.asarray(data.labels)[rows])
     if data.is_regression:
         return labels.double().reshape(len(labels), -1)
-    # the one-hot of torch is int64, a second copy
-    targets = torch.zeros(len(labels), data.num_labels, dtype=torch.float64)
-    return targets.scatter_(1, labels.long()[:, None], 1)
+    return torch.nn.functional.one_hot(labels, data.num_labels).double()
 
 
 @dataclass(frozen=True)

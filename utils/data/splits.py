@@ -1,21 +1,11 @@
 """Which rows are train and test, and which of them a sample takes."""
 
-import heapq
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
 TEST_SHARE = 0.3
-
-
-def split_like(values: Iterable[Any], like: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The values in parts as long as those of `like`."""
-    rest = iter(values)
-    return {part: list(itertools.islice(rest, len(of_part))) for part, of_part in like.items()}
 
 
 def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
@@ -30,12 +20,8 @@ def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
     classes, counts = np.unique(classes, return_inverse=True, return_counts=True)[1:]
     quota = num * counts / counts.sum()
     take = np.maximum(np.floor(quota).astype(int), int(num >= len(counts)))
-    largest = [(-count, number) for number, count in enumerate(take)] if take.sum() > num else []
-    heapq.heapify(largest)
-    for _ in range(take.sum() - num):  # a search among all classes for each of as many takes hours
-        count, number = heapq.heappop(largest)
-        take[number] -= 1
-        heapq.heappush(largest, (count + 1, number))
+    while take.sum() > num:
+        take[np.argmax(take)] -= 1
     take[np.argsort(take - quota, kind="stable")[: num - take.sum()]] += 1
     order = generator.permutation(len(classes))
     order = order[np.argsort(classes[order], kind="stable")]
@@ -76,9 +62,3 @@ def linked_groups(columns: list[list[str]]) -> np.ndarray:
     edges = (np.ones(len(cells)), (np.tile(np.arange(num_rows), len(columns)), num_rows + np.array(cells)))
     graph = coo_array(edges, shape=(num_rows + len(texts),) * 2)
     return connected_components(graph, directed=False)[1][:num_rows]
-
-
-def leaked_share(train_texts: Iterable[str], test_texts: Sequence[str]) -> float:
-    """Share of the test texts that are also in train, letter by letter."""
-    known = set(train_texts)
-    return sum(text in known for text in test_texts) / max(len(test_texts), 1)
