@@ -11,12 +11,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from tests.conftest import ROOT
 from tests.data.inputs import load, write, write_labels, write_parquet
 from utils.script import UserError
-
-CASES = ROOT.parent / "shared" / "cases"
-
 
 # ------------------------------------------------------------------ whole files
 ODD_TEXTS = ["NA", "007", "1e5", "true", 'a "b", c', "line\nbreak", "u\u2028v", "2020-01-01", "nan", " é "]
@@ -91,29 +87,11 @@ def test_whole_file_is_refused(case: str, tmp_path: Path) -> None:
         load(write(tmp_path / name, content))
 
 
-def test_parquet_without_rows_or_with_equal_names(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "none.parquet", {"text": pyarrow.array([], pyarrow.string()), "label": []})
-    with pytest.raises(UserError, match="has no rows: only the columns text, label"):
-        load(path)
+def test_parquet_with_equal_names_is_refused(tmp_path: Path) -> None:
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(UserError, match='Field "text" exists 2 times'):
         load(tmp_path / "twice.parquet")
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="no shared/cases beside the repository")
-def test_shared_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("label_first.tsv", "text_first.tsv"):
-        assert len(load(CASES / name, "all").texts) == 24
-    assert load(CASES / "words.csv", "all").label_names == ["neg", "pos"]
-    assert load(CASES / "numbers.csv", "all").label_names == ["0", "1"]
-    assert load(CASES / "blank.csv", "all").label_names == ["angry", "calm", "glad"]
-    with pytest.raises(UserError, match=r"subsets en, de\. Name one: --dataset_name .*subsets:en"):
-        load(CASES / "subsets")
-    assert len(load(f"{CASES / 'subsets'}:de", "test").texts) == 20
-    found = load(CASES / "regression.csv", "all", label_column="score")
-    assert found.is_regression and len(found.texts) == 23
-    assert "blanks around them" in (err := capsys.readouterr().err) and "written 'NaN'" in err
 
 
 # ------------------------------------------------------------------ cells that are text, and that are not
@@ -184,15 +162,11 @@ def test_missing_label_is_no_class(word: str, tmp_path: Path, capsys: pytest.Cap
 CODES = [  # labels, class names; a number stands for a regression target
     (["01", "1", "02"], ["01", "02", "1"]),
     (["1.1", "1.10", "1.2"], ["1.1", "1.10", "1.2"]),
-    (["1.3", "1.10", "1.2"], ["1.10", "1.2", "1.3"]),
-    (["1e3", "1000", "2"], ["1000", "1e3", "2"]),
     (["1e3", "2e3", "7"], ["1e3", "2e3", "7"]),
-    (["0x1", "1"], ["0x1", "1"]),
     (["+1", "1"], ["+1", "1"]),
     (["-0", "0"], ["-0", "0"]),
     (["1", "1.0"], ["1", "1.0"]),
     ([".5", "0.5"], [".5", "0.5"]),
-    (["1.", "1"], ["1", "1."]),
     (["1_0", "10"], ["10", "1_0"]),
     (["１", "1"], ["1", "１"]),
     (["0.1", "0.10000000000000000001"], ["0.1", "0.10000000000000000001"]),
@@ -220,12 +194,10 @@ def test_words_are_numbers_only_if_written_so(words: list[str], expected: list[A
 MIXED = [  # labels of JSON, class names, labels
     (["1", 1, "2", 2], ["1", "2"], [0, 0, 1, 1]),
     ([1, 1.0, "b", "1"], ["1", "b"], [0, 0, 1, 0]),
-    ([1, "01", 2], ["01", "1", "2"], [1, 0, 2]),
     ([1.1, "1.10", 2], ["1.1", "1.10", "2"], [0, 1, 2]),
     ([True, False, True], ["False", "True"], [1, 0, 1]),
     ([2**63 + 2, 2**63 + 1, 2**63 + 2], ["9223372036854775809", "9223372036854775810"], [1, 0, 1]),
     ([int("1" * 400), int("2" * 400)], ["1" * 400, "2" * 400], [0, 1]),
-    (["10", "9", "10"], ["9", "10"], [1, 0, 1]),
     ([-1, 0, 1, 0, 1], ["0", "1"], [0, 1, 0, 1]),
 ]
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,38 +27,14 @@ from utils.data.table import DATASETS, SPECS, DatasetSpec, table
 from utils.script import UserError
 
 TEXT = Value("string")
-# fmt: off
-COLUMNS = {  # names of the columns; of texts, or behind a colon the kind; as far as they are published
-    "Bhuvaneshwari/intent_classification": "text intent",
-    "marksverdhei/clickbait_title_classification": "title clickbait:int",
-    "sst2": "idx:int sentence label:class",
-    "legacy-datasets/banking77": "text label:class",
-    "PriyaPatel/Bias_identification": "context bias_type:int",
-    "emotion": "text label:class",
-    "ucirvine/sms_spam": "sms label:class",
-    "medical": "dr_id:int question_1 question_2 label:class",
-    "rotten_tomatoes": "text label:class",
-    "common_sense": "id question question_concept choices:choices answerKey",
-    "climatebert/climate_sentiment": "text label:class",
-    "imdb": "text label:class",
-    "wiki_toxic": "id comment_text label:int",
-    "toxigen": "text target_group toxicity_ai:float toxicity_human:float",
-    "bias_in_bios": "hard_text profession:int gender:int",
-    "amazon_polarity": "label:class title content",
-    "snli": "premise hypothesis label:class",
-    "DBPedia_Classes": "text l1 l2 l3",
-    "Topic_Classification": "article_text topic",
-}
-# fmt: on
+TEXT_LABELS = ("Bhuvaneshwari/intent_classification", "common_sense", "DBPedia_Classes", "Topic_Classification")
 HIDDEN = {"sst2": "test", "common_sense": "test", "imdb": "unsupervised"}  # splits whose labels are -1 or empty
 
 
 def class_names(spec: DatasetSpec) -> list[str]:
-    if "label:class" in COLUMNS[spec.key] or spec.num_classes == 0:
-        return list(spec.class_names) or [f"class {number}" for number in range(spec.num_classes or 0)]
-    if f"{spec.label_column}:int" in COLUMNS[spec.key]:
-        return list(map(str, range(spec.num_classes or 0)))
-    return list(spec.class_names) or [f"Kind {number:02}" for number in range(spec.num_classes or 4)]
+    if spec.class_names or spec.key not in TEXT_LABELS:
+        return list(spec.class_names or map(str, range(spec.num_classes or 0)))
+    return [f"Kind {number:02}" for number in range(spec.num_classes or 4)]
 
 
 def num_rows(spec: DatasetSpec) -> int:
@@ -65,9 +42,14 @@ def num_rows(spec: DatasetSpec) -> int:
 
 
 def kinds_of(spec: DatasetSpec) -> dict[str, Any]:
-    kinds = {"": TEXT, "int": Value("int64"), "float": Value("float64"), "class": ClassLabel(names=class_names(spec))}
-    kinds["choices"] = {"label": List(TEXT), "text": List(TEXT)}
-    return {name: kinds[kind] for name, _, kind in (pair.partition(":") for pair in COLUMNS[spec.key].split())}
+    """The columns of the table of datasets, and two more."""
+    texts = [name for _, name, _, _ in Formatter().parse(spec.text_template) if name]
+    kinds = dict.fromkeys([*texts, "more"], TEXT) | {"number": Value("int64")}
+    if "choices" in kinds:
+        kinds["choices"] = {"label": List(TEXT), "text": List(TEXT)}
+    label = ClassLabel(names=list(spec.class_names)) if spec.class_names else Value("int64")
+    label = TEXT if spec.key in TEXT_LABELS else Value("float64") if spec.num_classes == 0 else label
+    return {**kinds, spec.label_column: label}
 
 
 def cell(spec: DatasetSpec, name: str, split: str, row: int) -> Any:
@@ -151,7 +133,7 @@ def test_known_dataset(spec: DatasetSpec, calls: list[dict[str, Any]], tmp_path:
 
 
 def test_nineteen_datasets_in_the_table() -> None:
-    assert len(SPECS) == 19 and set(COLUMNS) == {spec.key for spec in SPECS}
+    assert len(SPECS) == len({spec.key for spec in SPECS}) == 19
     assert all(DATASETS[spec.key] is DATASETS[spec.hub_id] is spec for spec in SPECS)
     assert all(len(spec.class_names) in (0, spec.num_classes) for spec in SPECS)
     for spec in SPECS:  # a short hash is not accepted by the hub
@@ -217,10 +199,10 @@ def test_all_is_every_labelled_row_and_a_seed_moves_no_known_split(calls: list[d
 
 
 def test_columns_of_a_known_dataset_can_be_overridden(calls: list[dict[str, Any]]) -> None:
-    pair = load("amazon_polarity", text_template="{title}: {content}")
-    assert pair.texts[3] == "title train 3: content train 3"
-    assert load("amazon_polarity", text_column="title").texts[3] == "title train 3"
-    assert load("bias_in_bios", label_column="gender", task="regression").is_regression
+    pair = load("amazon_polarity", text_template="{more}: {content}")
+    assert pair.texts[3] == "more train 3: content train 3"
+    assert load("amazon_polarity", text_column="more").texts[3] == "more train 3"
+    assert load("bias_in_bios", label_column="number", task="regression").is_regression
     assert load("toxigen", task="classification").num_labels == 20
 
 
@@ -241,6 +223,10 @@ def test_hub_rows_that_cannot_serve_are_left_out(
 def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
     return kind(f"Client Error: {kind.__name__}", response=response)
+
+
+def raise_from(error: Exception, cause: Exception | None) -> None:
+    raise error from cause
 
 
 # fmt: off
@@ -265,21 +251,15 @@ HUB_CASES: dict[str, tuple[Exception, str]] = {
 @pytest.mark.parametrize("case", HUB_CASES)
 def test_error_of_the_hub(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, message = HUB_CASES[case]
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: raise_from(error, None))
     with pytest.raises(UserError, match=message) as raised:
         load("dair-ai/emotions", dataset_revision="v9")
     assert raised.value.__cause__ is error  # what --debug shows
 
 
 def test_full_disk_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: Any, **__: Any) -> None:
-        raise DatasetGenerationError("An error occurred") from OSError(28, "No space left on device")
-
-    monkeypatch.setattr(datasets, "load_dataset", full_disk)
+    disk = OSError(28, "No space left on device")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: raise_from(DatasetGenerationError("An error"), disk))
     with pytest.raises(OSError, match="No space left"):
         load("emotion")
 

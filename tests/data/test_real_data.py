@@ -4,7 +4,6 @@ The expectations were written down from the files.
 Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
 """
 
-import json
 import os
 import string
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-import cache
-import K_sweep
-from tests.conftest import ROOT, configure
+from tests.conftest import ROOT
 from utils.data.load import find_source, load_splits
 from utils.data.table import SPECS
 from utils.settings import Data, Run
@@ -28,9 +25,10 @@ pytestmark = [
 
 
 class Expected(NamedTuple):
-    """Rows of each class, or how many classes of whatever size; a text, or with dots its beginning; and its label."""
+    """The rows of a copy, and a text, or with dots its beginning, with its label."""
 
-    classes: dict[str, int] | int
+    fingerprints: str  # of train and test, of 300 rows each by seed 1
+    classes: dict[str, int] | int  # rows of each class, or how many classes of whatever size
     text: str
     label: str | float
     row: int = 0
@@ -39,36 +37,51 @@ class Expected(NamedTuple):
 
 # fmt: off
 EXPECTED = {
-    "ag_news": Expected({"World": 1259, "Sports": 1257, "Business": 1281, "Sci/Tech": 1203},
+    "ag_news": Expected("7dda6f8f9c46f603 56cb5a76d9b0f13f",
+        {"World": 1259, "Sports": 1257, "Business": 1281, "Sci/Tech": 1203},
         "BEA buzzing about Beehive…", "Sci/Tech"),
-    "climatebert/climate_sentiment": Expected({"risk": 342, "neutral": 408, "opportunity": 250},
+    "climatebert/climate_sentiment": Expected("8480fc5a6e018b40 6d39de098c596c5c",
+        {"risk": 342, "neutral": 408, "opportunity": 250},
         "− Scope 3: Optional scope that includes…", "neutral"),
-    "common_sense": Expected({"A": 1909, "B": 1973, "C": 1946, "D": 1985, "E": 1928},
+    "common_sense": Expected("612efdbf94956389 f91d0458c4fc55a6",
+        {"A": 1909, "B": 1973, "C": 1946, "D": 1985, "E": 1928},
         "The sanctions against the school were a punishing blow, and they seemed to what the efforts the school had "
         "made to change? (0) ignore (1) enforce (2) authoritarian (3) yell at (4) avoid", "A"),
-    "emotion": Expected({"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
+    "emotion": Expected("a2843a19daeb697c 352e3913f63a3631",
+        {"sadness": 4666, "joy": 5362, "love": 1304, "anger": 2159, "fear": 1937, "surprise": 572},
         "i didnt feel humiliated", "sadness"),  # codespell:ignore didnt
-    "imdb": Expected({"neg": 5000, "pos": 5000}, "If you like to see animals being skinned alive…", "neg"),
-    "legacy-datasets/banking77": Expected(77, "I am still waiting on my card?", "card_arrival"),
-    "marksverdhei/clickbait_title_classification": Expected({"0": 10009, "1": 9991},
+    "imdb": Expected("d1c7be71899638d9 9a60c2e75fe4aa1d",
+        {"neg": 5000, "pos": 5000}, "If you like to see animals being skinned alive…", "neg"),
+    "legacy-datasets/banking77": Expected("fe3a5b7005af12ba ee1522e26297fa75",
+        77, "I am still waiting on my card?", "card_arrival"),
+    "marksverdhei/clickbait_title_classification": Expected("2123508366849552 6081c181f75c166d",
+        {"0": 10009, "1": 9991},
         "27 Ways To Create The Perfect Travel-Inspired Nursery", "1"),
-    "medical": Expected({"0": 1524, "1": 1524},
+    "medical": Expected("4d09d50bcf782045 c2a7357686675f44",
+        {"0": 1524, "1": 1524},
         "After how many hour from drinking an antibiotic can I drink alcohol? I have a party tonight and I took my "
         "last dose of Azithromycin this morning. Can I have a few drinks?", "1"),
-    "rotten_tomatoes": Expected({"neg": 4265, "pos": 4265},
+    "rotten_tomatoes": Expected("dc97bba464962f6f 56b763db864de2e9",
+        {"neg": 4265, "pos": 4265},
         'the rock is destined to be the 21st century\'s new " conan "…', "pos"),
-    "snli": Expected({"entailment": 6667, "neutral": 6562, "contradiction": 6771},
+    "snli": Expected("f480c19d526ba284 9e383ffe006cbb8e",
+        {"entailment": 6667, "neutral": 6562, "contradiction": 6771},
         "An older gentleman stands along the shore of an immense lake with a cityscape across the water. The man is "
         "gazing over the water thinking about his life.", "neutral"),
-    "sst2": Expected({"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative"),
-    "toxigen": Expected({}, "the pueblo are a federally recognized tribe", 4 / 3, row=16),
-    "trec": Expected(
+    "sst2": Expected("260fe06f1eddd214 ee43f76bef63e244",
+        {"negative": 8864, "positive": 11136}, "empty stud knockabout ", "negative"),
+    "toxigen": Expected("1a191167660fba80 432105f9b0c8a3df",
+        {}, "the pueblo are a federally recognized tribe", 4 / 3, row=16),
+    "trec": Expected("57a53ed1dfff2081 77cf3ecd5e2413d3",
+
         {"ABBR": 86, "ENTY": 1250, "DESC": 1162, "HUM": 1223, "LOC": 835, "NUM": 896},  # codespell:ignore enty
         "How did serfdom develop in and then leave Russia ?", "DESC", label_column="coarse_label"),
-    "ucirvine/sms_spam": Expected({"ham": 4827, "spam": 747},
+    "ucirvine/sms_spam": Expected("02802b12badfccc7 ba40a0d04922c89b",
+        {"ham": 4827, "spam": 747},
         "Go until jurong point, crazy.. Available only in bugis n great world la e buffet... Cine there got amore "
         "wat...", "ham"),
-    "wiki_toxic": Expected({"0": 5090, "1": 5090}, "Removed that section on August 12, 2010.", "0", row=136),
+    "wiki_toxic": Expected("916aaa165a5ca02f 0e1ba6886fbf4d5d",
+        {"0": 5090, "1": 5090}, "Removed that section on August 12, 2010.", "0", row=136),
 }
 # fmt: on
 
@@ -124,19 +137,9 @@ def test_copy_is_as_the_table_says(spec, capsys):
 
 
 @pytest.mark.parametrize("name", PRESENT)
-def test_sixty_rows_get_a_score(name, tmp_path):
-    options = {
-        "dataset_name": name, "datasets_dir": DATASETS, "label_column": EXPECTED[name].label_column,
-        "max_samples": 60, "max_length": 32, "results_dir": tmp_path, "device": "cpu", "split": whole_split(name),
-    }  # fmt: skip
-    cache.main(configure(cache, **options))
-    K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=5))
-    [path] = (tmp_path / "ntps" / "tiny").glob("*.json")
-    result = json.loads(path.read_text())
-    classes = EXPECTED[name].classes
-    assert result["num_samples"] == 60
-    if isinstance(classes, dict) and classes:  # a stratified sample keeps the shares
-        stored = result["moments"]["class_counts"]
-        shares = np.array(list(classes.values())) / sum(classes.values())
-        assert np.abs(np.array(stored) - 60 * shares).max() <= 1
-    assert 0 < result["score"]["ntps"]["value"] < 1
+def test_samples_are_those_of_earlier_results(name):
+    settings = Data(
+        name, label_column=EXPECTED[name].label_column, divide_train=name == "toxigen", max_samples=300, seed=1
+    )
+    found = load_splits(settings, Run(datasets_dir=DATASETS))
+    assert f"{found['train'].fingerprint} {found['test'].fingerprint}" == EXPECTED[name].fingerprints

@@ -193,10 +193,12 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     stems: dict[Path, Path] = {}
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        if file.suffix.lower() not in READERS or any(part.startswith(".") for part in relative.parts):
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if file.suffix.lower() not in READERS or is_hidden or file.is_dir():
             continue
         words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
-        by_split.setdefault(["", *(SPLIT_OF[word] for word in words if word in SPLIT_OF)][-1], []).append(file)
+        splits = [SPLIT_OF[word] for word in words if word in SPLIT_OF]
+        by_split.setdefault(splits[-1] if splits else "", []).append(file)
         if (other := stems.setdefault(file.with_suffix(""), file)) != file:
             raise UserError(f"{other} and {file} may be the same rows in two formats. Remove or rename one.")
     if not by_split:

@@ -7,9 +7,8 @@
     python cache.py --dataset_name folder:subset                # a folder whose README.md names subsets
     python cache.py --dataset_name docstrings/raises            # see utils/data/docstrings.py
 
-Data without a held-out split is split 70/30. A user's own rows that are empty or cannot be encoded are errors; the user
-cannot mend a dataset of the hub, whose rows of this kind are left out with a warning. `files.py` says which files are
-read, `cells.py` which labels count as missing and which cells are text. Nothing of the hub is ever executed.
+Data without a held-out split is split 70/30. Rows without a text or of an unknown class are errors in the user's own
+data, and left out with a warning in a dataset of the hub, of which nothing is ever executed.
 """
 
 import hashlib
@@ -106,10 +105,9 @@ def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> lis
         try:
             template.encode()  # a shell may pass bytes that are no characters
             parsed = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise UserError(f"--text_template {template!r} is malformed ({error}).") from None
-        names = [name for _, name, _, _ in parsed if name is not None]
-        if not names or "" in names or any(form or conversion for _, _, form, conversion in parsed):
+        except ValueError:
+            parsed = []
+        if not any(name for _, name, _, _ in parsed) or any(form or how or name == "" for _, name, form, how in parsed):
             raise UserError(f"--text_template {template!r} must name columns in braces, like '{{title}} {{body}}'.")
         return [(literal, name) for literal, name, _, _ in parsed]
     evident = column or ("text" if "text" in rows.columns else None)
@@ -160,24 +158,22 @@ def _labelled_rows(
     return parts, regression
 
 
-def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> dict[str, Rows]:
-    """Train and test of data without a held-out split.
+def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> tuple[dict[str, Rows], str]:
+    """Train and test of data without a held-out split, and the rule of the split in words.
 
     Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
     the same question with the opposite label on the other side; `ungrouped_split` gives that split.
     """
-    num_units = len(rows.texts) if rows.groups is None else len(set(rows.groups))
-    if num_units < 2:
-        unit = "labelled rows" if rows.groups is None else "groups of rows that share a question"
-        raise UserError(f"{source.name} has {num_units} {unit}; a 70/30 split needs two. Take --split all.")
+    if len(rows.texts if rows.groups is None else set(rows.groups)) < 2:
+        raise UserError(f"{source.name} has a single row, or question; a 70/30 split needs two. Take --split all.")
     if source.spec is None:
         classes = np.array(["" if regression else str(label) for label in rows.labels])
-        train, test = splits.seeded_split(classes, settings.seed)
+        rule, (train, test) = f"split 70/30 by seed {settings.seed}", splits.seeded_split(classes, settings.seed)
     elif rows.groups is None:
-        train, test = splits.paper_split(len(rows.texts))
+        rule, (train, test) = "seeded 70/30", splits.paper_split(len(rows.texts))
     else:
-        train, test = splits.grouped_split(rows.groups)
-    return {"train": rows.take(train), "test": rows.take(test)}
+        rule, (train, test) = "grouped 70/30", splits.grouped_split(rows.groups)
+    return {"train": rows.take(train), "test": rows.take(test)}, rule
 
 
 def _leave_out(
@@ -235,23 +231,18 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
         )
 
 
-def _report(settings: Data, source: Source, parts: dict[str, Rows], label_names: list[str], divided: bool) -> None:
+def _report(source: Source, parts: dict[str, Rows], label_names: list[str], rule: str) -> None:
     """Prints sizes, split rule and leak; warns of a leak, and of a dataset that is not as the table says."""
     spec, sizes = source.spec, {part: len(rows.texts) for part, rows in parts.items()}
     facts = [" and ".join(f"{size:,} {part}" for part, size in sizes.items()) + " texts"]
     facts.append(f"{len(label_names)} classes" if label_names else "a regression target")
     if {"train", "test"} <= set(parts):
-        if spec is None:
-            facts.append(f"split 70/30 by seed {settings.seed}" if divided else "own test")
-        else:
-            grouped = spec.group_by and not settings.ungrouped_split
-            facts.append("seeded 70/30" if divided and not grouped else spec.split_rule)
         if spec and spec.sizes and sum(spec.sizes) != sum(sizes.values()):
             known = " and ".join(f"{size:,}" for size in spec.sizes)
             warn(f"{source.name} was known with {known} rows; this copy or revision holds others")
         known_texts = set(parts["train"].texts)
         leaked = sum(text in known_texts for text in parts["test"].texts) / sizes["test"]
-        facts.append(f"{leaked:.1%} of the test texts are also in train")
+        facts += [rule, f"{leaked:.1%} of the test texts are also in train"]
         if leaked > LEAK_WARNING:
             warn(f"{leaked:.1%} of the test texts of {source.name} are also in train: test scores reward memory")
     print(f"{source.name}: {', '.join(facts)}")
@@ -290,19 +281,19 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     label = settings.label_column or (source.spec.label_column if source.spec else evident)
     tables = choose_parts(source, label, wanted, settings.divide_train)
     parts, regression = _labelled_rows(settings, source, tables, label)
-    divided = list(parts) == ["train"] and wanted != "all"
+    rule = source.spec.split_rule if source.spec else "own test"
     if wanted == "all":
         texts = [text for rows in parts.values() for text in rows.texts]
         parts = {"all": Rows(texts, [cell for rows in parts.values() for cell in rows.labels])}
-    elif divided:
-        parts = _divide(settings, source, parts["train"], regression)
+    elif list(parts) == ["train"]:
+        parts, rule = _divide(settings, source, parts["train"], regression)
     for part, rows in parts.items():  # after the split, so that leaving one out moves no other row
         empty = [not text for text in rows.texts]
         parts[part] = _leave_out(source, part, rows, empty, "have no text", "Is --text_column right?")
     label_names: list[str] = []
     if not regression:
         parts, label_names = _encode(source, parts, label)
-    _report(settings, source, parts, label_names, divided)
+    _report(source, parts, label_names, rule)
     return {part: _sample(settings, source, part, rows, label_names) for part, rows in parts.items()}
 
 

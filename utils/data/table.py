@@ -27,9 +27,7 @@ class DatasetSpec:
     test_split: str | None = "test"  # the hub's split that is held out; None: seeded 70/30, as in the paper
     group_by: tuple[str, ...] = ()  # rows that share one of these texts stay on one side of the 70/30 split
     config: str | None = None
-    # The hub wants the full 40 digits; where only the short hash of a commit is known it is in `seen_at`.
-    revision: str | None = None  # what is loaded; None: the newest
-    seen_at: str | None = None  # commit at which the columns were read
+    revision: str | None = None  # what is loaded, with the full 40 digits; None: the newest
     data_files: Mapping[str, str] | None = None  # split -> files, where the file names alone would mislead
     class_names: tuple[str, ...] = ()  # in the order of the label; empty for numbers and the 77 intents
     note: str = ""
@@ -47,17 +45,17 @@ class DatasetSpec:
 # fmt: off
 SPECS = (
     DatasetSpec("Bhuvaneshwari/intent_classification", "Bhuvaneshwari/intent_classification", "{text}", "intent", 12,
-        (13_808, 13_808), "none stated", seen_at="67d4b2f",
+        (13_808, 13_808), "none stated",
         note="train, validation and test are probably one file: mind the leak warning"),
     DatasetSpec("marksverdhei/clickbait_title_classification", "marksverdhei/clickbait_title_classification",
-        "{title}", "clickbait", 2, (22_400, 9_600), "mit", test_split=None, seen_at="bf3e4aa"),
+        "{title}", "clickbait", 2, (22_400, 9_600), "mit", test_split=None),
     DatasetSpec("sst2", "stanfordnlp/sst2", "{sentence}", "label", 2, (67_349, 872), "unknown",
         test_split="validation", revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb",
         class_names=("negative", "positive"), note="labels of its own test split are hidden (-1)"),
     DatasetSpec("legacy-datasets/banking77", "legacy-datasets/banking77", "{text}", "label", 77, (10_003, 3_080),
         "cc-by-4.0", revision="f54121560de48f2852f90be299010d1d6dc612ec"),
     DatasetSpec("PriyaPatel/Bias_identification", "PriyaPatel/Bias_identification", "{context}", "bias_type", 10,
-        (22_364, 2_796), "not stated", seen_at="9567bf3"),
+        (22_364, 2_796), "not stated"),
     DatasetSpec("emotion", "dair-ai/emotion", "{text}", "label", 6, (16_000, 2_000), "other (education and research)",
         config="split", revision="cab853a1dbdf4c42c2b3ef2173804746df8825fe",
         class_names=("sadness", "joy", "love", "anger", "fear", "surprise")),
@@ -73,7 +71,7 @@ SPECS = (
         test_split="validation", revision="94630fe30dad47192a8546eb75f094926d47e155",
         class_names=("A", "B", "C", "D", "E"), note="labels of its own test split are hidden"),
     DatasetSpec("climatebert/climate_sentiment", "climatebert/climate_sentiment", "{text}", "label", 3, (1_000, 320),
-        "cc-by-nc-sa-4.0", seen_at="f261b1f", class_names=("risk", "neutral", "opportunity")),
+        "cc-by-nc-sa-4.0", class_names=("risk", "neutral", "opportunity")),
     DatasetSpec("imdb", "stanfordnlp/imdb", "{text}", "label", 2, (25_000, 25_000), "other", config="plain_text",
         revision="e6281661ce1c48d982bc483cf8a173c1bbeb5d31", class_names=("neg", "pos")),
     # By file name balanced_train, a part of train, would be added to train once more.
