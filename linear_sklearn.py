@@ -79,10 +79,6 @@ def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Equals StandardScaler + LinearRegression, with its cut (singular values of X below 1e-6 of the largest are zero), by
     the normal equations of X centred and scaled in float64: no shift and no unit of a feature costs a digit.
-
-    Args:
-        features: (n, d), as they are.
-        targets: Y, (n, c), float64.
     """
     mean, label_mean = features.mean(0, dtype=torch.float64), targets.mean(0)
     covariance, cross = torch.zeros_like(torch.outer(mean, mean)), torch.zeros_like(torch.outer(mean, label_mean))
@@ -148,11 +144,8 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
 
 # ------------------------------------------------------------------ all layers
 def check_labels(train: LabelledTexts) -> None:
-    """Raises UserError if a class has no training text."""
-    if train.is_regression:
-        return
-    counts = np.bincount(train.labels, minlength=train.num_labels)
-    if absent := [name for name, count in zip(train.label_names, counts, strict=True) if not count]:
+    """Raises UserError if a class has no training text; a regression has no classes."""
+    if absent := [name for label, name in enumerate(train.label_names) if label not in train.labels]:
         raise UserError(f"No train text of class {', '.join(absent[:5])}. Add some, or raise --max_samples.")
 
 
@@ -195,9 +188,8 @@ def load_ntps(config: Config, identity: dict, train: LabelledTexts) -> dict | No
 def print_table(result: dict, split: str) -> None:
     """Prints the scores of every layer on one split, the baselines, and warnings."""
     rows = {f"layer {layer['layer']}": layer[split] for layer in result["layers"]}
-    names = list(rows["layer 0"])
     rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=names).astype(float)
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(rows["layer 0"])).astype(float)
     print(f"\nscores on {split}, fitted on train\n{table.to_string(float_format='{:.5g}'.format, na_rep='-')}")
     solvers = {str(layer["layer"]): layer["solver"] for layer in result["layers"] if "solver" in layer}
     if unfinished := [layer for layer, solver in solvers.items() if not solver["converged"]]:

@@ -182,8 +182,7 @@ def main(config: Config) -> None:
     if not config.output.ntps_after:
         finetune(config, "lora", build, data)
         return
-    # before the work: stored results that do not fit are refused first
-    object_of_first(lambda: find_finished(config, folder, data))
+    object_of_first(lambda: find_finished(config, folder, data))  # what does not fit is refused before the work
     moments, sweep = stored_settings(config)
     before = sweep_model(moments, sweep, data)
     probe = probe_metrics(config, moments.model.dtype, data)

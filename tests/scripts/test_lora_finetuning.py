@@ -114,6 +114,9 @@ def test_gradient_checkpointing_changes_no_number(settings):
         ({"target_modules": ("q_proj", "query")}, r"has no query\. Choose --target_modules among .*q_proj"),
         ({"start_layer": 2}, "has layers 0 to 1"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"warmup": -0.1}, "warmup must be in"),
+        ({"dtype": "float16"}, "float16 does not train"),
     ],
 )
 def test_mistakes_are_named(settings, change, message):

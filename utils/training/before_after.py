@@ -34,10 +34,9 @@ def compare(before: dict, after: dict, probe: dict, lora: dict, probe_defaults: 
 
 def print_comparison(result: dict) -> None:
     """Prints the table of `compare`."""
-    rows = {
-        name: (row["before"]["value"], row["after"]["value"], row["difference"]) for name, row in result["ntps"].items()
-    }
-    rows["linear probe, LoRA, gain"] = (result["linear_probe"], result["lora"], result["gain"])
+    rows = {name: [row["before"]["value"], row["after"]["value"], row["difference"]]
+            for name, row in result["ntps"].items()}  # fmt: skip
+    rows["linear probe, LoRA, gain"] = [result["linear_probe"], result["lora"], result["gain"]]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["before", "after", "difference"])
     formatters = {"difference": "{:+.4f}".format}
     print("\n" + table.to_string(float_format="{:.4f}".format, formatters=formatters))

@@ -91,10 +91,8 @@ def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]
 def find_finished(config: Any, folder: Path, data: dict[str, LabelledTexts]) -> dict | None:
     """The metrics of a finished run of this identity, None if it has to be made.
 
-    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued.
-
-    Raises:
-        UserError: a result or a state of another identity; or the result has to be made and cannot be written.
+    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued. A
+    result or a state of another identity is refused, and a folder that cannot be written.
     """
     identity = make_identity(config, data)
     metrics = results.find_result(folder / METRICS, identity, config.run)

@@ -6,9 +6,7 @@ import numpy as np
 def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
     """Accuracy, balanced accuracy (mean recall of the classes present), macro-F1 and log-loss (natural logarithm).
 
-    Args:
-        labels: classes 0..c-1, (n,).
-        probabilities: (n, c); rows that sum to 1 up to rounding.
+    Of classes 0..c-1, (n,), and probabilities (n, c), whose rows sum to 1 up to rounding.
     """
     from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
@@ -24,14 +22,9 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict
 
 
 def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
-    """Mean squared error over rows and targets, the same divided by the variance of these targets, and R2.
+    """Mean squared error over rows and targets (n, c), the same divided by the variance of these targets, and R2.
 
-    Args:
-        targets: (n, c), one-hot labels or regression targets.
-        predictions: (n, c).
-
-    Returns:
-        `mse`, `mse_over_variance`, `r2`; the last two None where the targets are all equal.
+    The last two are None where the targets are all equal.
     """
     error = float(np.square(targets - predictions).mean())
     constant = bool((targets == targets[:1]).all())  # its computed variance may be a rounding error

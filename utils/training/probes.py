@@ -62,12 +62,7 @@ def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_pena
     """A fitted LogisticRegression, and {"num_iterations", "converged"} with the iterations of scikit-learn.
 
     lbfgs starts at `preconditioned_start`; where rounding of float32 features stops it early, it continues in float64.
-
-    Args:
-        features: (n, d), standardised, float32.
-        labels: classes 0..c-1, each with a text, (n,).
-        solver: "lbfgs" or "saga".
-        inverse_penalty, max_iter, tolerance, seed: scikit-learn's C, max_iter, tol, random_state.
+    `features` (n, d) are standardised, float32; each of the classes 0..c-1 has a text in `labels` (n,).
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
