@@ -2,9 +2,11 @@
 
     python -m fig_plot.findings.first_choice           # the committed studies; also fills the table of docs/scores.md
 
-The rule is the largest ridge R2 over models and layers. Points lost are those of the probe's test accuracy below the
-most accurate probe of any model and layer, which nobody knows beforehand. Models with random weights are left out; of a
-study that has R2 at the last layer alone (closed_form.csv), that layer stands for the model.
+The rule is the largest ridge R2. The studies cross-validated it at the last layer and judged the earlier layers by test
+rows, which gives other values; so the last layers are compared for the model, the earlier ones for the layer. A study
+with R2 at the last layer alone (closed_form.csv) leaves no choice of a layer. Points lost are those of the probe's test
+accuracy below the most accurate probe of any model and layer, which nobody knows beforehand. Models with random weights
+are left out.
 
 Reads probes.csv, datasets.csv and features.csv or closed_form.csv of every study. Writes
 fig_plot/data/findings_first_choice.csv.
@@ -39,7 +41,12 @@ def first_choices(probes: pd.DataFrame, ridge: pd.DataFrame, words: pd.Series) -
     accuracy = without_random_weights(probes).dropna(subset="test_accuracy").groupby(KEYS)["test_accuracy"].mean()
     r2 = ridge.dropna(subset="ridge_r2").groupby(KEYS)["ridge_r2"].mean()
     judged = pd.concat([accuracy, r2], axis=1, join="inner").reset_index()
-    chosen = judged.loc[judged.groupby("dataset")["ridge_r2"].idxmax()].set_index("dataset")
+    is_last = judged["layer"] == judged.groupby(["model", "dataset"])["layer"].transform("max")
+    last = judged[is_last]
+    models = last.loc[last.groupby("dataset")["ridge_r2"].idxmax(), ["model", "dataset"]]
+    of_model = judged.assign(is_last=is_last).merge(models)
+    candidates = of_model.sort_values(["is_last", "ridge_r2"], ascending=[True, False], kind="stable")
+    chosen = candidates.groupby("dataset").first().drop(columns="is_last")
     probed = accuracy.reset_index()
     best = probed.loc[probed.groupby("dataset")["test_accuracy"].idxmax()].set_index("dataset").add_prefix("best_")
     table = chosen.join(best).assign(bag_of_words=words)

@@ -8,14 +8,16 @@ from tests.conftest import configure
 
 
 def test_the_largest_r2_is_chosen_and_its_points_are_lost_against_the_best_probe():
-    """Seeds are averaged first; the best probe may be of a layer without R2; random weights do not take part."""
+    """Last layers decide the model, earlier ones the layer; the best probe may be of a layer without R2."""
     columns = ["model", "dataset", "seed", "layer", "test_accuracy", "ridge_r2"]
     rows = [
-        *[("a", "x", seed, 0, 0.80, r2) for seed, r2 in ((0, 0.9), (1, 0.1))],
+        *[("a", "x", seed, 0, 0.80, r2) for seed, r2 in ((0, 0.9), (1, 0.1))],  # seeds are averaged first
         *[("a", "x", seed, 1, accuracy, 0.6) for seed, accuracy in ((0, 0.70), (1, 0.74))],
-        ("b", "x", 0, 3, 0.50, 0.55),
+        ("a", "x", 0, 2, 0.60, 0.7),
+        ("b", "x", 0, 3, 0.50, 0.65),
         ("b", "x", 0, 2, 0.92, None),
-        ("a-random", "x", 0, 1, 0.99, 0.99),
+        ("b", "x", 0, 1, 0.70, 0.95),
+        ("smollm2-random", "x", 0, 1, 0.99, 0.99),
     ]
     table = pd.DataFrame(rows, columns=columns)
     [row] = first_choice.first_choices(table, table, pd.Series({"x": 0.7})).itertuples()
@@ -34,3 +36,8 @@ def test_the_committed_file_and_the_page_follow_from_the_committed_tables(tmp_pa
     committed = first_choice.ROOT / "fig_plot" / "data" / "findings_first_choice.csv"
     assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
     assert page.read_text() == stored and "| `sst2` | `smollm2`, " in stored
+    table = pd.read_csv(committed)
+    is_docstring = table["dataset"].str.startswith("docstrings/")
+    lost, above = table.groupby(is_docstring)["points_lost"], (table["over_words"] > 0).groupby(is_docstring)
+    assert lost.mean().round(2).tolist() == [0.95, 2.59] and lost.max()[False] == pytest.approx(2.5)
+    assert above.sum().tolist() == [10, 1] and lost.size().tolist() == [14, 12]
