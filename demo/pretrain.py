@@ -9,8 +9,7 @@ pretraining.json, all at once. Every few minutes the whole state goes to demo/ru
 command continues from there, over the same batches.
 
 Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
-joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends, as usual in
-pretraining.
+joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -26,11 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tokenizers import pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corpus, text_hash
 from utils.results import find_result, save_json, write_atomically
@@ -46,12 +43,12 @@ HELD_OUT_ONE_IN = 50  # documents kept apart to measure the loss on
 
 @dataclass(frozen=True)
 class Size:
-    """One step of the ladder, and its defaults."""
+    """A model size and its defaults."""
 
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
     learning_rate: float  # peak
     epochs: float = 2.5
     product_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -75,7 +72,7 @@ class Output(Unrecorded):
     minutes_per_state: float = 3.0  # time between two saved states
     results_dir: Path = ROOT / "demo" / "runs"  # the state of an unfinished run goes here
     output_dir: Path | None = None  # by default demo/<size>-lm for tiny and micro, <results_dir>/<size> for the others
-    overwrite: bool = False  # start afresh, replace a finished or unfinished run
+    overwrite: bool = False  # replace a finished or unfinished run
 
 
 @dataclass(frozen=True)
@@ -109,27 +106,25 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     return train, [text for text, out in zip(documents, held_out, strict=True) if out]
 
 
-def train_tokenizer(documents: list[str]) -> Qwen2Tokenizer:
+def train_tokenizer(documents: list[str]) -> Any:
     """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts nothing before or behind a text.
 
     It takes the normaliser and the pre-tokeniser of Qwen2: AutoTokenizer chooses the class by the model's type and
     builds these two anew, so that any others would be lost on loading.
     """
-    backend = Qwen2Tokenizer().backend_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(documents, trainer)
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    backend, alphabet = Qwen2Tokenizer().backend_tokenizer, pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": VOCAB_SIZE, "special_tokens": [END_OF_TEXT], "show_progress": False}
+    backend.train_from_iterator(documents, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
     trained = json.loads(backend.to_str())["model"]
     merges: Any = [tuple(merge) for merge in trained["merges"]]
     # type: the annotation of `merges` is narrower than what it takes
     return Qwen2Tokenizer(trained["vocab"], merges=merges, padding_side="right", model_max_length=MAX_POSITIONS)
 
 
-def encode(documents: list[str], tokenizer: Qwen2Tokenizer) -> list[np.ndarray]:
+def encode(documents: list[str], tokenizer: Any) -> list[np.ndarray]:
     """Token ids of each document with the end-of-text token behind them, uint16."""
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     return [np.array([*encoding.ids, tokenizer.eos_token_id], np.uint16) for encoding in encodings]
@@ -156,11 +151,7 @@ def batches(documents: list[np.ndarray], config: Config, first_step: int) -> Ite
 
 
 def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
-    """Full batches in one pass over the corpus.
-
-    Raises:
-        UserError: the corpus does not fill one batch.
-    """
+    """Full batches in one pass over the corpus. Raises UserError: it does not fill one."""
     num_tokens = sum(map(len, documents))
     steps = (num_tokens - 1) // config.window // config.batch_size
     if steps == 0:
@@ -178,15 +169,17 @@ def unigram_loss(train: list[np.ndarray], held_out: list[np.ndarray]) -> float:
 
 
 # ------------------------------------------------------------------ model and optimiser
-def build_model(size: Size, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+def build_model(size: Size, tokenizer: Any) -> Any:
     """A randomly initialised Qwen2 with tied embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=size.hidden_size,
         intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_heads,
+        num_hidden_layers=size.num_hidden_layers,
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=size.num_attention_heads,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         use_cache=False,
@@ -197,7 +190,7 @@ def build_model(size: Size, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def build_optimizer(model: Qwen2ForCausalLM, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; the learning rate is set at every step."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -221,17 +214,16 @@ def next_token_loss(model: Callable, windows: Tensor, product_dtype: str) -> Ten
 
 
 @torch.no_grad()
-def evaluate(model: Qwen2ForCausalLM, held_out: list[np.ndarray], config: Config) -> float:
+def evaluate(model: Any, held_out: list[np.ndarray], config: Config) -> float:
     """Held-out nats per token over the documents joined in their order."""
     tokens = np.concatenate(held_out)
     windows = torch.from_numpy(cut_windows(tokens, min(config.window, len(tokens) - 1)).astype(np.int64))
     model.eval()
-    losses = [
-        next_token_loss(model, part.to(model.device), str(config.product_dtype)).item() * len(part)
-        for part in windows.split(64)
-    ]
+    total = 0.0
+    for part in windows.split(64):
+        total += next_token_loss(model, part.to(model.device), str(config.product_dtype)).item() * len(part)
     model.train()
-    return sum(losses) / len(windows)
+    return total / len(windows)
 
 
 # ------------------------------------------------------------------ training
@@ -252,13 +244,9 @@ def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, r
 
 
 def train(
-    model: Qwen2ForCausalLM, documents: list[np.ndarray], held_out: list[np.ndarray], config: Config, state_path: Path
+    model: Any, documents: list[np.ndarray], held_out: list[np.ndarray], config: Config, state_path: Path
 ) -> dict[str, Any]:
-    """Trains in place, from the saved state if one exists; returns step, seconds and losses.
-
-    Raises:
-        UserError: the loss is no longer a finite number, or the saved state belongs to another run.
-    """
+    """Trains in place, from the saved state if one exists; returns step, seconds and losses. Raises UserError."""
     num_steps = config.max_steps or round((config.epochs or 0) * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
     optimizer = build_optimizer(model, config.weight_decay)
@@ -269,11 +257,10 @@ def train(
     run_model = torch.compile(model) if config.output.compile else model
     started, saved = time.monotonic() - progress["seconds"], time.monotonic()
     bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
-    for step, batch in zip(
-        range(progress["step"], num_steps), batches(documents, config, progress["step"]), strict=False
-    ):
+    stream = batches(documents, config, progress["step"])
+    for step in range(progress["step"], num_steps):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
-        loss = train_step(run_model, optimizer, batch.to(model.device), rate, config)
+        loss = train_step(run_model, optimizer, next(stream).to(model.device), rate, config)
         smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
         progress |= {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
         bar.update()
@@ -291,9 +278,8 @@ def train(
 def complete_settings(config: Config) -> Config:
     """The config with the defaults of its size, and its output folder."""
     size, output = SIZES[config.size], config.output
-    folder = (
-        ROOT / "demo" / f"{config.size}-lm" if config.size in ("tiny", "micro") else output.results_dir / config.size
-    )
+    is_committed = config.size in ("tiny", "micro")
+    folder = ROOT / "demo" / f"{config.size}-lm" if is_committed else output.results_dir / config.size
     return dataclasses.replace(
         config,
         epochs=size.epochs if config.epochs is None else config.epochs,
@@ -311,10 +297,8 @@ def main(config: Config) -> None:
     """Tokenizer, training, held-out loss, checkpoint."""
     command = command_line("-m demo.pretrain", config, set(result_settings(config)))
     config = complete_settings(config)
-    folder, state_path = (
-        Path(str(config.output.output_dir)),
-        config.output.results_dir / config.size / "state.safetensors",
-    )
+    folder = Path(str(config.output.output_dir))
+    state_path = config.output.results_dir / config.size / "state.safetensors"
     if config.output.overwrite:
         state_path.unlink(missing_ok=True)
     if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.output.overwrite)):
@@ -330,7 +314,7 @@ def main(config: Config) -> None:
     print(f"{len(documents):,} documents of {num_tokens:,} tokens, {num_held_out_tokens:,} tokens held out")
 
     set_seed(config.seed)
-    model = build_model(SIZES[config.size], tokenizer).to(device)  # type: ignore[arg-type]
+    model = build_model(SIZES[config.size], tokenizer).to(device)
     progress = train(model, documents, held_out, config, state_path)
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
         parameter.data = parameter.data.bfloat16().float()
@@ -352,9 +336,8 @@ def main(config: Config) -> None:
     with write_atomically(folder) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        tokenizer.backend_tokenizer.save(
-            str(temporary / "tokenizer.json"), pretty=False
-        )  # indented it is twice as large
+        # indented it is twice as large
+        tokenizer.backend_tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
         save_json(temporary / "pretraining.json", report)
     state_path.unlink(missing_ok=True)
     print(f"held-out loss {report['held_out_loss']:.4f} nats per token, unigram {report['unigram_loss']:.4f}")

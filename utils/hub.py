@@ -30,7 +30,7 @@ CAUSES = (
      "Give {revision_flag} a branch, a tag or all 40 digits of a commit of {url}."),
     (r"OfflineModeIsEnabled|LocalEntryNotFoundError|\bConnectionError", "is not local, and the hub cannot be reached",
      "Connect once to download it (and unset HF_HUB_OFFLINE), or use {instead}.{nearest}"),
-    (r"RepositoryNotFoundError|DatasetNotFoundError", "is no local file or folder, and not on the hub or private",
+    (r"RepositoryNotFoundError|DatasetNotFoundError", "is not local, and does not exist on the hub or is private",
      "For a private one log in: hf auth login.{nearest}"),
     (r"scripts are no longer supported", "holds a loading script, which is never executed",
      "The hub's conversion may serve: {revision_flag} refs/convert/parquet."),
