@@ -6,9 +6,9 @@ from types import TracebackType
 
 
 def quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Shows what ends the program: one line for Ctrl-C, which may come while libraries are loaded."""
+    """Shows the error that ends the program: one line for Ctrl-C, which may come while libraries are loaded."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

@@ -88,14 +88,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_first_to_fail(store: dist.Store) -> bool:
-    """Records that this process has failed; True if no other one has failed before."""
-    try:
-        return store.add("failed", 1) == 1
-    except RuntimeError:  # process 0 keeps the store and has ended
-        return False
-
-
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Runs its body in all processes; the first one alone prints, and one of them reports an error."""
@@ -115,7 +107,11 @@ def one_voice() -> Iterator[None]:
             time.sleep(1 if rank() > 0 else 0)  # torchrun ends all processes as soon as one ends: first the message
             raise
         except BaseException:
-            if is_first_to_fail(store):
+            try:
+                num_failed = store.add("failed", 1)
+            except RuntimeError:  # process 0 keeps the store and has ended
+                num_failed = 2
+            if num_failed == 1:
                 raise
             time.sleep(1)
             sys.exit(1)

@@ -5,6 +5,7 @@ is the same result on any machine; a result of another identity at the same path
 """
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -22,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.parallel import rank
-from utils.script import NO_PLACE, UserError, cannot_write
+from utils.script import NO_PLACE, UserError
 from utils.settings import AnyConfig, Data, Model, Run, is_same_setting, result_settings, with_values
 
 FORMAT_VERSION = 4
@@ -51,11 +51,9 @@ def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "")
 
 def remedy(path: Path) -> str:
     """The command that makes a file of results again."""
-    for kind in reversed(path.parts[:-1]):
-        if kind in SCRIPTS:
-            split = f" --split {path.name.split('.')[0]}" if kind == "moments" else ""
-            return f"Run {SCRIPTS[kind]}{split} with --overwrite, or delete the file."
-    return "Run its script with --overwrite, or delete the file."
+    script = next((SCRIPTS[kind] for kind in reversed(path.parts[:-1]) if kind in SCRIPTS), "its script")
+    split = f" --split {path.name.split('.')[0]}" if script == "cache.py" else ""
+    return f"Run {script}{split} with --overwrite, or delete the file."
 
 
 # ------------------------------------------------------------------ atomic writing
@@ -95,17 +93,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def parent_folders(path: Path) -> Iterator[None]:
-    """Makes the folders of `path`; at the end those that are still empty go, so that a refusal leaves nothing."""
-    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+def check_writable(path: Path) -> None:
+    """Raises the error of writing a file at `path`, before the work."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
+    temporary_folder(path).rmdir()
 
 
 @contextlib.contextmanager
@@ -113,65 +105,41 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
     """Locks the result at `path`: a second run of the same result waits here, and then finds it.
 
     Enclose `find_result` and the writing of the result. The first process of a run takes the lock for all of them.
+    Folders made here that are empty at the end are removed, so that a refusal leaves nothing.
     """
-    with contextlib.ExitStack() as stack:
-        lock = path.with_name(f".{path.name}.lock")
-        try:
-            if rank() == 0:
-                stack.enter_context(parent_folders(path))
-                stack.enter_context(filelock.FileLock(lock))
-                stack.callback(lock.unlink, missing_ok=True)
-        except OSError as error:  # a finished result can be read where nothing can be written
-            if error.errno not in NO_PLACE:
-                raise
-        yield
-
-
-def check_writable(path: Path) -> None:
-    """Makes and removes a temporary folder beside `path`; to be called before the work.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    if rank() > 0:  # the first process tries for all
-        return
-    if path.suffix and path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
+    lock, missing = path.with_name(f".{path.name}.lock"), [p for p in path.parents if not os.path.exists(p)]
     try:
-        with parent_folders(path):
-            temporary_folder(path).rmdir()
-    except FileNotFoundError:  # another run that tries the same has removed the folder again
-        return
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            raise
-        raise UserError(cannot_write(error)) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                if rank() == 0:
+                    stack.enter_context(filelock.FileLock(lock))
+                    stack.callback(lock.unlink, missing_ok=True)
+            except OSError as error:  # a finished result can be read where nothing can be written
+                if error.errno not in NO_PLACE:
+                    raise
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for folder in missing:
+                folder.rmdir()
 
 
 # ------------------------------------------------------------------ JSON
 class Stored(dict):
     """Content of a file of results, at any depth; an entry that it lacks is a UserError that names the file."""
 
-    path: Path
+    def __init__(self, content: dict, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
 
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
 
 
 def parse_stored(path: Path, text: str | bytes) -> Stored:
-    """The JSON object that a file of results holds.
-
-    Raises:
-        UserError: the text is no JSON object, or (later) lacks an entry that is read.
-    """
-
-    def with_path(found: dict) -> Stored:
-        content = Stored(found)
-        content.path = path
-        return content
-
+    """The JSON object that a file of results holds; UserError where the text is none."""
     try:
-        content = json.loads(text, object_hook=with_path)
+        content = json.loads(text, object_hook=functools.partial(Stored, path=path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
     if not isinstance(content, Stored):
@@ -179,24 +147,16 @@ def parse_stored(path: Path, text: str | bytes) -> Stored:
     return content
 
 
+def load_json(path: Path) -> Stored:
+    """The content of one JSON result."""
+    return parse_stored(path, path.read_bytes())
+
+
 def save_json(path: Path, content: dict) -> None:
     """Writes strict JSON (no NaN) atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
     with write_atomically(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def load_json(path: Path) -> Stored:
-    """The content of one JSON result.
-
-    Raises:
-        UserError: the file cannot be read, or as for `parse_stored`.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). See --results_dir.") from None
-    return parse_stored(path, text)
 
 
 # ------------------------------------------------------------------ tensors
@@ -235,29 +195,19 @@ class TensorFile:
         return list(self.checksums)
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU.
-
-        Raises:
-            UserError: the file has no such tensor, or its bytes, dtype or shape are not those that were written.
-        """
+        """One tensor, on the CPU; UserError where it is missing, or not what was written."""
         if key not in self.checksums:
             raise UserError(f"{self.path} has no {key}. {remedy(self.path)}")
-        try:
+        with contextlib.suppress(SafetensorError):
             tensor = self.file.get_tensor(key)
-        except SafetensorError:
-            tensor = None
-        if tensor is None or checksum(tensor) != self.checksums[key]:
-            raise UserError(f"{self.path} is damaged ({key} is not what was written). {remedy(self.path)}")
-        return tensor
+            if checksum(tensor) == self.checksums[key]:
+                return tensor
+        raise UserError(f"{self.path} is damaged ({key} is not what was written). {remedy(self.path)}")
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
-    """Yields the open file and its metadata (without the check sums).
-
-    Raises:
-        UserError: the file is damaged, foreign, or of another format version, or (later) lacks an entry that is read.
-    """
+    """Yields the open file and its metadata; UserError where it is damaged, foreign, or of another format version."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file of results. Remove it.")
     with contextlib.ExitStack() as stack:
@@ -268,9 +218,9 @@ def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
         metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
         if metadata.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path} was not written by this version. {remedy(path)}")
-        checksums = metadata["crc32"]
+        tensors = TensorFile(path, file, metadata["crc32"])
         del metadata["crc32"]
-        yield TensorFile(path, file, checksums), metadata
+        yield tensors, metadata
 
 
 # ------------------------------------------------------------------ reuse, refuse or make
@@ -299,10 +249,7 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
         identity: `config`, the settings as `result_settings` gives them, and parts named in `DIFFERENCES`; a part that
             `stored` lacks differs.
     """
-    settings = stored.get("config")
-    if not isinstance(settings, dict):
-        return "without settings"
-    if differing := differing_settings(settings, identity["config"]):
+    if differing := differing_settings(stored["config"], identity["config"]):
         return f"with other settings ({differing})"
     for name, value in identity.items():
         if name != "config" and (name not in stored or stored[name] != value):
@@ -325,7 +272,8 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
         run: `overwrite` is read.
 
     Raises:
-        UserError: the result is damaged, or of another identity; or it has to be made and cannot be written.
+        UserError: the result is damaged, or of another identity.
+        OSError: it has to be made and cannot be written.
     """
     if run.overwrite or not path.is_file():
         check_writable(path)
@@ -333,6 +281,23 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
     stored = read_identity(path)
     check_identity(stored, identity, path)
     return stored
+
+
+def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Reads the state of an unfinished run before the work; with `overwrite` one that cannot be used is removed.
+
+    Raises:
+        UserError: it is damaged, or of a run of another identity.
+    """
+    try:
+        with open_tensors(path) as (file, metadata):
+            check_identity(metadata, identity, path)
+            for key in file.keys():  # noqa: SIM118, no dict
+                file.get_tensor(key)
+    except UserError:
+        if not overwrite:
+            raise
+        path.unlink()
 
 
 def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[str] | None = None) -> AnyConfig:
@@ -360,31 +325,3 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     if values.get("adapter_dir"):
         values["adapter_dir"] = Path(values["adapter_dir"])
     return with_values(config, **values)
-
-
-def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Reads the state of an unfinished run before the work; with --overwrite one that cannot be used is removed.
-
-    Raises:
-        UserError: it is damaged, or of a run of another identity.
-    """
-    try:
-        with open_tensors(path) as (file, metadata):
-            check_identity(metadata, identity, path)
-            for key in file.keys():  # noqa: SIM118, no dict
-                file.get_tensor(key)
-    except UserError:
-        if not overwrite:
-            raise
-        path.unlink()
-
-
-@contextlib.contextmanager
-def state_if_there_is_place() -> Iterator[None]:
-    """Its body writes a state; where it cannot be written that is said, and the run goes on without."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            raise
-        tqdm.write(f"cannot keep the state of this run: {error.strerror}; it goes on without")

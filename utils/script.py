@@ -26,7 +26,6 @@ from utils.settings import expand
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
-
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 
@@ -52,14 +51,10 @@ def run_script(
 ) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback.
 
-    Args:
-        main: the script.
-        config_class: its settings.
-        description: of `--help`.
-        share_work: whether processes that torchrun has started share its work; several are refused if not.
+    Without `share_work` several processes, as torchrun starts them, are refused.
     """
     debug = False
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may have characters that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
@@ -79,9 +74,6 @@ def run_script(
         if debug:
             traceback.print_exc()
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left behind", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
         sys.exit(141)  # the code that a shell gives for SIGPIPE
@@ -93,16 +85,8 @@ def run_script(
     except OSError as error:
         if error.errno not in NO_PLACE or debug:
             raise
-        sys.exit(f"error: {cannot_write(error)}")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def cannot_write(error: OSError) -> str:
-    """The sentence about a file that cannot be written."""
-    name = str(error.filename or "the result")
-    name = name if len(name) <= 200 else f"{name[:200]}..."
-    return f"cannot write {name}: {error.strerror}. Free space or set --results_dir."
+        name = str(error.filename or "the result")[:300]
+        sys.exit(f"error: cannot write {name}: {error.strerror}. Free space or set --results_dir.")
 
 
 # ------------------------------------------------------------------ provenance
@@ -138,11 +122,7 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named; `auto` takes the GPU if there is one, of many processes each its own.
-
-    Raises:
-        UserError: the device does not exist here.
-    """
+    """The device named; `auto` takes the GPU if there is one, of many processes each its own."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -151,9 +131,8 @@ def pick_device(device: str) -> torch.device:
             chosen = torch.device("cuda", local_rank())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device} cannot be used here ({str(error).splitlines()[0]}). Try --device cpu."
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here ({reason}). Try --device cpu.") from None
     return chosen
 
 

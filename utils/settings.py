@@ -21,13 +21,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Track = Literal["none", "tensorboard", "trackio", "wandb"]
 AnyConfig = TypeVar("AnyConfig")
 DATASETS_DIR = Path(os.environ["NTPS_DATASETS_DIR"]) if os.environ.get("NTPS_DATASETS_DIR") else None
-
-
 LOCAL_NAMES = ("model_name", "tokenizer_name", "adapter_dir", "dataset_name")  # each may be a path on this machine
 # names that many trainings give; results of two of them need the names of their parents too
-GENERIC = re.compile(
-    r"((global_?)?(checkpoint|ckpt|epoch|step|iter)[-_]?\d+)|checkpoint|final|best|last|model|adapter|merged"
-)
+GENERIC = r"(global_?)?(checkpoint|ckpt|epoch|step|iter)[-_]?\d+|checkpoint|final|best|last|model|adapter|merged"
 
 
 class Unrecorded:
@@ -36,7 +32,7 @@ class Unrecorded:
 
 # ------------------------------------------------------------------ names and paths
 def expand(config: Any) -> None:
-    """Puts the home folder for a leading `~` of every path, and of every name that can be one, in a config."""
+    """Puts the home folder for a leading `~` of each path in a config, and of each name that can be one."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -47,8 +43,8 @@ def expand(config: Any) -> None:
 
 def resolve(name: str) -> str:
     """The absolute path of a file or folder on this machine, `:subset` kept; any other name as it is."""
-    folder, colon, subset = name.rpartition(":")
-    if not Path(name).exists() and colon and Path(folder).is_dir():
+    folder, _, subset = name.rpartition(":")
+    if not Path(name).exists() and folder and Path(folder).is_dir():
         return f"{Path(folder).resolve()}:{subset}"
     if Path(name).is_file():
         return os.path.abspath(name)  # a link to a file keeps its name
@@ -56,7 +52,7 @@ def resolve(name: str) -> str:
 
 
 def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
-    """Whether a stored setting is the one asked for; a model or dataset may have moved, its fingerprint decides."""
+    """True if a stored setting is the one asked for; a model or dataset may have moved, as fingerprints decide."""
     if stored == asked or name not in LOCAL_NAMES or not isinstance(stored, str) or not isinstance(asked, str):
         return stored == asked
     return (os.path.isabs(stored) or os.path.isabs(asked)) and Path(stored).name == Path(asked).name
@@ -65,8 +61,8 @@ def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
 def path_name(name: str) -> str:
     """The name of a model or dataset under results: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a file -> its stem.
 
-    A folder gives its name; a generic name such as `checkpoint-500` has those of its parents before it. Braces become
-    parentheses: Snakemake would take them for a pattern.
+    A generic name such as `checkpoint-500` follows those of its parents. Braces, a pattern to Snakemake, become
+    parentheses.
     """
     path = Path(resolve(name))
     if not path.is_absolute() and path.suffix != ".gguf":  # a .gguf file that is gone keeps its name
@@ -74,7 +70,7 @@ def path_name(name: str) -> str:
     own = path.stem if path.is_file() or path.suffix == ".gguf" else path.name
     parts = [own.replace(":", "__")]
     for parent in path.parents:
-        if not GENERIC.fullmatch(parts[0]) or not parent.name:
+        if not re.fullmatch(GENERIC, parts[0]) or not parent.name:
             break
         parts.insert(0, parent.name)
     return "__".join(parts).translate(str.maketrans("{}", "()"))
@@ -184,25 +180,23 @@ class Session(Unrecorded):
 
 
 # ------------------------------------------------------------------ a Config as one flat dictionary
-def flatten(config: Any, unrecorded: bool = True) -> dict[str, Any]:
-    """Every setting of a config by its flag's name, groups dissolved; without `unrecorded` those that are stored."""
+def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
+    """Every setting of a config by its flag's name, as a JSON file gives it back: paths as strings, tuples as lists.
+
+    Groups are dissolved; without `unrecorded` those that cannot affect results are left out.
+    """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not dataclasses.is_dataclass(value):
             flat[field.name] = value
         elif unrecorded or not isinstance(value, Unrecorded):
-            flat |= flatten(value)
-    return flat
-
-
-def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
-    """The settings of `flatten` as a JSON file gives them back: paths as strings, tuples as lists."""
-    return json.loads(json.dumps(flatten(config, unrecorded), default=str))
+            flat |= all_settings(value)
+    return json.loads(json.dumps(flat, default=str))
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that change a result, as JSON values: all but those of `Unrecorded` groups; local paths absolute."""
+    """The settings that change a result: all but those of `Unrecorded` groups; local paths absolute."""
     settings = all_settings(config, unrecorded=False)
     return settings | {name: resolve(settings[name]) for name in LOCAL_NAMES if settings.get(name)}
 
@@ -219,7 +213,7 @@ def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
         if field.name in values:
             changes[field.name] = values.pop(field.name)
         elif dataclasses.is_dataclass(group):
-            own = {name: values.pop(name) for name in flatten(group) if name in values}
+            own = {name: values.pop(name) for name in all_settings(group) if name in values}
             changes |= {field.name: with_values(group, **own)} if own else {}
     if values:
         raise TypeError(f"{type(config).__name__} has no setting {', '.join(values)}")

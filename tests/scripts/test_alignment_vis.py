@@ -19,7 +19,7 @@ from utils import separability
 from utils.pictures import plot_alignment
 from utils.results import open_tensors
 from utils.script import UserError
-from utils.settings import flatten, with_values
+from utils.settings import all_settings, with_values
 
 pytestmark = pytest.mark.slow
 
@@ -234,7 +234,9 @@ def test_many_words_have_a_style_each_and_fit():
 
 # ------------------------------------------------------------------ command line and mistakes
 def test_command_line_writes_and_refuses_other_moments(config):
-    values = {name: flatten(config)[name] for name in ("model_name", "dataset_name", "results_dir", "num_shuffles")}
+    values = {
+        name: all_settings(config)[name] for name in ("model_name", "dataset_name", "results_dir", "num_shuffles")
+    }
     options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     run = run_command("alignment_vis.py", *options, "--layer", "-1", "--words", *GROUPS)
     [path] = config.run.results_dir.glob("alignment/*/rows.layer2.json")

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, run_command
 from utils.data.table import SPECS
 from utils.models.table import MODELS
 from utils.script import parse
-from utils.settings import flatten
+from utils.settings import all_settings
 
 README = (ROOT / "README.md").read_text()
 MODELS_AND_DATA = (ROOT / "docs" / "models_and_data.md").read_text()
@@ -75,7 +75,7 @@ def test_help_explains_every_field(module, capsys):
     for settings in [config_class, *groups]:
         source = "".join(inspect.getsource(base) for base in settings.__mro__ if dataclasses.is_dataclass(base))
         for field in dataclasses.fields(settings):
-            if field.name in flatten(config_class()):
+            if field.name in all_settings(config_class()):
                 comment = re.search(rf"^    {field.name}: .*?# (.*)", source, flags=re.MULTILINE)
                 assert comment, f"{field.name} has no comment"
                 if "conf.Positional" not in comment[0]:

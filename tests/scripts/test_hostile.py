@@ -1,14 +1,13 @@
 """Hostile and broken input: it works, or is refused in a sentence; never a wrong number, never a traceback."""
 
-import csv
 import json
 import math
 import shutil
 import struct
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow
@@ -20,41 +19,48 @@ from hypothesis import strategies as st
 import cache
 import K_sweep
 from fig_plot import collect
-from tests.conftest import ROOT, configure, run_in_process, write_rows
+from tests.conftest import configure, write_rows
+from tests.processes import exit_codes, start
 from utils.data.load import LabelledTexts, load_splits, load_texts
-from utils.data.splits import stratified_rows
-from utils.results import load_json, save_json, write_atomically
+from utils.results import save_json, write_atomically
 from utils.script import UserError
 from utils.settings import Data, Run
 
 # ------------------------------------------------------------------ datasets
-WORDS = st.sampled_from(["a red house", "the river", "stone", "music of a small engine"])
-ODD_TEXT = st.one_of(
-    *(st.just(""), st.just("  \t\n "), st.just("a"), st.just("x" * 100_000), st.just("\u200b"), st.just("\ufeffa")),
-    *(st.just("\x00"), st.just("a\x1b[31m\x07\x7f"), st.just("a\u2028b\u0085c"), st.just("\ud800"), st.just('"')),
-    *(st.none(), st.integers(), st.floats(), st.booleans(), st.just([]), st.just({"text": "a"}), st.text(max_size=20)),
-)
-ODD_LABEL = st.one_of(
-    *(st.none(), st.booleans(), st.integers(-2, 3), st.floats(), st.just(10**400), st.just(-1), st.just(1e308)),
+PLAIN_TEXTS = ["a red house", "the river", "stone", "music of a small engine"]
+ODD_TEXTS = [
     *(
-        st.sampled_from(
-            ["", " ", "nan", "NA", "none", "a", "A", " a", "1", "1.0", "01", "inf", "-1", "\ud800", "\x00"]
-        ),
+        "",
+        "  \t\n ",
+        "a",
+        "x" * 100_000,
+        "\u200b",
+        "\ufeffa",
+        "\x00",
+        "a\x1b[31m\x07\x7f",
+        "a\u2028b\u0085c",
+        "\ud800",
+        '"',
     ),
-    *(st.just([1]), st.just([1, 2]), st.just({"a": 1}), st.text(max_size=5)),
-)
-LABELS = st.sampled_from(["yes", "no", "perhaps"]) | st.sampled_from([0, 1, 2])
+    *(None, 7, 0.5, math.nan, True, [], {"text": "a"}),
+]
+PLAIN_LABELS = ["yes", "no", "perhaps"]
+ODD_LABELS = [
+    *(None, True, -2, 3, 0.5, math.nan, math.inf, 10**400, 1e308, [1], [1, 2], {"a": 1}),
+    *("", " ", "nan", "NA", "none", "a", "A", " a", "1", "1.0", "01", "inf", "-1", "\ud800", "\x00"),
+]
 
 
-def rows(text: st.SearchStrategy, label: st.SearchStrategy) -> st.SearchStrategy:
-    return st.lists(st.fixed_dictionaries({"text": text, "label": label}), max_size=12)
-
-
-@st.composite
-def hostile_rows(draw) -> list[dict]:
-    """Some plain rows, some odd ones among them: of the texts, of the labels, or of both."""
-    odd = draw(st.sampled_from([rows(ODD_TEXT, LABELS), rows(WORDS, ODD_LABEL), rows(ODD_TEXT, ODD_LABEL)]))
-    return draw(st.permutations([*draw(rows(WORDS, LABELS)), *draw(odd)]))
+def odd_rows(random: Random) -> list[dict]:
+    """Plain rows and odd ones among them: of the texts, of the labels, or of both."""
+    rows = [{"text": random.choice(PLAIN_TEXTS), "label": random.choice(PLAIN_LABELS)} for _ in range(6)]
+    kind, numbers = random.randrange(4), random.random() < 0.5
+    for row in rows[: random.randrange(5)]:
+        row |= {"text": random.choice(ODD_TEXTS)} if kind in (0, 2) else {}
+        row |= {"label": random.choice(ODD_LABELS)} if kind in (1, 2) else {}
+    for row in rows if numbers else []:
+        row["label"] = random.choice([0, 1, 2.5]) if row["label"] in PLAIN_LABELS else row["label"]
+    return random.sample(rows, len(rows))
 
 
 def found_or_refused(path: Path, **options) -> dict[str, LabelledTexts] | None:
@@ -99,13 +105,16 @@ def as_number(label) -> float | None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(hostile=hostile_rows(), task=st.sampled_from(["auto", "classification", "regression"]))
-def test_odd_cells_work_or_are_refused(hostile, task, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", hostile)
-    found = found_or_refused(path, task=task)
-    if found:
-        check(found["all"], hostile)
+@pytest.mark.parametrize("task", ["auto", "classification", "regression"])
+def test_odd_cells_work_or_are_refused(task, tmp_path):
+    random, outcomes = Random(task), Counter()
+    for _ in range(150):
+        rows = odd_rows(random)
+        found = found_or_refused(write_rows(tmp_path / "rows.jsonl", rows), task=task)
+        outcomes["refused" if found is None else "works"] += 1
+        if found:
+            check(found["all"], rows)
+    assert min(outcomes["refused"], outcomes["works"]) > 15, outcomes
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,18 +132,6 @@ def test_files_of_any_bytes_work_or_are_refused(content, suffix, tmp_path):
         assert part.is_regression or set(part.labels) == set(range(part.num_labels))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(hostile=rows(st.text(max_size=10), st.sampled_from(["yes", "no", "1", "2.5", ""])))
-def test_a_csv_file_gives_what_python_wrote(hostile, tmp_path):
-    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8", errors="surrogatepass") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(hostile)
-    found = found_or_refused(tmp_path / "rows.csv")
-    if found:
-        check(found["all"], hostile)
-
-
 @pytest.mark.parametrize(
     "columns, message",
     [
@@ -148,29 +145,6 @@ def test_a_parquet_file_that_makes_no_task_is_refused(columns, message, tmp_path
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=message):
         load_texts(Data(str(tmp_path / "rows.parquet")), Run(), "all")
-
-
-def test_a_class_for_every_text_is_refused_within_seconds(tmp_path):
-    names = [f"class {number}" for number in range(100_000)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": names, "label": names}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match="70,000 classes; at least two classes are needed"):
-        load_texts(Data(str(tmp_path / "rows.parquet")), Run(), "train")
-
-
-@settings(max_examples=200, deadline=None)
-@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=12), share=st.floats(0.01, 1), seed=st.integers(0, 9))
-def test_a_stratified_sample_is_the_one_that_a_search_row_by_row_takes(counts, share, seed):
-    num = max(1, int(share * sum(counts)))
-    quota = num * np.array(counts) / sum(counts)
-    take = np.maximum(np.floor(quota).astype(int), int(num >= len(counts)))
-    while take.sum() != num:
-        if take.sum() > num:
-            take[np.argmax(take)] -= 1
-        else:
-            take[np.argmax(quota - take)] += 1
-    classes = np.repeat(np.arange(len(counts)), counts)
-    chosen = stratified_rows(classes, num, seed)
-    assert len(set(chosen)) == num and np.bincount(classes[chosen], minlength=len(counts)).tolist() == take.tolist()
 
 
 def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(model_dirs, tmp_path):
@@ -206,7 +180,7 @@ def moments_of(shared: dict) -> Path:
     return cache.config_path(configure(cache, **shared))
 
 
-def rewrite_header(path: Path, change) -> None:
+def rewrite_header(path: Path, change: Callable[[dict], object]) -> None:
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
@@ -215,11 +189,7 @@ def rewrite_header(path: Path, change) -> None:
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + size :])
 
 
-def sizes(header: dict) -> None:
-    header["layer.0.pooled_mean"]["shape"] = [2**40, 2**40]
-
-
-def lacks(field: str):
+def without(field: str) -> Callable[[dict], object]:
     def change(header: dict) -> None:
         metadata = json.loads(header["__metadata__"]["json"])
         del metadata[field]
@@ -231,24 +201,21 @@ def lacks(field: str):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(struct.pack("<Q", 2**63 - 1) + path.read_bytes()[8:]),
-        lambda path: path.write_bytes(struct.pack("<Q", 10**9) + b"{}"),
         lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-        lambda path: rewrite_header(path, sizes),
+        lambda path: rewrite_header(path, lambda header: header["layer.0.pooled_mean"].update(shape=[2**40, 2**40])),
         lambda path: rewrite_header(path, lambda header: header.pop("layer.0.prefix_next_cross_moment")),
         lambda path: rewrite_header(path, lambda header: header.pop("__metadata__")),
-        *(lambda path, field=field: rewrite_header(path, lacks(field)) for field in
+        *(lambda path, field=field: rewrite_header(path, without(field)) for field in
           ("config", "rounding", "num_pairs", "label_names", "class_counts", "crc32", "layers")),
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )  # fmt: skip
-def test_damaged_moments_are_refused_in_one_sentence(copied, damage, monkeypatch):
+def test_damaged_moments_are_refused_in_one_sentence(copied, damage):
     damage(moments_of(copied))
-    options = [word for name, value in copied.items() for word in (f"--{name}", value)]
-    code = run_in_process(monkeypatch, "K_sweep.py", *options, "--subspace", "pca", "--no_picture")
-    message = str(code)
-    assert message.startswith("error: ") and "safetensors" in message and "\n" not in message
+    with pytest.raises(UserError, match="safetensors") as refused:
+        K_sweep.main(configure(K_sweep, **copied, subspace="pca", picture=False))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("field", ["config", "moments", "held_out", "layers", "score", "fractions", "environment"])
@@ -264,21 +231,12 @@ def test_a_score_without_a_field_is_named_and_skipped(copied, field, monkeypatch
         assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", '"a"', "{", "[" * 100_000, "\ud800", '{"config": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800"])
 def test_what_is_no_result_is_refused(copied, text, tmp_path):
     path = K_sweep.output_path(configure(K_sweep, **copied))
     path.write_text(text, errors="surrogatepass")
     with pytest.raises(UserError, match=path.name):
         K_sweep.main(configure(K_sweep, **copied, picture=False))
-
-
-def test_an_entry_that_is_not_there_names_its_file(tmp_path):
-    (tmp_path / "result.json").write_text('{"config": {"model_name": "a"}}')
-    found = load_json(tmp_path / "result.json")
-    assert found == {"config": {"model_name": "a"}} and found.get("seed") is None and "seed" not in found
-    for read in (lambda: found["environment"], lambda: found["config"]["seed"]):
-        with pytest.raises(UserError, match=r"result\.json is no whole result"):
-            read()
 
 
 def test_a_folder_at_the_place_of_a_result_is_named_before_the_work(copied, monkeypatch):
@@ -314,11 +272,8 @@ def test_a_link_at_the_place_of_a_folder_is_replaced_and_not_what_it_leads_to(tm
 def test_two_runs_of_the_same_result_at_once_both_end_well(made, tmp_path):
     results = Path(shutil.copytree(made["results_dir"], tmp_path / "results"))
     shutil.rmtree(results / "ntps")
-    options = [f"--{name}={value}" for name, value in {**made, "results_dir": results}.items()]
-    command = [sys.executable, "K_sweep.py", *options, "--no_picture"]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    config = configure(K_sweep, **made | {"results_dir": results}, picture=False)
+    assert exit_codes([process for _ in range(2) for process in start(lambda rank: K_sweep.main(config))]) == [0, 0]
     [path] = (results / "ntps").rglob("*.json")
     before = json.loads(K_sweep.output_path(configure(K_sweep, **made)).read_text())
     assert json.loads(path.read_text())["layers"] == before["layers"] and not list(results.rglob("*.tmp"))

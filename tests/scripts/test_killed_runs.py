@@ -268,13 +268,6 @@ def full_disk(monkeypatch, word: str) -> None:
     monkeypatch.setattr(utils.results, "save_file", save)
 
 
-def test_without_space_for_its_sums_the_pass_goes_on(model_dirs, rows_path, tmp_path, whole, monkeypatch, capsys):
-    full_disk(monkeypatch, ".partial-")
-    cache.main(settings(model_dirs, rows_path, tmp_path))
-    assert "it goes on without" in "".join(capsys.readouterr())
-    assert results(tmp_path) == whole
-
-
 @pytest.mark.parametrize("word", ["train.safetensors", "pooled"])
 def test_without_space_for_a_result_both_old_ones_stay(
     model_dirs, rows_path, tmp_path, monkeypatch, capsys, whole, word

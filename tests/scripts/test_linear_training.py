@@ -1,7 +1,6 @@
 """linear_training.py: epochs over stored states are epochs through the LM; early stopping; states and kills."""
 
 import csv
-import errno
 import json
 import os
 import signal
@@ -216,15 +215,6 @@ def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_
     assert first_steps[7] == 6
     linear_training.main(with_values(again, overwrite=False, results_dir=tmp_path / "whole"))
     assert result(tmp_path / "whole")[2] == result(tmp_path / "results")[2]
-
-
-def test_without_space_for_a_state_training_goes_on(settings, tmp_path, monkeypatch):
-    def full(path, *_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(loop, "save_state", full)
-    linear_training.main(settings(num_epochs=2, minutes_per_state=0.0))
-    assert result(tmp_path)[1]["num_steps"] > 0 and not list(tmp_path.rglob("state.*"))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ import errno
 import json
 import math
 import os
-import re
-import signal
 import subprocess
 import sys
 import threading
@@ -18,17 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import alignment_vis
 import cache
 import K_sweep
 import linear_sklearn
 import linear_training
-from tests.conftest import ROOT, configure, run_command, run_in_process, write_rows
+from tests.conftest import configure
 from utils.results import (
     MACHINE,
-    check_writable,
     difference,
     find_result,
     load_json,
@@ -40,9 +36,8 @@ from utils.results import (
     settings_from_moments,
     write_atomically,
 )
-from utils.script import UserError, environment, git_commit
-from utils.settings import Data, Model, Run, flatten, result_settings
-from utils.training.state import load_state, save_state
+from utils.script import UserError
+from utils.settings import Data, Model, Run, all_settings, result_settings
 
 BOTH = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
 TENSORS = {
@@ -126,55 +121,49 @@ def test_a_foreign_an_old_and_a_damaged_file_are_refused_with_the_command(conten
     assert str(path) in str(raised.value) and "Run cache.py --split test with --overwrite" in str(raised.value)
 
 
-@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
-def test_of_two_files_the_damaged_one_is_named_with_its_command(
-    model_dirs, rows_path, tmp_path, monkeypatch, split, other
-):
+def test_of_two_files_the_damaged_one_is_named_with_its_command(model_dirs, rows_path, tmp_path):
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-    for each in ("train", "test"):
-        cache.main(configure(cache, **names, split=each))
-    path = cache.config_path(configure(cache, **names, split=split))
-    tensors, metadata = load_file(path), safe_open(path, framework="pt").metadata()
-    options = [word for name, value in names.items() for word in (f"--{name}", value)]
-    for damage in ("lacking", "not finite"):
-        changed = {name: tensor for name, tensor in tensors.items() if name != "layer.1.pooled_second_moment"}
-        if damage == "not finite":
-            changed["layer.1.pooled_second_moment"] = tensors["layer.1.pooled_second_moment"] * torch.nan
-        save_file(changed, path, metadata)
-        message = run_in_process(monkeypatch, "K_sweep.py", *options, "--no_picture")
-        assert f"/{split}.safetensors is damaged" in message and f"{other}.safetensors" not in message
-        assert f"Run cache.py --split {split} with --overwrite" in message
-    assert run_in_process(monkeypatch, "cache.py", *options, "--split", split, "--overwrite") == 0
-    assert run_in_process(monkeypatch, "K_sweep.py", *options, "--no_picture") == 0
+    for split in ("train", "test"):
+        cache.main(configure(cache, **names, split=split))
+    config = configure(K_sweep, **names, picture=False)
+    for split, other in (("train", "test"), ("test", "train")):
+        path = cache.config_path(configure(cache, **names, split=split))
+        tensors, metadata = load_file(path), safe_open(path, framework="pt").metadata()
+        of_nan = tensors["layer.1.pooled_second_moment"] * torch.nan
+        save_file(tensors | {"layer.1.pooled_second_moment": of_nan}, path, metadata)
+        with pytest.raises(UserError, match=f"/{split}.safetensors is damaged") as raised:
+            K_sweep.main(config)
+        message = str(raised.value)
+        assert f"Run cache.py --split {split} with --overwrite" in message and f"{other}.safetensors" not in message
+        cache.main(configure(cache, **names, split=split, overwrite=True))
+    assert K_sweep.main(config)["score"]
 
 
 # ------------------------------------------------------------------ JSON
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-)
-
-
-@given(st.dictionaries(st.text(), VALUES, max_size=4))
-def test_json_comes_back(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("json") / "result.json"
-    save_json(path, content)
-    assert load_json(path) == content
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, {"deep": [-math.inf]}])
 def test_json_is_strict_and_a_failed_write_leaves_the_old_file(value, tmp_path):
-    save_json(tmp_path / "result.json", {"score": 1})
+    save_json(tmp_path / "result.json", {"score": [1, 0.1, None, "\u00e4"]})
     with pytest.raises(ValueError, match="JSON"):
         save_json(tmp_path / "result.json", {"score": value})
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert load_json(tmp_path / "result.json") == {"score": 1}
+    assert load_json(tmp_path / "result.json") == {"score": [1, 0.1, None, "\u00e4"]}
+
+
+def test_an_entry_that_a_file_lacks_names_the_file(tmp_path):
+    (tmp_path / "result.json").write_text('{"config": {"model_name": "a"}}')
+    found = load_json(tmp_path / "result.json")
+    assert found == {"config": {"model_name": "a"}} and found.get("seed") is None and "seed" not in found
+    for read in (lambda: found["environment"], lambda: found["config"]["seed"]):
+        with pytest.raises(UserError, match=r"result\.json is no whole result"):
+            read()
 
 
 # ------------------------------------------------------------------ reuse, refuse or make
 IDENTITY = {
     "config": {"dtype": "float32", "seed": 0, "fractions": [0.5, 1.0], "revision": None},
     "fingerprint": "rows",
+    "test_fingerprint": "test rows",
+    "label_names": ["no", "yes"],
     "model_fingerprint": "weights",
     "held_out": None,
 }
@@ -199,12 +188,9 @@ def write_result(path: Path, identity: dict) -> None:
         save_tensors(path, {"a": torch.ones(2)}, content)
 
 
-def test_the_same_result_is_reused_and_given_back(path):
+def test_a_result_is_reused_and_made_where_there_is_none_or_it_is_asked_for(path):
     found = find_result(path, IDENTITY, Run())
     assert found is not None and found["score"] == 0.25
-
-
-def test_a_result_is_made_where_there_is_none_and_where_it_is_asked_for_again(path):
     assert find_result(path.with_name("other.json"), IDENTITY, Run()) is None
     assert find_result(path, IDENTITY, Run(overwrite=True)) is None
     path.write_text("damaged")
@@ -247,7 +233,14 @@ def test_data_and_models_that_have_moved_are_told_by_their_content(name, path):
 
 
 @pytest.mark.parametrize(
-    ("part", "words"), [("fingerprint", "from other rows"), ("model_fingerprint", "with other weights of the model")]
+    ("part", "words"),
+    [
+        ("fingerprint", "from other rows"),
+        ("test_fingerprint", "from other rows"),
+        ("label_names", "with other classes"),
+        ("model_fingerprint", "with other weights of the model"),
+        ("held_out", "from other moments of the held-out split"),
+    ],
 )
 def test_other_rows_and_other_weights_are_told_apart(path, part, words):
     with pytest.raises(UserError, match=f"{words}.*--overwrite"):
@@ -259,7 +252,7 @@ def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_a
     there = {"dtype": "bfloat16", "seed": 3, "max_length": 64, "text_column": "body"}
     path = tmp_path / "moments" / "m" / "d" / "train.safetensors"
     save_tensors(path, {}, {"config": result_settings(configure(cache, **there))})
-    found = flatten(settings_from_moments(configure(module, seed=3), path))
+    found = all_settings(settings_from_moments(configure(module, seed=3), path))
     assert {name: found[name] for name in there} == there and found["adapter_dir"] is None
     with pytest.raises(UserError, match="other settings") as raised:
         settings_from_moments(configure(module, seed=4, max_length=64, text_column="title"), path)
@@ -288,49 +281,7 @@ def test_places_tell_models_adapters_and_datasets_apart(tmp_path):
     assert result_path("ntps", run, adapted, Data(str(rows))) == tmp_path / "ntps/Qwen__Qwen2-0.5B+lora/my.rows"
 
 
-def test_a_state_comes_back_whole_and_only_to_its_own_run(tmp_path):
-    torch.manual_seed(0)
-
-    def start():
-        layer = nn.Linear(3, 2)
-        return layer, dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters(), lr=0.1)
-
-    def step(layer, optimizer):
-        layer(torch.arange(3.0)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    path = tmp_path / "state.safetensors"
-    layer, parameters, optimizer = start()
-    step(layer, optimizer)
-    save_state(path, parameters, optimizer, IDENTITY, {"epoch": 3})
-    step(layer, optimizer)
-    resumed, its_parameters, its_optimizer = start()
-    assert load_state(tmp_path / "none.safetensors", its_parameters, its_optimizer, IDENTITY) is None
-    with pytest.raises(UserError, match="other weights of the model"):
-        load_state(path, its_parameters, its_optimizer, changed("model_fingerprint", value="others"))
-    progress = load_state(path, its_parameters, its_optimizer, IDENTITY)
-    assert progress is not None and progress["epoch"] == 3
-    step(resumed, its_optimizer)
-    assert torch.equal(resumed.weight, layer.weight) and torch.equal(resumed.bias, layer.bias)
-
-
 # ------------------------------------------------------------------ writing
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_folder_without_permission_or_read_only_is_named(code, tmp_path, monkeypatch):
-    def refuse(path, *_, **__):
-        raise OSError(code, os.strerror(code), str(path))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=f"cannot write .*{os.strerror(code)}.*--results_dir"):
-        check_writable(tmp_path / "result.json")
-
-
-def test_trying_leaves_no_file(tmp_path):
-    check_writable(tmp_path / "a" / "b" / "result.json")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
 def dead_process() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
@@ -409,91 +360,3 @@ def test_a_finished_result_is_read_where_nothing_can_be_written(path, monkeypatc
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with one_run_at_a_time(path):
         assert find_result(path, IDENTITY, Run()) is not None
-
-
-WAITING = """
-import os, signal, sys, time
-from dataclasses import dataclass
-from pathlib import Path
-from utils.results import write_atomically
-from utils.script import run_script
-
-@dataclass(frozen=True)
-class Config:
-    path: Path = Path("x")
-
-def main(config):
-    with write_atomically(config.path) as temporary:
-        temporary.write_bytes(b"half")
-        os.kill(os.getpid(), getattr(signal, sys.argv[0]))
-        time.sleep(30)
-
-name = sys.argv.pop(1)
-sys.argv[0] = name
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` had it ignored
-run_script(main, Config, None)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_stopped_program_leaves_no_temporary_file(name, code, tmp_path):
-    command = [sys.executable, "-c", WAITING, name, "--path", str(tmp_path / "result.bin")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == code and "Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
-    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also behind `&`
-    command = [sys.executable, "-c", f"{hears}; import sys, utils; sys.path.insert(0, {str(tmp_path)!r}); import torch"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode in (130, -signal.SIGINT) and result.stderr == "interrupted\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["-m utils.data.load", "cache.py --help", "K_sweep.py --no_such_flag"])
-def test_a_reader_that_has_seen_enough_is_no_fault(command):
-    done = subprocess.run(
-        f"{sys.executable} {command} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
-        cwd=ROOT, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode in (141, 2) and not done.stdout and not done.stderr
-
-
-@pytest.mark.slow
-def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
-    path = write_rows(tmp_path / "r\u00fcckl\u00e4ufig.jsonl", [{"text": "a b", "label": i % 2} for i in range(40)])
-    options = ["--dataset_name", path, "--results_dir", tmp_path / "\u732b"]
-    done = run_command("cache.py", *options, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and r"r\xfcckl\xe4ufig.jsonl" in done.stdout and r"\u732b" in done.stdout, done.stderr
-
-
-def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
-    def git(*arguments):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "file").touch()
-    git("add", "file")
-    git("commit", "-m", "a")
-    (tmp_path / "unpacked").mkdir()
-    commit = git_commit(tmp_path)
-    assert commit is not None and re.fullmatch("[0-9a-f]{12}", commit)
-    (tmp_path / "file").write_text("changed")
-    assert git_commit(tmp_path) == f"{commit}-dirty"
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert git_commit(tmp_path / "unpacked") is None
-    monkeypatch.setenv("PATH", "")
-    assert git_commit(tmp_path) is None and environment()["git_commit"] is None
-
-
-@pytest.mark.slow
-def test_settings_and_not_the_environment_decide_the_precision():
-    variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
-    check = "import utils, accelerate; a = accelerate.Accelerator(cpu=True, mixed_precision='no')"
-    check += "; print(a.mixed_precision, a.gradient_accumulation_steps)"
-    done = run_command("-c", check, env={**os.environ, **variables})
-    assert done.stdout.split() == ["no", "1"]

@@ -174,9 +174,8 @@ def train(run: TrainingRun) -> Progress:
             is_ended = accelerator.reduce(asked).item() > 0
             is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
-                with results.state_if_there_is_place():
-                    parameters = run.trained_parameters()
-                    save_state(run.folder / STATE, parameters, run.optimizer, run.identity, vars(progress))
+                parameters = run.trained_parameters()
+                save_state(run.folder / STATE, parameters, run.optimizer, run.identity, vars(progress))
                 saved = progress.seconds
             if is_ended and not is_last:
                 leave()  # together, now that the state is written

@@ -1,0 +1,124 @@
+"""utils/script.py: how every script starts and ends, whatever ends it, and what it records of its surroundings."""
+
+import dataclasses
+import errno
+import io
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cache
+from tests.conftest import ROOT, run_in_process, write_rows
+from tests.processes import exit_codes, start
+from utils.results import write_atomically
+from utils.script import environment, git_commit, run_script
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a script that does what a test wants."""
+
+    path: Path = Path("x")
+
+
+def run(monkeypatch, main: Callable[[Config], object], *arguments: object) -> int | str | None:
+    """The exit code of a script with this `main`, or its message."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, Config, None)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_file_that_cannot_be_written_is_named(code, monkeypatch):
+    def main(config: Config) -> None:
+        raise OSError(code, os.strerror(code), str(config.path))
+
+    said = f"error: cannot write there/a.json: {os.strerror(code)}. Free space or set --results_dir."
+    assert run(monkeypatch, main, "--path", "there/a.json") == said
+    with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program shows where it is
+        run(monkeypatch, lambda config: os.close(-1))
+
+
+def test_a_terminated_program_leaves_no_temporary_file(tmp_path):
+    def main(config: Config) -> None:
+        with write_atomically(config.path) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    def whole(rank: int) -> None:
+        sys.argv = ["script.py", "--path", str(tmp_path / "result.bin")]
+        run_script(main, Config, None)
+
+    assert exit_codes(start(whole, output=tmp_path / "said", whole=True)) == [143]
+    assert [path.name for path in tmp_path.iterdir()] == ["said"] and not (tmp_path / "said").read_text()
+
+
+def test_ctrl_c_is_one_line_also_while_libraries_load(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also behind `&`
+    command = [sys.executable, "-c", f"{hears}; import sys, utils; sys.path.insert(0, {str(tmp_path)!r}); import torch"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (130, -signal.SIGINT)
+    assert result.stderr == "interrupted; nothing half-written is left behind\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
+def test_a_reader_that_has_seen_enough_is_no_fault(flag, tmp_path):
+    """As `head` is one: the pipe is closed when the script writes."""
+
+    def whole(rank: int) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = open(writer, "w")  # noqa: SIM115, open as long as the process lives
+        sys.argv = ["cache.py", flag]
+        run_script(cache.main, cache.Config, None)
+
+    codes = exit_codes(start(whole, output=tmp_path / "said", whole=True))
+    assert codes == [141 if flag == "--help" else 2] and "Broken" not in (tmp_path / "said").read_text()
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(model_dirs, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "r\u00fcckl\u00e4ufig.jsonl", [{"text": "a b", "label": i % 2} for i in range(40)])
+    options = ["--model_name", model_dirs["qwen2"], "--dataset_name", path, "--results_dir", tmp_path / "\u732b"]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown := io.BytesIO(), encoding="ascii"))
+    assert run_in_process(monkeypatch, "cache.py", *options) == 0
+    assert rb"r\xfcckl\xe4ufig.jsonl" in shown.getvalue() and rb"\u732b" in shown.getvalue()
+
+
+def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").touch()
+    git("add", "file")
+    git("commit", "-m", "a")
+    (tmp_path / "unpacked").mkdir()
+    commit = git_commit(tmp_path)
+    assert commit is not None and re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "file").write_text("changed")
+    assert git_commit(tmp_path) == f"{commit}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit(tmp_path / "unpacked") is None
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(tmp_path) is None and environment()["git_commit"] is None
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+                                  "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"])  # fmt: skip
+def test_settings_and_not_the_environment_decide_the_precision(name, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv(name, "bf16")
+    runpy.run_path(str(ROOT / "utils" / "__init__.py"))  # before any library is loaded
+    assert name not in os.environ
