@@ -17,8 +17,10 @@ import linear_sklearn
 import linear_training
 import lora_finetuning
 from tests.conftest import configure, retrain, run_in_process, write_rows
+from utils.data.load import load_texts
 from utils.results import read_identity
 from utils.script import UserError
+from utils.settings import Data, Run
 
 WORDS = ("colour=red,green,house", "size=small,large,engine", "rest=the,of")
 STEPS = {"num_steps": 2, "steps_per_evaluation": 2, "batch_size": 4, "dtype": "float32"}
@@ -164,14 +166,19 @@ def test_other_weights_under_the_same_name_are_refused(copied, monkeypatch, tmp_
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["text", "label"])
+@pytest.mark.parametrize("change", ["text", "label", "one test text"])
 def test_changed_rows_under_the_same_name_are_refused(copied, monkeypatch, tmp_path, change):
     case, settings, path = copied
     if case.module in (K_sweep, alignment_vis):
         pytest.skip("the moments stand for the rows")
     rows = [json.loads(line) for line in Path(settings["dataset_name"]).read_text().splitlines()]
-    values = [row[change] for row in rows]
-    rows = [row | {change: value} for row, value in zip(rows, values[1:] + values[:1], strict=True)]
+    if change == "one test text":
+        test, texts = load_texts(Data(settings["dataset_name"]), Run(), "test"), [row["text"] for row in rows]
+        number = next(texts.index(text) for text in test.texts if texts.count(text) == 1)
+        rows[number]["text"] += " house"
+    else:
+        values = [row[change] for row in rows]
+        rows = [row | {change: value} for row, value in zip(rows, values[1:] + values[:1], strict=True)]
     forbid(monkeypatch, case)
     before = path.read_bytes()
     with pytest.raises(UserError, match="from other rows"):

@@ -22,7 +22,7 @@ from fig_plot import collect
 from tests.conftest import configure, write_rows
 from tests.processes import exit_codes, start
 from utils.data.load import LabelledTexts, load_splits, load_texts
-from utils.results import save_json, write_atomically
+from utils.results import save_json
 from utils.script import UserError
 from utils.settings import Data, Run
 
@@ -255,18 +255,6 @@ def test_results_behind_a_symbolic_link_are_read_and_written_there(copied, tmp_p
     K_sweep.main(configure(K_sweep, **copied, picture=False))
     cache.main(configure(cache, **copied, split="test"))
     assert list(elsewhere.rglob("test.safetensors")) and not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_link_at_the_place_of_a_folder_is_replaced_and_not_what_it_leads_to(tmp_path):
-    somebodys = tmp_path / "somebodys"
-    somebodys.mkdir()
-    (somebodys / "file").write_text("theirs")
-    (tmp_path / "adapter").symlink_to(somebodys)
-    with write_atomically(tmp_path / "adapter") as folder:
-        folder.mkdir()
-        (folder / "file").write_text("ours")
-    assert (somebodys / "file").read_text() == "theirs" and (tmp_path / "adapter" / "file").read_text() == "ours"
-    assert not (tmp_path / "adapter").is_symlink()
 
 
 def test_two_runs_of_the_same_result_at_once_both_end_well(made, tmp_path):

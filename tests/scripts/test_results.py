@@ -1,6 +1,5 @@
 """utils/results.py: files are written whole, checked when read, and reused, refused or made by their identity."""
 
-import dataclasses
 import errno
 import json
 import math
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import alignment_vis
 import cache
 import K_sweep
-import linear_sklearn
 import linear_training
 from tests.conftest import configure
 from utils.results import (
@@ -37,14 +35,13 @@ from utils.results import (
     write_atomically,
 )
 from utils.script import UserError
-from utils.settings import Data, Model, Run, all_settings, result_settings
+from utils.settings import Data, Run, all_settings, result_settings
 
 BOTH = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
 TENSORS = {
     "left": BOTH[:, :2],  # two views of one tensor
     "right": BOTH[:, 2:],
     "row": BOTH[1],
-    "single": torch.linspace(0, 1, 7),
     "short": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
     "counts": torch.tensor([3, 1, 2]),
     "number": torch.tensor(0.25),
@@ -53,7 +50,7 @@ TENSORS = {
 METADATA = {"config": {"seed": 0}, "name": "ä"}
 
 
-# ------------------------------------------------------------------ tensors
+# ------------------------------------------------------------------ tensors and JSON
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("tensors") / "file.safetensors"
@@ -104,7 +101,6 @@ def test_a_changed_byte_is_found(written, data):
         ({"format_version": 3, "crc32": {}}, "was not written by this version"),
         ({"format_version": 4}, "is no whole result: it has no 'crc32'"),
         ("[", "is damaged"),
-        (b"no tensors", "is damaged"),
         (b"", "is damaged"),
     ],
 )
@@ -139,14 +135,13 @@ def test_of_two_files_the_damaged_one_is_named_with_its_command(model_dirs, rows
     assert K_sweep.main(config)["score"]
 
 
-# ------------------------------------------------------------------ JSON
-@pytest.mark.parametrize("value", [math.nan, math.inf, {"deep": [-math.inf]}])
+@pytest.mark.parametrize("value", [math.nan, {"deep": [-math.inf]}])
 def test_json_is_strict_and_a_failed_write_leaves_the_old_file(value, tmp_path):
-    save_json(tmp_path / "result.json", {"score": [1, 0.1, None, "\u00e4"]})
+    path, content = tmp_path / "result.json", {"score": [1, 0.1, None, "ä"]}
+    save_json(path, content)
     with pytest.raises(ValueError, match="JSON"):
-        save_json(tmp_path / "result.json", {"score": value})
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert load_json(tmp_path / "result.json") == {"score": [1, 0.1, None, "\u00e4"]}
+        save_json(path, {"score": value})
+    assert [*tmp_path.iterdir()] == [path] and load_json(path) == content
 
 
 def test_an_entry_that_a_file_lacks_names_the_file(tmp_path):
@@ -169,8 +164,12 @@ IDENTITY = {
 }
 
 
-def changed(part: str, **values) -> dict:
-    return IDENTITY | {part: {**IDENTITY[part], **values} if part == "config" else values["value"]}
+def write_result(path: Path, identity: dict) -> None:
+    content = {**identity, "environment": "elsewhere", "score": 0.25}
+    if path.suffix == ".json":
+        save_json(path, content)
+    else:
+        save_tensors(path, {"a": torch.ones(2)}, content)
 
 
 @pytest.fixture(params=["result.json", "result.safetensors"])
@@ -178,14 +177,6 @@ def path(request, tmp_path):
     """A finished result of either kind."""
     write_result(tmp_path / request.param, IDENTITY)
     return tmp_path / request.param
-
-
-def write_result(path: Path, identity: dict) -> None:
-    content = {**identity, "environment": "elsewhere", "score": 0.25}
-    if path.suffix == ".json":
-        save_json(path, content)
-    else:
-        save_tensors(path, {"a": torch.ones(2)}, content)
 
 
 def test_a_result_is_reused_and_made_where_there_is_none_or_it_is_asked_for(path):
@@ -200,8 +191,9 @@ def test_a_result_is_reused_and_made_where_there_is_none_or_it_is_asked_for(path
 
 
 def test_every_setting_that_differs_is_named_and_no_other(path):
+    asked = IDENTITY["config"] | {"dtype": "bfloat16", "fractions": [0.5], "new": True}
     with pytest.raises(UserError) as raised:
-        find_result(path, changed("config", dtype="bfloat16", fractions=[0.5], new=True), Run())
+        find_result(path, IDENTITY | {"config": asked}, Run())
     message = str(raised.value)
     assert message.startswith(f"{path} was made with other settings")
     assert "dtype: 'float32' there, 'bfloat16' now" in message
@@ -219,8 +211,23 @@ def test_a_result_that_lacks_a_part_of_its_identity_is_refused(path, name):
         find_result(path, IDENTITY, Run())
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("fingerprint", "from other rows"),
+        ("test_fingerprint", "from other rows"),
+        ("label_names", "with other classes"),
+        ("model_fingerprint", "with other weights of the model"),
+        ("held_out", "from other moments of the held-out split"),
+    ],
+)
+def test_each_part_of_an_identity_tells_results_apart(path, part, words):
+    with pytest.raises(UserError, match=f"was made {words}.*--overwrite"):
+        find_result(path, IDENTITY | {part: "others"}, Run())
+
+
 @pytest.mark.parametrize("name", ["dataset_name", "model_name", "adapter_dir", "tokenizer_name"])
-def test_data_and_models_that_have_moved_are_told_by_their_content(name, path):
+def test_data_and_models_that_have_moved_are_told_by_their_content(name):
     """The fingerprint decides; but two names of the hub, and two files of other names, are two."""
 
     def compare(stored, asked, **parts):
@@ -232,22 +239,7 @@ def test_data_and_models_that_have_moved_are_told_by_their_content(name, path):
         assert f"{name}: {stored!r} there, {asked!r} now" in compare(stored, asked)
 
 
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [
-        ("fingerprint", "from other rows"),
-        ("test_fingerprint", "from other rows"),
-        ("label_names", "with other classes"),
-        ("model_fingerprint", "with other weights of the model"),
-        ("held_out", "from other moments of the held-out split"),
-    ],
-)
-def test_other_rows_and_other_weights_are_told_apart(path, part, words):
-    with pytest.raises(UserError, match=f"{words}.*--overwrite"):
-        find_result(path, changed(part, value="others"), Run())
-
-
-@pytest.mark.parametrize("module", [K_sweep, alignment_vis, linear_sklearn, linear_training], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [K_sweep, alignment_vis, linear_training], ids=lambda module: module.__name__)
 def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_are_refused(module, tmp_path):
     there = {"dtype": "bfloat16", "seed": 3, "max_length": 64, "text_column": "body"}
     path = tmp_path / "moments" / "m" / "d" / "train.safetensors"
@@ -268,62 +260,59 @@ def test_the_short_name_of_an_adapted_model_stands_for_model_and_adapter(tmp_pat
     save_tensors(path, {}, {"config": result_settings(configure(cache, **adapted))})
     found = settings_from_moments(configure(K_sweep, model_name="micro+lora"), path).model
     assert (found.model_name, found.adapter_dir, found.path_name) == ("micro", Path("a b/adapter"), "micro+lora")
+    expected = path.parent / "ntps/micro+lora/emotion.json"
+    assert result_path("ntps", Run(results_dir=path.parent), found, Data("emotion"), ".json") == expected
     with pytest.raises(UserError, match="model_name: 'micro' there, 'other' now"):
         settings_from_moments(configure(K_sweep, model_name="other"), path)
 
 
-def test_places_tell_models_adapters_and_datasets_apart(tmp_path):
-    rows = tmp_path / "my.rows.jsonl"
-    rows.touch()
-    run, model = Run(results_dir=tmp_path), Model("Qwen/Qwen2-0.5B")
-    adapted = dataclasses.replace(model, adapter_dir=tmp_path)
-    assert result_path("ntps", run, model, Data("emotion"), ".json") == tmp_path / "ntps/Qwen__Qwen2-0.5B/emotion.json"
-    assert result_path("ntps", run, adapted, Data(str(rows))) == tmp_path / "ntps/Qwen__Qwen2-0.5B+lora/my.rows"
-
-
 # ------------------------------------------------------------------ writing
-def dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    dead, living = dead_process(), os.getppid()
-    left = f"result.bin.{dead}@{MACHINE}.tmp"
-    stay = {f"result.bin.{dead}@elsewhere.tmp", f"result.bin.{living}@{MACHINE}.tmp", f"other.{dead}@{MACHINE}.tmp"}
-    for name in (left, *stay):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {f"result.bin.{os.getppid()}@{MACHINE}.tmp", f"result.bin.{dead.pid}@elsewhere.tmp"}
+    names |= {f"other.{dead.pid}@{MACHINE}.tmp"}
+    for name in (f"result.bin.{dead.pid}@{MACHINE}.tmp", *names):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".tmpAbC123").write_bytes(b"half")
     with write_atomically(tmp_path / "result.bin") as path:
         path.write_bytes(b"whole")
         path.with_name(".tmpAbC123").write_bytes(b"half")  # of a library
-    assert {path.name for path in tmp_path.iterdir()} == {*stay, "result.bin"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "result.bin"}
 
 
-FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def test_a_full_disk_under_safetensors_is_said_as_any_other(tmp_path, monkeypatch):
-    """The old result stays, and nothing half-written lies beside it."""
-
+def test_a_full_disk_under_safetensors_is_said_as_any_other_and_the_old_result_stays(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise FULL
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    save_tensors(tmp_path / "a.safetensors", TENSORS, METADATA)
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "old").touch()
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, TENSORS, METADATA)
     monkeypatch.setattr("utils.results.save_file", full)
     with pytest.raises(OSError, match=r"No space left.*a\.safetensors") as raised:
-        save_tensors(tmp_path / "a.safetensors", {}, {})
-    with pytest.raises(OSError, match="No space left"), write_atomically(tmp_path / "adapter") as folder:
-        folder.mkdir()
-        raise FULL
-    assert raised.value.errno == errno.ENOSPC and (tmp_path / "adapter" / "old").is_file()
-    assert read_all(tmp_path / "a.safetensors").keys() == TENSORS.keys() and len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(SafetensorError, match="other"), write_atomically(tmp_path / "adapter"):
+        save_tensors(path, {}, {})
+    assert raised.value.errno == errno.ENOSPC
+    assert read_all(path).keys() == TENSORS.keys() and [*tmp_path.iterdir()] == [path]
+    with pytest.raises(SafetensorError, match="other"), write_atomically(path):
         raise SafetensorError("other")
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_folder_replaces_a_folder_or_a_link_to_one_and_a_failure_leaves_it(tmp_path, is_link):
+    folder, before = tmp_path / "adapter", tmp_path / ("somebodys" if is_link else "adapter")
+    before.mkdir()
+    (before / "file").write_text("theirs")
+    if is_link:
+        folder.symlink_to(before)
+    with pytest.raises(KeyError), write_atomically(folder) as temporary:
+        temporary.mkdir()
+        raise KeyError
+    assert (folder / "file").read_text() == "theirs"
+    with write_atomically(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "other").write_text("ours")
+    assert [path.name for path in folder.iterdir()] == ["other"] and not folder.is_symlink()
+    assert not is_link or (before / "file").read_text() == "theirs"
 
 
 def test_a_second_run_of_a_result_waits_and_then_finds_it(tmp_path):
@@ -353,10 +342,12 @@ def test_a_second_run_of_a_result_waits_and_then_finds_it(tmp_path):
     assert [path.name for path in path.parent.iterdir()] == ["result.json"]
 
 
-def test_a_finished_result_is_read_where_nothing_can_be_written(path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+def test_a_refused_run_leaves_no_folder_and_a_finished_result_needs_none(path, monkeypatch):
+    with pytest.raises(UserError), one_run_at_a_time(path.parent / "new" / "model" / "result.json"):
+        raise UserError("refused")
+    assert [*path.parent.iterdir()] == [path]
+    monkeypatch.setattr(
+        "filelock.FileLock.acquire", lambda *_, **__: os.listdir(path)
+    )  # fails, as where none may write
     with one_run_at_a_time(path):
         assert find_result(path, IDENTITY, Run()) is not None
