@@ -30,10 +30,9 @@ from utils.settings import AnyConfig, Data, Model, Run, is_same_setting, result_
 
 FORMAT_VERSION = 4
 SCRIPTS = {  # folder of results -> script that writes it
+    **{name: f"{name}.py" for name in ("linear_sklearn", "linear_training", "from_scratch", "prescreen")},
     **{"moments": "cache.py", "ntps": "K_sweep.py", "alignment": "alignment_vis.py"},
-    **{"linear_sklearn": "linear_sklearn.py", "linear_training": "linear_training.py"},
-    **{"lora": "lora_finetuning.py", "from_scratch": "from_scratch.py", "full_finetuning": "from_scratch.py"},
-    "prescreen": "prescreen.py",
+    **{"lora": "lora_finetuning.py", "full_finetuning": "from_scratch.py"},
 }
 DIFFERENCES = {  # part of an identity -> how a result that differs in it was made; else: from other rows
     "label_names": "with other classes",
@@ -173,10 +172,7 @@ def on_its_own(tensor: Tensor) -> Tensor:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> None:
-    """Writes tensors and their metadata as safetensors, atomically.
-
-    The metadata are one JSON string under the key `json`, with `format_version` and the CRC-32 of each tensor added.
-    """
+    """Writes tensors, and under the key `json` their metadata with `format_version` and the CRC-32 of each tensor."""
     own = {key: on_its_own(tensor) for key, tensor in tensors.items()}
     checksums = {key: checksum(tensor) for key, tensor in own.items()}
     content = {"format_version": FORMAT_VERSION, **metadata, "crc32": checksums}
@@ -244,10 +240,8 @@ def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     """How a stored result was made otherwise than an identity says; empty where it was made like that.
 
-    Args:
-        stored: content of a JSON result, or metadata of a file of tensors.
-        identity: `config`, the settings as `result_settings` gives them, and parts named in `DIFFERENCES`; a part that
-            `stored` lacks differs.
+    An identity is `config`, the settings as `result_settings` gives them, and further parts; one that `stored` lacks
+    differs.
     """
     if differing := differing_settings(stored["config"], identity["config"]):
         return f"with other settings ({differing})"
@@ -264,12 +258,7 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path)
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path`; None where it has to be made: there is none, or --overwrite is given.
-
-    Args:
-        path: a JSON result, or a file of tensors, whose metadata is then returned.
-        identity: as for `difference`.
-        run: `overwrite` is read.
+    """The finished result at `path`, of a file of tensors its metadata; None where it has to be made.
 
     Raises:
         UserError: the result is damaged, or of another identity.
@@ -284,11 +273,7 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
 
 
 def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Reads the state of an unfinished run before the work; with `overwrite` one that cannot be used is removed.
-
-    Raises:
-        UserError: it is damaged, or of a run of another identity.
-    """
+    """Refuses a damaged state, or one of another identity, before the work; with `overwrite` it is removed instead."""
     try:
         with open_tensors(path) as (file, metadata):
             check_identity(metadata, identity, path)
@@ -303,10 +288,8 @@ def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
 def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[str] | None = None) -> AnyConfig:
     """The config of a script that starts from moments: settings it leaves at their default are read from the file.
 
-    Without such a file the config comes back as it is. With `names` only these settings are read.
-
-    Raises:
-        UserError: a setting that is given differs from that of the moments.
+    A setting that is given and differs is a UserError. Without such a file the config comes back as it is; with
+    `names` only these settings are read.
     """
     if not moments.is_file():
         return config

@@ -70,33 +70,33 @@ def run_script(
         finally:  # also after --help: a closed pipe or a full disk shows now; standard output may be closed
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        sys.exit(f"error: {error}")
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
         sys.exit(141)  # the code that a shell gives for SIGPIPE
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not (message := message_of(error)):
+            raise
         if debug:
-            raise
+            traceback.print_exc()
+        sys.exit(f"error: {message}")
+
+
+def message_of(error: Exception) -> str:
+    """The sentence about an error that a user can fix; empty for a fault of the program."""
+    if isinstance(error, torch.OutOfMemoryError):
         batch = "Lower --tokens_per_batch or --max_length; in training --batch_size, with more --gradient_accumulation"
-        sys.exit(f"error: {str(error).partition('.')[0]}. {batch}.")
-    except OSError as error:
-        if error.errno not in NO_PLACE or debug:
-            raise
+        return f"{str(error).partition('.')[0]}. {batch}."
+    if isinstance(error, OSError) and error.errno in NO_PLACE:
         name = str(error.filename or "the result")[:300]
-        sys.exit(f"error: cannot write {name}: {error.strerror}. Free space or set --results_dir.")
+        return f"cannot write {name}: {error.strerror}. Free space or set --results_dir."
+    return str(error) if isinstance(error, UserError) else ""
 
 
 # ------------------------------------------------------------------ provenance
 def git_commit(folder: Path) -> str | None:
-    """The commit of the repository in `folder`, `-dirty` behind it after changes; None without git or a repository.
-
-    A repository around the folder, or one that the environment names, is not asked.
-    """
+    """The commit of the repository in `folder`, `-dirty` behind it after changes; None without git or a repository."""
     git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # name another one
     try:
         described = subprocess.run([*git, "--abbrev=12"], capture_output=True, text=True, check=False, env=plain)
     except OSError:

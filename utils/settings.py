@@ -202,11 +202,7 @@ def result_settings(config: Any) -> dict[str, Any]:
 
 
 def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
-    """The config with settings replaced by name, in whatever group they are: `with_values(config, dtype="float32")`.
-
-    Raises:
-        TypeError: the config has no such setting.
-    """
+    """The config with settings replaced by name, in whatever group they are: `with_values(config, dtype="float32")`."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         group = getattr(config, field.name)

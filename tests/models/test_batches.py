@@ -3,11 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
-from utils.models.batches import BATCH_COST, split_rows, token_batches
+from utils.models.batches import BATCH_COST, share_of, split_rows, token_batches, token_blocks
 from utils.models.tokens import TokenizedTexts
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
@@ -77,3 +78,17 @@ def test_distinct_texts_and_their_pairs_are_counted(texts):
     found, distinct = describe_texts(tokens.token_ids, tokens.offsets)["rounding"], set(map(tuple, texts))
     assert found["num_distinct_texts"] == len(distinct)
     assert found["num_distinct_pairs"] == sum(len(text) - 1 for text in distinct)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_shares_hold_every_text_once_and_are_of_like_size(size):
+    lengths = np.random.default_rng(0).integers(1, 200, 3000)
+    blocks = token_blocks(token_batches(lengths, 1024), lengths, 2048)
+    assert all(lengths[np.concatenate(block)].sum() >= 2048 for block in blocks[:-1])
+    shares = [share_of(blocks, lengths, rank, size) for rank in range(size)]
+    rows = [np.concatenate([rows for rows, _ in share] or [np.arange(0)]) for share in shares]
+    assert sorted(np.concatenate(rows)) == list(range(3000))
+    tokens = [int(lengths[of].sum()) for of in rows]
+    assert max(tokens) - min(tokens) < 2 * 3100  # two blocks
+    assert all(share[-1][1] for share in shares if share)
+    assert sum(ends for share in shares for _, ends in share) == len(blocks)

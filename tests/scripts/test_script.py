@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import cache
-from tests.conftest import ROOT, run_in_process, write_rows
+from tests.conftest import ROOT, run_command, run_in_process, write_rows
 from tests.processes import exit_codes, start
 from utils.results import write_atomically
 from utils.script import environment, git_commit, run_script
@@ -113,6 +113,21 @@ def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
     assert git_commit(tmp_path / "unpacked") is None
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path) is None and environment()["git_commit"] is None
+
+
+def test_help_loads_no_library_that_it_does_not_need():
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    heavy = ("accelerate", "datasets", "matplotlib", "peft", "scipy.stats", "sklearn", "transformers.modeling_utils")
+    code = f"""
+import runpy, sys
+for script in {scripts}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        print(script, ended.code, *(name for name in {heavy} if name in sys.modules), sep=" ", file=sys.stderr)
+"""
+    assert run_command("-c", code).stderr.splitlines() == [f"{script} 0" for script in scripts]
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
