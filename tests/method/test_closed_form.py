@@ -63,15 +63,6 @@ def test_golden_values(name):
     )
 
 
-def test_cka_is_that_of_the_gram_matrices():
-    """By its definition, over pairs of texts."""
-    features, labels = load("wine")
-    centring = np.eye(len(labels)) - 1 / len(labels)
-    x, y = (centring @ array @ array.T @ centring for array in (features, np.eye(3)[labels]))
-    found = feature_scores(of_classes(features, labels))[0]["cka"]["value"]
-    assert found == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9)
-
-
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 @pytest.mark.parametrize("name", DATA)
 def test_ridge_over_folds_is_scikit_learns(name, alpha, monkeypatch):

@@ -49,13 +49,6 @@ def test_tolerance_cuts_the_spectrum_of_the_correlations(tolerance, rank):
         np.testing.assert_allclose(whitener @ whitener.T, kept @ kept.T, rtol=1e-6, atol=1e-6 * np.abs(kept).max() ** 2)
 
 
-def test_a_coordinate_that_is_always_zero_is_left_out():
-    matrix = scipy.linalg.block_diag(covariance_of([1, 2, 3, 4]), 0)
-    whitener = whiten(tensor(matrix)).numpy()
-    assert whitener.shape == (5, 4) and not whitener[4].any()
-    np.testing.assert_allclose(whitener.T @ matrix @ whitener, np.eye(4), atol=1e-12)
-
-
 def test_constant_features_are_taken_out_by_their_spread_and_not_by_their_unit():
     random = np.random.default_rng(0)
     features = random.normal(size=(50, 4)) * [1, 1e-9, 1e-9, 1] + [0, 1e3, 0, 5]  # only the second is constant

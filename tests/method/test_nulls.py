@@ -1,7 +1,5 @@
 """utils/algebra/nulls.py: against real permutations of the labels, and regressions on dense random projections."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,11 +8,10 @@ from sklearn.linear_model import LinearRegression
 
 import cache
 import K_sweep
-from tests.conftest import configure, run_in_process
-from tests.method.toy import make_data, moments_of, solve, sweep, tensor
+from tests.conftest import configure
+from tests.method.toy import make_data, moments_of, sweep, tensor
 from utils.algebra.nulls import draw_permuted_factors
 from utils.algebra.scores import NULL_SCORES
-from utils.results import load_json
 
 NUM_DRAWS = 400
 
@@ -101,30 +98,23 @@ def test_random_subspaces_equal_dense_projections(dense, name):
     assert found["std"] == pytest.approx(whole.std(), rel=4 / np.sqrt(NUM_DRAWS))
 
 
-def test_a_full_random_subspace_keeps_everything():
-    features, targets, states = make_data(80, 12, 3)
-    found = solve(moments_of(features, targets, states), num_random_draws=2, fractions=(1.0,))["random"]
-    for name in ("ntps_label", "ntps_whitened", "retained"):
-        assert found[name]["mean"] == pytest.approx(1) and found[name]["std"] == pytest.approx(0, abs=1e-9)
-
-
-def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
+def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tmp_path):
     """At the last layer only, not for a control of V, and not where none are asked for."""
-    flags = ("--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path)
-    cache.main(configure(cache, model_name=str(model_dirs["qwen2"]), dataset_name=str(rows_path), results_dir=tmp_path))
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    cache.main(configure(cache, **names))
 
-    def run(*options: str) -> dict:
-        assert run_in_process(monkeypatch, "K_sweep.py", *flags, "--no_picture", "--overwrite", *options) == 0
-        return load_json(Path(capsys.readouterr().out.strip().splitlines()[-1]))
+    def run(**options) -> dict:
+        return K_sweep.main(configure(K_sweep, **names, picture=False, overwrite=True, **options))
 
     result = run()
     assert [("random" in layer) for layer in result["layers"]] == [False, False, True]
-    for name in ("ntps_label", "ntps_whitened", "retained"):
+    for name in NULL_SCORES:
         score = result["score"][name]
         assert score["random_z"] == pytest.approx((score["value"] - score["random_mean"]) / score["random_std"])
         assert score["random_mean"] == pytest.approx(np.mean(result["layers"][-1]["random"][name]["fractions"]))
     assert run()["score"] == result["score"]  # the same for a seed
-    assert "random_z" not in run("--subspace", "pca")["score"]["retained"]
-    assert "random_z" not in run("--num_random_draws", "0")["score"]["retained"]
+    assert run(fractions=(1.0,))["score"]["retained"]["random_z"] is None  # no spread: V spans everything
+    for options in ({"subspace": "pca"}, {"num_random_draws": 0}):
+        assert "random_z" not in run(**options)["score"]["retained"]
     with pytest.raises(ValueError, match="at least 2"):
         K_sweep.Config(num_random_draws=1)

@@ -82,6 +82,7 @@ def test_scores_of_the_embedded_model_equal_the_reference_and_excess_lies_within
     [
         ({"tokens_per_batch": 256}, 1e-4),
         ({"product_dtype": "float64"}, 1e-4),
+        ({"product_dtype": "bfloat16x2"}, 2e-4),
         ({}, 1e-4),  # texts in another order
     ],
 )
