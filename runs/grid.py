@@ -5,21 +5,19 @@ own, without torch, so nothing of the scripts is imported here.
 """
 
 import functools
+import itertools
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # what may be asked of a model, in `seeds`: how many seeds of each
 KINDS = ("closed_form", "probe", "lora", "ntps_after", "full_finetuning", "from_scratch")
-SCRIPTS = (
-    *("cache", "linear_sklearn", "linear_training", "linear_training_converged"),
-    *("lora", "full_finetuning", "from_scratch"),
-)
-SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment"}
-SETTINGS |= {"dataset_flags", "resources", "after", "results_dir"}
+SCRIPTS = ("cache", "linear_sklearn", "linear_training", "linear_training_converged", "lora", *KINDS[-2:])
+SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment",
+            "dataset_flags", "resources", "after", "results_dir"}  # fmt: skip
 POOLED_SUFFIX = ".pooled.npy"  # of the pooled states beside the moments
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
@@ -55,15 +53,13 @@ class Grid:
     def __post_init__(self) -> None:
         """Ends with one sentence where the yaml file has a name that nothing knows."""
         models, datasets = self.config.get("models", {}), self.config.get("datasets", [])
-        in_only = {name for names in self.config.get("only", {}).values() for name in names}
-        controls, after = self.config.get("controls", {}), self.config.get("controls_after", [])
         named = [  # the place in the file, the names used, the names known
-            ("as a setting", self.config.keys(), SETTINGS),
-            ("in `scripts`", self.config.get("scripts", {}).keys(), SCRIPTS),
-            ("in `only`", in_only, datasets),
-            ("in `dataset_flags`", self.config.get("dataset_flags", {}).keys(), datasets),
-            ("in `controls_after`", after, controls),
-            *((f"in `seeds` of {model}", spec["seeds"].keys(), KINDS) for model, spec in models.items()),
+            ("as a setting", self.config, SETTINGS),
+            ("in `scripts`", self.config.get("scripts", {}), SCRIPTS),
+            *(("in `only`", names, datasets) for names in self.config.get("only", {}).values()),
+            ("in `dataset_flags`", self.config.get("dataset_flags", {}), datasets),
+            ("in `controls_after`", self.config.get("controls_after", []), self.config.get("controls", {})),
+            *((f"in `seeds` of {model}", spec["seeds"], KINDS) for model, spec in models.items()),
         ]
         wrong = [f"{name!r}, {place}" for place, used, known in named for name in used if name not in known]
         if wrong:
@@ -106,26 +102,23 @@ class Grid:
         settings |= self.config.get("flags", {}) | self.config["models"][name].get("flags", {})
         settings |= self.config.get("dataset_flags", {}).get(dataset, {})
         script = {"cache_after": "cache", "K_sweep_after": "K_sweep", "before_after": "lora"}.get(rule, rule)
-        own = self.config.get("scripts", {}).get(script, {}) | more
+        settings |= self.config.get("scripts", {}).get(script, {}) | more
         if rule.startswith("K_sweep"):
-            own |= self.controls[cell.control]
+            settings |= self.controls[cell.control]
         if rule == "alignment":
-            own |= {"layer": cell.layer}
+            settings["layer"] = cell.layer
         if rule in ("cache_after", "K_sweep_after"):
-            own |= {"adapter_dir": f"{seed_dir}/lora/{cell.model}/{cell.dataset}/adapter"}
-        return to_flags(settings | own | {"results_dir": seed_dir})
+            settings["adapter_dir"] = f"{seed_dir}/lora/{cell.model}/{cell.dataset}/adapter"
+        return to_flags(settings | {"results_dir": seed_dir})
 
     # -------------------------------------------------------------- what has to be there
     def num_seeds(self, kind: str, model: str, dataset: str) -> int:
         """Seeds of one kind of cell; what is trained has the probes beside it that its gain is measured from."""
         seeds = self.config["models"][self.models[model]]["seeds"]
 
-        def asked(kind: str) -> int:
-            return seeds.get(kind, 0) if self.datasets[dataset] in self.config.get("only", {}).get(
-                kind, self.config["datasets"]) else 0  # fmt: skip
-
-        needs = {"probe": ("probe", "lora"), "closed_form": ("closed_form", "probe", "lora")}
-        return max(asked(needed) for needed in needs.get(kind, (kind,)))
+        only, name = self.config.get("only", {}), self.datasets[dataset]
+        needs = {"probe": ("probe", "lora"), "closed_form": ("closed_form", "probe", "lora")}.get(kind, (kind,))
+        return max(seeds.get(needed, 0) if name in only.get(needed, [name]) else 0 for needed in needs)
 
     def results_of(self, model: str, dataset: str, seed: int) -> Iterator[str]:
         """The results of one model, dataset and seed, without the folder of the seed."""
@@ -147,47 +140,18 @@ class Grid:
 
     def targets(self, first_seed: bool = False) -> list[str]:
         """Every result of the study, or those of seed 0."""
-        cells = [(model, dataset) for model in self.models for dataset in self.datasets]
+        cells = list(itertools.product(self.models, self.datasets))
         last = 1 if first_seed else max(self.num_seeds(kind, *cell) for kind in KINDS for cell in cells)
-        found = [
-            f"{self.root}/seed{seed}/{result}"
-            for seed in range(last)
-            for cell in cells
-            for result in self.results_of(*cell, seed)
-        ]
+        found = [f"{self.root}/seed{seed}/{result}" for seed in range(last) for cell in cells
+                 for result in self.results_of(*cell, seed)]  # fmt: skip
         return found + [
             f"{self.root}/seed0/alignment/{folder_name(at['model'])}/{folder_name(at['dataset'])}.layer{at['layer']}.json"
             for at in self.config.get("alignment", [])
         ]
 
-    # -------------------------------------------------------------- memory and time
-    def memory(self, rule: str, model: str) -> int:
-        """Megabytes of main memory of a cell at its first attempt: libraries, weights, and sums or gradients.
-
-        A pass of cache.py keeps 32 bytes for each entry of a d x d matrix of each layer (M, C0 and C1 in float64, their
-        products in float32). Training keeps weights, activations and gradients in float32. Of SmolLM2 this asks 2.4 GB
-        for cache, 1.6 for K_sweep and linear_sklearn and 3.1 for lora; its largest peaks were 1.7, 1.0, 0.7 and 2.9 GB.
-        """
-        spec = self.config["models"][self.models[model]]
-        weights, width, layers = (float(spec.get(name, 0)) for name in ("parameters", "hidden_size", "num_layers"))
-        bytes_of_matrix = 8 * width**2
-        added = {
-            "cache": 4 * weights + (4 * (layers + 1) + 5) * bytes_of_matrix,
-            "alignment": 4 * weights + 12 * bytes_of_matrix,
-            "before_after": 4 * weights + (4 * (layers + 1) + 5) * bytes_of_matrix,
-            "lora": 12 * weights,
-            "full_finetuning": 24 * weights,
-            "from_scratch": 24 * weights,
-        }
-        return 1500 + round(added.get(rule, 4 * weights + 24 * bytes_of_matrix) / 1e6)
-
     def resources(self, rule: str) -> dict[str, Any]:
         """Resources of a rule as Snakemake takes them; each attempt after the first has more memory and time."""
         shared = {"K_sweep_after": "K_sweep", "linear_training_converged": "linear_training", "before_after": "cache"}
-        asked = {"runtime": 60} | self.config.get("resources", {}).get(shared.get(rule, rule), {})
-        runtime = asked.pop("runtime")
-        found: dict[str, Callable[..., int] | int | str] = {
-            "mem_mb": lambda wildcards, attempt: attempt * self.memory(rule, wildcards.model),
-            "runtime": lambda wildcards, attempt: attempt * runtime,
-        }
-        return found | asked
+        asked = {"mem_mb": 4000, "runtime": 60} | self.config.get("resources", {}).get(shared.get(rule, rule), {})
+        grown = ("mem_mb", "runtime")
+        return asked | {name: lambda wildcards, attempt, first=asked[name]: attempt * first for name in grown}
