@@ -170,12 +170,20 @@ def in_splits(**labels: list[Any]) -> Callable[[Path], Path]:
     return make
 
 
+def with_link(folder: Path) -> Path:
+    own = in_splits(train=[0, 1])(folder)
+    (own / "test").symlink_to(in_splits(test=[0, 1])(folder / "elsewhere"))
+    return own
+
+
 FAR = [1e7 + n / 4 for n in range(10)]
 # fmt: off
 OWN_ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "missing file": (lambda folder: folder / "none.csv", {}, r"no file or folder .*none\.csv"),
     "empty folder": (lambda folder: folder, {}, r"No data file in the folder"),
     "file of no split": (in_splits(train=[0, 1], more=[0, 1]), {}, r"more\.jsonl belongs to no split"),
+    "long name": (lambda _: Path("a" * 5000), {}, r"There is no dataset"),
+    "linked folder": (with_link, {}, r"test is a link to a folder"),
     "missing text column": (labelled(0, 1), {"text_column": "txet"}, r"no column 'txet'; columns: text, label"),
     "missing label column": (labelled(0, 1), {"label_column": "y"}, r"no column 'y'; columns: text, label.*--label"),
     "missing template column": (labelled(0, 1), {"text_template": "{text} {b}"}, r"no column 'b'.*--text_template"),

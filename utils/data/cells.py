@@ -175,6 +175,10 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
     groups = [" and ".join(map(repr, group)) for group in near.values() if len(group) > 1]
     if groups:
         warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
+    if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, filter(None, names))):
+        warn(
+            f"{source} has labels that are not written as numbers are: all are names of classes (or --task regression)"
+        )
     return names
 
 
