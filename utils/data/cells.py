@@ -32,7 +32,7 @@ PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.0|\.[0-9]*[1-9])?")  # no trailing zero
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING_ANY_CASE = {"nan", "+nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "nat"}
 MISSING_AS_WRITTEN = {"NA", "None"}
-KINDS = {dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def listed(items: Iterable[Any]) -> str:
