@@ -218,7 +218,7 @@ def raise_from(error: Exception, cause: Exception | None) -> None:
 HUB_CASES: dict[str, tuple[Exception, str]] = {  # tests/models/test_models.py has those of models
     "gated": (DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), r"gated.*hf auth login"),
     "revision": (DatasetNotFoundError("Revision 'v9' doesn't exist for 'x'."), r"no revision 'v9'.*--dataset_revision"),
-    "unknown": (DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub."), r"does not exist on.*Did you mean"),
+    "unknown": (DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub."), r"on the hub.*Did you mean"),
     "no data": (DataFilesNotFoundError("No (supported) data files found in x"), r"cannot be read\. No \(supp"),
     "configuration": (ValueError("BuilderConfig 'y' not found. Available: ['z']"), r":<config>.*\['z'\]"),
     "any other": (ZeroDivisionError("division"), r"ZeroDivisionError"),
