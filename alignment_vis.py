@@ -99,8 +99,7 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
 @torch.inference_mode()
 def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
     """States x of words at `config.layer`, (n, d) float64 on the device; and tokens per word. Raises UserError."""
-    device = pick_device(config.run.device)
-    model_config = load_config(config.model, config.run)
+    device, model_config = pick_device(config.run.device), load_config(config.model, config.run)
     tokens = tokenize(words, load_tokenizer(config.model, config.run, model_config), model_config)
     model = load_base_model(config.model, config.run, device)
     self_check(model, tokens, config.model.model_name)
