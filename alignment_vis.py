@@ -63,7 +63,7 @@ class Config:
     words: tuple[str, ...] | None = None  # category=a,b,c ...; the first two are told apart; None: words of the domain
     num_components: int = 2  # eigenvectors of each problem; the picture shows the first two
     center: bool = False  # subtract the means from the moments first; the paper does not
-    num_shuffles: int = 40  # of the word labels: what the separability is by chance
+    num_shuffles: int = 40  # of the word labels, for the separability by chance
     model: Model = Model()
     data: Data = Data()
     run: Run = Run()
@@ -145,7 +145,7 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
 def oriented_coordinates(vectors: Tensor, states: Tensor, labels: np.ndarray) -> np.ndarray:
     """Coordinates (n, k) of states (n, d) along vectors (d, k); labels (n,) decide the sign that an eigenvector lacks.
 
-    The first category is on average above the second; where their means agree to 1e-6, the mean of all is positive.
+    The first category is on average above the second; if their means agree to 1e-6, the mean of all is positive.
     """
     coordinates = states @ vectors
     first, second = (coordinates[torch.from_numpy(labels == category)].mean(0) for category in (0, 1))
@@ -157,7 +157,7 @@ def oriented_coordinates(vectors: Tensor, states: Tensor, labels: np.ndarray) ->
 
 # ------------------------------------------------------------------ run
 def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]]) -> dict[str, Any]:
-    """Words in both subspaces, and how far their categories are apart there."""
+    """Words in both subspaces, and how far their categories are apart in each."""
     words = [word for listed in categories.values() for word in listed]
     labels = np.repeat(np.arange(len(categories)), [len(listed) for listed in categories.values()])
     groups = {"first_two": labels < 2} | ({"all": labels >= 0} if len(categories) > 2 else {})

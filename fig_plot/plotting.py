@@ -63,7 +63,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     Args:
         data: a row per model and dataset, with columns model, dataset and those of x and y. Panels and dots follow the
             order of the rows.
-        x: column of the horizontal axis; named after LABELS if it stands there.
+        x: column of the horizontal axis; named after LABELS if they have it.
         y: column of the vertical axis.
         names: draw each dot as a number, and list the datasets beside the panels.
     """
@@ -163,7 +163,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
             panel.set(title=f"higher NTPS:\n{claim}", xlabel="Spearman", xlim=(-1.02, 1.25))
         axes[0].set_yticks([-height for height in range(len(labels))], [textwrap.fill(name, 36) for name in labels])
         axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="the same procedure in noise")
-        title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none where chosen"
+        title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none if chosen"
         figure.legend(loc="outside lower right", fontsize=7, title=title, title_fontsize=7)
     return figure
 
