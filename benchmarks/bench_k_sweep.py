@@ -20,7 +20,7 @@ import cache
 import K_sweep
 from benchmarks.harness import Bench, alternate, write_result
 from utils.algebra.features import feature_scores
-from utils.algebra.moments import PER_LAYER, LayerMoments
+from utils.algebra.moments import OF_LAYER, LayerMoments
 from utils.script import pick_device, run_script
 
 
@@ -35,16 +35,16 @@ class Config:
 
 
 def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
-    """Moments of 4 d random texts of five tokens; the states have an uneven spectrum and carry the label."""
+    """Moments of 4 d random texts of five tokens, whose states have an uneven spectrum and carry the label."""
     generator, n, length = torch.Generator().manual_seed(0), 4 * d, 5
     targets = torch.nn.functional.one_hot(torch.arange(n) % c, c).double()
     states = torch.randn(n, length, d, dtype=torch.float64, generator=generator) + 0.5
     states *= torch.logspace(0, -2, d, dtype=torch.float64)
     states[..., : c - 1] += targets[:, None, 1:]
-    sums = cache.LayerSums((d, c, 1), device)
-    sums.add(states, torch.full((n,), length), targets, [])
+    sums = cache.LayerSums((d, c, 1), device, "float64", "mean", on_host=False)
+    sums.add(states, torch.full((n,), length), targets, torch.zeros(n))
     found, targets = sums.averages(n, torch.tensor([n])), targets.to(device)
-    tensors: dict[str, Any] = {name: found[name] for name in PER_LAYER}
+    tensors: dict[str, Any] = {name: found[name] for name in OF_LAYER}
     tensors |= {"label_mean": targets.mean(0), "label_second_moment": targets.T @ targets / n}
     return LayerMoments(**tensors, num_samples=n, num_pairs=n * (length - 1))
 

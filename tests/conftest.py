@@ -15,7 +15,6 @@ if datasets_dir := os.environ.pop("NTPS_DATASETS_DIR", None):
 
 import json
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from utils.models.table import file_digest
 from utils.settings import with_values
@@ -99,16 +98,6 @@ def model_dirs(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture
-def model_twins(model_dirs, tmp_path) -> tuple[Path, Path]:
-    """Folders with a model, and with one of the same architecture and size but other weights, as a second training."""
-    model, retrained = (Path(shutil.copytree(model_dirs["qwen2"], tmp_path / name)) for name in ("model", "retrained"))
-    torch.manual_seed(1)
-    config = AutoConfig.from_pretrained(retrained)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(retrained)
-    return model, retrained
-
-
 def retrain(folder: Path) -> None:
     """Changes weights of the model in a folder; size and time of the file stay, as after a copy with its times."""
     path = next(folder.glob("*.safetensors"))
@@ -130,13 +119,10 @@ def rows_path(tmp_path_factory) -> Path:
 
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in their order."""
-    found: dict[str, Any] = {}
-    for key in sorted(tensors, key=lambda key: int(key.split(".")[1]) if key.startswith("layer.") else -1):
-        if key.startswith("layer."):
-            found.setdefault(key.split(".", 2)[2], []).append(tensors[key])
-        else:
-            found[key] = tensors[key]
-    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in found.items()}
+    found = {key: tensor for key, tensor in tensors.items() if not key.startswith("layer.")}
+    layers = sorted({int(key.split(".")[1]) for key in tensors.keys() - found.keys()})
+    names = {key.split(".", 2)[2] for key in tensors.keys() - found.keys()}
+    return found | {name: torch.stack([tensors[f"layer.{layer}.{name}"] for layer in layers]) for name in names}
 
 
 def load_moments(path: Path) -> dict[str, torch.Tensor]:

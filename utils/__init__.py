@@ -1,19 +1,6 @@
 """The plumbing of the scripts. Importing it first of all sets what libraries read once, when they are loaded."""
 
 import os
-import sys
-from types import TracebackType
-
-
-def quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Shows the error that ends the program: one line for Ctrl-C, which may come while libraries are loaded."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted; nothing half-written is left behind", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = quiet_interrupt
 
 # Settings decide, not the environment: accelerate would take bfloat16, compilation or accumulation of gradients from
 # these, torch and oneDNN a lower precision of float32 products.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from utils.script import CANNOT_WRITE, UserError
+from utils.script import NO_PLACE, UserError
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
         for cause in chain:
-            if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:  # not the hub's fault
+            if isinstance(cause, OSError) and cause.errno in NO_PLACE:  # not the hub's fault
                 raise cause from None
         said = " ".join([*(base.__name__ for cause in chain for base in type(cause).__mro__), ":", str(error)])
         _, fault, remedy = next(row for row in CAUSES if re.search(row[0], said, re.IGNORECASE | re.DOTALL))

@@ -185,10 +185,7 @@ class TensorFile:
 
     def __init__(self, path: Path, file: Any, checksums: dict[str, int]) -> None:
         self.path, self.file, self.checksums = path, file, checksums
-
-    def keys(self) -> list[str]:
-        """The keys of the tensors."""
-        return list(self.checksums)
+        self.keys = checksums.keys
 
     def get_tensor(self, key: str) -> Tensor:
         """One tensor, on the CPU; UserError where it is missing, or not what was written."""

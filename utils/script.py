@@ -26,8 +26,8 @@ from utils.settings import expand
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-NO_PLACE = (*CANNOT_WRITE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+NO_PLACE += (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 
 
 class UserError(Exception):
@@ -70,6 +70,9 @@ def run_script(
         finally:  # also after --help: a closed pipe or a full disk shows now; standard output may be closed
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
         sys.exit(141)  # the code that a shell gives for SIGPIPE
@@ -96,9 +99,8 @@ def message_of(error: Exception) -> str:
 def git_commit(folder: Path) -> str | None:
     """The commit of the repository in `folder`, `-dirty` behind it after changes; None without git or a repository."""
     git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # name another one
     try:
-        described = subprocess.run([*git, "--abbrev=12"], capture_output=True, text=True, check=False, env=plain)
+        described = subprocess.run([*git, "--abbrev=12"], capture_output=True, text=True, check=False)
     except OSError:
         return None
     return described.stdout.strip() or None

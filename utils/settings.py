@@ -12,13 +12,9 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, Literal, TypeVar
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Track = Literal["none", "tensorboard", "trackio", "wandb"]
 AnyConfig = TypeVar("AnyConfig")
 DATASETS_DIR = Path(os.environ["NTPS_DATASETS_DIR"]) if os.environ.get("NTPS_DATASETS_DIR") else None
 LOCAL_NAMES = ("model_name", "tokenizer_name", "adapter_dir", "dataset_name")  # each may be a path on this machine
@@ -158,7 +154,7 @@ class Run(Unrecorded):
     def __post_init__(self) -> None:
         check(self, "at least 1", "tokens_per_batch")
 
-    def batch_tokens(self, device: "torch.device") -> int:
+    def batch_tokens(self, device: Any) -> int:
         """Most padded tokens of a forward pass on `device`; on a CPU more are slower, as they leave its caches."""
         return self.tokens_per_batch or (1024 if device.type == "cpu" else 8192)
 
@@ -176,7 +172,7 @@ class Session(Unrecorded):
     """How a training run is kept and shown. Settings that cannot affect results; not stored or compared."""
 
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
-    track: Track = "none"  # also send the history to a tracker
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # also send the history to a tracker
 
 
 # ------------------------------------------------------------------ a Config as one flat dictionary

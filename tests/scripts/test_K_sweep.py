@@ -12,7 +12,7 @@ import torch
 
 import cache
 import K_sweep
-from tests.conftest import configure, make_texts, retrain, run_command, write_rows
+from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, write_rows
 from utils.algebra.moments import load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
@@ -224,15 +224,19 @@ def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     assert str(cache.config_path(parsed)) in str(raised.value)  # where K_sweep.py looked
 
 
-def test_impossible_settings_are_refused_before_a_pass_through_the_model(tmp_path):
-    for options in ({"fractions": (0.5, 1.5)}, {"fractions": ()}):
-        with pytest.raises(ValueError, match=r"--fractions must be in \(0, 1\]"):
-            configure(K_sweep, **options)
-    with pytest.raises(ValueError, match="--num_null_draws and --num_random_draws must be at least 2"):
-        configure(K_sweep, num_null_draws=1)
-    with pytest.raises(UserError, match="--device gpu9 cannot be used here"):
-        K_sweep.main(configure(K_sweep, device="gpu9", results_dir=tmp_path))
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fractions", "0.5", "1.5"], r"--fractions must be in (0, 1]"),
+        (["--num_null_draws", "1"], "--num_null_draws and --num_random_draws must be at least 2"),
+        (["--device", "gpu9"], "--device gpu9 cannot be used here"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+    code, printed = run_in_process(monkeypatch, "K_sweep.py", *options, "--results_dir", tmp_path), capsys.readouterr()
+    assert code == 2 or code.startswith("error: ")
+    assert message in " ".join(f"{code} {printed.err} {printed.out}".replace("│", " ").split())
+    assert not any(tmp_path.iterdir())  # before a pass through the model
 
 
 def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path):

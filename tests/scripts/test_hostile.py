@@ -24,20 +24,8 @@ from utils.settings import Data, Run
 # ------------------------------------------------------------------ datasets
 PLAIN_TEXTS = ["a red house", "the river", "stone", "music of a small engine"]
 ODD_TEXTS = [
-    *(
-        "",
-        "  \t\n ",
-        "a",
-        "x" * 100_000,
-        "\u200b",
-        "\ufeffa",
-        "\x00",
-        "a\x1b[31m\x07\x7f",
-        "a\u2028b\u0085c",
-        "\ud800",
-        '"',
-    ),
-    *(None, 7, 0.5, math.nan, True, [], {"text": "a"}),
+    *("", "  \t\n ", "a", "x" * 100_000, "\u200b", "\ufeffa", "\x00", "a\x1b[31m\x07\x7f"),
+    *("a\u2028b\u0085c", "\ud800", '"', None, 7, 0.5, math.nan, True, [], {"text": "a"}),
 ]
 PLAIN_LABELS = ["yes", "no", "perhaps"]
 ODD_LABELS = [

@@ -1,6 +1,7 @@
 """A run of cache.py that is killed, whenever, goes on and gives the result of an uninterrupted one bit for bit."""
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -55,22 +56,32 @@ def whole(model_dirs, rows_path, tmp_path_factory):
     return results(folder)
 
 
-def killing(config, size: int = 1, after: int = 2) -> None:
-    """Runs cache.py in processes that are killed after so many blocks; all have written their sums by then."""
+@pytest.fixture
+def config(model_dirs, rows_path, tmp_path):
+    """The settings of the same result in a folder of its own."""
+    return settings(model_dirs, rows_path, tmp_path)
+
+
+def end_after(config, number: int, owner, name: str, num_calls: int) -> list[int | None]:
+    """Runs cache.py in a process that sends itself a signal after so many calls of a function; gives its exit code."""
 
     def run(rank: int) -> None:
-        save, num_blocks = utils.algebra.partial.PartialPass.save, []
+        call, calls = getattr(owner, name), itertools.count(1)
 
         def counted(*arguments):
-            save(*arguments)
-            num_blocks.append(1)
-            if len(num_blocks) == after:
-                os.kill(os.getpid(), signal.SIGKILL)
+            call(*arguments)
+            if next(calls) == num_calls:
+                os.kill(os.getpid(), number)
 
-        utils.algebra.partial.PartialPass.save = counted
+        setattr(owner, name, counted)
         cache.main(config)
 
-    assert -signal.SIGKILL in exit_codes(start(run, size))
+    return exit_codes(start(run))
+
+
+def kill_after(config, num_blocks: int) -> None:
+    """Kills cache.py as soon as it has written its sums of so many blocks."""
+    assert end_after(config, signal.SIGKILL, utils.algebra.partial.PartialPass, "save", num_blocks) == [-signal.SIGKILL]
 
 
 @pytest.mark.slow
@@ -97,10 +108,9 @@ def test_a_run_killed_at_random_gives_the_uninterrupted_result(model_dirs, rows_
         assert results(folder) == results(tmp_path / "whole")
 
 
-def test_a_run_killed_between_blocks_goes_on(model_dirs, rows_path, tmp_path, whole, capsys):
-    config = settings(model_dirs, rows_path, tmp_path)
-    for after in (2, 1):
-        killing(config, after=after)
+def test_a_run_killed_between_blocks_goes_on(config, tmp_path, whole, capsys):
+    for num_blocks in (2, 1):
+        kill_after(config, num_blocks)
     [partial] = partials(tmp_path)
     assert partial.name == "train.partial-1-of-1.safetensors"
     num_batches = read_identity(partial)["num_batches"]
@@ -109,9 +119,7 @@ def test_a_run_killed_between_blocks_goes_on(model_dirs, rows_path, tmp_path, wh
     assert results(tmp_path) == whole
 
 
-def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, whole):
-    config = settings(model_dirs, rows_path, tmp_path)
-
+def test_a_run_killed_while_it_writes_goes_on(config, tmp_path, whole):
     def run(rank: int) -> None:
         save_file, seen = utils.results.save_file, []
 
@@ -133,22 +141,9 @@ def test_a_run_killed_while_it_writes_goes_on(model_dirs, rows_path, tmp_path, w
     assert results(tmp_path) == whole
 
 
-def test_sigterm_keeps_a_state_and_ends_with_143(model_dirs, rows_path, tmp_path, whole, capsys):
-    config = settings(model_dirs, rows_path, tmp_path, minutes_per_state=60.0)
-
-    def run(rank: int) -> None:
-        visit, seen = cache.visit_hidden_states, []
-
-        def terminated(*arguments):
-            visit(*arguments)
-            seen.append(0)
-            if len(seen) == 7:  # two by the self-check
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        cache.visit_hidden_states = terminated
-        cache.main(config)
-
-    assert exit_codes(start(run)) == [143]
+def test_sigterm_keeps_a_state_and_ends_with_143(config, tmp_path, whole, capsys):
+    config = with_values(config, minutes_per_state=60.0)
+    assert end_after(config, signal.SIGTERM, cache, "visit_hidden_states", 7) == [143]  # two calls by the self-check
     assert len(partials(tmp_path)) == 1
     cache.main(config)
     assert "batches are done" in capsys.readouterr().out
@@ -156,9 +151,7 @@ def test_sigterm_keeps_a_state_and_ends_with_143(model_dirs, rows_path, tmp_path
 
 
 @pytest.mark.parametrize("moment", ["moments", "pooled states"])
-def test_a_run_killed_between_its_two_results_goes_on(model_dirs, rows_path, tmp_path, whole, capsys, moment):
-    config = settings(model_dirs, rows_path, tmp_path)
-
+def test_a_run_killed_between_its_two_results_goes_on(config, tmp_path, whole, capsys, moment):
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -179,16 +172,14 @@ def test_a_run_killed_between_its_two_results_goes_on(model_dirs, rows_path, tmp
 
 # ------------------------------------------------------------------ partial results that cannot be used
 @pytest.fixture
-def interrupted(model_dirs, rows_path, tmp_path):
-    """The config of a run that was killed after some blocks, and its sums."""
-    config = settings(model_dirs, rows_path, tmp_path / "results")
-    killing(config)
-    [partial] = partials(tmp_path)
-    return config, partial
+def partial(config, tmp_path):
+    """The sums of a run that was killed after some blocks."""
+    kill_after(config, 2)
+    [path] = partials(tmp_path)
+    return path
 
 
-def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(interrupted, whole):
-    config, partial = interrupted
+def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(config, partial, tmp_path, whole):
     name = f"train.partial-2-of-2.safetensors.{2**22 + 1}"  # no process has this number
     left, elsewhere = (partial.with_name(f"{name}@{end}.tmp") for end in (utils.results.MACHINE, "elsewhere"))
     left.mkdir()
@@ -196,12 +187,11 @@ def test_what_killed_runs_of_other_numbers_of_processes_left_is_removed(interrup
     cache.main(config)
     elsewhere.rmdir()  # its process may live: it is kept
     assert not left.exists()
-    assert results(config.run.results_dir) == whole
+    assert results(tmp_path) == whole
 
 
 @pytest.mark.parametrize("damage", ["truncated", "number"])
-def test_damaged_sums_are_refused_with_the_command_that_fixes_it(interrupted, whole, damage):
-    config, partial = interrupted
+def test_damaged_sums_are_refused_with_the_command_that_fixes_it(config, partial, tmp_path, whole, damage):
     if damage == "number":
         tensors, metadata = load_file(partial), safe_open(partial, framework="pt").metadata()
         tensors["layer.1.prefix_second_moment"].view(-1)[-1] += 1
@@ -211,11 +201,10 @@ def test_damaged_sums_are_refused_with_the_command_that_fixes_it(interrupted, wh
     with pytest.raises(UserError, match=f"{partial.name}.*--overwrite"):
         cache.main(config)
     cache.main(with_values(config, overwrite=True))
-    assert results(config.run.results_dir) == whole
+    assert results(tmp_path) == whole
 
 
-def test_sums_of_other_settings_are_refused_and_named(interrupted):
-    config, partial = interrupted
+def test_sums_of_other_settings_are_refused_and_named(config, partial):
     with pytest.raises(
         UserError, match=rf"{partial.name} was made with other settings \(pooling: 'mean' there, 'last'"
     ):
@@ -224,23 +213,23 @@ def test_sums_of_other_settings_are_refused_and_named(interrupted):
 
 
 @pytest.mark.parametrize("change", ["tokens_per_batch", "pooled"])
-def test_sums_that_cannot_be_continued_are_left(interrupted, model_dirs, rows_path, tmp_path, capsys, change):
+def test_sums_that_cannot_be_continued_are_left(config, partial, tmp_path, capsys, change):
     """Batches of another size, or pooled states that are gone: the pass starts anew."""
-    config, partial = interrupted
     other = with_values(config, tokens_per_batch=64) if change == "tokens_per_batch" else config
     if change == "pooled":
         partial.with_name("train.pooled.partial.npy").unlink()
     cache.main(other)
     printed = capsys.readouterr().out
     assert "starting anew" in printed and change in printed
+    found = results(tmp_path)
     cache.main(with_values(other, results_dir=tmp_path / "whole"))
-    assert results(config.run.results_dir) == results(tmp_path / "whole")
+    assert found == results(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------ a full disk
 @pytest.mark.parametrize("word", ["train.safetensors", "pooled", ".partial-"])
 def test_without_space_both_old_results_stay_and_nothing_is_done_twice(
-    model_dirs, rows_path, tmp_path, monkeypatch, capsys, whole, word
+    config, tmp_path, monkeypatch, capsys, whole, word
 ):
     def write_unless_full(write, name_of):
         def writing(*arguments):
@@ -250,10 +239,8 @@ def test_without_space_both_old_results_stay_and_nothing_is_done_twice(
 
         return writing
 
-    config = settings(model_dirs, rows_path, tmp_path, pooling="last")
-    cache.main(config)
-    before = results(tmp_path)
-    again = with_values(config, pooling="mean", overwrite=True)
+    cache.main(with_values(config, pooling="last"))
+    before, again = results(tmp_path), with_values(config, overwrite=True)
     with monkeypatch.context() as patch:
         reserve = write_unless_full(os.posix_fallocate, lambda arguments: os.readlink(f"/proc/self/fd/{arguments[0]}"))
         patch.setattr(os, "posix_fallocate", reserve)

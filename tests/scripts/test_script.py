@@ -21,6 +21,8 @@ from tests.processes import exit_codes, start
 from utils.results import write_atomically
 from utils.script import environment, git_commit, run_script
 
+INTERRUPTED = "interrupted; nothing half-written is left behind\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -48,28 +50,22 @@ def test_a_file_that_cannot_be_written_is_named(code, monkeypatch):
         run(monkeypatch, lambda config: os.close(-1))
 
 
-def test_a_terminated_program_leaves_no_temporary_file(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_ended_program_leaves_no_temporary_file(number, code, tmp_path):
     def main(config: Config) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's `&`
         with write_atomically(config.path) as temporary:
             temporary.write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(30)
 
     def whole(rank: int) -> None:
         sys.argv = ["script.py", "--path", str(tmp_path / "result.bin")]
         run_script(main, Config, None)
 
-    assert exit_codes(start(whole, output=tmp_path / "said", whole=True)) == [143]
-    assert [path.name for path in tmp_path.iterdir()] == ["said"] and not (tmp_path / "said").read_text()
-
-
-def test_ctrl_c_is_one_line_also_while_libraries_load(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
-    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also behind `&`
-    command = [sys.executable, "-c", f"{hears}; import sys, utils; sys.path.insert(0, {str(tmp_path)!r}); import torch"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode in (130, -signal.SIGINT)
-    assert result.stderr == "interrupted; nothing half-written is left behind\n"
+    assert exit_codes(start(whole, output=tmp_path / "said", whole=True)) == [code]
+    assert [path.name for path in tmp_path.iterdir()] == ["said"]
+    assert (tmp_path / "said").read_text() == ("" if code == 143 else INTERRUPTED)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
@@ -133,7 +129,6 @@ for script in {scripts}:
 @pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
                                   "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"])  # fmt: skip
 def test_settings_and_not_the_environment_decide_the_precision(name, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv(name, "bf16")
     runpy.run_path(str(ROOT / "utils" / "__init__.py"))  # before any library is loaded
     assert name not in os.environ
