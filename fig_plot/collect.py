@@ -174,9 +174,9 @@ def check_cells(rows: Iterable[Row]) -> None:
                 raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
-def read_all(results_dir: Path) -> tuple[dict[str, list[tuple[Path, Row]]], list[Row], list[str]]:
-    """The rows of each table, each with its file; environment of each result; and what was skipped, in words."""
-    tables: dict[str, list[tuple[Path, Row]]] = {name: [] for name in REQUIRED}
+def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
+    """The rows of each table, with `path`, their file; environment of each result; and what was skipped, in words."""
+    tables: dict[str, list[Row]] = {name: [] for name in REQUIRED}
     environments, skipped, model_names = [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
         if not path.is_file():
@@ -194,28 +194,25 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[tuple[Path, Row]]], list
         else:
             environments.append(result["environment"])
             for table, added in rows.items():
-                tables[table].extend((path, row) for row in added)
+                tables[table] += [{**row, "path": path} for row in added]
                 model_names |= {row["model"]: provenance["model"] for row in added if "model" in row}
     known = sorted(names for names in model_names.items() if not names[0].endswith(ADAPTED))
-    tables["models"] = [(results_dir, model_row(*names)) for names in known]
+    tables["models"] = [{**model_row(*names), "path": results_dir} for names in known]
     return tables, environments, skipped
 
 
-def to_table(name: str, rows: list[tuple[Path, Row]]) -> pd.DataFrame:
-    """The rows in the order of their keys, each once.
+def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
+    """The rows of `read_all` in the order of their keys, each once.
 
     Baselines of a dataset are in the result of every model; where machines round one differently the first stands.
 
     Raises:
         UserError: two rows of the same keys differ.
     """
-    table = pd.DataFrame([row for _, row in rows])
-    table["path"] = [str(path) for path, _ in rows]
+    table = pd.DataFrame(rows)
     keys = [key for key in ROW_KEYS if key in table]
-    compared = [column for column in table if column != "path"]
-    if name == "datasets":
-        compared = [column for column in compared if column in keys or column.startswith("num_")]
-    table = table.drop_duplicates(compared)
+    compared = [column for column in table if column in keys or column.startswith("num_") or name != "datasets"]
+    table = table.drop_duplicates([column for column in compared if column != "path"])
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         first = twice.iloc[0]

@@ -163,11 +163,9 @@ def tasks(data_dir: Path) -> Table:
     """Every task of a study: test accuracy of each way of training, and the scores; means over seeds."""
     cells = trained_models(load_cells(data_dir)).sort_values("probe_accuracy", ascending=False)
     cells["classes"] = cells["num_classes"].map("{:.0f}".format, na_action="ignore").fillna("target")
-    headers = {"majority_accuracy": "majority", "probe_accuracy": "probe", "lora_accuracy": "LoRA", "ntps": "`ntps`"}
     names = ("majority_accuracy", "bag_of_words_accuracy", "probe_accuracy", "best_layer_accuracy", "lora_accuracy",
              "full_accuracy", "ntps", "retained", "retained_random", "retained_pca")  # fmt: skip
-    headers["full_accuracy"] = "full fine-tuning"
-    numbers = {headers.get(name, LABELS[name]): f"{{{name}:.3f}}" for name in known(cells, names)}
+    numbers = {LABELS[name]: f"{{{name}:.3f}}" for name in known(cells, names)}
     return Table(cells, {"dataset": "`{dataset}`", "classes": "{classes}", **numbers})
 
 

@@ -17,7 +17,6 @@ from fig_plot.findings.correlations import (
     draw_tasks,
     drawn_auc,
     mean_cell,
-    mean_correlation,
     mean_partial_spearman,
     mean_spearman,
     rank,
@@ -153,20 +152,6 @@ def test_bootstrap_covers_the_truth():
         _, low, high = bootstrap_interval(mean_spearman, x, y, draws=Draws(200, seed=trial))
         covered.append(low < truth < high)
     assert 0.88 < np.mean(covered) < 0.99
-
-
-def test_models_that_agree_do_not_narrow_the_interval():
-    x, y = np.random.default_rng(9).normal(size=(2, 1, 12)).cumsum(0)
-    alone, copied = (
-        bootstrap_interval(mean_spearman, np.repeat(x, n, 0), np.repeat(y, n, 0), draws=Draws()) for n in (1, 8)
-    )
-    assert copied == pytest.approx(alone, abs=1e-12)
-
-
-def test_mean_leaves_undefined_models_out():
-    x = [[1, 2, 3, 4], [1, np.nan, np.nan, 2], [1, 2, 4, 3]]
-    y = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
-    assert mean_correlation(x, y) == pytest.approx((1 + 0.8) / 2)
 
 
 # ------------------------------------------------------------------ choosing a configuration

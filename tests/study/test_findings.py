@@ -15,10 +15,8 @@ from fig_plot.findings.questions import (
     after_lora_rows,
     decision_rows,
     layer_choice_rows,
-    mean_of_others,
     random_weights_rows,
     seed_rows,
-    shared_task_rows,
 )
 from tests.conftest import run_command, run_in_process
 from utils.script import UserError
@@ -238,27 +236,6 @@ def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
     assert classes["task03"].isna().all() and (classes["task04"] == 2).all()
 
 
-def test_shared_tasks_tell_what_is_of_the_task_from_what_is_of_the_model():
-    random, tasks = np.random.default_rng(0), [f"task{i}" for i in range(12)]
-    ease = dict(zip([*tasks, "elsewhere"], random.uniform(size=13), strict=True))
-
-    def of_model(model: str, names: list[str]) -> list[dict]:
-        return [{"model": model, "dataset": task, "probe_accuracy": ease[task] ** 2, "probe_mse": np.nan,
-                 "ntps": random.uniform()} for task in names]  # fmt: skip
-
-    cells = pd.DataFrame(of_model("real", [*tasks[2:], "elsewhere"]))
-    others = pd.DataFrame(of_model("one", tasks) + of_model("two", tasks) + of_model("real", tasks))
-    rows = {row["name"]: row for row in shared_task_rows(cells, others, Draws(50, 0))}
-    assert set(rows) == {"probe_accuracy", "ntps"}
-    assert [rows["probe_accuracy"][name] for name in ("value", "between_others")] == pytest.approx([1, 1])
-    table = pd.concat([cells, others[others.model != "real"]]).pivot(index="dataset", columns="model", values="ntps")
-    expected = table.loc[tasks[2:]].corr("spearman")
-    assert rows["ntps"]["value"] == pytest.approx(expected.loc["real", ["one", "two"]].mean())
-    assert rows["ntps"]["between_others"] == pytest.approx(expected.loc["one", "two"])
-    assert (rows["ntps"]["tasks"], rows["ntps"]["pairs"]) == (10, 2)
-    assert not list(shared_task_rows(cells.assign(dataset="another"), others, Draws(50, 0)))
-
-
 def test_auc_of_a_gain_compares_tasks_within_a_model():
     """Within each model a higher score goes with a smaller gain; the model with higher scores gains more."""
     random = np.random.default_rng(0)
@@ -306,13 +283,6 @@ def test_the_papers_own_datasets_are_judged_alone_too(tmp_path, monkeypatch):
     assert made["like_for_like"].query("measure == 'lora_gain' and model == 'mean'").tasks.eq(14).all()
     assert chosen.low[list(STEPS[:2])].isna().all() and chosen.low.notna()[STEPS[2]]
     assert 0 < chosen.p[STEPS[0]] <= 1
-
-
-def test_mean_of_others_leaves_the_model_itself_out():
-    table = pd.DataFrame([[1.0, 2.0], [3.0, np.nan], [5.0, 8.0]], columns=["a", "b"])
-    assert mean_of_others(table).a.tolist() == [4.0, 3.0, 2.0]
-    assert mean_of_others(table).b.tolist() == [8.0, 5.0, 2.0]
-    assert mean_of_others(table[:1]).isna().all(axis=None)
 
 
 def test_missing_tables_name_the_command(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from fig_plot import import_published
 from fig_plot.findings import __main__ as findings
 from fig_plot.findings import page
-from fig_plot.tables import find_studies, read_table, save_csv
+from fig_plot.tables import figure_name, find_studies, read_table, save_csv
 from tests.conftest import PUBLISHED, ROOT, needs_published
 
 pytestmark = pytest.mark.slow
@@ -63,6 +63,7 @@ def test_the_page_has_the_rows_of_a_new_study_beside_the_others(copied, monkeypa
     data = copied / "data"
     monkeypatch.setattr(page, "DATA_DIR", data)
     assert find_studies(data)[data / "second"] == "Second LLM"
+    assert figure_name("Fig3", data / "second", data) == "Fig3_second" and figure_name("Fig3", data, data) == "Fig3"
     tables = {}
     for name in page.TABLES:
         studies = "docstrings" if name in ("which_model", "coordinates") else "smollm2 second missing"

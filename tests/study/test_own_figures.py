@@ -1,6 +1,5 @@
 """Figures from one's own results: two models x three tasks by the scripts, collected and drawn into another folder."""
 
-import shutil
 import subprocess
 
 import nbformat
@@ -70,13 +69,3 @@ def test_names_in_figures_are_no_formulas_and_none_is_left_out(own_tables):
     figure.canvas.draw()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == sorted(set(cells["dataset"]))
     assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
-
-
-def test_a_study_below_has_its_title_and_a_figure_name_of_its_own(own_tables, tmp_path):
-    from fig_plot.tables import figure_name
-
-    shutil.copytree(own_tables, tmp_path / "mine")
-    (tmp_path / "mine" / "study.json").write_text('{"title": "My study"}')
-    assert find_studies(tmp_path) == {tmp_path / "mine": "My study"}
-    assert figure_name("Fig3_ntps", tmp_path / "mine", tmp_path) == "Fig3_ntps_mine"
-    assert figure_name("Fig3_ntps", tmp_path, tmp_path) == "Fig3_ntps"

@@ -19,11 +19,6 @@ CLAIMS = {
     "smaller error of the probe": ("probe_mse", "train_mse", "probe_mse"),
     "smaller gain of LoRA": ("lora_gain", "lora_gain_paper", "lora_gain"),
 }
-NAMES = {label: name for name, label in LABELS.items()} | {
-    "train accuracy": "train_accuracy",
-    "train MSE": "train_mse",
-    "LoRA gain, paper's probe": "lora_gain_paper",
-}
 TRIPLE = ["value", "low", "high"]
 LEADS = ["lead", "low", "high"]
 
@@ -87,7 +82,8 @@ def test_first_table_of_the_readme():
         of_models = sign * published().query(f"measure == '{published_as}'").spearman
         value, *ends = sign * here.loc[(measure, "ntps"), TRIPLE]
         name, shown = re.fullmatch(r"(.*?) ([+-]\d.*)", cells.pop()).groups()
-        baseline = here.loc[(measure, NAMES[name]), TRIPLE]
+        of_label = {label: score for score, label in LABELS.items()}
+        baseline = here.loc[(measure, of_label[name]), TRIPLE]
         size, *ends_of_size = baseline * (1 if baseline["value"] > 0 else -1)  # nothing is claimed of a baseline
         expected = [
             [of_models.mean(), of_models.min(), of_models.max()],
@@ -100,37 +96,6 @@ def test_first_table_of_the_readme():
             assert is_rounded(re.findall(NUMBER, cell), values), (claim, cell)
         rivals = ["num_classes", "bag_of_words_accuracy", *(["headroom"] if measure == "lora_gain" else [])]
         assert abs(baseline["value"]) == here.loc[measure].value[rivals].abs().max()
-
-
-# table of docs/findings.md, key columns there and in the CSV file, CSV columns behind the numbers of some columns
-CELLS = [
-    ("like_for_like_paper", {"measure": "measure", "step": "step"}, "model == 'mean'", {
-        "here": ["spearman", "low", "high"], "the same in noise": ["noise", "p"],
-        "here, number of classes held fixed": ["given_classes", "given_classes_low", "given_classes_high"]}),
-    ("after_lora", {"model": "model", "score": "score"}, "", {
-        "before": ["before"], "change": ["change", "low", "high"], "raised in": ["raised", "cells"],
-        "Spearman of the change with the gain": ["spearman_with_gain", "spearman_low", "spearman_high"]}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "keys", "query", "columns"), CELLS, ids=[case[0] for case in CELLS])
-def test_cells_of_a_table_of_the_findings(name, keys, query, columns):
-    table, checked = read("smollm2", name, query), 0
-    table = table.set_index([*keys.values()]).sort_index()
-    for shown in read_page_table(FINDINGS, name):
-        key = tuple(NAMES.get(shown[header], shown[header].strip("`")) for header in keys)
-        if key not in table.index and key[0] not in table.index:
-            continue  # of another model
-        row = table.loc[key if len(key) > 1 else key[0]]
-        for header, wanted in columns.items():
-            numbers = re.findall(r"[+-]?\d*\.\d+|\d+", shown[header])
-            if numbers:
-                expected = [row[column] for column in wanted if pd.notna(row[column])]
-                decimals = [len(text.partition(".")[2]) for text in numbers]
-                rounded = [round(value, places) for value, places in zip(expected, decimals, strict=True)]
-                assert [*map(float, numbers)] == pytest.approx(rounded, abs=1e-12), (key, header)
-            checked += len(numbers)
-    assert checked > 12
 
 
 # ------------------------------------------------------------------ numbers in the words around the tables

@@ -230,11 +230,15 @@ def test_every_column_of_a_cell_is_of_its_own_row(tmp_path):
 # ------------------------------------------------------------------ the committed tables
 @pytest.mark.slow
 def test_committed_findings_are_those_of_the_committed_tables(tmp_path):
-    """`python -m fig_plot.findings` on a copy: no cell of any table moves, and the same files are written."""
+    """`python -m fig_plot.findings` on a copy: no cell of any table moves, and the same files are written.
+
+    All but the table of findings/first_choice.py, which has a test of its own.
+    """
     made = tmp_path / "data"
     shutil.copytree(tables.DATA_DIR, made, ignore=shutil.ignore_patterns("findings_*"))
     findings.main(findings.Config(tables_dir=made))
     names = sorted(path.relative_to(tables.DATA_DIR) for path in tables.DATA_DIR.rglob("findings_*"))
+    names = [name for name in names if name.name != "findings_first_choice.csv"]
     assert sorted(path.relative_to(made) for path in made.rglob("findings_*")) == names and len(names) == 40
     for name in names:
         found, committed = (pd.read_csv(folder / name) for folder in (made, tables.DATA_DIR))
