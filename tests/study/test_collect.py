@@ -298,16 +298,3 @@ def test_no_results_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=f"No results under {tmp_path / 'results'}; 1 skipped.*python cache.py"):
         collected(tmp_path / "results")
     assert not (tmp_path / "data").exists()
-
-
-def test_two_different_results_of_the_same_name_are_refused(results_dir, model_dirs):
-    path = results_dir / "seed0" / "ntps" / model_dirs["qwen2"].name / "rows.json"
-    again = results_dir / "again" / "ntps" / path.parent.name / path.name
-    again.parent.mkdir(parents=True)
-    shutil.copy(path, again)
-    collected(results_dir)  # a copy is no contradiction
-    result = json.loads(path.read_text())
-    result["score"]["ntps"]["value"] += 0.1
-    save_json(again, result)
-    with pytest.raises(UserError, match=f"two different results of model.*: {again} and {path}. Name one"):
-        collected(results_dir)

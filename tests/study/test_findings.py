@@ -12,7 +12,6 @@ from fig_plot.findings import __main__ as findings
 from fig_plot.findings.correlations import Draws
 from fig_plot.findings.procedure import STEPS, twin_rows
 from fig_plot.findings.questions import (
-    after_lora_rows,
     decision_rows,
     layer_choice_rows,
     random_weights_rows,
@@ -145,25 +144,6 @@ def test_random_weights_are_compared_on_the_tasks_of_both():
     expected = spearmanr(trained.retained, of_twin.retained).statistic
     assert retained["spearman"] == pytest.approx(expected) and abs(expected) < 0.9
     assert retained["lead"] == pytest.approx(-0.2 * of_twin.retained.mean())
-
-
-def test_random_weights_have_their_own_rows_after_lora_and_no_part_in_the_mean():
-    random = np.random.default_rng(0)
-    models = ("tiny-random", "tiny", "small-one")
-    cells = pd.DataFrame([{"model": model, "dataset": task} for model in models for task in TASKS])
-    cells["lora_gain"] = random.uniform(size=len(cells))
-    rise = cells.model.map({"tiny-random": 9.0, "tiny": 0.1, "small-one": 0.3}) + random.uniform(size=len(cells)) / 100
-    after = cells[["model", "dataset"]].assign(ntps=0.5 + rise, ntps_before=0.5, seed=0)
-    rows = {row["model"]: row for row in after_lora_rows(after, cells, Draws(50, 0))}
-    assert set(rows) == {*models, "all"}
-    assert rows["tiny-random"]["change"] == pytest.approx(9.0, abs=0.01)
-    assert rows["all"]["change"] == pytest.approx(0.2, abs=0.01) and rows["all"]["cells"] == 2 * len(TASKS)
-    for model in models:
-        of_model = cells.model == model
-        expected = spearmanr(rise[of_model], cells.lora_gain[of_model]).statistic
-        assert rows[model]["spearman_with_gain"] == pytest.approx(expected)
-    one = after_lora_rows(after[after.model != "small-one"], cells, Draws(50, 0))
-    assert {row["model"] for row in one} == {"tiny-random", "tiny"}  # a mean over one model would be that model
 
 
 DAMAGES = {
