@@ -129,8 +129,6 @@ def test_an_unknown_family_needs_targets(settings, monkeypatch):
     known = r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
     with pytest.raises(UserError, match=known):
         make_run(lora_finetuning, configure(lora_finetuning, **settings))
-    run = make_run(lora_finetuning, configure(lora_finetuning, **settings, target_modules=("k_proj",)))
-    assert len(run.trained_parameters()) == 2 * 2 + 2
 
 
 # ------------------------------------------------------------------ command line

@@ -13,11 +13,10 @@ def compare(before: dict, after: dict, probe: dict, lora: dict, probe_defaults: 
     `before` and `after` are results of K_sweep.py, `probe` and `lora` are metrics. The settings of the probe that
     differ from `probe_defaults` are kept.
     """
-    scores: dict[str, Any] = {}
-    for score in SCORES:
-        first, second = before["score"][score], after["score"][score]
-        difference = None if None in (first["value"], second["value"]) else second["value"] - first["value"]
-        scores[score] = {"before": first, "after": second, "difference": difference}
+    scores: dict[str, Any] = {name: {"before": before["score"][name], "after": after["score"][name]} for name in SCORES}
+    for row in scores.values():
+        first, second = row["before"]["value"], row["after"]["value"]
+        row["difference"] = None if None in (first, second) else second - first
     name = "test_accuracy" if "test_accuracy" in lora["last"] else "test_r2"
     return {
         "config": lora["config"],

@@ -110,8 +110,7 @@ def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_pe
 
 
 # ------------------------------------------------------------------ run
-# a decoder (base model without lm_head, whose parameters that require a gradient are trained), and the function that
-# writes its trained part into the folder of the result
+# a base model without lm_head, and the function that writes its trained part into the folder of the result
 Trainable = tuple[Any, Callable[[Path], None]]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
     """Accuracy, balanced accuracy (mean recall of the classes present), macro-F1 and log-loss (natural logarithm).
 
-    Of classes 0..c-1, (n,), and probabilities (n, c), whose rows sum to 1 up to rounding.
+    `labels` (n,) are classes 0..c-1; the rows of `probabilities` (n, c) sum to 1 up to rounding.
     """
     from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 

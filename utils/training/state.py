@@ -29,11 +29,10 @@ def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch
     if not path.is_file():
         return None
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    with open_tensors(path) as (file, progress):
+    with open_tensors(path) as (file, progress), torch.no_grad():
         check_identity(progress, identity, path)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"weight.{name}"))
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
         for key in file.keys():  # noqa: SIM118, no dict
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
