@@ -234,39 +234,35 @@ def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, r
     if not math.isfinite(value):
         raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}), or --overwrite.")
     loss.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
 
 
-def train(
-    model: Any, documents: list[np.ndarray], held_out: list[np.ndarray], config: Config, state_path: Path
-) -> dict[str, Any]:
-    """Trains in place, from the saved state if one exists; returns step, seconds and losses. Raises UserError."""
+def train(model: Any, documents: list[np.ndarray], config: Config, state_path: Path) -> dict[str, Any]:
+    """Trains in place, from the saved state if one exists; returns step, seconds and loss. Raises UserError."""
     num_steps = config.max_steps or round((config.epochs or 0) * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
     optimizer = build_optimizer(model, config.weight_decay)
     parameters, identity = dict(model.named_parameters()), make_identity(config)
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None, "history": []}
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None}
     stored = load_state(state_path, parameters, optimizer, identity) or {}
     progress |= {name: value for name, value in stored.items() if name in progress}
     run_model = torch.compile(model) if config.output.compile else model
     started, saved = time.monotonic() - progress["seconds"], time.monotonic()
-    bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
     stream = batches(documents, config, progress["step"])
+    bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
     for step in range(progress["step"], num_steps):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
         loss = train_step(run_model, optimizer, next(stream).to(model.device), rate, config)
         smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
-        progress |= {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
+        progress = {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
         bar.update()
         bar.set_postfix_str(f"loss {smoothed:.3f}", refresh=False)
-        if (step + 1) % max(1, num_steps // 10) == 0:
-            progress["history"].append({"step": step + 1, "held_out_loss": evaluate(model, held_out, config)})
         if step + 1 == num_steps or time.monotonic() - saved > 60 * config.output.minutes_per_state:
             save_state(state_path, parameters, optimizer, identity, progress)
             saved = time.monotonic()
@@ -304,7 +300,6 @@ def main(config: Config) -> None:
     if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.output.overwrite)):
         print(f"already complete, --overwrite trains it again\n{folder}")
         return
-    device = pick_device(config.output.device)
     train_texts, held_out_texts = split_documents(pretraining_corpus()[: config.max_documents])
     if not held_out_texts:
         raise UserError(f"None of the {len(train_texts)} documents is held out. Raise --max_documents.")
@@ -314,8 +309,8 @@ def main(config: Config) -> None:
     print(f"{len(documents):,} documents of {num_tokens:,} tokens, {num_held_out_tokens:,} tokens held out")
 
     set_seed(config.seed)
-    model = build_model(SIZES[config.size], tokenizer).to(device)
-    progress = train(model, documents, held_out, config, state_path)
+    model = build_model(SIZES[config.size], tokenizer).to(pick_device(config.output.device))
+    progress = train(model, documents, config, state_path)
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
         parameter.data = parameter.data.bfloat16().float()
     tokens_seen = progress["num_steps"] * config.batch_size * config.window
