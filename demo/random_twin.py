@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from utils.hub import hub_errors
 from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
-from utils.results import check_writable, write_atomically
+from utils.results import write_atomically
 from utils.script import run_script, set_seed
 from utils.settings import Model, Run, check, path_name
 
@@ -55,7 +55,6 @@ def main(config: Config) -> None:
     if (folder / "config.json").is_file() and not config.overwrite:
         print(f"already there, --overwrite makes it again\n{folder}")
         return
-    check_writable(folder / "config.json")
     twin, tokenizer = make_twin(config.model_name, config.seed)
     with write_atomically(folder) as temporary:
         twin.save_pretrained(temporary)

@@ -103,7 +103,7 @@ def retrain(folder: Path) -> None:
     path = next(folder.glob("*.safetensors"))
     stat, tensors = path.stat(), load_file(path)
     name = next(name for name in sorted(tensors) if "embed" in name)
-    tensors[name][:, 0] += 1  # of every token, so that states change whatever the texts
+    tensors[name][:, 0] += 1  # of every token, so that the states of any text change
     save_file(tensors, path, metadata={"format": "pt"})
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     file_digest.cache_clear()  # a process of its own would read the file; this one remembers it by size and time
@@ -138,7 +138,7 @@ def load_pooled_states(folder: Path, split: str) -> dict[str, np.ndarray]:
 
 
 def configure(module: ModuleType, **values: Any) -> Any:
-    """The config of a script with settings by name, in whatever group they are."""
+    """The config of a script with settings by name, in any group."""
     return with_values(module.Config(), **values)
 
 

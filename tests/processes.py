@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def give_bars_own_lock() -> None:
-    """Forks share the lock of progress bars, and it stays locked where the one that holds it is killed."""
+    """Forks share the lock of progress bars, and it stays locked if its holder is killed."""
     kinds = [tqdm]
     for kind in kinds:
         kind.set_lock(threading.RLock())
@@ -47,9 +47,9 @@ def start(
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         if size > 1:
             os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # where it hangs, if it does
+        faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # of a process that hangs
         give_bars_own_lock()
-        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has trained alone
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent may have trained
         if output is not None:
             sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115, open as long as the process lives
         with contextlib.nullcontext() if whole else one_voice():

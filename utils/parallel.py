@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun or accelerate launch starts them; without either there is one.
+"""The processes of one run, as torchrun or accelerate launch starts them; without either it is one.
 
 Every process calls each function that exchanges something. A process that fails closes its connections, which ends the
 others at their next exchange: a mistake in one process ends all of them, with one sentence.

@@ -1,7 +1,7 @@
 """Files of results: written in one piece, checked when read, and reused, refused or made by their identity.
 
 A result has an identity: its settings, the fingerprint of its rows and the fingerprint of its model. The same identity
-is the same result on any machine; a result of another identity at the same path is refused, and what differs is named.
+is the same result on any machine; a result of another identity at the same path is refused, with the difference.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as a file name 
 
 
 def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "") -> Path:
-    """`<results_dir>/<kind>/<model>/<dataset><ending>`: a folder, or a file where `ending` is one of files."""
+    """`<results_dir>/<kind>/<model>/<dataset><ending>`: a folder, or with an ending a file."""
     return run.results_dir / kind / model.path_name / f"{data.path_name}{ending}"
 
 
@@ -57,7 +57,7 @@ def remedy(path: Path) -> str:
 
 # ------------------------------------------------------------------ atomic writing
 def remove_abandoned(path: Path) -> None:
-    """Removes the temporary folders of `path` whose process on this machine is dead, as after SIGKILL."""
+    """Removes the temporary folders of `path` by dead processes of this machine, as after SIGKILL."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*@{MACHINE}.tmp"):
         process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
@@ -113,7 +113,7 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
                 if rank() == 0:
                     stack.enter_context(filelock.FileLock(lock))
                     stack.callback(lock.unlink, missing_ok=True)
-            except OSError as error:  # a finished result can be read where nothing can be written
+            except OSError as error:  # a finished result can be read without it
                 if error.errno not in NO_PLACE:
                     raise
             yield
@@ -136,7 +136,7 @@ class Stored(dict):
 
 
 def parse_stored(path: Path, text: str | bytes) -> Stored:
-    """The JSON object that a file of results holds; UserError where the text is none."""
+    """The JSON object that a file of results holds; any other text is a UserError."""
     try:
         content = json.loads(text, object_hook=functools.partial(Stored, path=path))
     except (ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def on_its_own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous; a copy where it is a part of a larger one, which safetensors refuses."""
+    """The tensor on the CPU, contiguous; a part of a larger one, which safetensors refuses, is copied."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -188,19 +188,19 @@ class TensorFile:
         self.keys = checksums.keys
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU; UserError where it is missing, or not what was written."""
+        """One tensor, on the CPU; UserError if it is missing or damaged."""
         if key not in self.checksums:
             raise UserError(f"{self.path} has no {key}. {remedy(self.path)}")
         with contextlib.suppress(SafetensorError):
             tensor = self.file.get_tensor(key)
             if checksum(tensor) == self.checksums[key]:
                 return tensor
-        raise UserError(f"{self.path} is damaged ({key} is not what was written). {remedy(self.path)}")
+        raise UserError(f"{self.path} is damaged ({key} has changed). {remedy(self.path)}")
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
-    """Yields the open file and its metadata; UserError where it is damaged, foreign, or of another format version."""
+    """Yields the open file and its metadata; UserError if it is damaged, foreign, or of another format version."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file of results. Remove it.")
     with contextlib.ExitStack() as stack:
@@ -226,7 +226,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The settings asked for that are stored with another value, or not stored; empty if there is none."""
+    """The settings asked for that are stored with another value, or not stored; empty if all agree."""
     return "; ".join(
         f"{name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in asked.items()
@@ -235,7 +235,7 @@ def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 
 
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
-    """How a stored result was made otherwise than an identity says; empty where it was made like that.
+    """How a stored result was made otherwise than an identity says; empty if both agree.
 
     An identity is `config`, the settings as `result_settings` gives them, and further parts; one that `stored` lacks
     differs.
@@ -249,13 +249,13 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
 
 
 def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
-    """Raises UserError where the result stored at `path` has another identity; names the difference."""
+    """Raises UserError if the result stored at `path` has another identity; names the difference."""
     if how := difference(stored, identity):
         raise UserError(f"{path} was made {how}. Recompute it with --overwrite, or write elsewhere with --results_dir.")
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path`, of a file of tensors its metadata; None where it has to be made.
+    """The finished result at `path`, of a file of tensors its metadata; None if it has to be made.
 
     Raises:
         UserError: the result is damaged, or of another identity.

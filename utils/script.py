@@ -31,7 +31,7 @@ NO_PLACE += (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 
 
 class UserError(Exception):
-    """A mistake the user can fix; the message says what was sought, what was found, and what fixes it."""
+    """A mistake the user can fix; the message says what was expected and found, and names the remedy."""
 
 
 def warn(message: str) -> None:
@@ -124,7 +124,7 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named; `auto` takes the GPU if there is one, of many processes each its own."""
+    """The device named; `auto` takes a GPU if one exists, of many processes each its own."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,7 +1,7 @@
 """The settings that the scripts share: which model, which texts, how to run, how to keep a training run.
 
 A script's `Config` holds its own fields and these groups. On the command line the groups vanish (`--model_name`, not
-`--model.model_name`), and so they do in a stored result, whose settings are one flat dictionary.
+`--model.model_name`), and so they do in a stored result: its settings are one flat dictionary.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ RULES: dict[str, Callable[[float], bool]] = {  # nan keeps none of them
 
 
 def check(group: Any, rule: str, *names: str) -> None:
-    """Raises ValueError where one of these settings breaks a rule of `RULES`; None breaks none."""
+    """Raises ValueError if one of these settings breaks a rule of `RULES`; None breaks none."""
     for name in names:
         value = getattr(group, name)
         if value is not None and not RULES[rule](value):
@@ -106,7 +106,7 @@ class Model:
 
     @property
     def path_name(self) -> str:
-        """The model's folder under results: its name, with `+lora` behind it where an adapter is merged."""
+        """The model's folder under results: its name, with `+lora` behind it if an adapter is merged."""
         return path_name(self.model_name) + ("+lora" if self.adapter_dir else "")
 
 
@@ -121,7 +121,7 @@ class Data:
     text_template: str | None = None  # for your own data, such as "{question} {choices}"
     task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
     ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
-    divide_train: bool = False  # take the test rows from train, 30 % of it, as where a copy has no test split
+    divide_train: bool = False  # take the test rows from train, 30 % of it, as of a copy without a test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
     max_test_samples: int | None = None  # the same of the test split; None: as max_samples
     seed: int = 0  # of sampling, of splits made here, and of all that the script draws
@@ -141,12 +141,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Run(Unrecorded):
-    """Where and how to run. Settings that cannot affect results; not stored or compared."""
+    """Device, folders and speed. Settings that cannot affect results; not stored or compared."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
-    results_dir: Path = Path("results")  # where results are read and written
+    results_dir: Path = Path("results")  # folder of results, read and written
     datasets_dir: Path | None = DATASETS_DIR  # local copies of hub datasets; None: NTPS_DATASETS_DIR, else the hub
-    overwrite: bool = False  # make a result again where one is there
+    overwrite: bool = False  # make a result again that exists
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: 1,024 on a CPU, 8,192 on a GPU
     trust_remote_code: bool = False  # let a model repository run its own code
     debug: bool = False  # show the traceback behind an error
@@ -161,10 +161,10 @@ class Run(Unrecorded):
 
 @dataclass(frozen=True)
 class Placement(Unrecorded):
-    """Where a model and its sums are kept. Settings that cannot affect results; not stored or compared."""
+    """Devices of a model and of its sums. Settings that cannot affect results; not stored or compared."""
 
     device_map: Literal["none", "auto"] = "none"  # auto: layers on all GPUs, then in main memory, then on disk
-    accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # where the sums are; auto: on the device if they fit
+    accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # place of the sums; auto: the device if they fit
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def result_settings(config: Any) -> dict[str, Any]:
 
 
 def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
-    """The config with settings replaced by name, in whatever group they are: `with_values(config, dtype="float32")`."""
+    """The config with settings replaced by name, in any group: `with_values(config, dtype="float32")`."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         group = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""The README and the Makefile: what they name exists, and what they tell a user to type works."""
+"""The README and the Makefile: every file that they name exists, and every command works."""
 
 import dataclasses
 import importlib
@@ -66,7 +66,7 @@ def test_commands_of_the_readme_parse(command):
     [*(script.removesuffix(".py") for script in SCRIPTS), "demo.pretrain", "demo.real_llm", "demo.random_twin"],
 )
 def test_help_explains_every_field(module, capsys):
-    """Every setting has a flag, and the comment beside it is what the help says of it."""
+    """Every setting has a flag, and the help explains it by the comment beside it."""
     config_class = importlib.import_module(module).Config
     with pytest.raises(SystemExit):
         parse(config_class, ["--help"])
@@ -85,7 +85,7 @@ def test_help_explains_every_field(module, capsys):
 
 @pytest.mark.slow
 def test_make_demo_ends_with_the_readme_numbers(tmp_path, monkeypatch):
-    """The commands of `make demo`, and the table the README shows, where this machine has the same docstrings."""
+    """The commands of `make demo`, and the table the README shows, on a machine with the same docstrings."""
     commands = makefile_commands("demo")
     assert [command[0] for command in commands] == ["cache.py", "cache.py", "K_sweep.py"]
     for command in commands[:2]:

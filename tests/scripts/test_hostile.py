@@ -47,7 +47,7 @@ def odd_rows(random: Random) -> list[dict]:
 
 
 def found_or_refused(path: Path, **options) -> dict[str, LabelledTexts] | None:
-    """What is loaded; None where it is refused in one sentence."""
+    """The loaded texts; None if they are refused in one sentence."""
     try:
         return load_splits(Data(str(path), **options), Run(), "all")
     except UserError as error:
@@ -57,7 +57,7 @@ def found_or_refused(path: Path, **options) -> dict[str, LabelledTexts] | None:
 
 
 def check(found: LabelledTexts, given: list[dict]) -> None:
-    """Every loaded text has the label of a row with that text; no row is there twice, and no label is made up."""
+    """Every loaded text has the label of a row with that text; no row comes twice, and no label is made up."""
     assert len(found.texts) == len(found.labels) and all(found.texts)
     written = Counter(str(row["text"]["text"] if isinstance(row["text"], dict) else row["text"]) for row in given)
     assert not Counter(found.texts) - written
@@ -131,7 +131,7 @@ def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(model_d
 # ------------------------------------------------------------------ results
 @pytest.fixture(scope="module")
 def made(model_dirs, rows_path, tmp_path_factory) -> dict:
-    """Settings of moments and scores that are there."""
+    """Settings of finished moments and scores."""
     shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
     shared["results_dir"] = tmp_path_factory.mktemp("made")
     cache.main(configure(cache, **shared))

@@ -59,7 +59,7 @@ GRAPH = {module_name(path): imported_modules(ast.parse(path.read_text())) for pa
 
 
 def test_the_graph_sees_the_imports():
-    """What the tests below rest on."""
+    """The tests below rest on it."""
     assert {"utils.models.load", "utils.algebra.moments", "utils.settings"} <= GRAPH["cache"]
     assert "cache" in GRAPH["K_sweep"] and "utils.data.docstrings" in GRAPH["utils.data.files"]  # in a function
     assert {room(module) for module in GRAPH} == set(ALLOWED)

@@ -1,4 +1,4 @@
-"""utils/script.py: how every script starts and ends, whatever ends it, and what it records of its surroundings."""
+"""utils/script.py: how every script starts and ends, and how it records its surroundings."""
 
 import dataclasses
 import errno
@@ -26,7 +26,7 @@ INTERRUPTED = "interrupted; nothing half-written is left behind\n"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a script that does what a test wants."""
+    """Settings of a made-up script."""
 
     path: Path = Path("x")
 
@@ -46,7 +46,7 @@ def test_a_file_that_cannot_be_written_is_named(code, monkeypatch):
 
     said = f"error: cannot write there/a.json: {os.strerror(code)}. Free space or set --results_dir."
     assert run(monkeypatch, main, "--path", "there/a.json") == said
-    with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program shows where it is
+    with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program shows its traceback
         run(monkeypatch, lambda config: os.close(-1))
 
 

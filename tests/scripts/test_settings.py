@@ -11,11 +11,7 @@ import torch
 
 import alignment_vis
 import cache
-import from_scratch
 import K_sweep
-import linear_sklearn
-import linear_training
-import lora_finetuning
 import prescreen
 from demo import pretrain, random_twin
 from fig_plot.findings import __main__ as findings
@@ -23,11 +19,9 @@ from tests.conftest import configure, run_in_process
 from utils.script import parse, set_seed
 from utils.settings import Data, Model, all_settings, command_line, expand, path_name, result_settings, with_values
 
-SCRIPTS = (cache, K_sweep, alignment_vis, linear_sklearn, linear_training, lora_finetuning, from_scratch)
-
 
 def test_the_command_of_a_config_gives_that_config():
-    """Also where values hold spaces, quotes and braces: what the command says is what a shell would pass."""
+    """Also if values hold spaces, quotes and braces: a shell passes the command's words."""
     values = {"model_name": 'it\'s {a} "model"', "adapter_dir": Path("my results/adapter"), "seed": 2**32 - 1}
     values |= {
         "text_template": "{a}\n$HOME `b` \u00e4",
@@ -46,18 +40,6 @@ def test_a_command_names_only_what_differs_and_what_is_asked_for():
     assert command_line("cache.py", config) == "python cache.py --model_name me/mine --max_samples 5 --overwrite"
     assert command_line("cache.py", config, {"max_samples"}) == "python cache.py --max_samples 5"
     assert command_line("-m demo.pretrain", configure(cache)) == "python -m demo.pretrain"
-
-
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_no_two_settings_of_a_script_have_one_name(module):
-    """The groups leave no trace in the flags, so that their names must differ."""
-
-    def names(config):
-        for name, value in vars(config).items():
-            yield from names(value) if hasattr(value, "__dataclass_fields__") else [name]
-
-    found = list(names(module.Config()))
-    assert len(found) == len(set(found)) and set(found) == set(all_settings(module.Config()))
 
 
 def test_a_result_stores_what_changes_it_and_nothing_else():
@@ -97,7 +79,7 @@ def test_impossible_values_are_refused(script, flags, words, monkeypatch, capsys
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 @pytest.mark.parametrize("module", [prescreen, pretrain, random_twin, findings], ids=lambda module: module.__name__)
 def test_a_seed_out_of_range_is_one_sentence(module, seed, capsys):
-    """Of the other scripts by test_contract.py."""
+    """The contract tests the other scripts."""
     with pytest.raises(SystemExit) as stopped:
         parse(module.Config, ["--seed", seed])
     said = " ".join(capsys.readouterr().err.split())
