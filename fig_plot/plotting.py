@@ -1,6 +1,7 @@
 """One pure function per kind of panel of the study's figures: tables in, matplotlib figure out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,12 +46,12 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, is_n
         axes.plot(ends, np.polyval(np.polyfit(rank_x, rank_y, 1), ends), color="tab:red", lw=1, ls="--", alpha=0.8)
     dots: dict[int, Artist] = {}
     for position, *at in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
-        number, style = position + 1, {"marker": "o", "s": 8}
+        number, style = int(position) + 1, dict[str, Any](marker="o", s=8)
         if is_numbered:
             # markers fill a square, so two digits side by side need a larger one
             with plt.rc_context({"text.parse_math": True}):
                 style = {"marker": MarkerStyle(f"${number}$"), "s": 28 if number < 10 else 60, "lw": 0.2}
-        dots[position] = axes.scatter(*at, color="black", zorder=2, **style)
+        dots[number - 1] = axes.scatter(*at, color="black", zorder=2, **style)
     limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     r = f"r = {spearmanr(rank_x, rank_y).statistic:.2f}" if is_defined else "r undefined"
@@ -81,8 +82,8 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
             panel.set_axis_off()
         dots: dict[int, Artist] = {}
         for panel, model in zip(axes.flat, models, strict=False):
-            columns = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
-            dots |= draw_rank_scatter(panel, *columns, short_name(model), names)
+            values_x, values_y = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
+            dots |= draw_rank_scatter(panel, values_x, values_y, short_name(model), names)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
         figure.supxlabel(f"{shown(x)} (rank, 1 = lowest)", fontsize=9)

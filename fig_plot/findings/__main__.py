@@ -106,9 +106,11 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
     probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
-    of_first = [table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)]
+    of_cells, of_layers, of_probes = (
+        table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)
+    )
     rows: dict[str, Iterable] = {
-        "like_for_like": procedure.like_for_like_rows(*of_first, draws),
+        "like_for_like": procedure.like_for_like_rows(of_cells, of_layers, of_probes, draws),
         "selection": procedure.selection_rows(cells, layers, draws),
         "sensitivity": procedure.sensitivity_rows(cells, layers),
         "correlations": questions.correlation_rows(cells, draws),
@@ -116,15 +118,16 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
         "partial": questions.partial_rows(cells, draws, (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES)),
         "controls": questions.control_rows(every, draws),
         "random_weights": questions.random_weights_rows(every, after, draws),
-        "twin": procedure.twin_rows(*of_first, draws),
+        "twin": procedure.twin_rows(of_cells, of_layers, of_probes, draws),
         "after_lora": questions.after_lora_rows(after, every, draws),
         "calibration": questions.calibration_rows(cells, draws),
         "decision": questions.decision_rows(cells, draws),
         "seeds": questions.seed_rows(seeds),
     }
-    of_paper = [table[table["dataset"].isin(PAPER_KEYS)] for table in of_first]
-    if 4 <= of_paper[0]["dataset"].nunique() < cells["dataset"].nunique():
-        rows["like_for_like_paper"] = procedure.like_for_like_rows(*of_paper, draws)
+    of_cells = of_cells[of_cells["dataset"].isin(PAPER_KEYS)]
+    if 4 <= of_cells["dataset"].nunique() < cells["dataset"].nunique():
+        of_layers, of_probes = (table[table["dataset"].isin(PAPER_KEYS)] for table in (of_layers, of_probes))
+        rows["like_for_like_paper"] = procedure.like_for_like_rows(of_cells, of_layers, of_probes, draws)
         columns = [name for name in (*CELL_KEYS, "ntps", *MEASURES, *questions.RIVALS) if name in cells]
         its_cells = cells.loc[cells["dataset"].isin(PAPER_KEYS), columns]
         rows["correlations_paper"] = questions.correlation_rows(its_cells, draws)
