@@ -38,7 +38,7 @@ class Bench:
     """Settings of every benchmark."""
 
     device: str = "cpu"  # cpu or cuda
-    results_dir: Path = Path("results")  # the result goes to benchmarks/ there
+    results_dir: Path = Path("results")  # the result goes to its folder benchmarks/
 
 
 # ------------------------------------------------------------------ random models and texts
@@ -95,7 +95,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[s
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """`measured` of a call in a process of its own, whose memory is that of this call and the libraries alone."""
+    """`measured` of a call in a process of its own, so that the memory is of this call and the libraries alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measured, function, *arguments).result()
 

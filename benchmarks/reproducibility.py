@@ -8,13 +8,12 @@
 A score is the mean over the fractions at the last layer. The moments are made again with each entry of `RECOMPUTED`,
 and `ntps` is computed in further ways from the same moments; `ntps_smallest` is `ntps` with --eigenvectors smallest.
 
-    drawn basis          one arbitrary basis of the tied space of U at a time, instead of the average over all of them
     released formula     of `ntps_smallest`: the released script's, with a cut at 1e-8 and the basis that `eigh` returns
     float32 formula      of `ntps_released`, that number: everything after the moments in float32 instead of float64
 
 Reads the datasets, the model and, for the spread over the datasets of a study, its `--scores`.
-Writes fig_plot/data/reproducibility.csv: dataset, score, variant, draw (of a drawn basis), value; and the comparison it
-prints, reproducibility_summary.csv.
+Writes fig_plot/data/reproducibility.csv: dataset, score, variant, value; and the comparison it prints,
+reproducibility_summary.csv.
 """
 
 import tempfile
@@ -30,7 +29,6 @@ from torch import Tensor
 
 import cache
 import K_sweep
-from utils.algebra.linalg import NestedBasis
 from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
 from utils.results import open_tensors, write_atomically
@@ -54,32 +52,15 @@ class Config:
     model_name: str = "tiny"  # as given to cache.py
     tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # datasets, likewise
     max_samples: int = 2000  # stratified sample of the training split
-    num_draws: int = 20  # bases of the tied space
     device: str = "cpu"  # of the forward passes
     scores: Path = Path("fig_plot/data/scores.csv")  # the study's scores, for the spread over datasets
     output: Path = Path("fig_plot/data/reproducibility.csv")  # the CSV file written
 
     def __post_init__(self) -> None:
-        check(self, "at least 1", "max_samples", "num_draws")
+        check(self, "at least 1", "max_samples")
 
 
-# ------------------------------------------------------------------ ntps in a basis that is not averaged over
-def drawn_basis_scores(moments: LayerMoments, config: K_sweep.Config, num_draws: int) -> Iterator[float]:
-    """The run's `ntps`, each time with the tied eigenvectors of U in another M-orthonormal basis, drawn at random."""
-    solved = K_sweep.perception(moments, center=False)
-    tied = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
-    order = [1] if config.eigenvectors == "smallest" else []  # dimensions to flip
-    v = K_sweep.next_token_subspace(moments, center=False).flip(order)
-    k_us, k_vs = (K_sweep.num_directions(config.fractions, vectors.shape[1]) for vectors in (solved.whitener, v))
-    basis, random = NestedBasis.of(v, k_vs), np.random.default_rng(0)
-    for _ in range(num_draws):
-        # the Q of a Gaussian matrix; its signs do not matter to a sum of squares
-        rotation = torch.from_numpy(np.linalg.qr(random.standard_normal((tied.shape[1],) * 2))[0])
-        u = torch.cat([solved.vectors, tied @ rotation], dim=1).flip(order)
-        inside, whole = basis.projected_norms(u), u.square().sum(0)
-        yield float(np.mean([float(inside[i, :k].sum() / whole[:k].sum()) for i, k in enumerate(k_us)]))
-
-
+# ------------------------------------------------------------------ the released formula
 def released_eigenvectors(factor: Tensor, denominator: Tensor) -> Tensor:
     """All solutions of F F' x = lambda C x by the released script, smallest lambda first: (d, rank)."""
     eigenvalues, vectors = torch.linalg.eigh(denominator)
@@ -116,9 +97,6 @@ def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
             found = K_sweep.sweep_layer(moments, None, sweep, 0).scores
             for name in SCORES if order == "largest" else ("ntps",):
                 yield score if name == "ntps" else name, variant, float(found[name].mean())
-            if variant == "baseline":
-                for value in drawn_basis_scores(moments, sweep, config.num_draws):
-                    yield score, "drawn basis", value
         released = released_score(moments, sweep.fractions, torch.float64)
         yield "ntps_released", variant, released
         if variant == "baseline":
@@ -136,14 +114,12 @@ def spread_over_tasks(config: Config) -> pd.Series:
 
 
 def compare(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """A row per score and variant: the largest difference over datasets and draws, beside the spread over tasks."""
+    """A row per score and variant: the largest difference over datasets, beside the spread over tasks."""
     is_baseline = rows["variant"] == "baseline"
     baseline = rows[is_baseline].set_index(["dataset", "score"])["value"].rename("baseline")
     rows = rows[~is_baseline].join(baseline, on=["dataset", "score"])
-    difference = (rows["value"] - rows["baseline"]).groupby([rows["score"], rows["variant"]], sort=False)
-    table = pd.DataFrame({"largest_difference": difference.agg(lambda d: d.abs().max()), "sd": difference.std()})
-    table = table.reset_index()
-    table.loc[table["variant"] != "drawn basis", "sd"] = np.nan  # of three numbers it says nothing
+    difference = (rows["value"] - rows["baseline"]).abs().rename("largest_difference")
+    table = difference.groupby([rows["score"], rows["variant"]], sort=False).max().reset_index()
     table["sd_over_tasks"] = table["score"].map(spread_over_tasks(config))
     return table.assign(share=table["largest_difference"] / table["sd_over_tasks"])
 
@@ -159,8 +135,6 @@ def main(config: Config) -> None:
     """Measures every dataset, writes the CSV files and prints the comparison."""
     rows = [(task, *row) for task in config.tasks for row in measure(task, config)]
     table = pd.DataFrame(rows, columns=["dataset", "score", "variant", "value"])
-    draw = table.groupby(["dataset", "score", "variant"]).cumcount().where(table["variant"] == "drawn basis")
-    table.insert(3, "draw", draw.astype("Int64"))
     compared = compare(table, config)
     print(compared.to_string(index=False, float_format="%.3g", na_rep=""))
     save(compared, config.output.with_name(f"{config.output.stem}_summary.csv"), 3)
