@@ -63,7 +63,7 @@ class Config:
     words: tuple[str, ...] | None = None  # category=a,b,c ...; the first two are told apart; None: words of the domain
     num_components: int = 2  # eigenvectors of each problem; the picture shows the first two
     center: bool = False  # subtract the means from the moments first; the paper does not
-    num_shuffles: int = 40  # of the word labels: what the separability is by chance
+    num_shuffles: int = 40  # of the word labels, for the separability by chance
     model: Model = Model()
     data: Data = Data()
     run: Run = Run()
@@ -99,8 +99,7 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
 @torch.inference_mode()
 def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
     """States x of words at `config.layer`, (n, d) float64 on the device; and tokens per word. Raises UserError."""
-    device = pick_device(config.run.device)
-    model_config = load_config(config.model, config.run)
+    device, model_config = pick_device(config.run.device), load_config(config.model, config.run)
     tokens = tokenize(words, load_tokenizer(config.model, config.run, model_config), model_config)
     model = load_base_model(config.model, config.run, device)
     self_check(model, tokens, config.model.model_name)
@@ -146,7 +145,7 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
 def oriented_coordinates(vectors: Tensor, states: Tensor, labels: np.ndarray) -> np.ndarray:
     """Coordinates (n, k) of states (n, d) along vectors (d, k); labels (n,) decide the sign that an eigenvector lacks.
 
-    The first category is on average above the second; where their means agree to 1e-6, the mean of all is positive.
+    The first category is on average above the second; if their means agree to 1e-6, the mean of all is positive.
     """
     coordinates = states @ vectors
     first, second = (coordinates[torch.from_numpy(labels == category)].mean(0) for category in (0, 1))
@@ -158,7 +157,7 @@ def oriented_coordinates(vectors: Tensor, states: Tensor, labels: np.ndarray) ->
 
 # ------------------------------------------------------------------ run
 def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]]) -> dict[str, Any]:
-    """Words in both subspaces, and how far their categories are apart there."""
+    """Words in both subspaces, and how far their categories are apart in each."""
     words = [word for listed in categories.values() for word in listed]
     labels = np.repeat(np.arange(len(categories)), [len(listed) for listed in categories.values()])
     groups = {"first_two": labels < 2} | ({"all": labels >= 0} if len(categories) > 2 else {})

@@ -132,7 +132,7 @@ def recommendation(result: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------ one model
 def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
-    """The settings of the moments of these rows: in results_dir if those there fit, else in its folder prescreen."""
+    """The settings of the moments of these rows: in results_dir if its moments fit, else in its folder prescreen."""
     shared = {name: getattr(config, name) for name in ("pooling", "num_folds", "data", "run")}
     wanted = with_values(cache.Config(model=model, **shared), folds="all")
     existing = with_values(wanted, overwrite=False)

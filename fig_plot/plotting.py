@@ -1,5 +1,6 @@
 """One pure function per kind of panel of the study's figures: tables in, matplotlib figure out."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,7 @@ from matplotlib.markers import MarkerStyle
 from scipy.stats import rankdata, spearmanr
 
 from fig_plot.tables import LABELS
-from utils.pictures import PLAIN_TEXT
-
-OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # behind a text
+from utils.pictures import PLAIN_TEXT, title_of
 
 
 def shown(name: str) -> str:
@@ -65,7 +64,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
     Args:
         data: a row per model and dataset, with columns model, dataset and those of x and y. Panels and dots follow the
             order of the rows.
-        x: column of the horizontal axis; named after LABELS if it stands there.
+        x: column of the horizontal axis; named after LABELS if they have it.
         y: column of the vertical axis.
         names: draw each dot as a number, and list the datasets beside the panels.
     """
@@ -83,7 +82,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
         dots: dict[int, Artist] = {}
         for panel, model in zip(axes.flat, models, strict=False):
             values_x, values_y = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
-            dots |= draw_rank_scatter(panel, values_x, values_y, short_name(model), names)
+            dots |= draw_rank_scatter(panel, values_x, values_y, title_of(model), names)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
         figure.supxlabel(f"{shown(x)} (rank, 1 = lowest)", fontsize=9)
@@ -107,7 +106,7 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         handles: dict[str, Artist] = {}
         for panel, name in zip(axes[0], names, strict=True):
             for model, rows in scores.groupby("model", sort=False):
-                handles[short_name(str(model))] = panel.scatter(rows[f"{name}_before"], rows[name], s=10)
+                handles[title_of(str(model))] = panel.scatter(rows[f"{name}_before"], rows[name], s=10)
             both = scores[[f"{name}_before", name]].to_numpy()
             ends = [both.min(), both.max()]
             [handles["no change"]] = panel.plot(ends, ends, color="0.5", lw=1, ls="--")
@@ -134,7 +133,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
             panel.scatter(rows.majority_accuracy, heights, marker="|", color="0.5", s=40, label="majority class")
             for (column, label), marker in zip(methods.items(), "osD^v", strict=False):
                 panel.scatter(rows[column], heights, marker=marker, s=14, alpha=0.8, label=label)
-            panel.set(title=short_name(model), xlabel="test accuracy")
+            panel.set(title=title_of(model), xlabel="test accuracy")
             panel.grid(axis="y", lw=0.3)
         axes[0, 0].set_yticks(heights, [short_name(name) for name in datasets], parse_math=False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
@@ -150,7 +149,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
     with plt.style.context(PLAIN_TEXT):
-        figure, axes = plt.subplots(1, len(claims), figsize=(9.6, 0.32 * len(labels) + 1.1), sharey=True)
+        figure, axes = plt.subplots(1, len(claims), figsize=(8.6, 0.34 * len(labels) + 1.2), sharey=True)
         for panel, claim in zip(axes, claims, strict=True):
             for _, row in rows[rows["claim"] == claim].iterrows():
                 height = -labels.index(row["label"])
@@ -160,19 +159,18 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
                 if pd.notna(row["noise"]):
                     panel.plot(row["noise"], height, "|", ms=9, color="tab:red")
                 if pd.notna(row["note"]):
-                    at = min(row["value"], 0.72)  # inside the panel
-                    panel.text(at, height + 0.2, row["note"], fontsize=6.5, ha="center", color="0.3", bbox=OVER_LINES)
+                    panel.text(0.04, height + 0.22, row["note"], fontsize=7, color="0.3")  # right of the line at 0
             panel.axvline(0, color="black", lw=0.6)
-            panel.set(title=f"higher NTPS:\n{claim}", xlabel="Spearman", xlim=(-1.02, 1.15))
-        axes[0].set_yticks([-height for height in range(len(labels))], labels)
-        axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="what the procedure reaches in noise")
-        title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none where chosen"
+            panel.set(title=f"higher NTPS:\n{claim}", xlabel="Spearman", xlim=(-1.02, 1.25))
+        axes[0].set_yticks([-height for height in range(len(labels))], [textwrap.fill(name, 36) for name in labels])
+        axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="the same procedure in noise")
+        title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none if chosen"
         figure.legend(loc="outside lower right", fontsize=7, title=title, title_fontsize=7)
     return figure
 
 
 def plot_idea() -> Figure:
-    """What the score measures: how much of a direction u that a task needs lies inside the subspace V."""
+    """The idea of the score: the part of a direction u that a task needs inside the subspace V."""
     with plt.style.context(PLAIN_TEXT):
         figure, panel = plt.subplots(figsize=(5.2, 2.0))
         panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)
@@ -181,8 +179,8 @@ def plot_idea() -> Figure:
             panel.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.6})
         panel.plot(*zip(inside, tip, strict=True), color="0.5", lw=0.8, ls="--")
         panel.text(4.4, 2.25, "u, a direction that the labels need (U)", color="tab:orange", va="center")
-        panel.text(4.4, 0.85, "P u, what of it is in V", color="tab:blue", va="center")
-        panel.text(0.55, 0.13, "V, what next-token prediction needs", color="tab:blue", fontsize=7)
+        panel.text(4.4, 0.85, "P u, its part inside V", color="tab:blue", va="center")
+        panel.text(0.55, 0.13, "V, which next-token prediction needs", color="tab:blue", fontsize=7)
         panel.text(6.3, 1.5, r"NTPS = $\sum |P u|^2\ /\ \sum |u|^2$", va="center", parse_math=True)
         panel.set(xlim=(-0.1, 9.6), ylim=(-0.1, 2.5))
         panel.set_axis_off()

@@ -32,6 +32,8 @@ CATEGORY_MARKERS = "os^Dv"  # the paper has colours alone, green and red, which 
 
 def title_of(model_name: str) -> str:
     """The name of a model in a picture."""
+    if (twin := model_name.removesuffix("-random")) != model_name and twin in TITLES:
+        return f"{TITLES[twin]}, random weights"
     return TITLES.get(model_name, model_name.rstrip("/").rsplit("/")[-1])
 
 
