@@ -12,10 +12,8 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from utils.hub import hub_errors
 from utils.models.load import load_config, load_tokenizer
@@ -38,26 +36,22 @@ class Config:
         check(self, "from 0 to 4294967295", "seed")
 
 
-def make_twin(model_name: str, seed: int) -> tuple[Any, Any]:
-    """A causal LM with random weights in bfloat16, and its tokenizer."""
-    model, run = Model(model_name), Run()
-    model_config = load_config(model, run)
-    tokenizer = load_tokenizer(model, run, model_config)
-    set_seed(seed)
-    with hub_errors(repository(model_name)):
-        twin = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    return twin.bfloat16(), tokenizer
-
-
 def main(config: Config) -> None:
-    """Writes the twin unless it is there; prints its folder."""
+    """Writes the twin unless it exists; prints its folder."""
+    from transformers import AutoModelForCausalLM
+
     folder = config.output_dir or Path("demo/runs") / f"{path_name(config.model_name)}-random"
     if (folder / "config.json").is_file() and not config.overwrite:
         print(f"already there, --overwrite makes it again\n{folder}")
         return
-    twin, tokenizer = make_twin(config.model_name, config.seed)
+    model, run = Model(config.model_name), Run()
+    model_config = load_config(model, run)
+    tokenizer = load_tokenizer(model, run, model_config)
+    set_seed(config.seed)
+    with hub_errors(repository(config.model_name)):
+        twin = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     with write_atomically(folder) as temporary:
-        twin.save_pretrained(temporary)
+        twin.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     print(folder)
 

@@ -59,8 +59,11 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     adapter, remedy = f"The adapter in {folder}", "Name the model it was made for with --model_name."
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"No adapter at {folder}. Make one: python lora_finetuning.py --model_name ...")
+    if not (folder / "adapter_config.json").is_file() or not list(folder.glob("adapter_model.*")):
+        needed = "adapter_config.json and adapter_model.safetensors"
+        raise UserError(
+            f"No adapter at {folder}: it needs {needed}. Make one: python lora_finetuning.py --model_name ..."
+        )
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
@@ -80,7 +83,10 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     parts = {key.split(".")[0] for key in keys}
     # the module that was trained: the causal LM, or its model without the head
     modules = (causal_lm, causal_lm.base_model, decoder := decoder_of(causal_lm))
-    target = next((module for module in modules if all(hasattr(module, part) for part in parts)), causal_lm)
+    target = next((module for module in modules if all(hasattr(module, part) for part in parts)), None)
+    if target is None:
+        unknown = ", ".join(sorted(parts))
+        raise UserError(f"{adapter} does not fit {model_name}: it is for {unknown} of another architecture. {remedy}")
     [decoder_name] = [name for name, module in target.named_modules() if module is decoder]
     if not any(key.startswith(decoder_name) for key in keys):
         names = ", ".join(sorted(parts)) or "its head"
@@ -93,7 +99,8 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
             own = {name for name, _ in peft_model.named_parameters() if peft_model.base_model.prefix in name}
             merged = peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:  # another width, a setting this version does not know
-        raise UserError(f"{adapter} does not fit {model_name}: {shorten(str(error))}. {remedy}") from error
+        reason = shorten(str(error)) or type(error).__name__
+        raise UserError(f"{adapter} does not fit {model_name}: {reason}. {remedy}") from error
     faults = [f"has {key}, which is not used" for key in result.unexpected_keys]
     faults += [f"lacks {key}" for key in result.missing_keys if key in own]
     if faults:

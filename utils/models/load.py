@@ -96,6 +96,8 @@ def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Token
         name, revision = model.tokenizer_name, None
     elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise UserError(f"There is no folder or file {name}. See --tokenizer_name.")
     if is_gguf(name):
         from utils.models import gguf
 

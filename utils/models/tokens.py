@@ -102,6 +102,8 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
             f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
             "they do not belong together. Name the right one with --tokenizer_name."
         )
+    if max_length and max(lengths) > max_length:
+        raise UserError(f"{max_length} tokens do not hold what the tokenizer adds to each text. Raise --max_length.")
     if num_cut:
         print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
     return TokenizedTexts(token_ids, offsets, max_length, num_cut, rope_limit(config))
