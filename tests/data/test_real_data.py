@@ -5,7 +5,6 @@ Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than .
 """
 
 import os
-import string
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from utils.data.load import find_source, load_splits
-from utils.data.table import SPECS
+from utils.data.load import load_splits
 from utils.settings import Data, Run
 
 DATASETS = Path(os.environ.get("NTPS_REAL_DATASETS_DIR") or ROOT.parent / "shared" / "data")
@@ -90,10 +88,6 @@ def folder(name: str) -> Path:
     return DATASETS / name.replace("/", "__")
 
 
-def given(name: str) -> Data:
-    return Data(dataset_name=name, label_column=EXPECTED[name].label_column)
-
-
 def whole_split(name: str) -> str:
     """The split whose rows are in the file's order: without held-out rows the table divides the others."""
     return "train" if any((folder(name) / f"{split}.parquet").is_file() for split in ("test", "validation")) else "all"
@@ -109,7 +103,7 @@ def test_every_copy_is_expected():
 @pytest.mark.parametrize("name", PRESENT)
 def test_texts_and_classes_are_those_of_the_file(name):
     expected, split = EXPECTED[name], whole_split(name)
-    rows = load_splits(given(name), Run(datasets_dir=DATASETS), split)[split]
+    rows = load_splits(Data(name, label_column=expected.label_column), Run(datasets_dir=DATASETS), split)[split]
     text, label = rows.texts[expected.row], rows.labels[expected.row]
     assert text.startswith(expected.text[:-1]) if expected.text.endswith("…") else text == expected.text
     if rows.is_regression:
@@ -118,22 +112,6 @@ def test_texts_and_classes_are_those_of_the_file(name):
     counts = dict(zip(rows.label_names, np.bincount(rows.labels).tolist(), strict=True))
     assert counts == expected.classes if isinstance(expected.classes, dict) else len(counts) == expected.classes
     assert rows.label_names[label] == expected.label
-
-
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.key in PRESENT], ids=lambda spec: spec.key)
-def test_copy_is_as_the_table_says(spec, capsys):
-    """Columns, classes and their names; a copy without the class names would otherwise get those of the table."""
-    pieces = string.Formatter().parse(spec.text_template)
-    needed = {name for _, name, _, _ in pieces if name} | {spec.label_column, *spec.group_by}
-    for split, rows in find_source(spec.key, datasets_dir=DATASETS).tables.items():
-        assert needed <= set(rows.columns), split
-        assert not spec.class_names or rows.class_names.get(spec.label_column) == list(spec.class_names), split
-    if spec.num_classes == 0:
-        return
-    for part, rows in load_splits(given(spec.key), Run(datasets_dir=DATASETS)).items():
-        assert spec.num_classes is None or rows.num_labels == spec.num_classes
-        assert part != "train" or set(rows.labels) == set(range(rows.num_labels))
-    assert f"{spec.split_rule}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", PRESENT)

@@ -81,10 +81,9 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
     train = next(iter(tables)) if len(tables) == 1 and test is None and not spec else "train"
     missing = next((name for name in (train, test) if name and name not in tables), None)
     if missing and (spec or test is None or wanted != "test"):
-        raise UserError(
-            f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}. Add one called {missing}, or take "
-            f"--split all{'' if missing == 'train' else ' or --divide_train'}."
-        )
+        instead = "--split all" if missing == "train" else "--split all or --divide_train"
+        found = f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}"
+        raise UserError(f"{found}. Add one called {missing}, or take {instead}.")
     if test in VALIDATION_NAMES and not spec:
         print(f"{source.name}: {test} serves as the test split")
     return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
@@ -199,10 +198,9 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
     spelled = {value: known.get(value, str(value)) for rows in parts.values() for value in rows.labels}
     if not 2 <= len(classes) <= MAX_CLASSES:
         found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
-        raise UserError(
-            f"The {first} labels of {source.name} are {found}; at least two classes are needed, and up to "
-            f"{MAX_CLASSES:,} are possible. See --label_column, name a class -1 in words, or take --task regression."
-        )
+        found = f"The {first} labels of {source.name} are {found}; at least two classes are needed"
+        advice = "See --label_column, name a class -1 in words, or take --task regression."
+        raise UserError(f"{found}, and up to {MAX_CLASSES:,} are possible. {advice}")
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
     for part, rows in parts.items():
@@ -225,10 +223,8 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     scaled = targets / largest  # squares of the numbers themselves may overflow
     mean, std = float(scaled.mean()), float(scaled.std())
     if abs(mean) > MAX_MEAN * std or not SPREADS[0] <= std * largest <= SPREADS[1]:
-        raise UserError(
-            f"The {part} targets of {name}, mean {mean * largest:.9g} and standard deviation {std * largest:.3g}, lose "
-            f"their digits: rescale the column, or subtract a constant such as {mean * largest:.9g}."
-        )
+        found = f"mean {mean * largest:.9g} and standard deviation {std * largest:.3g}, lose their digits"
+        raise UserError(f"The {part} targets of {name}, {found}: rescale the column, or subtract a constant, the mean.")
 
 
 def _report(source: Source, parts: dict[str, Rows], label_names: list[str], rule: str) -> None:
