@@ -104,17 +104,6 @@ def test_max_samples_is_stratified_shuffled_and_deterministic(tmp_path: Path) ->
     assert fewer == {"train": 20, "test": 6}
 
 
-def test_sample_of_rows_leaves_out_no_class_that_fits() -> None:
-    classes = np.repeat([0, 1, 2], [990, 9, 1])
-    for num in (3, 10, 500, 999, 1000):
-        rows = stratified_rows(classes, num, seed=0)
-        assert len(set(rows)) == num and set(classes[rows]) == {0, 1, 2}
-        assert Counter(classes[rows].tolist())[0] == pytest.approx(0.99 * num, abs=2)
-    assert len(stratified_rows(classes, 2, seed=0)) == 2
-    equal = stratified_rows(np.repeat(np.arange(10), 11), 55, seed=0) // 11
-    assert set(Counter(equal.tolist()).values()) == {5, 6}
-
-
 # ------------------------------------------------------------------ targets
 def test_regression_is_found_and_can_be_forced(tmp_path: Path) -> None:
     scores = write_labels(tmp_path / "scores.csv", [n / 4 - 1 for n in range(20)])
@@ -170,12 +159,20 @@ def in_splits(**labels: list[Any]) -> Callable[[Path], Path]:
     return make
 
 
+def with_link(folder: Path) -> Path:
+    own = in_splits(train=[0, 1])(folder)
+    (own / "test").symlink_to(in_splits(test=[0, 1])(folder / "elsewhere"))
+    return own
+
+
 FAR = [1e7 + n / 4 for n in range(10)]
 # fmt: off
 OWN_ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "missing file": (lambda folder: folder / "none.csv", {}, r"no file or folder .*none\.csv"),
     "empty folder": (lambda folder: folder, {}, r"No data file in the folder"),
     "file of no split": (in_splits(train=[0, 1], more=[0, 1]), {}, r"more\.jsonl belongs to no split"),
+    "long name": (lambda _: Path("a" * 5000), {}, r"There is no dataset"),
+    "linked folder": (with_link, {}, r"test is a link to a folder"),
     "missing text column": (labelled(0, 1), {"text_column": "txet"}, r"no column 'txet'; columns: text, label"),
     "missing label column": (labelled(0, 1), {"label_column": "y"}, r"no column 'y'; columns: text, label.*--label"),
     "missing template column": (labelled(0, 1), {"text_template": "{text} {b}"}, r"no column 'b'.*--text_template"),

@@ -159,7 +159,8 @@ def test_missing_label_is_no_class(word: str, tmp_path: Path, capsys: pytest.Cap
         assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
 
 
-CODES = [  # labels, class names; a number stands for a regression target
+BIG = 2**63
+LABELS: list[tuple[list[Any], list[Any] | str]] = [  # names of classes, targets, or the fault
     (["01", "1", "02"], ["01", "02", "1"]),
     (["1.1", "1.10", "1.2"], ["1.1", "1.10", "1.2"]),
     (["1e3", "2e3", "7"], ["1e3", "2e3", "7"]),
@@ -172,60 +173,52 @@ CODES = [  # labels, class names; a number stands for a regression target
     (["0.1", "0.10000000000000000001"], ["0.1", "0.10000000000000000001"]),
     (["-1.50", "-1.5", "2.25"], ["-1.5", "-1.50", "2.25"]),
     (["1.0", "2.0"], ["1", "2"]),
-    (["3", "-7", "10"], ["-7", "3", "10"]),
-    (["1.0", str(2**63 + 1), str(2**63 + 2)], ["1.0", str(2**63 + 1), str(2**63 + 2)]),
+    (["10", "9", "-7"], ["-7", "9", "10"]),
+    (["1.0", str(BIG + 1), str(BIG + 2)], ["1.0", str(BIG + 1), str(BIG + 2)]),
     (["1" * 5000, "2" * 5000], ["1" * 5000, "2" * 5000]),
     (["0.5", "-1.25", "2"], [0.5, -1.25, 2.0]),
     (["0.50", "0.75", "1.00"], [0.5, 0.75, 1.0]),
     (["1e-05", "0.5", "-2.0"], [1e-5, 0.5, -2.0]),
+    (["0.5", "1.25", "?", "2.5"], r"numbers with decimals, but some are words: '\?'.*--task classification"),
+    (["1", 1, "2", 2], ["1", "2"]),
+    ([1, 1.0, "b", "1"], ["1", "b"]),
+    ([1.1, "1.10", 2], ["1.1", "1.10", "2"]),
+    ([True, False, True], ["False", "True"]),
+    ([BIG + 2, BIG + 1, BIG + 2], [str(BIG + 1), str(BIG + 2)]),
+    ([int("1" * 400), int("2" * 400)], ["1" * 400, "2" * 400]),
+    ([-1, 0, 1, 0, 1], ["0", "1"]),
+    ([True, 1, 0], "mix true or false with numbers"),
+    (["a", {"name": "b"}], r"Label 2 of .* is an object: {'name': 'b'}"),
+    ([[2], [1]], r"Label 1 of .* is a list: \[2\]"),
+    ([0.5, float("inf")], r"Target 2 of .* no finite number: 'inf'"),
 ]
 
 
-@pytest.mark.parametrize(("words", "expected"), CODES)
-def test_words_are_numbers_only_if_written_so(words: list[str], expected: list[Any], tmp_path: Path) -> None:
-    for suffix in ("csv", "tsv", "jsonl", "json", "parquet"):
-        found = load(write_labels(tmp_path / f"rows.{suffix}", words), "all")
+@pytest.mark.parametrize(("labels", "expected"), LABELS)
+def test_labels(labels: list[Any], expected: list[Any] | str, tmp_path: Path) -> None:
+    typeless = all(isinstance(label, str) for label in labels)
+    for suffix in ("jsonl", "json", "csv", "tsv", "parquet")[: 5 if typeless else 2]:
+        path = write_labels(tmp_path / f"rows.{suffix}", labels)
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=expected):
+                load(path)
+            continue
+        found = load(path, "all")
         if isinstance(expected[0], float):
             assert found.is_regression and found.labels.tolist() == expected
         else:
-            assert found.label_names == expected and sorted(found.labels.tolist()) == list(range(len(words)))
+            row_of = {text: int(text.split()[1]) for text in found.texts}
+            assert found.label_names == expected
+            for text, label in zip(found.texts, found.labels, strict=True):
+                written = labels[row_of[text]]
+                assert expected[label] in (str(written), str(written).removesuffix(".0"))
 
 
-MIXED = [  # labels of JSON, class names, labels
-    (["1", 1, "2", 2], ["1", "2"], [0, 0, 1, 1]),
-    ([1, 1.0, "b", "1"], ["1", "b"], [0, 0, 1, 0]),
-    ([1.1, "1.10", 2], ["1.1", "1.10", "2"], [0, 1, 2]),
-    ([True, False, True], ["False", "True"], [1, 0, 1]),
-    ([2**63 + 2, 2**63 + 1, 2**63 + 2], ["9223372036854775809", "9223372036854775810"], [1, 0, 1]),
-    ([int("1" * 400), int("2" * 400)], ["1" * 400, "2" * 400], [0, 1]),
-    ([-1, 0, 1, 0, 1], ["0", "1"], [0, 1, 0, 1]),
-]
-
-
-@pytest.mark.parametrize(("labels", "names", "encoded"), MIXED)
-def test_labels_of_json(labels: list[Any], names: list[str], encoded: list[int], tmp_path: Path) -> None:
-    found = load(write_labels(tmp_path / "rows.jsonl", labels), "all")
-    assert found.label_names == names and found.labels.tolist() == encoded
-
-
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
-    [
-        ([True, 1, 0], {}, "mix true or false with numbers"),
-        ([False, 2.5, 1], {"task": "regression"}, "mix true or false with numbers"),
-        (["a", {"name": "b"}], {}, r"Label 2 of .* is an object: {'name': 'b'}"),
-        ([[2], [1]], {}, r"Label 1 of .* is a list: \[2\]"),
-        (["0.5", "1.25", "?", "2.5"], {}, r"numbers with decimals, but some are words: '\?'.*--task classification"),
-        (["0.5", "1.25", "?", "2.5"], {"task": "regression"}, r"Target 3 of .* no finite number: '\?'"),
-        (["0.5", "", "-Infinity", "2.5"], {"task": "regression"}, r"Target 3 of .* no finite number: '-Infinity'"),
-        (["0.5", "", "1e999", "2.5"], {"task": "regression"}, r"Target 3 of .* no finite number: '1e999'"),
-        ([0.5, float("inf")], {}, r"Target 2 of .* no finite number: 'inf'"),
-        (["1_0", "2.5"], {"task": "regression"}, r"Target 1 of .* no finite number: '1_0'"),
-    ],
-)
-def test_labels_that_are_refused(labels: list[Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        load(write_labels(tmp_path / "rows.jsonl", labels), **options)
+@pytest.mark.parametrize("word", ["a", "?", "-Infinity", "1e999", "1_0", False])
+def test_target_that_is_no_number_is_refused(word: Any, tmp_path: Path) -> None:
+    path = write_labels(tmp_path / "rows.jsonl", ["0.5", "", word, "2.5"])
+    with pytest.raises(UserError, match=f"Target 3 of .* no finite number: '{word}'".replace("?", r"\?")):
+        load(path, task="regression")
 
 
 def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +229,8 @@ def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found.label_names == ["01", "1", "Calm", "calm", "none"]
     err = capsys.readouterr().err
     assert "'Calm' and 'calm'" in err and "'01' and '1'" in err and "'none' is a class" in err
+    load(write_labels(tmp_path / "rows.csv", ["0.50", "0.755"]), "all")
+    assert "not written as numbers are: all are names of classes" in capsys.readouterr().err
 
 
 def test_label_types_of_parquet(tmp_path: Path) -> None:

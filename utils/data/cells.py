@@ -32,7 +32,7 @@ PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.0|\.[0-9]*[1-9])?")  # no trailing zero
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING_ANY_CASE = {"nan", "+nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "nat"}
 MISSING_AS_WRITTEN = {"NA", "None"}
-KINDS = {dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def listed(items: Iterable[Any]) -> str:
@@ -175,6 +175,10 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
     groups = [" and ".join(map(repr, group)) for group in near.values() if len(group) > 1]
     if groups:
         warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
+    if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, filter(None, names))):
+        warn(
+            f"{source} has labels that are not written as numbers are: all are names of classes (or --task regression)"
+        )
     return names
 
 

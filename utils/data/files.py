@@ -16,6 +16,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,15 +101,15 @@ def _read_json(path: Path) -> Table:
         try:
             found = json.loads(part, object_pairs_hook=_unique) if part.strip() else []
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            found = f"{path}, line {number} is not JSON that can be read ({error}): {part.strip()[:60]!r}"
-            raise UserError(f"{found}. Write one object a line, or one list of objects.") from None
+            fault = f"{path}, line {number} is not JSON that can be read ({error}): {part.strip()[:60]!r}"
+            raise UserError(f"{fault}. Write one object a line, or one list of objects.") from None
         records += found if isinstance(found, list) else [found]
     for row, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise UserError(f"{path}, row {row}: {str(record)[:40]!r} is not an object. Write one object a row.")
     if len(records) == 1 and all(isinstance(cell, dict | list) for cell in records[0].values()):
-        found = f"{path} is one object with the keys {', '.join(map(repr, list(records[0])[:5]))}, not one object a row"
-        raise UserError(f"{found}. pandas writes one a row with to_json(path, orient='records', lines=True).")
+        fault = f"{path} is one object with the keys {', '.join(map(repr, list(records[0])[:5]))}, not one object a row"
+        raise UserError(f"{fault}. pandas writes one a row with to_json(path, orient='records', lines=True).")
     names = dict.fromkeys(name for record in records for name in record)
     return Table({name: [record.get(name) for record in records] for name in names})
 
@@ -194,6 +195,8 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in relative.parts)
+        if file.is_dir() and file.is_symlink() and not is_hidden:
+            raise UserError(f"{file} is a link to a folder, which is not followed. Copy the folder, or name it.")
         if file.suffix.lower() not in READERS or is_hidden or file.is_dir():
             continue
         words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
@@ -264,9 +267,9 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
             raise UserError(f"--dataset_revision {revision} is of the hub; a copy in --datasets_dir has no revisions.")
         return _copied_source(name, spec, copy)
     path, (folder, _, subset) = Path(name), name.rpartition(":")
-    if not spec and name and path.exists():
+    if not spec and os.path.exists(name):
         return Source(name, read_files(path), own=True)
-    if not spec and folder and Path(folder).is_dir():
+    if not spec and os.path.isdir(folder):
         return Source(name, read_files(Path(folder), subset), own=True)
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"There is no file or folder {path.absolute()}.")
