@@ -13,9 +13,11 @@ import torch
 import cache
 import K_sweep
 from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, write_rows
+from tests.data.test_real_data import DATASETS
 from utils.algebra.moments import load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
+from utils.models.table import MODELS, models_dir
 from utils.results import open_tensors
 from utils.script import UserError, parse
 from utils.settings import with_values
@@ -40,8 +42,8 @@ def shuffled_texts(settings, run, split):
 
 
 def sweep_all(folder: Path, **options) -> tuple[list, list]:
-    """The moments of every layer of a docstring task, and their scores."""
-    config = configure(cache, dataset_name="docstrings/kind", results_dir=folder, **options)
+    """The moments of every layer, of a docstring task if no other is named, and their scores."""
+    config = configure(cache, **{"dataset_name": "docstrings/kind", "results_dir": folder} | options)
     cache.main(config)
     with open_tensors(cache.config_path(config)) as (file, metadata):
         layers = [load_layer(file, metadata, layer, torch.device("cpu")) for layer in metadata["layers"]]
@@ -49,12 +51,13 @@ def sweep_all(folder: Path, **options) -> tuple[list, list]:
     return layers, [K_sweep.sweep_layer(moments, None, sweep, i) for i, moments in enumerate(layers)]
 
 
-def assert_equal_scores(one: list, other: list, tolerance: float) -> None:
-    """NTPS within 1e-4, the other scores within the tolerance, at every layer and fraction; and equal ranks."""
+def assert_equal_scores(one: list, other: list, tolerance: float, averaged: bool = False) -> None:
+    """NTPS within 1e-4, the others within the tolerance, at every layer and fraction or averaged over these."""
     for a, b in zip(one, other, strict=True):
         assert (a.rank_u, a.rank_v, a.rank_label) == (b.rank_u, b.rank_v, b.rank_label)
         for name in SCORES:
-            difference = (a.scores[name] - b.scores[name]).abs().max()
+            difference = a.scores[name] - b.scores[name]
+            difference = (difference.mean() if averaged else difference).abs().max()
             assert difference < (1e-4 if name == "ntps" else tolerance), (name, a.layer, difference)
 
 
@@ -90,6 +93,19 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, t
     if not options:
         monkeypatch.setattr(cache, "load_texts", shuffled_texts)
     assert_equal_scores(tiny[1], sweep_all(tmp_path, max_samples=1500, **options)[1], tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not DATASETS.is_dir() or not (models_dir() / MODELS["smollm2"].path).is_file(),
+    reason="needs a dataset beside the repository, and the model that demo.real_llm fetches",
+)
+def test_bfloat16_parts_give_the_scores_of_a_real_llm(tmp_path):
+    """The averages of every layer, and each fraction of the last, from which a run has its score."""
+    options = {"model_name": "smollm2", "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS, "max_samples": 200}
+    exact, parts = (sweep_all(tmp_path / name, product_dtype=name, **options)[1] for name in ("float64", "bfloat16x2"))
+    assert_equal_scores(exact, parts, 2e-4, averaged=True)
+    assert_equal_scores(exact[-1:], parts[-1:], 2e-4)
 
 
 # ------------------------------------------------------------------ the command line
