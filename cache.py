@@ -239,18 +239,18 @@ def accumulate(
     num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
 
     def add_batch(rows: np.ndarray, ends_block: bool) -> None:
-        of_batch = (*tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows]))
-        input_ids, lengths, targets, fold_numbers = (tensor.to(device) for tensor in of_batch)
+        input_ids, *of_texts = *tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows])
+        of_texts = [tensor.to(sums[min(sums)].device) for tensor in of_texts]  # once a batch; float64, not for mps
         finite: dict[int, Tensor] = {}
 
         def add_layer(k: int, x: Tensor) -> None:
             if k in sums:
-                mean, m = sums[k].add(x, lengths, targets, fold_numbers, ends_block)
+                mean, m = sums[k].add(x, *of_texts, ends_block)
                 finite[k] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
                 if pooled is not None and k >= len(devices) - len(pooled):
                     pooled[k - len(devices), rows] = m.float().cpu().numpy()
 
-        visit_hidden_states(model, input_ids, add_layer)
+        visit_hidden_states(model, input_ids.to(device), add_layer)
         check_finite(finite, rows, model.dtype)
 
     for number in remaining_batches(partial, tensors, num_tokens, [ends_block for _, ends_block in steps]):

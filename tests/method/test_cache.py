@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import cache
-from tests.conftest import configure, make_texts, run_in_process, stacked
+from tests.conftest import configure, make_texts, stacked
 from utils.algebra.moments import describe_texts, load_rounding
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.tokens import tokenize
@@ -182,19 +182,12 @@ def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--device", "cuda:7", "Try --device cpu"),
-        ("--tokens_per_batch", "0", "at least 1"),
-        ("--text_column", "body", "body"),
-    ],
+    ("options", "message"), [({"device": "cuda:7"}, "Try --device cpu"), ({"text_column": "body"}, "body")]
 )
-def test_mistakes_end_in_one_sentence(model_dirs, rows_path, tmp_path, monkeypatch, capsys, flag, value, message):
-    names = {"--model_name": model_dirs["qwen2"], "--dataset_name": rows_path, "--results_dir": tmp_path}
-    words = [word for pair in (names | {flag: value}).items() for word in pair]
-    code, printed = run_in_process(monkeypatch, "cache.py", *words), capsys.readouterr()
-    assert code == 2 or code.startswith("error: "), code  # what no flag takes, or what cannot be done
-    assert message in f"{code}{printed.err}{printed.out}"
+def test_a_mistake_ends_in_one_sentence(model_dirs, rows_path, tmp_path, options, message):
+    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    with pytest.raises(UserError, match=message):
+        cache.main(configure(cache, **names, **options))
     assert not list(tmp_path.glob("moments/**/*.safetensors"))
 
 
