@@ -244,8 +244,8 @@ def test_command_line_writes_and_refuses_other_moments(config):
     assert "leave-one-out" in run.stdout and "colour / size" in run.stdout
     names = [f"rows.layer2.{suffix}" for suffix in ("csv", "json", "pdf", "png")]
     assert sorted(file.name for file in path.parent.iterdir()) == names
-    del values["num_shuffles"]
-    cache.main(configure(cache, **values, pooling="last", overwrite=True))
+    names = {name: values[name] for name in ("model_name", "dataset_name")}
+    cache.main(configure(cache, **names, results_dir=config.run.results_dir, pooling="last", overwrite=True))
     with pytest.raises(UserError, match="made from other moments"):
         alignment_vis.main(with_values(config, layer=2))  # the same as -1
 
