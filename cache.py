@@ -239,13 +239,13 @@ def accumulate(
     num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
 
     def add_batch(rows: np.ndarray, ends_block: bool) -> None:
-        input_ids, *of_texts = *tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows])
-        of_texts = [tensor.to(sums[min(sums)].device) for tensor in of_texts]  # once a batch; float64, not for mps
+        of_batch = (*tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows]))
+        input_ids, lengths, y, fold_numbers = (tensor.to(sums[min(sums)].device) for tensor in of_batch)
         finite: dict[int, Tensor] = {}
 
         def add_layer(k: int, x: Tensor) -> None:
             if k in sums:
-                mean, m = sums[k].add(x, *of_texts, ends_block)
+                mean, m = sums[k].add(x, lengths, y, fold_numbers, ends_block)
                 finite[k] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
                 if pooled is not None and k >= len(devices) - len(pooled):
                     pooled[k - len(devices), rows] = m.float().cpu().numpy()

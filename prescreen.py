@@ -217,7 +217,7 @@ def score_ranks(models: list[dict[str, Any]]) -> dict[str, list[int]]:
     ranks = {}
     for name in (*features.NAMES, *SCORES):
         entries = [model["last_layer"].get(name, {"value": None}) for model in models]
-        values = [None if entry.get("meaningless") else entry["value"] for entry in entries]
+        values: list[Any] = [None if entry.get("meaningless") else entry["value"] for entry in entries]
         if None not in values:
             ranks[name] = [1 + sum(other > value for other in values) for value in values]
     return ranks

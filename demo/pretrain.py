@@ -116,8 +116,10 @@ def train_tokenizer(documents: list[str]) -> Any:
     from transformers import Qwen2Tokenizer
 
     backend, alphabet = Qwen2Tokenizer().backend_tokenizer, pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": VOCAB_SIZE, "special_tokens": [END_OF_TEXT], "show_progress": False}
-    backend.train_from_iterator(documents, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=alphabet
+    )
+    backend.train_from_iterator(documents, trainer)
     trained = json.loads(backend.to_str())["model"]
     merges: Any = [tuple(merge) for merge in trained["merges"]]
     # type: the annotation of `merges` is narrower than what it takes

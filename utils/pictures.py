@@ -113,7 +113,7 @@ def draw_over_layers(axes: "Axes", layers: list[dict], curves: dict[str, list[fl
     for (label, values), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(numbers, np.array(values, float), color=colour, marker="o", ms=3, label=label)
     axes.set(title=title, xlabel="layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 

@@ -26,8 +26,10 @@ from utils.settings import expand
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "numpy", "scipy", "safetensors")
 
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-NO_PLACE += (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
+NO_PLACE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+)
 
 
 class UserError(Exception):

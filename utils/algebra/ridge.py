@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ def fold_pairs(folds: list[Moments]) -> list[Pair]:
     for i, fold in enumerate(folds):
         others = folds[:i] + folds[i + 1 :]
         num = sum(other.num for other in others)
-        averages: Any = [sum(other.num / num * other[j] for other in others) for j in range(len(fold) - 1)]
-        pairs.append((Moments(*averages, num), fold))
+        averages = [sum(other.num / num * other[j] for other in others) for j in range(len(fold) - 1)]
+        pairs.append((Moments._make([*averages, num]), fold))
     return pairs
 
 
