@@ -53,11 +53,11 @@ class Output(Unrecorded):
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override them from the shell; omitted settings of model and data are the moments'."""
+    """Edit the defaults here, or override them from the shell; omitted model and data settings come from moments."""
 
     split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as the released script computes
-    subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # what V is; the others are controls
+    subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # columns of V; pca and random are controls
     center: bool = False  # subtract the means first; the paper does not
     coordinates: Literal["as_is", "standardized"] = "as_is"  # standardized: each to unit variance of the pooled states
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
@@ -77,7 +77,7 @@ class Config:
 
 # ------------------------------------------------------------------ the score, from its definition
 def ntps_reference(moments: LayerMoments, fraction: float) -> float:
-    """The score of one layer at one K, dense and slow: what the rest of this file computes for every K at once."""
+    """The score of one layer at one K by a slow, dense formula; the rest of this file computes every K at once."""
 
     def solve(factor: Tensor, denominator: Tensor) -> tuple[Tensor, int]:
         """All eigenvectors of F F' u = lambda C u in the range of C, largest first; and how many have lambda > 0."""
@@ -86,7 +86,7 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
         kept = spread > len(scale) * torch.finfo(torch.float64).eps * spread[-1]
         whitener = scale[:, None] * axes[:, kept] * spread[kept].rsqrt()  # W' C W = I
         _, vectors = torch.linalg.eigh(whitener.T @ factor @ factor.T @ whitener)
-        lengths = torch.linalg.svdvals(whitener.T @ factor)  # of eigenvalues the roots, without their rounding
+        lengths = torch.linalg.svdvals(whitener.T @ factor)  # roots of the eigenvalues, more exact than these
         smallest = math.sqrt(whitener.shape[1] * torch.finfo(torch.float64).eps) * lengths[0]
         num_informative = int((lengths > smallest).sum())
         return whitener @ vectors.flip(1), num_informative
@@ -94,7 +94,7 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
     u, num_informative = solve(moments.pooled_label_cross_moment, moments.pooled_second_moment)
     v, _ = solve(moments.prefix_next_cross_moment, moments.prefix_second_moment)
     k_u, k_v = (max(1, math.floor(fraction * vectors.shape[1] + 1e-9)) for vectors in (u, v))
-    # the first k_u columns of U; where these reach into the space of lambda = 0, its average over all bases
+    # the first k_u columns of U; columns within the space of lambda = 0 are averaged over all bases of that space
     weights = torch.zeros(u.shape[1], dtype=torch.float64)
     weights[: min(k_u, num_informative)] = 1
     if k_u > num_informative:
@@ -135,10 +135,10 @@ def solve_generalized_eigenproblem(
 
 
 def complete_by_variance(solved: Eigenspace) -> Tensor:
-    """All eigenvectors: after those with lambda > 0 those with lambda = 0, by v' C v / |v|^2, largest first, (d, rank).
+    """All eigenvectors, (d, rank): those with lambda > 0, then those with lambda = 0, largest v' C v / |v|^2 first.
 
-    V has such ties only where the next tokens span less than the prefixes, as in a handful of short texts. Any order
-    of them is a solution; this one is the same on every machine.
+    V has such ties only if the next tokens span fewer directions than the prefixes, as in a handful of short texts.
+    Any order of tied vectors is a solution; this one is the same on every machine.
     """
     rest = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
     axes = torch.linalg.svd(rest, full_matrices=False).Vh
@@ -147,7 +147,7 @@ def complete_by_variance(solved: Eigenspace) -> Tensor:
 
 # ------------------------------------------------------------------ U and V of a layer
 def perception(moments: LayerMoments, center: bool) -> Eigenspace:
-    """U of a layer, from B and M; centred from S and Sigma, as a linear probe with intercept sees the states."""
+    """U of a layer, from B and M; if `center`, from S and Sigma, the moments that a probe with intercept sees."""
     noise = moments.pooled_noise(center)
     if center:
         return solve_generalized_eigenproblem(moments.pooled_label_covariance, moments.pooled_covariance, noise)
@@ -162,7 +162,7 @@ def next_token_subspace(moments: LayerMoments, center: bool) -> Tensor:
 
 
 def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_index: int) -> Tensor:
-    """Columns in place of V, (d, rank): of largest variance of the pooled states, or of a rotation-invariant law."""
+    """Control columns in place of V, (d, rank): directions of largest pooled variance, or random directions."""
     if config.subspace == "pca":
         pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
         return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
@@ -179,10 +179,10 @@ def num_directions(fractions: tuple[float, ...], rank: int) -> list[int]:
 def tie_weights(k_us: list[int], eigenvalues: Tensor, num_tied: int, largest: bool) -> Tensor:
     """Share of each informative direction, and of the tied space, within U_k, averaged over all bases: (ks, r + 1).
 
-    Any basis of an eigenspace is a solution: U_k holds each of its directions in equal parts, (k - directions before
-    it) / its dimension. Eigenvalue 0 has `num_tied` of them; with n <= d class frequencies, often equal, are others.
+    Any basis of an eigenspace is a solution, so U_k holds an equal share of each of its directions: (k - directions
+    before it) / its dimension. Eigenvalue 0 has `num_tied` directions; with n <= d, equal class frequencies tie too.
 
-    Differs from the paper: the released script takes whatever basis the solver returns.
+    Differs from the paper: the released script takes the one basis that the solver returns.
     """
     is_next = eigenvalues.diff().abs() > 1e-9 * eigenvalues[:-1]
     eigenspace = torch.cat([is_next.new_zeros(min(1, len(eigenvalues))), is_next]).cumsum(0)
@@ -209,7 +209,7 @@ def ntps(u: Eigenspace, basis: NestedBasis, fractions: tuple[float, ...], larges
 
 
 def retained(labels: Eigenspace, whitened: NestedBasis) -> dict[str, Tensor]:
-    """`ntps_whitened`, the overlap where Sigma is whitened, and `retained`, directions weighted by their eigenvalues.
+    """Two overlaps after Sigma is whitened: `ntps_whitened`, and `retained`, which weights directions by eigenvalue.
 
     `retained` is the share of the explained label variance that a linear probe with intercept keeps within V_K.
     """
@@ -220,15 +220,15 @@ def retained(labels: Eigenspace, whitened: NestedBasis) -> dict[str, Tensor]:
 def excess_loss(
     sigma: Tensor, labels: Eigenspace, basis: NestedBasis, ntps_whitened: Tensor, retained: Tensor
 ) -> dict[str, Tensor]:
-    """The loss that a linear probe with intercept adds inside V_K, and its bounds, (fractions,) each.
+    """The extra loss of a linear probe with intercept that sees only V_K, and its bounds, (fractions,) each.
 
     With W' S = P diag(s) R' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
     (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
-    The Euclidean ones of the theorem also replace Sigma by its extreme eigenvalues.
+    The theorem's Euclidean bounds also replace Sigma by its extreme eigenvalues.
     """
     missing = labels.vectors.square().sum() - basis.projected_norms(labels.vectors).sum(1)
     largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
-    if labels.whitener.shape[1] == len(sigma):  # 1 / the largest of the inverse: its small ones keep their digits
+    if labels.whitener.shape[1] == len(sigma):  # full rank: 1 / the largest of the inverse is more exact
         smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
     squares, scores = labels.eigenvalues, {"excess_loss": labels.eigenvalues.sum() * (1 - retained)}
     for name, square, of_sigma in (("lower", squares[-1], smallest), ("upper", squares[0], largest)):
@@ -243,7 +243,7 @@ def sweep_layer(
 ) -> LayerScores:
     """Every score of one layer over all fractions.
 
-    A layer has no score where its pooled states do not vary, or not with the labels, or no text has two tokens.
+    A layer has no score if its pooled states do not vary, or not with the labels, or if no text has two tokens.
     """
     if config.coordinates == "standardized":
         scale = moments.pooled_deviation.reciprocal()  # D: the moments become D M D, D B, D C0 D, D C1 D
@@ -264,8 +264,8 @@ def sweep_layer(
     ks = num_directions(config.fractions, v.shape[1])
     v = v[:, : max(ks)]
     basis = NestedBasis.of(v, ks)
-    # W' Sigma V_K spans what a probe sees of V_K where Sigma is whitened; a column that the pooled states do not see is
-    # one of rounding, beside the most they could vary along it
+    # W' Sigma V_K spans the part of V_K that a probe sees after Sigma is whitened; a column along which the pooled
+    # states do not vary is rounding: it is tiny beside `sizes`, the largest variation possible along that column
     sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
     whitened = NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
     scores = ntps(u, basis, config.fractions, config.eigenvectors == "largest") | retained(labels, whitened)
@@ -279,12 +279,12 @@ def sweep_layer(
 
 # ------------------------------------------------------------------ run
 def output_path(config: Config) -> Path:
-    """The path of the result; options other than the default are in the name."""
+    """The path of the result; its name holds the options that differ from the default."""
     return result_path("ntps", config.run, config.model, config.data, f"{option_suffix(result_settings(config))}.json")
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
-    """The result of all layers, one in memory at a time; the stored one where it was made from the same moments.
+    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments.
 
     Raises:
         UserError: the labels are all equal.
@@ -310,7 +310,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             held_out = None
             if other_metadata and layer_index in other_metadata["layers"]:
                 held_out = load_layer(other, other_metadata, layer_index, device)
-            # random V for the score of the run; a control of V would repeat them, as any option the closed forms
+            # only the run's own V is compared with random V; only default options compute the closed forms
             is_compared = layer_index == last and config.subspace == "autoregression"
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:

@@ -14,10 +14,10 @@ word, (d,): the mean over its tokens when the word alone is the text.
     perception      B B' u   = lambda M u     U (d, k): largest lambda first, u' M u = 1      coordinates U' x
     autoregression  C1 C1' v = lambda C0 v    V (d, k): largest lambda first, v' C0 v = 1     coordinates V' x
 
-Differs from the paper: largest eigenvalue first (in the released script axis 1 is the second eigenvector), no factor of
-ten on one panel, and a measure of the picture: silhouette, and leave-one-out accuracy of logistic regression, over all
-standardised components, beside their means under shuffled word labels; for two equal categories that of the accuracy
-is below one half, as the category of the word left out is then the smaller one.
+Differs from the paper: the largest eigenvalue comes first (axis 1 of the released script is the second eigenvector), no
+panel is multiplied by ten, and two numbers measure the picture over all standardised components: silhouette, and
+leave-one-out accuracy of logistic regression. Beside each is its mean under shuffled word labels; for two equal
+categories that mean accuracy is below one half, because a word left out makes its category the smaller one.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -46,9 +46,9 @@ from utils.settings import Data, Model, Run, result_settings
 
 JOY, SAD = "Joy=lovely,enjoyable,amazing,delighted", "Sad=horrible,disappointing,unhappy,lonely"
 PAPER_WORDS = (JOY, SAD, "Be=am,is,are,was,were")
-# frequent in docstrings, the first two categories one token a word in the embedded model; chosen before any result
+# frequent words of docstrings, in the first two categories of one token each (embedded model); chosen before any result
 DOCSTRING_WORDS = ("Array=array,matrix,tensor,vector", "Text=string,text,token,word", "Be=is,are,be,was,were")
-TIE = 1e-6  # eigenvalues whose difference is below this share of them count as equal
+TIE = 1e-6  # two eigenvalues count as equal if they differ by less than this share
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
 
 # ------------------------------------------------------------------ directions
 def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: str) -> tuple[Tensor, Tensor]:
-    """The k eigenvectors of F F' u = lambda C u with the largest eigenvalues, (d, k), u' C u = 1; and these, (k,).
+    """The k eigenvectors of F F' u = lambda C u with the largest eigenvalues, (d, k), u' C u = 1; and the latter, (k,).
 
     Raises:
         UserError: fewer than k eigenvalues are positive, or two of them are equal: tied directions have no basis of
@@ -143,21 +143,21 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
 
 
 def oriented_coordinates(vectors: Tensor, states: Tensor, labels: np.ndarray) -> np.ndarray:
-    """Coordinates (n, k) of states (n, d) along vectors (d, k); labels (n,) decide the sign that an eigenvector lacks.
+    """Coordinates (n, k) of states (n, d) along vectors (d, k); labels (n,) decide the sign of each eigenvector.
 
     The first category is on average above the second; if their means agree to 1e-6, the mean of all is positive.
     """
     coordinates = states @ vectors
     first, second = (coordinates[torch.from_numpy(labels == category)].mean(0) for category in (0, 1))
     mean, gap = coordinates.mean(0), first - second
-    # the largest entry of the vector, the usual rule, has rivals of its size: another dtype can swap them
+    # the usual rule, a positive largest entry, is not stable: entries of nearly equal size can swap in another dtype
     decisive = torch.where(gap.abs() > 1e-6 * mean.abs(), gap, mean)
     return (coordinates * torch.where(decisive < 0, -1.0, 1.0)).cpu().numpy()
 
 
 # ------------------------------------------------------------------ run
 def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]]) -> dict[str, Any]:
-    """Words in both subspaces, and how far their categories are apart in each."""
+    """Computes the coordinates of the words in both subspaces, and the separability of their categories in each."""
     words = [word for listed in categories.values() for word in listed]
     labels = np.repeat(np.arange(len(categories)), [len(listed) for listed in categories.values()])
     groups = {"first_two": labels < 2} | ({"all": labels >= 0} if len(categories) > 2 else {})

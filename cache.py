@@ -45,7 +45,7 @@ from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
-TOKENS_PER_BLOCK = 8192  # so many are added up in the precision of the products before these move to float64
+TOKENS_PER_BLOCK = 8192  # a float64 sum receives the low-precision products of so many tokens at once
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
 Pooling = Literal["mean", "last"]
 
@@ -55,8 +55,8 @@ class Output(Unrecorded):
     """Parts of the result that are optional."""
 
     save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
-    folds: Literal["none", "last", "all"] = "last"  # layers whose pooled moments are also kept fold by fold
-    layers: tuple[int, ...] | None = None  # layers whose moments are kept, 0 the embeddings, -1 the last; None: all
+    folds: Literal["none", "last", "all"] = "last"  # layers that also keep their pooled moments fold by fold
+    layers: tuple[int, ...] | None = None  # layers to keep the moments of: 0 the embeddings, -1 the last; None: all
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Config:
 
     split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
     pooling: Pooling = "mean"  # pooled state m of a text: mean of its tokens, or its last token
-    num_folds: int = 5  # folds whose pooled moments are kept apart for cross-validation
+    num_folds: int = 5  # folds with pooled moments of their own, for cross-validation
     product_dtype: ProductDtype = "auto"  # of the products s_t s_t' and s_t x_{t+1}'; auto: by the number of tokens
     model: Model = Model()
     data: Data = Data()
@@ -124,11 +124,11 @@ class LayerSums:
     def __init__(
         self, shape: tuple[int, int, int], device: torch.device, precision: Precision, pooling: Pooling, on_host: bool
     ) -> None:
-        """Zeros, of `shape`: hidden size, labels, and folds kept apart (1: none); in main memory if `on_host`."""
+        """Makes zeros; `shape` is (d, c, number of folds; 1: none); they are in main memory if `on_host`."""
         (d, c, self.num_folds), self.precision, self.pooling, self.on_host = shape, precision, pooling, on_host
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        self.products: CentredProducts | None = None  # of the block that has begun
-        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # of that block: m, y, and the numbers of the folds
+        self.products: CentredProducts | None = None  # of the current block
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # of that block: m, y and fold numbers
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device="cpu" if on_host else self.device)
@@ -161,12 +161,12 @@ class LayerSums:
         return mean, m
 
     def add_up(self, values: dict[str, Tensor], *fold: int) -> None:
-        """Adds values to the sums of these names, of a fold where one is given."""
+        """Adds values to the sums of the same names; if a fold is given, to the sums of that fold."""
         for name, value in values.items():
             self.sums[name][fold].add_(value.to(self.sums[name].device))
 
     def flush(self) -> None:
-        """Adds the products of lower precision, and the pooled moments of all batches since the last call."""
+        """Adds the low-precision products and the pooled moments of the current block to the sums, and ends it."""
         if self.products:
             self.add_up(self.products.sums())
         m, y, folds = map(torch.cat, zip(*self.batches, strict=True))
@@ -176,7 +176,7 @@ class LayerSums:
         self.products, self.batches = None, []
 
     def averages(self, num_samples: int, fold_sizes: Tensor) -> dict[str, Tensor]:
-        """The moments, by the names in the docstring of this file, of n texts, (f,) of them in each fold."""
+        """Returns the moments, named as in this file's docstring: sums / n texts, and per fold sums / (f,) sizes."""
         found: dict[str, Tensor] = {}
         for name, total in self.sums.items():
             found[name] = (total.sum(0) if name.startswith("pooled_") else total) / num_samples
@@ -190,20 +190,20 @@ class LayerSums:
 
 # ------------------------------------------------------------------ the pass
 def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
-    """Zeros for each layer k that is kept, if they fit the free memory; its hidden states come from `devices[k]`."""
+    """Empty sums of each kept layer k, whose states `devices[k]` holds. Raises UserError if memory is too small."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
     with_folds = stored.choose(config.output.folds, kept)
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
     on_meta = [LayerSums(shape, torch.device("meta"), precision, config.pooling, False) for shape in shapes.values()]
-    of_block = 0 if precision == "float64" else 12 * d * d  # at most three matrices of float32
+    of_block = 0 if precision == "float64" else 12 * d * d  # a block has at most three float32 matrices
     num_bytes = [of_block + sum(tensor.nbytes for tensor in layer.sums.values()) for layer in on_meta]
     on_host = keep_on_host(num_bytes, [devices[k] for k in kept], config.placement.accumulate_on)
     return {k: LayerSums(shapes[k], devices[k], precision, config.pooling, on_host) for k in kept}
 
 
 def check_finite(found: dict[int, Tensor], rows: np.ndarray, dtype: torch.dtype) -> None:
-    """Raises UserError at the first layer and row whose states are not finite; `found` says so, (b,) bool a layer."""
+    """Raises UserError for the first layer and row with non-finite states; `found[layer]` is True if finite, (b,)."""
     finite = torch.stack(list(found.values()))
     if not finite.all():  # read once a batch: a GPU waits for it
         layer, text = (~finite).nonzero()[0].tolist()
@@ -223,12 +223,12 @@ def accumulate(
     pooled: np.ndarray | None = None,
     partial: PartialPass | None = None,
 ) -> dict[str, Tensor]:
-    """The moments of n texts by one pass: `layer.<k>.<name>` and, of labels, `<name>`; processes share the texts.
+    """Runs one pass over n texts, which processes share; returns moments `layer.<k>.<name>` and label means `<name>`.
 
     Args:
         folds: number of the fold of each text, (n,).
-        pooled: (layers saved, n, d), filled in place; holds the last layers, at most all.
-        partial: the sums of an unfinished pass; None: the pass cannot be continued.
+        pooled: (layers saved, n, d), filled in place with the states of the last layers.
+        partial: saves and continues the sums of an unfinished pass; None: a killed pass starts anew.
     """
     device, devices = input_device(model), layer_devices(model)
     sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
@@ -246,7 +246,7 @@ def accumulate(
         def add_layer(k: int, x: Tensor) -> None:
             if k in sums:
                 mean, m = sums[k].add(x, lengths, y, fold_numbers, ends_block)
-                finite[k] = mean.isfinite().all(1).to(device)  # a mean over all tokens shows any of them
+                finite[k] = mean.isfinite().all(1).to(device)  # one bad token shows in the mean over all
                 if pooled is not None and k >= len(devices) - len(pooled):
                     pooled[k - len(devices), rows] = m.float().cpu().numpy()
 
@@ -266,15 +266,15 @@ def accumulate(
 
 # ------------------------------------------------------------------ find or make
 def config_path(config: Config) -> Path:
-    """The file of the moments of a config."""
+    """The path of a config's moments."""
     return results.result_path("moments", config.run, config.model, config.data) / f"{config.split}.safetensors"
 
 
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
-    """The moments of a config, and the config with the settings that it leaves at their default read from them.
+    """The path of a config's moments, and the config with the settings that you omitted read from that file.
 
     Raises:
-        UserError: no moments (those of the embedded model are made), of another setting, or of other weights.
+        UserError: the moments are missing (those of the embedded model are made), or of other settings or weights.
     """
     path = config_path(config)
     if not path.is_file():
@@ -289,18 +289,18 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
 
 
 def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
-    """The settings, rows, classes and model that tell moments of one path apart."""
+    """The identity of the moments of `data`: settings, rows, classes and model."""
     of_model = {"model_fingerprint": models.model_fingerprint(config.model, config.run)}
     of_rows = {"fingerprint": data.fingerprint, "label_names": data.label_names}
     return {"config": result_settings(config), **of_model, **of_rows}
 
 
 def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
-    """The moments of `data`, with the pooled states beside them if asked for; made if they are missing, or `anew`."""
+    """Makes the moments of `data`, and pooled states if asked for, unless they are complete; returns their path."""
     path, identity = config_path(config), identity_of(config, data)
     with results.one_run_at_a_time(path):
         if object_of_first(lambda: not anew and stored.is_complete(path, identity, config)):
-            remove_partial(path)  # of a run that was killed with the result written
+            remove_partial(path)  # left by a run that was killed after it wrote the result
             print("reused, already complete with these settings:")
         else:
             compute(config, data, identity)
@@ -341,8 +341,8 @@ def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> No
 
 
 def main(config: Config) -> None:
-    """Computes and writes the moments, unless they are there already."""
-    models.load_config(config.model, config.run)  # its name is wrong or right before the data are read
+    """Computes and writes the moments, unless they exist."""
+    models.load_config(config.model, config.run)  # a wrong name is refused before the data are read
     ensure(config, load_texts(config.data, config.run, config.split), anew=config.run.overwrite)
 
 

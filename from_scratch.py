@@ -10,8 +10,8 @@ Writes results/from_scratch/<model>/<dataset>/, with --init pretrained results/f
 metrics.json, history.csv, head.safetensors and the model itself in <model>+from_scratch+<dataset>/ (or
 +full_finetuning+), a folder that every script takes as --model_name.
 
-Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only the model is built otherwise: every
-weight is trained, in float32, with products in bfloat16 (--dtype).
+Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only the model differs: every weight is
+trained, in float32, with products in bfloat16 (--dtype).
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -63,7 +63,7 @@ class Config(FinetuningConfig):
 
 
 def build(config: Config) -> Trainable:
-    """The decoder of the causal LM, all its weights float32 and trained, and the function that saves the model."""
+    """The decoder of the causal LM, with all weights trainable in float32, and the function that saves the model."""
     from transformers import AutoModelForCausalLM
 
     if config.init == "pretrained":

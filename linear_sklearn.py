@@ -5,14 +5,14 @@
     python linear_sklearn.py --solver saga --score_split train       # as in the paper's Figure 2
 
 Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy and makes them, by one pass of cache.py each,
-where they are missing. Fits on train, scores on train and test.
+if they are missing. Fits on train, scores on train and test.
 Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf; with --score_split train
-<dataset>.train.png, .pdf), NTPS in it where K_sweep.py has run.
+<dataset>.train.png, .pdf), which shows NTPS too if K_sweep.py has run.
 
 Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScaler); y labels, Y (n, c) one-hot.
 
     logistic regression  min over W, b   sum_i log-loss(y_i, softmax(W x_i + b)) + |W|^2 / 2C     classification only
-    least squares        min over W, b   |Y - X W - 1 b'|^2, of smallest norm where n < d
+    least squares        min over W, b   |Y - X W - 1 b'|^2, of smallest norm if n < d
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -97,7 +97,7 @@ def predict(features: Tensor, weights: Tensor, intercept: Tensor) -> np.ndarray:
 
 
 def probe_device(config: Config) -> torch.device:
-    """The device of the fits; saga has no implementation off the CPU."""
+    """The device of the fits; always the CPU for saga."""
     return pick_device(config.run.device if config.solver == "lbfgs" else "cpu")
 
 
@@ -124,7 +124,7 @@ def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str,
 
 
 def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts], layer: int) -> dict:
-    """Fits the probes of one layer on train: its JSON entry, with the scores on both splits; `paths` of the moments."""
+    """Fits the probes of one layer on train; returns its JSON entry, scores on both splits. `paths`: of the moments."""
     device = probe_device(config)
     entry: dict[str, Any] = {"layer": layer}
     features = {split: load_pooled(path, layer).to(device) for split, path in paths.items()}
@@ -150,7 +150,7 @@ def check_labels(train: LabelledTexts) -> None:
 
 
 def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
-    """The result of all layers but its identity."""
+    """Fits the probes of all layers; returns the result without its identity."""
     import joblib
 
     paths = {split: find_states(config, split, "all", data[split]) for split in SPLITS}
@@ -170,7 +170,7 @@ def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 # ------------------------------------------------------------------ run
 def load_ntps(config: Config, identity: dict, train: LabelledTexts) -> dict | None:
-    """The result of K_sweep.py; None, with a sentence, if none exists of these settings, classes, rows and weights."""
+    """The result of K_sweep.py for these settings, classes, rows and weights; without one prints why, returns None."""
     path = results.result_path("ntps", config.run, config.model, config.data, ".json")
     if not path.is_file():
         print(f"No NTPS at {path}: the picture shows the probes alone. Run K_sweep.py to have both.")

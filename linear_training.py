@@ -1,4 +1,4 @@
-"""Linear probe by gradient descent on the last layer of a frozen LM: the baseline that LoRA is compared with.
+"""Train a linear probe by gradient descent on the last layer of a frozen LM: the baseline that LoRA is compared with.
 
     python linear_training.py                                        # embedded model and data, the paper's settings
     python linear_training.py --standardize --learning_rate 1e-3     # a probe that has converged after 50 epochs
@@ -57,7 +57,7 @@ class Config:
     num_epochs: int = 50  # passes over the training states; accuracy on test after each
     standardize: bool = False  # inputs to mean 0 and variance 1 over the training rows
     validation_share: float = 0.0  # stratified share of the training rows kept apart to choose the best epoch
-    patience: int | None = None  # stop after so many epochs without a lower validation loss; None: never
+    patience: int | None = None  # stop after so many epochs without a new lowest validation loss; None: never
     model: Model = Model()  # its dtype is the LM's; the probe is float32
     data: Data = Data()
     session: Session = Session()
@@ -76,7 +76,7 @@ class Config:
 # ------------------------------------------------------------------ states and rows
 def find_states(config: Any, split: Literal["train", "test"], save_pooled: Literal["last", "all"],
                 data: LabelledTexts) -> Path:  # fmt: skip
-    """The moments of a split, with the pooled states of the last layer or of all beside them; made if missing."""
+    """Makes a split's moments and the pooled states of its last layer, or of all, if missing; returns their path."""
     wanted = cache.Config(
         split, config.pooling, model=config.model, data=config.data, output=cache.Output(save_pooled), run=config.run
     )
@@ -85,7 +85,7 @@ def find_states(config: Any, split: Literal["train", "test"], save_pooled: Liter
 
 
 def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows to train on and of those to validate on, each sorted; with a share at least one of both.
+    """The sorted row numbers to train on and to validate on; if `share` is above 0, at least one row of each.
 
     Raises:
         UserError: no row is left to train on.

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of an LM with a linear head on its pooled last hidden state; and NTPS before and after it.
+"""Fine-tune an LM by LoRA with a linear head on its pooled last hidden state, and compute NTPS before and after.
 
     python lora_finetuning.py                                        # embedded model and data, the paper's settings
     python lora_finetuning.py --ntps_after                           # also cache.py and K_sweep.py before and after
@@ -9,7 +9,7 @@
 Reads the dataset and the model.
 Writes results/lora/<model>/<dataset>/{metrics.json,history.csv,head.safetensors,adapter/}; `adapter/` is in PEFT
 format, for PeftModel.from_pretrained or cache.py --adapter_dir. With --ntps_after also before_after.json, and the
-moments and scores of <model> and of <model>+lora where cache.py and K_sweep.py put them.
+moments and scores of <model> and of <model>+lora, at the paths that cache.py and K_sweep.py use.
 
 A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r), B = 0 at the start. A, B and the head
 are trained, in float32; everything else stays as it is.
@@ -73,7 +73,7 @@ class Config(FinetuningConfig):
 
 # ------------------------------------------------------------------ the method
 def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
-    """The causal LM with LoRA in its projections; nothing else requires a gradient."""
+    """The causal LM with LoRA in its projections; only LoRA's weights require a gradient."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
@@ -100,7 +100,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
         peft_model: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"LoRA fits nothing in {name} ({error}). See --target_modules.") from None
-    # PEFT writes down where the model was loaded from, for `tiny` a path of this machine
+    # PEFT would store the path that the model was loaded from; for `tiny` that is a path on this machine
     peft_model.active_peft_config.base_model_name_or_path = MODELS[name].path if name in MODELS else name
     return peft_model
 
@@ -112,7 +112,7 @@ def build(config: Config) -> Trainable:
 
     def save(folder: Path) -> None:
         with write_atomically(folder / "adapter") as temporary:
-            # no look at the hub for a changed vocabulary: the embeddings are not trained
+            # the embeddings are not trained: PEFT need not ask the hub for a changed vocabulary
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
             save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
 
@@ -121,7 +121,7 @@ def build(config: Config) -> Trainable:
 
 # ------------------------------------------------------------------ NTPS before and after
 def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
-    """Settings of the plain model's moments and scores: those of stored scores or moments, else the defaults."""
+    """Settings for the plain model's moments and scores: read from stored scores or moments, else the defaults."""
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype="float32")
     moments = cache.Config(pooling=config.training.pooling, model=model, data=config.data, run=run)
     sweep = K_sweep.Config(model=model, data=config.data, run=replace(run, device="cpu"))
@@ -137,7 +137,7 @@ def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
 
 
 def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
-    """The result of K_sweep.py of one model; that of an earlier adapter at the same path is replaced."""
+    """The result of K_sweep.py for one model; replaces the result of an earlier adapter at the same path."""
     identity, path = cache.identity_of(moments, data["train"]), K_sweep.output_path(sweep)
 
     def run_at(path: Path) -> Run:
@@ -160,7 +160,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
-    """The result of linear_training.py, whatever its hyperparameters; made with the defaults if missing."""
+    """The stored result of linear_training.py with any hyperparameters; made with the defaults if missing."""
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype=dtype)
     probe = linear_training.Config(config.training.pooling, model=model, data=config.data, run=run)
     path = result_path("linear_training", run, model, config.data) / "metrics.json"
@@ -175,14 +175,14 @@ def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) ->
 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
-    """Trains, or finds the finished run; with --ntps_after also the table of NTPS before and after."""
+    """Trains unless a finished run exists; with --ntps_after also writes and prints NTPS before and after."""
     load_config(config.model, config.run)  # a wrong name is refused before the data are read
     data = load_splits(config.data, config.run)
     folder = result_path("lora", config.run, config.model, config.data)
     if not config.output.ntps_after:
         finetune(config, "lora", build, data)
         return
-    object_of_first(lambda: find_finished(config, folder, data))  # what does not fit is refused before the work
+    object_of_first(lambda: find_finished(config, folder, data))  # refuses a run of other settings before the work
     moments, sweep = stored_settings(config)
     before = sweep_model(moments, sweep, data)
     probe = probe_metrics(config, moments.model.dtype, data)

@@ -1,4 +1,4 @@
-"""Which model, which layer, is an LLM needed at all? Several models ranked on one labelled dataset.
+"""Rank models and their layers on one labelled dataset, and compare the best with a bag of words.
 
     python prescreen.py                                                   # the two embedded models and embedded data
     python prescreen.py --dataset_name my.jsonl --models smollm2 tiny
@@ -9,7 +9,7 @@ Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a
 cache.py has not made with these settings go to results/prescreen/moments/. docs/scores.md explains every number.
 
 How models are ranked. Each layer's R2 is that of ridge regression on the pooled states, cross-validated over the folds
-that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. A model stands for
+that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. A model is judged by
 its best layer; for each fold that layer is chosen on the other folds, so that more layers are no advantage. Intervals
 are 90 %, from the spread over folds; two models, or a model and the bag of words, are compared fold by fold.
 """
@@ -106,7 +106,7 @@ def rank_models(screened: list[dict[str, Any]], words: np.ndarray) -> list[dict[
 
 
 def verdict(model: dict[str, Any]) -> str:
-    """The judgement of a model in a few words."""
+    """The verdict on a model in a few words."""
     if model["z"] is None or model["z"] < SMALLEST_Z or model["r2"] <= 0:
         return "finds nothing"
     if not model["above_words"]:
@@ -117,7 +117,7 @@ def verdict(model: dict[str, Any]) -> str:
 
 
 def recommendation(result: dict[str, Any]) -> str:
-    """The sentence under the table."""
+    """The recommendation printed under the table."""
     first, *others = result["models"]
     probe = f"a linear probe on layer {first['best_layer']} of {first['model']}"
     if first["verdict"] == "finds nothing":
@@ -132,7 +132,7 @@ def recommendation(result: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------ one model
 def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
-    """The settings of the moments of these rows: in results_dir if its moments fit, else in its folder prescreen."""
+    """The config of the moments of these rows, in results_dir if those fit, else made in its folder prescreen."""
     shared = {name: getattr(config, name) for name in ("pooling", "num_folds", "data", "run")}
     wanted = with_values(cache.Config(model=model, **shared), folds="all")
     existing = with_values(wanted, overwrite=False)
@@ -186,7 +186,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
 
 
 def screen_all(config: Config, train: LabelledTexts) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The screened models, and the cause of each failure by model."""
+    """Screens every model; returns the results, and the cause of each failure by model."""
     screened, failed = [], dict[str, str]()
     for name in tqdm(dict.fromkeys(config.models), desc="prescreen", unit="model"):
         try:
@@ -197,7 +197,7 @@ def screen_all(config: Config, train: LabelledTexts) -> tuple[list[dict[str, Any
 
 
 def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
-    """Majority and bag of words: scores on the test rows, and R2 of the words on the folds that judge the models.
+    """Test scores of the majority class and of the bag of words, and R2 of the latter on the folds that judge models.
 
     Raises:
         UserError: all texts are in one fold.
