@@ -118,11 +118,13 @@ def rows_path(tmp_path_factory) -> Path:
 
 
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in their order."""
+    """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in the order of layers."""
     found = {key: tensor for key, tensor in tensors.items() if not key.startswith("layer.")}
-    layers = sorted({int(key.split(".")[1]) for key in tensors.keys() - found.keys()})
-    names = {key.split(".", 2)[2] for key in tensors.keys() - found.keys()}
-    return found | {name: torch.stack([tensors[f"layer.{layer}.{name}"] for layer in layers]) for name in names}
+    of_layers: dict[str, dict[int, torch.Tensor]] = {}
+    for key in tensors.keys() - found.keys():
+        _, layer, name = key.split(".", 2)
+        of_layers.setdefault(name, {})[int(layer)] = tensors[key]
+    return found | {name: torch.stack([by_layer[k] for k in sorted(by_layer)]) for name, by_layer in of_layers.items()}
 
 
 def load_moments(path: Path) -> dict[str, torch.Tensor]:

@@ -92,11 +92,24 @@ def write_atomically(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def without_new_empty_folders(path: Path) -> Iterator[None]:
+    """Removes at the end the folders above `path` that were made meanwhile and are empty, as after a refusal."""
+    missing = [parent for parent in path.parents if not os.path.exists(parent)]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for folder in missing:
+                folder.rmdir()
+
+
 def check_writable(path: Path) -> None:
     """Raises the error of writing a file at `path`, before the work."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
-    temporary_folder(path).rmdir()
+    with without_new_empty_folders(path):
+        temporary_folder(path).rmdir()
 
 
 @contextlib.contextmanager
@@ -104,23 +117,17 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
     """Locks the result at `path`: a second run of the same result waits here, and then finds it.
 
     Enclose `find_result` and the writing of the result. The first process of a run takes the lock for all of them.
-    Folders made here that are empty at the end are removed, so that a refusal leaves nothing.
     """
-    lock, missing = path.with_name(f".{path.name}.lock"), [p for p in path.parents if not os.path.exists(p)]
-    try:
-        with contextlib.ExitStack() as stack:
-            try:
-                if rank() == 0:
-                    stack.enter_context(filelock.FileLock(lock))
-                    stack.callback(lock.unlink, missing_ok=True)
-            except OSError as error:  # a finished result can be read without it
-                if error.errno not in NO_PLACE:
-                    raise
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # it holds something
-            for folder in missing:
-                folder.rmdir()
+    lock = path.with_name(f".{path.name}.lock")
+    with without_new_empty_folders(path), contextlib.ExitStack() as stack:
+        try:
+            if rank() == 0:
+                stack.enter_context(filelock.FileLock(lock))
+                stack.callback(lock.unlink, missing_ok=True)
+        except OSError as error:  # a finished result can be read where nothing can be written
+            if error.errno not in NO_PLACE:
+                raise
+        yield
 
 
 # ------------------------------------------------------------------ JSON
