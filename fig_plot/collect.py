@@ -9,7 +9,7 @@ below results/study/ and results/benchmarks/ only if --results_dir names such a 
 files are named, skipped and counted. Deletes nothing. Writes, a row each:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
-    layers.csv.gz   the same, layer and fraction: the scores there (before LoRA; of random V at the middle layer alone)
+    layers.csv.gz   the same, layer and fraction: scores of that pair (before LoRA; random V: the middle layer only)
     features.csv    model, dataset, seed, layer: scores of the pooled states that need neither U nor V
     probes.csv      model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv    model, dataset, seed, method: scores on test at the last step
@@ -47,8 +47,8 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     results_dir: Path = Path("results")  # searched at any depth, without its study/ and benchmarks/
-    output_dir: Path | None = None  # the CSV files go there; by default tables/ in --results_dir
-    keep: bool = False  # keep the rows of those files that no result found now replaces: a study in several pieces
+    output_dir: Path | None = None  # folder of the CSV files; by default tables/ in --results_dir
+    keep: bool = False  # keep old rows that no new result replaces: for a study collected in several pieces
 
 
 # ------------------------------------------------------------------ one result -> rows
@@ -60,8 +60,8 @@ def shown_name(name: str) -> str:
 def ntps_rows(path: Path, result: Row) -> dict[str, list[Row]]:
     """Rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py.
 
-    Layers of V by autoregression, of a random V the middle one; none after LoRA. Of the scores that need neither U nor
-    V those that mean something, on training rows.
+    layers.csv.gz gets every layer for V by autoregression, the middle layer for a random V, and none after LoRA.
+    features.csv gets the scores that need neither U nor V, on training rows, unless they are meaningless.
     """
     config, layers = result["config"], result["layers"]
     dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
@@ -107,7 +107,7 @@ def training_rows(path: Path, result: Row) -> dict[str, list[Row]]:
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
     row |= {"method": folder.parent.parent.name, "learning_rate": config["learning_rate"]}
-    if config.get("standardize"):  # the probe that has converged, beside the paper's
+    if config.get("standardize"):  # a converged probe, beside the paper's own
         row |= {"dataset": row["dataset"].removesuffix(".standardized"), "method": "linear_training_converged"}
     row |= {name: result[name] for name in ("num_train", "num_steps", "texts_per_step", "num_trained_parameters")}
     row |= {name: value for name, value in result["last"].items() if name.startswith("test_")}
@@ -129,7 +129,7 @@ def alignment_rows(path: Path, result: Row) -> dict[str, list[Row]]:
 
 
 def model_row(name: str, model_name: str) -> Row:
-    """A row of models.csv: from pretraining.json where the model has one, else the table of known models.
+    """A row of models.csv, read from pretraining.json if the model has one, else from the table of known models.
 
     Args:
         name: as shown.
@@ -158,7 +158,7 @@ READERS: dict[str, Callable[[Path, Row], dict[str, list[Row]]]] = {
 
 
 def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
-    """Kind and path of everything that should be a result: a JSON file, or the folder of a training run."""
+    """Yields the kind and path of each expected result: a JSON file, or metrics.json of a training run."""
     for kind in READERS:
         folders = (path for path in results_dir.rglob(kind) if path.is_dir())
         for folder in sorted(path for path in folders if path.relative_to(results_dir).parts[0] not in LEFT_OUT):
@@ -167,7 +167,7 @@ def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
 
 
 def check_cells(rows: Iterable[Row]) -> None:
-    """Raises TypeError where a cell is not what its column holds: a list or an object, or a word among numbers."""
+    """Raises TypeError if a cell does not fit its column: a list, an object, or a word in a column of numbers."""
     for row in rows:
         for name, value in row.items():
             if isinstance(value, list | dict) or (isinstance(value, str) and name not in TEXTS):
@@ -175,7 +175,7 @@ def check_cells(rows: Iterable[Row]) -> None:
 
 
 def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
-    """The rows of each table, with `path`, their file; environment of each result; and what was skipped, in words."""
+    """The rows of each table, with their file as `path`; each result's environment; and a sentence per skipped file."""
     tables: dict[str, list[Row]] = {name: [] for name in REQUIRED}
     environments, skipped, model_names = [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
@@ -204,7 +204,7 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[s
 def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
     """The rows of `read_all` in the order of their keys, each once.
 
-    Baselines of a dataset are in the result of every model; where machines round one differently the first stands.
+    Every model's result repeats the baselines of its dataset; if machines round these differently, the first counts.
 
     Raises:
         UserError: two rows of the same keys differ.
@@ -224,13 +224,13 @@ def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows in the order of their keys; words keep theirs."""
+    """The rows sorted by their keys; rows that differ in the word alone keep their order."""
     order = [key for key in ROW_KEYS if key in table and key != "word"]
     return table.sort_values(order, kind="stable") if order else table
 
 
 def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table, and those of the file before it whose keys it does not have, in the order of their keys.
+    """The rows of a table, and rows of its old file whose keys are not in the table, sorted by their keys.
 
     Raises:
         UserError: that file is damaged, or another table than its name says.
@@ -244,7 +244,7 @@ def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame
 
 
 def save_sources(path: Path, environments: list[Row], config: Config) -> None:
-    """Writes where the numbers come from: command, library versions and commits, each once."""
+    """Writes the sources of the numbers: command, library versions and commits, each once."""
     command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
     before = load_json(path) if config.keep and path.is_file() else {"git_commits": [], "environments": []}
     commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
@@ -257,7 +257,7 @@ def save_sources(path: Path, environments: list[Row], config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Writes the tables, and says what was skipped.
+    """Writes the tables, and prints a line for each skipped file.
 
     Raises:
         UserError: no result at all, two results of the same keys, or a damaged table with --keep.
@@ -268,7 +268,7 @@ def main(config: Config) -> None:
         found = f"; {len(skipped)} skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"No results under {config.results_dir}{found}. Make some: python cache.py, python K_sweep.py")
     tables = {name: to_table(name, of_table) for name, of_table in rows.items() if of_table}
-    if config.keep:  # all are read before one is written: a damaged one leaves the others as they are
+    if config.keep:  # reads all old files before it writes one: a damaged file leaves the others unchanged
         tables = {name: with_rows_of(name, output_dir, table) for name, table in tables.items()}
     for name, table in tables.items():
         save_csv(table_path(name, output_dir), table)

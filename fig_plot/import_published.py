@@ -39,7 +39,7 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     path: tyro.conf.Positional[Path]  # clone of the authors' repository, or a folder that holds the four files
-    output_dir: Path = ROOT / "fig_plot" / "published"  # where the CSV files go
+    output_dir: Path = ROOT / "fig_plot" / "published"  # folder of the CSV files
 
 
 # ------------------------------------------------------------------ an unpickler of floats
@@ -57,7 +57,7 @@ class PlainDtype:
 
 
 class PlainArray:
-    """Replaces what numpy's _reconstruct makes: an array, given its shape and bytes in a second step."""
+    """Replaces the array that numpy's _reconstruct makes, which gets its shape and bytes in a second step."""
 
     def __init__(self, subtype: str, shape: tuple, code: bytes) -> None:
         self.values = np.empty(0)
@@ -122,7 +122,7 @@ def read_rows(folder: Path, name: str, to_rows: Any, fields: tuple[str, ...], co
             table = pd.DataFrame(to_rows(FloatUnpickler(file).load(), *fields), columns=columns)
         if not np.isfinite(table.select_dtypes("number")).all(axis=None):
             raise ValueError("finite numbers expected")
-    # what damaged bytes raise, after the list in the documentation of pickle
+    # errors that damaged bytes raise, after the list in the documentation of pickle
     except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError,
             ValueError, MemoryError) as error:  # fmt: skip
         raise UserError(

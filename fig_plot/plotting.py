@@ -84,7 +84,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> F
             values_x, values_y = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
             dots |= draw_rank_scatter(panel, values_x, values_y, title_of(model), names)
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
-            panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
+            panel.tick_params(labelbottom=True)  # the lowest panel of its column, even above an empty cell
         figure.supxlabel(f"{shown(x)} (rank, 1 = lowest)", fontsize=9)
         figure.supylabel(f"{shown(y)} (rank, 1 = lowest)", fontsize=9)
         figure.suptitle("a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks", fontsize=7)
@@ -141,7 +141,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
 
 
 def plot_overview(rows: pd.DataFrame) -> Figure:
-    """The whole story: a panel per claim, a bar per step from the published numbers to the best simple baseline.
+    """Draws a panel per claim, with a bar per step from the published numbers to the best simple baseline.
 
     Args:
         rows: of `findings.page.overview_rows`; positive is the claimed direction.
@@ -170,7 +170,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
 
 
 def plot_idea() -> Figure:
-    """The idea of the score: the part of a direction u that a task needs inside the subspace V."""
+    """Draws the idea of the score: the part of a direction u, which a task needs, that lies in the subspace V."""
     with plt.style.context(PLAIN_TEXT):
         figure, panel = plt.subplots(figsize=(5.2, 2.0))
         panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)

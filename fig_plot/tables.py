@@ -1,4 +1,4 @@
-"""The CSV files of a study, and the same joined into one row per model and dataset: what figures and findings use.
+"""The CSV files of a study, and their join into one row per model and dataset, for figures and findings.
 
 A study is a folder with a scores.csv; `title` in study.json beside it is its name in figures.
 """
@@ -27,9 +27,9 @@ RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained"
 FEATURE_SCORES = ("ridge_r2", "logme", "h_oas")  # of the pooled states of the last layer
 CONTROLS = ("ntps_pca", "retained_pca", "retained_random", "retained_z_pca", "retained_z_random",
             "retained_random_z", "retained_lead")  # fmt: skip
-# what NTPS should predict; all on test, in shares of 1
+# the outcomes that NTPS should predict; all on test, in shares of 1
 MEASURES = ("probe_accuracy", "probe_skill", "probe_mse", "lora_gain", "lora_gain_paper", "full_gain", "full_accuracy")
-# what each is called, in tables and figures, in the order of the tables
+# name -> label in tables and figures, in the order of the tables
 LABELS = {
     "probe_accuracy": "probe accuracy",
     "probe_skill": "probe accuracy above majority",
@@ -64,18 +64,18 @@ LABELS = {
     "best_layer_lead": "R2 of the best layer - that of the last",
     "probe_r2_held_out": "R2 of a linear probe on held-out rows",
 }
-FEW_TASKS = 8  # of which a bootstrap says nothing
+FEW_TASKS = 8  # with fewer tasks a bootstrap interval says nothing
 # the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
-# the tables of collect.py, with the columns that name a row; their other columns but the TEXTS are of numbers
+# table of collect.py -> its required columns; all columns outside TEXTS hold numbers
 REQUIRED = {
     **dict.fromkeys(("scores", "layers", "features", "probes", "training"), SEED_KEYS),
     **dict.fromkeys(("alignment", "separability"), CELL_KEYS),
     **{"datasets": ["dataset", "seed"], "models": ["model"]},
 }
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
-# controls of V, by what they add to the name of a score
+# controls of V, by the suffix that they add to the name of a score
 VARIANTS = {
     "_smallest": ("smallest", "autoregression"),
     "_pca": ("largest", "pca"),
@@ -96,7 +96,7 @@ def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
     """Folder -> title of every study at or below a folder, that of the folder itself first.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds no study.
     """
     titles = {}
     for folder in sorted(path.parent for path in tables_dir.rglob("scores.csv")):
@@ -113,14 +113,14 @@ def figure_name(name: str, study: Path, tables_dir: Path = DATA_DIR) -> str:
 
 
 def table_path(name: str, data_dir: Path) -> Path:
-    """The file of a table; that of every layer is compressed."""
+    """The path of a table; `layers` is compressed."""
     return data_dir / (f"{name}.csv.gz" if name == "layers" else f"{name}.csv")
 
 
 def parse_table(name: str, text: str) -> pd.DataFrame:
-    """The table in a CSV file. Raises ValueError where it has been cut off or is not a table of this name."""
+    """Parses a CSV file. Raises ValueError if it was cut off or is not a table of this name."""
     widths = {len(row) for row in csv.reader(io.StringIO(text, newline=""))}
-    if len(widths) != 1 or not text.endswith("\n"):  # pandas would take what is left for a whole file
+    if len(widths) != 1 or not text.endswith("\n"):  # pandas would accept the rest as a whole file
         raise ValueError("it has been cut off, or its rows differ in length")
     texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
     table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
@@ -136,7 +136,7 @@ def parse_table(name: str, text: str) -> pd.DataFrame:
 
 
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """A table of collect.py or of the findings: names are text, also a dataset called 2024 or NA, a word `null`.
+    """Reads a table of collect.py or of the findings; names stay text, even a dataset called 2024 or NA.
 
     Raises:
         UserError: it is missing, damaged, or another table than its name says.
@@ -147,9 +147,9 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     try:
         content = path.read_bytes()
         table = parse_table(name, (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8"))
-    except (ValueError, csv.Error, OSError, EOFError) as error:  # those of pandas, gzip and the decoder among them
+    except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
         raise UserError(f"{path} is no whole table ({error}). Make it again: python -m fig_plot.{module}") from None
-    if name in ("scores", "layers"):  # of a version without these columns
+    if name in ("scores", "layers"):  # files of an older version lack these columns
         for column, value in (("coordinates", "as_is"), ("subspace", "autoregression")):
             if column not in table:
                 table[column] = value
@@ -157,8 +157,8 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 
 def save_csv(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table atomically, with six significant digits; whole numbers with all of theirs."""
-    # a column of counts that is empty somewhere is one of floats in pandas, until it is told otherwise
+    """Writes a table atomically: floats with six significant digits, whole numbers with all digits."""
+    # pandas reads a column of counts with an empty cell as floats
     floats = table.select_dtypes("float")
     counts = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
     whole = table.astype(dict.fromkeys(counts, "Int64"))
@@ -213,7 +213,7 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_columns(data_dir: Path) -> pd.DataFrame:
-    """Test accuracy of each way of training, a row per model, dataset and seed; NTPS and probes need none."""
+    """Test accuracy of each way of training, a row per model, dataset and seed; empty for a study without training."""
     if not table_path("training", data_dir).is_file():
         return pd.DataFrame(columns=SEED_KEYS, dtype=object)
     training = read_table("training", data_dir)
@@ -222,7 +222,7 @@ def training_columns(data_dir: Path) -> pd.DataFrame:
 
 
 def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """One row per model, dataset and seed: scores, what they should predict, and baselines.
+    """One row per model, dataset and seed: scores, the outcomes that they should predict, and baselines.
 
     Differences are between results of the same seed, which share their rows: `lora_gain` and `full_gain` over the
     logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
@@ -240,12 +240,12 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
     for name in {*METHOD_COLUMNS.values(), *FEATURE_SCORES} - {*cells}:
         cells[name] = np.nan
-    for name in SCORES:  # the mean of many random V where K_sweep.py drew them
+    for name in SCORES:  # the mean over many random V, if K_sweep.py drew them
         if f"{name}_random_mean" in cells:
             cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
     probe = cells["probe_accuracy"]
     return cells.assign(
-        num_classes=cells["num_classes"].where(cells["num_classes"] > 0),  # a regression is not ranked by them
+        num_classes=cells["num_classes"].where(cells["num_classes"] > 0),  # a regression has no number of classes
         retained_lead=cells["retained"] - cells["retained_random"],
         probe_skill=probe - cells["majority_accuracy"],
         headroom=1 - probe,
@@ -268,7 +268,7 @@ def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model, dataset and seed.
 
-    `retained_lead`, over random V, and the probe on held-out rows are among them where both have it.
+    They include `retained_lead`, over random V, and the probe on held-out rows, if known before and after.
     """
     scores = score_columns(read_table("scores", data_dir))
     if "retained_random_mean" in scores:
@@ -280,7 +280,7 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One column as models x datasets, NaN where a cell is missing."""
+    """One column as a table models x datasets; missing cells are NaN."""
     return cells.pivot(index="model", columns="dataset", values=column)
 
 
@@ -296,5 +296,5 @@ def models_with_twins(rows: pd.DataFrame) -> list[str]:
 
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:
-    """The same, smallest model first."""
+    """The rows of models with trained weights, smallest model first."""
     return without_random_weights(cells).sort_values(["num_parameters", *CELL_KEYS], kind="stable")

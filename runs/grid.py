@@ -1,7 +1,7 @@
-"""What a study consists of: the files that have to be there, and the flags of the commands that make them.
+"""The files that a study must produce, and the flags of the commands that make them.
 
-runs/Snakefile asks this file; each runs/<study>.yaml is read into a `Grid`. Snakemake runs in an environment of its
-own, without torch, so nothing of the scripts is imported here.
+runs/Snakefile imports this file; a `Grid` holds one runs/<study>.yaml. Snakemake runs in an environment of its own,
+without torch, so this file imports none of the scripts.
 """
 
 import functools
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# what may be asked of a model, in `seeds`: how many seeds of each
+# keys of a model's `seeds`, which gives the number of seeds of each kind of result
 KINDS = ("closed_form", "probe", "lora", "ntps_after", "full_finetuning", "from_scratch")
 SCRIPTS = ("cache", "linear_sklearn", "linear_training", "linear_training_converged", "lora", *KINDS[-2:])
 SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment",
@@ -23,7 +23,7 @@ DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
 def folder_name(name: str) -> str:
-    """The name under results of a model or dataset, as `path_name` of utils/settings.py gives it."""
+    """The folder name of a model or dataset under results, the same as `path_name` of utils/settings.py."""
     path = Path(name)
     if path.suffix in DATA_FILES:
         found = path.stem
@@ -46,12 +46,12 @@ def to_flags(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """One study, as its yaml file has it."""
+    """One study, with the content of its yaml file."""
 
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Ends with one sentence where the yaml file has a name that nothing knows."""
+        """Exits with one sentence if the yaml file holds an unknown name, or lacks models or datasets."""
         models, datasets = self.config.get("models", {}), self.config.get("datasets", [])
         named = [  # the place in the file, the names used, the names known
             ("as a setting", self.config, SETTINGS),
@@ -69,7 +69,7 @@ class Grid:
 
     @property
     def root(self) -> str:
-        """Where the results of every seed are."""
+        """The folder that holds the results of every seed."""
         return f"{self.config.get('results_dir', 'results')}/study/{self.config['study']}"
 
     @functools.cached_property
@@ -84,7 +84,7 @@ class Grid:
 
     @property
     def controls(self) -> dict[str, dict[str, Any]]:
-        """Flags of K_sweep.py by what they add to the name of its file: `.smallest`, `.random`; "" for none."""
+        """Flags of K_sweep.py by the suffix that they add to its file name: `.smallest`, `.random`; "" for none."""
         return {"" if not flags else f".{name}": flags for name, flags in self.config["controls"].items()}
 
     # -------------------------------------------------------------- commands
@@ -93,7 +93,7 @@ class Grid:
 
         Args:
             rule: of the Snakefile; the settings of its script in the yaml file apply.
-            cell: the wildcards of its files: seed, model, dataset, and control or layer where it has one.
+            cell: the wildcards of its files: seed, model, dataset and, for some rules, control or layer.
             more: flags of this rule alone.
         """
         name, dataset = self.models[cell.model], self.datasets[cell.dataset]
@@ -111,9 +111,9 @@ class Grid:
             settings["adapter_dir"] = f"{seed_dir}/lora/{cell.model}/{cell.dataset}/adapter"
         return to_flags(settings | {"results_dir": seed_dir})
 
-    # -------------------------------------------------------------- what has to be there
+    # -------------------------------------------------------------- results
     def num_seeds(self, kind: str, model: str, dataset: str) -> int:
-        """Seeds of one kind of cell; what is trained has the probes beside it that its gain is measured from."""
+        """Number of seeds of one kind of result; LoRA also asks for the probes that its gain is measured from."""
         seeds = self.config["models"][self.models[model]]["seeds"]
 
         only, name = self.config.get("only", {}), self.datasets[dataset]
@@ -121,7 +121,7 @@ class Grid:
         return max(seeds.get(needed, 0) if name in only.get(needed, [name]) else 0 for needed in needs)
 
     def results_of(self, model: str, dataset: str, seed: int) -> Iterator[str]:
-        """The results of one model, dataset and seed, without the folder of the seed."""
+        """Yields the result paths of one model, dataset and seed, relative to the folder of the seed."""
         has = {kind: seed < self.num_seeds(kind, model, dataset) for kind in KINDS}
         if has["closed_form"]:
             yield from (f"ntps/{model}/{dataset}{control}.json" for control in self.controls)
@@ -139,7 +139,7 @@ class Grid:
                 yield from (f"ntps/{model}+lora/{dataset}.{name}.json" for name in after)
 
     def targets(self, first_seed: bool = False) -> list[str]:
-        """Every result of the study, or those of seed 0."""
+        """The paths of every result of the study, or of seed 0 alone."""
         cells = list(itertools.product(self.models, self.datasets))
         last = 1 if first_seed else max(self.num_seeds(kind, *cell) for kind in KINDS for cell in cells)
         found = [f"{self.root}/seed{seed}/{result}" for seed in range(last) for cell in cells
@@ -150,7 +150,7 @@ class Grid:
         ]
 
     def resources(self, rule: str) -> dict[str, Any]:
-        """Resources of a rule as Snakemake takes them; each attempt after the first has more memory and time."""
+        """Resources of a rule for Snakemake; each further attempt gets more memory and time."""
         shared = {"K_sweep_after": "K_sweep", "linear_training_converged": "linear_training", "before_after": "cache"}
         asked = {"mem_mb": 4000, "runtime": 60} | self.config.get("resources", {}).get(shared.get(rule, rule), {})
         grown = ("mem_mb", "runtime")
