@@ -5,13 +5,13 @@
 
 Reads the CSV files of collect.py. Writes beside them, for each study, findings_<name>.csv:
 
-    like_for_like       question 1: the paper's procedure, and what is left step by step
+    like_for_like       question 1: the paper's procedure, and the rest of its correlation step by step
     selection           the same on test rows, and the choice judged on a task left out
     sensitivity         correlation at every layer and K
     correlations        question 2: each score and baseline with each measure, across tasks and across models
     leads               question 2: each score beside the best baseline
     partial             correlations with the headroom or the number of classes held fixed
-    controls            question 3: what V by PCA, a random V, random weights and permuted labels give
+    controls            question 3: scores of V by PCA, of a random V, of random weights and of permuted labels
     after_lora          question 4
     calibration         question 5: error of the LoRA gain predicted from a score, in points of accuracy
     decision            question 5: AUC of "LoRA gains more than two points"
@@ -20,7 +20,7 @@ Reads the CSV files of collect.py. Writes beside them, for each study, findings_
     random_weights      asked later: random weights on the same tasks, before and after LoRA
     twin                asked later: the paper's procedure with the scores of random weights
     like_for_like_paper, correlations_paper    asked later: questions 1 and 2 on the paper's own datasets
-    shared_tasks        asked later: tasks shared with the study of --tables_dir itself: of task or model?
+    shared_tasks        asked later: tasks shared with the study of --tables_dir itself: do scores follow task or model?
 
 and over the models of all studies, in --tables_dir itself:
 
@@ -28,8 +28,8 @@ and over the models of all studies, in --tables_dir itself:
     special             question 9: `retained` minus random V per model, and its sign in two models
     coordinates         question 10: each score in every scaling of the coordinates, at the last two layers
 
-A correlation across models is within each task, averaged over tasks. Models with random weights have tables of their
-own and rows among the controls and the changes by LoRA; they are left out of all else.
+A correlation across models is computed within each task and averaged over tasks. Models with random weights have tables
+of their own, and rows among the controls and the changes by LoRA; all other tables leave them out.
 """
 
 from collections.abc import Iterable
@@ -76,13 +76,13 @@ class Config:
 
 
 def train_layers(data_dir: Path) -> pd.DataFrame:
-    """Rows of layers.csv.gz that were solved on training rows, not centred."""
+    """The rows of layers.csv.gz solved on training rows without centring."""
     layers = read_table("layers", data_dir)
     return layers[(layers["split"] == "train") & ~layers["center"]]
 
 
 def comparison_tables(studies: Iterable[Path], draws: Draws) -> dict[str, pd.DataFrame]:
-    """The tables over the models of all studies; of a model and dataset that two studies have the first counts."""
+    """The tables over the models of all studies; if two studies share a model and dataset, the first counts."""
     cells, layers, layer_keys = [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
     for data_dir in studies:
         best = comparisons.best_test_accuracy(read_table("probes", data_dir))
@@ -152,7 +152,7 @@ def write_tables(data_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
 
 
 def main(config: Config) -> None:
-    """Writes the tables of every study, and those of all together."""
+    """Writes the tables of every study, and the tables over all studies."""
     draws = Draws(config.num_draws, config.seed, config.num_permutations)
     others, studies = None, find_studies(config.tables_dir)
     for data_dir in studies:

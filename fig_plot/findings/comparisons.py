@@ -29,18 +29,18 @@ def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
 
 # ------------------------------------------------------------------ question 7: which model?
 def is_right(score: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Whether differences of a score between two models have the sign of the outcome's, ties of the score one half.
+    """1 if the score orders two models as the outcome does, 0 if not, 0.5 if the score ties; (datasets,).
 
     Args:
-        score: difference on each dataset, (datasets,).
-        outcome: likewise; nan is given where it is 0 or either is missing.
+        score: difference between the models on each dataset, (datasets,).
+        outcome: likewise; the result is nan if the outcome ties or if either is missing.
     """
     agreement = np.sign(score) * np.sign(outcome) / 2 + 0.5
     return np.where(np.isfinite(agreement) & (outcome != 0), agreement, np.nan)
 
 
 def elsewhere(difference: np.ndarray) -> np.ndarray:
-    """For each dataset the mean difference over the other datasets; nan where there is none."""
+    """For each dataset the mean difference over the other datasets; nan without any other."""
     present = np.isfinite(difference)
     others = present.sum() - present
     total = np.nansum(difference) - np.where(present, difference, 0)
@@ -82,8 +82,8 @@ def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_special.csv: `retained` minus that of random V, per model and for each pair of models.
 
-    A model has the mean lead over datasets and how many leads are positive; a pair the share of datasets with leads of
-    the same sign, and Spearman's correlation of the leads over datasets.
+    A model's row has the mean lead over datasets and the number of positive leads; a pair's row the share of datasets
+    with leads of the same sign, and Spearman's correlation of the leads over datasets.
 
     Args:
         leads: model, dataset, place (last or middle layer) and lead.
@@ -110,7 +110,7 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     """`retained` minus that of random V: model, dataset, place, lead.
 
     Args:
-        cells: for the last layer, where K_sweep.py draws many random V.
+        cells: gives the last layer, for which K_sweep.py draws many random V.
         layers: rows of layers.csv.gz; for the middle layer those with `subspace` random are needed, too.
     """
     last = cells[[*CELL_KEYS, "retained_lead"]].rename(columns={"retained_lead": "lead"}).assign(place="last")
@@ -127,7 +127,7 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_coordinates.csv: each score in every scaling of the coordinates, at the last two layers.
 
-    Over the datasets that have all scalings: mean and spread in this one, the spread over scalings (mean over
+    Over the datasets that have all scalings: mean and spread in one scaling, the spread over scalings (mean over
     datasets), and as `<measure>` Spearman's correlation with the accuracies and the error of question 2.
 
     Args:

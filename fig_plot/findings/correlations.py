@@ -1,8 +1,8 @@
 """Rank correlations over tasks, and their intervals.
 
 Pure functions of numpy arrays; nothing is read or written. Ranks count from 1 = smallest, ties share their mean rank.
-A value is missing where it is NaN or infinite, and a pair where either side is. A statistic that is not defined (fewer
-than three pairs, or one side constant) is nan, never 0.
+NaN and infinite values are missing; a pair is missing if either side is. An undefined statistic (fewer than three
+pairs, or one side constant) is nan, never 0.
 """
 
 import functools
@@ -19,7 +19,7 @@ CORRELATIONS = {"spearman": spearmanr, "kendall": kendalltau, "weighted_tau": we
 
 
 class Draws(NamedTuple):
-    """How often a bootstrap and a permutation draw, and from which seed."""
+    """The number of bootstrap samples and of permutations, and their seed."""
 
     num_draws: int = 10_000
     seed: int = 0
@@ -34,21 +34,21 @@ class Interval(NamedTuple):
     high: float
 
     def columns(self, value: str, ends: str = "") -> dict[str, float]:
-        """As columns `value`, `<ends>low` and `<ends>high`."""
+        """The row's columns `value`, `<ends>low` and `<ends>high`."""
         return {value: self.value, f"{ends}low": self.low, f"{ends}high": self.high}
 
 
 # ------------------------------------------------------------------ correlations of one pair of vectors
 def rank(values: ArrayLike) -> np.ndarray:
-    """Ranks along the last axis, 1 = smallest, ties averaged, nan where a value is missing."""
+    """Ranks along the last axis, 1 = smallest, ties averaged, nan for missing values."""
     values = np.asarray(values, float)
     present = np.isfinite(values)
-    # the missing go behind all others, so that they push no rank up
+    # missing values rank behind all others, so that they push no rank up
     return np.where(present, rankdata(np.where(present, values, np.inf), axis=-1), np.nan)
 
 
 def standardize(values: np.ndarray) -> np.ndarray:
-    """Mean 0 and length 1 along the last axis; nan rows where that is constant."""
+    """Shifts and scales to mean 0 and length 1 along the last axis; a constant row becomes nan."""
     values = values - values.mean(-1, keepdims=True)
     length = np.linalg.norm(values, axis=-1, keepdims=True)
     return np.divide(values, length, where=length > TOLERANCE, out=np.full_like(values, np.nan))
@@ -62,7 +62,7 @@ def spearman_rows(x: ArrayLike, y: ArrayLike) -> np.ndarray:
         y: (..., n).
 
     Returns:
-        (...), nan where it is not defined.
+        (...), nan if undefined.
     """
     x, y = np.broadcast_arrays(np.asarray(x, float), np.asarray(y, float))
     complete = np.isfinite(x) & np.isfinite(y)
@@ -80,7 +80,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def correlation(x: ArrayLike, y: ArrayLike, kind: str) -> float:
-    """Spearman's, Kendall's tau-b or scipy's weighted tau (the largest weigh most) of the complete pairs of (n,)."""
+    """Correlation of the complete pairs of x and y, (n,): Spearman's, Kendall's tau-b or scipy's weighted tau."""
     pairs = np.array([x, y], float)
     a, b = pairs[:, np.isfinite(pairs).all(0)]
     if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
@@ -89,7 +89,7 @@ def correlation(x: ArrayLike, y: ArrayLike, kind: str) -> float:
 
 
 def mean_correlation(x: ArrayLike, y: ArrayLike, kind: str = "spearman") -> float:
-    """Mean over models of the correlation over tasks within a model; models without a defined one are left out.
+    """Mean over models of the correlation over tasks within a model; leaves out models with an undefined one.
 
     Args:
         x: (models, tasks), missing cells nan.
@@ -102,32 +102,32 @@ def mean_correlation(x: ArrayLike, y: ArrayLike, kind: str = "spearman") -> floa
 
 
 # ------------------------------------------------------------------ statistics of resampled tasks
-# A draw is how often it holds each task: `counts`, (draws, tasks). A statistic takes them and tables (models, tasks),
-# and gives a number per draw, (draws,), nan where it is not defined. Counts of 1 give that of the tables themselves.
+# `counts`, (draws, tasks), says how often each draw holds each task. A statistic takes counts and tables (models,
+# tasks) and gives one number per draw, (draws,), nan if undefined. Counts of 1 give its value on the tables themselves.
 Statistic = Callable[..., np.ndarray]
 
 
 def mean_cell(counts: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Mean of the cells that are not missing."""
+    """The mean of all cells with a value: a statistic."""
     present = np.isfinite(table)
     return _divide(counts @ np.where(present, table, 0).sum(0), counts @ present.sum(0))
 
 
 def mean_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mean over models of Spearman's correlation over tasks."""
+    """The mean over models of Spearman's correlation over tasks: a statistic."""
     return mean_over_models([_drawn_spearman(counts, *model) for model in zip(x, y, strict=True)])
 
 
 def spearman_lead(counts: np.ndarray, score: np.ndarray, baseline: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """|mean Spearman of the score with the target| less that of the baseline: a statistic."""
+    """|mean Spearman| of score and target minus |mean Spearman| of baseline and target: a statistic."""
     return np.abs(mean_spearman(counts, score, target)) - np.abs(mean_spearman(counts, baseline, target))
 
 
 def mean_partial_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Mean over models of Spearman's correlation of x and y with the ranks of `given` regressed out of both.
 
-    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)); not defined for fewer than four tasks, or where `given` leaves
-    no spread.
+    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)); undefined for fewer than four tasks, or if `given` explains
+    all spread of x or y.
     """
     return mean_over_models([_drawn_partial(counts, *model) for model in zip(x, y, given, strict=True)])
 
@@ -138,7 +138,7 @@ def drawn_auc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np
     Args:
         counts: (draws, n).
         score: (n,); missing scores are left out.
-        positive: (n,) of truth values.
+        positive: (n,), True for positives.
     """
     known = np.isfinite(score)
     is_positive, score = np.asarray(positive, bool)[known], score[known]
@@ -148,20 +148,20 @@ def drawn_auc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np
 
 
 def mean_over_models(of_each: list[np.ndarray]) -> np.ndarray:
-    """Mean of statistics of one model each, without those that are not defined, (draws,)."""
+    """The mean over models of one statistic per model, without undefined ones, (draws,)."""
     values = np.array(of_each)
     return _divide(np.nansum(values, 0), np.isfinite(values).sum(0))
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray, smallest: float = TOLERANCE) -> np.ndarray:
-    """The quotient, nan where the denominator is zero but for rounding."""
+    """The quotient; nan if the denominator is zero up to rounding."""
     return np.divide(numerator, denominator, where=denominator > smallest, out=np.full(numerator.shape, np.nan))
 
 
 def _drawn_spearman(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's correlation of the complete pairs of x and y, (n,) each, in each draw: (draws,).
 
-    A task's rank less the mean rank is half of how many of those drawn are below it, less how many are above.
+    A task's rank minus the mean rank is half of (number of drawn tasks below it - number above it).
     """
     known = np.isfinite(x) & np.isfinite(y)
     counts = counts[:, known]
@@ -174,7 +174,7 @@ def _drawn_partial(counts: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarr
     """Partial Spearman of the complete triples, (n,) each, in each draw: (draws,)."""
     known = np.isfinite(x) & np.isfinite(y) & np.isfinite(z)
     counts, x, y, z = counts[:, known], x[known], y[known], z[known]
-    xz, yz = (np.nan_to_num(_drawn_spearman(counts, side, z)) for side in (x, y))  # a constant z takes nothing away
+    xz, yz = (np.nan_to_num(_drawn_spearman(counts, side, z)) for side in (x, y))  # a constant z explains nothing
     left = np.sqrt(((1 - xz**2) * (1 - yz**2)).clip(0))
     partial = _divide(_drawn_spearman(counts, x, y) - xz * yz, left, smallest=1e-6)
     return np.where(counts.sum(1) > 3, partial, np.nan)
@@ -182,14 +182,14 @@ def _drawn_partial(counts: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarr
 
 # ------------------------------------------------------------------ values and intervals
 def value_of(statistic: Statistic, *tables: ArrayLike) -> float:
-    """A statistic of the tables as they are."""
+    """The value of a statistic on the tables themselves, without resampling."""
     whole = [np.atleast_2d(np.asarray(table, float)) for table in tables]
     return float(statistic(np.ones((1, whole[0].shape[1])), *whole)[0])
 
 
-@functools.cache  # the same few of every score and measure
+@functools.cache  # every score and measure uses the same few
 def draw_tasks(num_tasks: int, num_draws: int, seed: int) -> np.ndarray:
-    """How often each task is in each sample of the tasks with replacement, (draws, tasks)."""
+    """Draws samples of the tasks with replacement; returns how often each sample holds each task, (draws, tasks)."""
     tasks = np.random.default_rng(seed).integers(num_tasks, size=(num_draws, num_tasks))
     counts = np.zeros((num_draws, num_tasks))
     np.add.at(counts, (np.arange(num_draws)[:, None], tasks), 1)
@@ -199,17 +199,17 @@ def draw_tasks(num_tasks: int, num_draws: int, seed: int) -> np.ndarray:
 def bootstrap_interval(statistic: Statistic, *tables: ArrayLike, draws: Draws) -> Interval:
     """95 % percentile bootstrap of a statistic over tasks, from samples of the tasks with replacement.
 
-    The interval says what another sample of such tasks would give. Models see the same tasks, so their correlations err
-    together: tasks are the clusters, and more models narrow the interval only as far as they disagree. Models are not
-    resampled: the interval speaks of these models. Nominal 95 % covered 93 % (Spearman, 8 models that share what makes
-    tasks easy, 12 to 24 tasks, 800 trials). Resampled tasks tie, which draws a rank correlation towards 0: at 12 tasks
-    the middle of the interval lies about .05 nearer to 0 than the value, and nominal 95 % covered 96 to 99 % (normal
-    pairs, correlation 0, .6, .9). Draws in which the statistic is nan (all tasks alike) are left out.
+    The interval covers the values that another sample of such tasks would give. Models see the same tasks, so their
+    correlations err together: tasks are the clusters, and more models narrow the interval only as far as they disagree.
+    Models are not resampled: the interval speaks of these models. Nominal 95 % covered 93 % (Spearman, 8 models that
+    find the same tasks easy, 12 to 24 tasks, 800 trials). Resampled tasks tie, which moves a rank correlation towards
+    0: at 12 tasks the middle of the interval lies about .05 nearer to 0 than the value, and nominal 95 % covered 96 to
+    99 % (normal pairs, correlation 0, .6, .9). Draws with a nan statistic (all tasks alike) are left out.
 
     Args:
         statistic: called with the counts of the draws and the tables.
         tables: (models, tasks), missing cells nan; or (tasks,).
-        draws: how many samples, from which seed.
+        draws: the number of samples and their seed.
     """
     whole = [np.atleast_2d(np.asarray(table, float)) for table in tables]
     value = value_of(statistic, *whole)

@@ -1,12 +1,12 @@
-"""prescreen.py put to the test: the model and layer that its rule chooses on each dataset, and the points it loses.
+"""Test prescreen.py's rule: the model and layer that it chooses on each dataset, and the points that it loses.
 
     python -m fig_plot.findings.first_choice           # the committed studies; also fills the table of docs/scores.md
 
-The rule is the largest ridge R2. The studies cross-validated it at the last layer and judged the earlier layers by test
-rows, which gives other values; so the last layers are compared for the model, the earlier ones for the layer. A study
-with R2 at the last layer alone (closed_form.csv) leaves no choice of a layer. Points lost are those of the probe's test
-accuracy below the most accurate probe of any model and layer, which nobody knows beforehand. Models with random weights
-are left out.
+The rule chooses the largest ridge R2. The studies cross-validated R2 at the last layer but took it from test rows at
+earlier layers, which gives other values; so R2 of last layers chooses the model, and R2 of earlier layers the layer. A
+study with R2 at the last layer alone (closed_form.csv) leaves no choice of a layer. Points lost are test accuracy of
+the most accurate probe of any model and layer, which nobody knows beforehand, minus that of the chosen probe. Models
+with random weights are left out.
 
 Reads probes.csv, datasets.csv and features.csv or closed_form.csv of every study. Writes
 fig_plot/data/findings_first_choice.csv.

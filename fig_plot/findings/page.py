@@ -3,9 +3,9 @@
     python -m fig_plot.findings.page            # rewrites the tables between <!-- table: ... --> and <!-- end -->
     python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page is not what the CSV files say
 
-A table is a frame and, for each column, a format of its cells. `<!-- table: tasks of smollm2 gemma3-270m -->` asks for
-the rows of two studies, one below the other; a study that has no such rows takes no part. The words around the tables
-are written by hand.
+A `Table` is a frame with a cell format for each column. `<!-- table: tasks of smollm2 gemma3-270m -->` asks for the
+rows of two studies, one below the other, and skips a study without such rows. The words around the tables are written
+by hand.
 """
 
 import re
@@ -55,7 +55,7 @@ MODEL_CHOOSERS = ("ntps", "ntps_label", "retained", *FEATURE_SCORES, "num_parame
 class Config:
     """Nothing to edit."""
 
-    check: bool = False  # write nothing, and fail where something would be written
+    check: bool = False  # write nothing; fail if a page would change
 
 
 class Table(NamedTuple):
@@ -66,14 +66,14 @@ class Table(NamedTuple):
 
 
 def interval(value: str, ends: str = "", digits: int = 2) -> str:
-    """The format of a value and its interval, which is in the columns `<ends>low` and `<ends>high`."""
+    """The cell format of a value and its interval; the columns `<ends>low` and `<ends>high` hold the interval."""
     cells = [f"{{{name}:+.{digits}f}}" for name in (value, f"{ends}low", f"{ends}high")]
     return "{} [{}, {}]".format(*cells)
 
 
 # ------------------------------------------------------------------ from CSV files to rows
 def read_findings(name: str, data_dir: Path) -> pd.DataFrame:
-    """A table of the findings; intervals over fewer than eight tasks are left out."""
+    """Reads a table of the findings, without intervals over fewer than eight tasks."""
     table = read_table(f"findings_{name}", data_dir)
     num_tasks = table[known(table, ("members", "tasks", "datasets"))[0]]
     ends = [column for column in table if column.endswith(("low", "high"))]
@@ -82,7 +82,7 @@ def read_findings(name: str, data_dir: Path) -> pd.DataFrame:
 
 
 def spearmans(data_dir: Path, of: str = "") -> pd.DataFrame:
-    """Spearman across tasks under the fixed rule, a row per measure and score; `_paper`: its datasets."""
+    """Spearman across tasks under the fixed rule, a row per measure and score; `of="_paper"`: the paper's datasets."""
     table = read_findings(f"correlations{of}", data_dir)
     return table[(table["correlation"] == "spearman") & (table["direction"] == "across tasks")]
 
@@ -104,8 +104,8 @@ def side_by_side(table: pd.DataFrame, rows: str | list[str], columns: str) -> pd
 def overview_rows(tables_dir: Path = DATA_DIR) -> pd.DataFrame:
     """A row for each bar of the overview: claim, label, value, low, high, noise, p, note; positive is as claimed.
 
-    Of the studies that answer every claim. A baseline, the simple one of the largest correlation, is turned to its own
-    size.
+    Covers the studies that answer every claim. The baseline is the simple one with the largest correlation; its bar
+    shows the size of that correlation.
     """
     steps, rules, rows = dict[str, pd.DataFrame](), dict[str, pd.DataFrame](), list[dict]()
     for study, title in reversed(find_studies(tables_dir).items()):
@@ -281,7 +281,7 @@ TABLES: dict[str, Callable[[Path], Table]] = {
 
 # ------------------------------------------------------------------ pages
 def fill(form: str, row: dict) -> str:
-    """A cell: its format with the row's values, without the interval if an end is missing, empty without a value."""
+    """Fills a cell's format with the row's values; leaves out an incomplete interval; empty without a value."""
     for part in (form, form.split(" [")[0]):
         if all(pd.notna(row.get(name)) for name in re.findall(r"{(\w+)", part)):
             return part.format(**row)
@@ -289,7 +289,7 @@ def fill(form: str, row: dict) -> str:
 
 
 def markdown(tables: dict[str, Table]) -> str:
-    """The lines of a table of several studies, by title; the title is a column where no other tells the rows apart."""
+    """The lines of a table of several studies, by title; the title becomes a column if no other tells rows apart."""
     if not tables:
         return "No study has these rows yet."
     columns = {header: form for table in tables.values() for header, form in table.columns.items()}
@@ -303,7 +303,7 @@ def markdown(tables: dict[str, Table]) -> str:
 
 
 def fill_page(text: str, page: Path) -> str:
-    """The page with its tables as the CSV files have them.
+    """The page with its tables made again from the CSV files.
 
     Raises:
         UserError: it asks for an unknown table.
@@ -322,7 +322,7 @@ def fill_page(text: str, page: Path) -> str:
 
 
 def main(config: Config) -> None:
-    """Rewrites the pages, or says which is stale."""
+    """Rewrites the pages, or with --check names the stale ones."""
     for page in PAGES:
         before = (ROOT / page).read_text(encoding="utf-8")
         after = fill_page(before, page)

@@ -40,13 +40,13 @@ def score_sweep(layers: pd.DataFrame, model: str, order: str, score: str) -> pd.
 
 
 def is_last(sweep: pd.DataFrame) -> np.ndarray:
-    """Which configurations are of the last layer."""
+    """True for each configuration of the last layer."""
     layers = sweep.index.get_level_values("layer")
     return layers == layers.max()
 
 
 def outcomes(sweep: pd.DataFrame, cells: pd.DataFrame, probes: pd.DataFrame, measure: str) -> np.ndarray:
-    """(configurations, tasks) of a measure: a probe's number is that of the layer of each configuration."""
+    """A measure as (configurations, tasks); a probe's measure comes from the layer of each configuration."""
     if measure in (*SAME_ON_TEST, *SAME_ON_TEST.values()):
         table = probes.pivot_table(index="layer", columns="dataset", values=measure)
         return table.reindex(index=sweep.index.get_level_values("layer"), columns=sweep.columns).to_numpy(float)
@@ -58,7 +58,7 @@ def outcomes(sweep: pd.DataFrame, cells: pd.DataFrame, probes: pd.DataFrame, mea
 def step_rows(
     sweep: pd.DataFrame, cells: pd.DataFrame, probes: pd.DataFrame, measure: str, draws: Draws
 ) -> Iterator[dict[str, Any]]:
-    """The steps of one model and measure. With `x`, `y` and `given`, (tasks,) each, and where it is chosen `null`."""
+    """Yields the steps of one model and measure, with `x`, `y`, `given`, (tasks,) each, and, if chosen, `null`."""
     if not (measure in probes or known(cells, (measure,))):
         return
     target, direction = outcomes(sweep, cells, probes, measure), CLAIMED[measure]
@@ -92,9 +92,9 @@ def like_for_like_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of findings_like_for_like.csv: each model, and `mean` over them.
 
-    `given_classes` is the partial Spearman with the number of classes held fixed. `p` of the mean is that of all models
-    at once. Intervals of the mean are over tasks; where the configuration was chosen they would have to know of the
-    choice, so that there is none but that of `given_classes`, for the configuration as it was chosen.
+    `given_classes` is the partial Spearman with the number of classes held fixed. `p` of the mean is joint over all
+    models. Intervals of the mean are over tasks. A step that chose its configuration has no interval, because a
+    bootstrap would have to repeat the choice; its `given_classes` has one, for the configuration that was chosen.
     """
     models = list(dict.fromkeys(cells["model"]))
     for measure in OF_THE_PROCEDURE:
@@ -116,7 +116,7 @@ def twin_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of findings_twin.csv: the steps of a model by its own scores, and by those of its twin of random weights.
 
-    The outcomes are those of the trained model in both, over the tasks that both have. `weights` says whose scores.
+    The outcomes are those of the trained model in both, over the tasks that both have. `weights` tells the two apart.
     """
     for model in models_with_twins(layers):
         twin = model + RANDOM
@@ -135,7 +135,7 @@ def twin_rows(
 
 
 def without_vectors(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `step_rows` with the partial Spearman of its vectors in their place."""
+    """A row of `step_rows` with its vectors replaced by their partial Spearman."""
     kept = {name: value for name, value in row.items() if name not in VECTORS}
     return kept | {"given_classes": value_of(mean_partial_spearman, row["x"], row["y"], row["given"])}
 

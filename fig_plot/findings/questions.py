@@ -46,7 +46,7 @@ WORTHWHILE_GAIN = 0.02  # of the decision
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy", "best_layer_accuracy")
 MODEL_BASELINES = ("num_parameters", "held_out_loss", "headroom")
 RIVALS = ("num_classes", "bag_of_words_accuracy", "headroom", "best_layer_accuracy")  # of question 2, beside random V
-OF_THE_OUTCOME = ("headroom", "best_layer_accuracy")  # made of the probe's accuracy: rivals for gains only
+OF_THE_OUTCOME = ("headroom", "best_layer_accuracy")  # computed from the probe's accuracy: rivals for gains only
 CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "retained_z", "retained_lead", "ntps",
               "num_classes")  # fmt: skip
 AFTER_LORA = (*SCORES, "retained_lead", HELD_OUT)  # compared before and after LoRA
@@ -55,7 +55,7 @@ Rows = Iterator[dict[str, Any]]
 
 
 def is_known(cells: pd.DataFrame, name: str) -> bool:
-    """Whether a column exists and has any value."""
+    """True if a column exists and has any value."""
     return name in cells and bool(cells[name].notna().any())
 
 
@@ -78,8 +78,8 @@ def rivals_of(measure: str) -> tuple[str, ...]:
 def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_correlations.csv: every score and baseline with every measure, across tasks and across models.
 
-    `mean of the others` is the baseline without a score: what the other models reach on the task, or the model on the
-    other tasks.
+    `mean of the others` is the baseline without a score: the mean of the other models on the task, or of the model on
+    the other tasks.
     """
     names = (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES, *TASK_BASELINES, *MODEL_BASELINES, "probe_accuracy")
     for measure in known(cells, MEASURES):
@@ -96,7 +96,7 @@ def direction_rows(
 ) -> Rows:
     """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group.
 
-    Spearman's has an interval, the others are values.
+    Only Spearman's correlation has an interval.
     """
     score, target = score.align(target, join="inner")
     x, y = score.to_numpy(float), target.to_numpy(float)
@@ -114,14 +114,14 @@ def direction_rows(
 
 
 def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
-    """For each cell of models x datasets the mean over the other models on that dataset."""
+    """For each cell (model, dataset) the mean over the other models on that dataset."""
     present = table.notna()
     count = present.sum() - present
     return (table.sum() - table.fillna(0)) / count.where(count > 0)
 
 
 def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
-    """Rows of findings_leads.csv: |mean Spearman| of a score less that of the best baseline, on the same cells."""
+    """Rows of findings_leads.csv: |mean Spearman| of a score minus that of the best baseline, on the same cells."""
     for measure, name in itertools.product(known(cells, MEASURES), known(cells, (*RUN_SCORES, *FEATURE_SCORES))):
         rivals = known(cells, (*rivals_of(measure), f"{name}_random"))
         rows = cells.dropna(subset=[measure, name])
@@ -139,7 +139,7 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Rows:
     """Rows of findings_partial.csv: Spearman of score and measure with one thing held fixed, mean over models.
 
-    The headroom for gains; the number of classes for the probe's accuracy above the majority class and its error.
+    Held fixed: the headroom for gains; the number of classes for the probe's error and its accuracy above the majority.
     """
     pairs = [(measure, "headroom") for measure in known(cells, GAINS)]
     if is_known(cells, "num_classes"):
@@ -153,7 +153,7 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
 def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_controls.csv: mean over tasks of each score for each V, and its lead over a random V.
 
-    z against permuted labels and, where K_sweep.py drew several random V, `random_z` against these.
+    z is against permuted labels, `random_z` against random V, if K_sweep.py drew several.
     """
     for (model, rows), score in itertools.product(cells.groupby("model"), SCORES):
         for v in ("", "_smallest", "_pca", "_random"):
@@ -168,7 +168,7 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 
 
 def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
-    """How far a score is from that of permuted labels and from that of random V, over the tasks of a model."""
+    """z of a score against permuted labels and against random V, over the tasks of a model."""
     columns: dict[str, Any] = {}
     if f"{score}_z" in rows:
         z = rows[f"{score}_z"]
@@ -184,8 +184,8 @@ def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
 def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
 
-    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks; of scores, of outcomes, and
-    as `<score>_change` of the change by LoRA (`after` is of `tables.load_after_lora`).
+    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks: for scores, outcomes, and,
+    as `<score>_change`, the change by LoRA (`after` comes from `tables.load_after_lora`).
     """
     changes = changes_by_lora(after)
     changed = [name for name in changes if name.endswith("_change")]
@@ -217,7 +217,7 @@ def changes_by_lora(after: pd.DataFrame) -> pd.DataFrame:
 def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
 
-    `all` is over all trained models, where there are several: their mean over the tasks is taken first.
+    The row `all` averages several trained models: first each over its tasks, then over models.
     """
     after = changes_by_lora(after).merge(cells[[*CELL_KEYS, "lora_gain"]], on=CELL_KEYS, how="left")
     trained = without_random_weights(after)
@@ -240,8 +240,8 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> R
 def mean_auc(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """AUC of "the gain is above two points" over the tasks of a model, mean over models: a statistic.
 
-    Within a model: pooled over models it would compare the levels of their scores, and not tasks. A model whose gains
-    are all on one side is left out.
+    Pairs are compared within a model: pooling the models would compare the levels of their scores, not tasks. A model
+    whose gains are all on one side is left out.
     """
     of_each = []
     for x, y in zip(score, gain, strict=True):
@@ -253,7 +253,7 @@ def mean_auc(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndar
 def decision_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_decision.csv: `mean_auc` of each candidate, with its interval over tasks.
 
-    Above .5 a higher value goes with a gain; of NTPS the paper claims the opposite.
+    Above .5 a higher value goes with a gain; the paper claims the opposite for NTPS.
     """
     for measure, name in itertools.product(known(cells, GAINS), known(cells, (*CANDIDATES, *RUN_SCORES))):
         rows = cells.dropna(subset=[measure, name])
@@ -265,7 +265,7 @@ def decision_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 
 
 def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> np.ndarray:
-    """Prediction of least squares on the other tasks less the gain, (rows,): an intercept per model and `columns`."""
+    """The gain predicted by least squares on the other tasks (`columns`, an intercept per model) minus the gain."""
     models = pd.get_dummies(rows["model"]).to_numpy(float)
     design, target = np.hstack([models, rows[columns].to_numpy(float)]), rows[measure].to_numpy(float)
     errors = np.empty(len(rows))
@@ -278,8 +278,8 @@ def without_each_task(rows: pd.DataFrame, columns: list[str], measure: str) -> n
 def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_calibration.csv: error of a gain predicted for a task left out, in points of accuracy.
 
-    `nothing` is the mean gain of the other tasks. `lead` is its mean absolute error less that of the predictor, on the
-    same cells, with an interval over tasks: a predictor is better than nothing if that is above 0.
+    `nothing` predicts the mean gain of the other tasks. `lead` is its mean absolute error minus the predictor's, on the
+    same cells, with an interval over tasks: a predictor is better than nothing if the interval is above 0.
     """
     single = {name: [name] for name in known(cells, (*CANDIDATES, *RUN_SCORES))}
     pairs = (("headroom", "ntps"), ("headroom", "retained_z"))
@@ -303,7 +303,7 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 def seed_rows(seeds: pd.DataFrame) -> Rows:
     """Rows of findings_seeds.csv: spread between seeds (sample, initial weights, order), beside that over tasks.
 
-    The interval of their share is that of a ratio of two variances of normal numbers, by F.
+    The interval of their ratio assumes normal numbers: the F distribution of a ratio of two variances.
     """
     names = (*RUN_SCORES, "retained_lead", *FEATURE_SCORES, *MEASURES)
     for model, rows in seeds.groupby("model"):
@@ -320,10 +320,10 @@ def seed_rows(seeds: pd.DataFrame) -> Rows:
 
 # ------------------------------------------------------------------ asked later: tasks that two studies share
 def shared_task_rows(cells: pd.DataFrame, others: pd.DataFrame, draws: Draws) -> Rows:
-    """Rows of findings_shared_tasks.csv, one per score and measure; none where two studies share less than three tasks.
+    """Rows of findings_shared_tasks.csv, one per score and measure; none if two studies share fewer than three tasks.
 
     `value` is Spearman's correlation over the shared tasks of a model here with one of the other study, averaged over
-    all such pairs; `between_others` the same of the pairs within the other study. Models of both are left out there.
+    all such pairs; `between_others` is the same for pairs within the other study, without models that are also here.
     """
     others = others[~others["model"].isin(cells["model"])]
     shared = sorted(set(cells["dataset"]) & set(others["dataset"]))
@@ -358,9 +358,9 @@ def of_every_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.Data
 def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_layer_choice.csv: test accuracy of the layer that each score chooses, its lead over the last.
 
-    Beside them layers that need no score: the last, the middle one, any (the mean over layers), the one that is best
-    on the other datasets; and the best one on test rows, which nobody knows beforehand. `over_middle` and `over_others`
-    are leads over two of these. Means over tasks, seeds of a task averaged first; intervals over tasks.
+    Other rows need no score: the last layer, the middle one, any (the mean over layers), the best one on the other
+    datasets, and the best one on test rows, which nobody knows beforehand. `over_middle` and `over_others` are leads
+    over two of these. Means over tasks, seeds of a task averaged first; intervals over tasks.
     """
     beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
     for model, rows in table.groupby("model"):

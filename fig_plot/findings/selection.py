@@ -1,7 +1,7 @@
-"""What choosing a configuration on the outcome is worth: the best of many, of noise, and judged on a task left out.
+"""Measure the effect of choosing a configuration on the outcome: against noise, and on a task left out.
 
 Pure functions of numpy arrays, beside those of correlations.py. A configuration is a layer and a fraction K of one
-score; `direction` is the sign that is claimed for its correlation with the outcome: +1 the largest is chosen, -1 the
+score; `direction` is the claimed sign of its correlation with the outcome: +1 chooses the largest correlation, -1 the
 smallest.
 """
 
@@ -18,10 +18,10 @@ from fig_plot.findings.correlations import rank, spearman, spearman_rows, standa
 class SelectionNull(NamedTuple):
     """The best of many configurations, and the best of as many under permuted targets."""
 
-    best: float  # correlation of the configuration chosen, with its sign
-    configuration: int  # which one
-    null_mean: float  # of the best under permutation
-    null_quantile: float  # the same at its best 5 %
+    best: float  # correlation of the chosen configuration, with its sign
+    configuration: int  # its index
+    null_mean: float  # mean of the best correlation under permutation
+    null_quantile: float  # the best correlation that 5 % of the permutations reach
     p_value: float
     null: np.ndarray  # (draws,) the best under each permutation; the same permutations for the same tasks and seed
 
@@ -29,22 +29,22 @@ class SelectionNull(NamedTuple):
 class LeaveOneOut(NamedTuple):
     """Configurations chosen without the task that they are then judged on."""
 
-    chosen: np.ndarray  # (tasks,) index of a configuration, -1 where the task is missing
-    predicted: np.ndarray  # (tasks,) fraction of the other tasks below the one left out, nan where missing
+    chosen: np.ndarray  # (tasks,) index of a configuration, -1 for a missing task
+    predicted: np.ndarray  # (tasks,) fraction of the other tasks below the one left out, nan if missing
     correlation: float  # Spearman of predicted and target
     p_value: float
 
 
 def _usable(maps: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Maps and targets of the tasks kept, which tasks, and which configurations are complete and not constant.
+    """Maps and targets without unusable tasks and configurations, and the indices of the kept tasks and configurations.
 
-    Targets come back as (configurations, tasks), like the maps.
+    Both are (configurations, tasks). A kept configuration is complete and not constant.
     """
     every_map, every_target = np.broadcast_arrays(np.asarray(maps, float), np.asarray(targets, float))
     tasks = np.flatnonzero(np.isfinite(every_target).any(0) & np.isfinite(every_map).any(0))
     kept, target = every_map[:, tasks], every_target[:, tasks]
     varying = (target != target[:, :1]).any(1)
-    varying |= not varying.any()  # where no target varies the statistic is nan, which is for its caller to say
+    varying |= not varying.any()  # if no target varies the statistic is nan, which the caller reports
     complete = np.isfinite(kept).all(1) & np.isfinite(target).all(1)
     configurations = np.flatnonzero(complete & (kept != kept[:, :1]).any(1) & varying)
     if len(tasks) < 3 or not len(configurations):
@@ -55,8 +55,8 @@ def _usable(maps: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray
 def _permutation_null(
     statistic: Callable[..., Any], targets: np.ndarray, num_permutations: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """The statistic of permuted targets (draws,), and its one-sided p-value, nan where the statistic is."""
-    # batches keep the products of large maps out of memory
+    """The statistic of permuted targets, (draws,), and the one-sided p-value; p is nan if the statistic is."""
+    # batches bound the memory that products of large maps take
     options: dict[str, Any] = {
         "permutation_type": "pairings",
         "alternative": "greater",
@@ -72,16 +72,16 @@ def _permutation_null(
 def selection_null(
     maps: ArrayLike, targets: ArrayLike, num_permutations: int = 10_000, seed: int = 0, direction: int = 1
 ) -> SelectionNull:
-    """The paper's way: the configuration with the best Spearman, and what the same choice finds in noise.
+    """Chooses as the paper does, the configuration with the best Spearman, and repeats the choice on permuted targets.
 
-    The null permutes the tasks of the targets and takes the best of all configurations again, so that it knows how much
-    they resemble each other. p = (1 + draws at least as good) / (1 + draws), or the exact share where the tasks have no
-    more than `num_permutations` orders.
+    The null permutes the tasks of the targets and takes the best of all configurations again, so it accounts for their
+    resemblance. p = (1 + draws at least as good) / (1 + draws), or the exact share if the tasks have at most
+    `num_permutations` orders.
 
     Args:
         maps: (configurations, tasks), layers x fractions flattened. Tasks that miss their target or every
             configuration are left out; so are configurations that then miss a task or are constant.
-        targets: (tasks,), or (configurations, tasks) where each has its own, such as the accuracy of its layer.
+        targets: (tasks,), or (configurations, tasks) if each has its own, such as the accuracy of its layer.
         num_permutations: draws of the null.
         seed: of the draws.
         direction: +1: the best is the largest; -1: the smallest, in the null too.
@@ -94,7 +94,7 @@ def selection_null(
     observed = (ranks * target).sum(1)
     index = int(observed.round(9).argmax())  # rounded: among equals the first, on any machine
     distinct, which = np.unique(target, axis=0, return_inverse=True)
-    groups = [(ranks[which.ravel() == i], one) for i, one in enumerate(distinct)]  # a layer has one target
+    groups = [(ranks[which.ravel() == i], one) for i, one in enumerate(distinct)]  # one target a layer
 
     def best(order: np.ndarray, axis: int) -> np.ndarray:
         order = order.astype(int)
@@ -112,16 +112,16 @@ def joint_p_value(best: ArrayLike, nulls: list[np.ndarray], direction: int) -> f
     Args:
         best: of each model, (models,).
         nulls: of each model, (draws,) of the same permutations of the same tasks.
-        direction: +1: the claim is that it is large; -1: small.
+        direction: +1: the claim is a large mean; -1: a small one.
     """
     drawn, found = direction * np.mean(nulls, axis=0), direction * float(np.asarray(best).mean())
     return float((1 + (drawn >= found - 1e-9).sum()) / (1 + len(drawn)))
 
 
 def _choose_without_each(maps: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every row of targets (draws, tasks) and every task: the best configuration elsewhere, and its fraction here.
+    """The best configuration on the other tasks, and its fraction on this task, for each draw and task.
 
-    Both (draws, tasks); -1 and nan where no correlation of the other tasks is defined. The best is the largest.
+    Both (draws, tasks); -1 and nan if every correlation of the other tasks is undefined. The best is the largest.
     """
     chosen, predicted = np.full(targets.shape, -1), np.full(targets.shape, np.nan)
     for t in range(targets.shape[1]):
