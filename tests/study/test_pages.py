@@ -138,7 +138,7 @@ QUOTES = [
     (FINDINGS, r"`retained` rises by (\.\d+), in the trained model by (\.\d+)",
      lambda: twin("retained_change", ["random_weights", "trained"])),
     (FINDINGS, rf"fitting the labels \(difference {INTERVAL}\)", lambda: twin("retained_change", LEADS)),
-    (FINDINGS, r"LoRA reaches (\.\d+) of the test texts in random weights and (\.\d+) in the trained",
+    (FINDINGS, r"test accuracy of LoRA is (\.\d+) with random weights and (\.\d+) in the trained",
      lambda: twin("lora_accuracy", ["random_weights", "trained"])),
     (FINDINGS, r"moves by up to (\.\d+) on SmolLM2",
      lambda: [moves("smollm2").largest_difference.loc["ntps_released"].max()]),
@@ -147,10 +147,11 @@ QUOTES = [
      lambda: [layers("smollm2-docstrings").lead["ridge_r2"],
               100 * read("smollm2-docstrings", "layer_choice", index="chosen_by").over_middle["ridge_r2"],
               *layers("smollm2-docstrings").loc["ntps"]]),
-    (FINDINGS, rf"the mean errs by (\d\.\d) points, the best line, of ridge R2, by (\d\.\d) \(lead {INTERVAL}",
+    (FINDINGS, rf"the mean errs by (\d\.\d) points, and the best line, that of ridge R2, by (\d\.\d) \(lead {INTERVAL}",
      lambda: [*(gain := read("smollm2", "calibration", "measure == 'lora_gain'", "predictors")).error_points[
          ["nothing", "ridge_r2"]], *gain.loc["ridge_r2", LEADS]]),
-    (FINDINGS, rf"lead over the better baseline {INTERVAL}.*?right on (\.\d+) of the datasets, and on (\.\d+) after",
+    (FINDINGS, rf"lead over the better baseline {INTERVAL}.*?orders (\.\d+) of the pairs correctly by the best layer, "
+               r"and (\.\d+) by LoRA",
      lambda: [*of_pairs().loc[("lora_accuracy", "logme"), ["lead", "lead_low", "lead_high"]],
               *of_pairs().share[[("best_test_accuracy", "ntps"), ("lora_accuracy", "ntps")]]]),
     (FINDINGS, r"on (\.\d+) to (\.\d+) of the shared docstring tasks",
@@ -224,9 +225,9 @@ ANSWERS = [
      lambda: all(is_within_published("smollm2", "_paper"))),
     ("No correlation exceeds the same choice among permuted tasks",
      lambda: all((chosen("smollm2", of).p[[*CHOSEN_ON, "lora_gain"]] > 0.05).all() for of in ("", "_paper"))),
-    ("On the docstring LMs all three come out", lambda: all(is_within_published("")) and (
+    ("The docstring LMs reach the published range in all three", lambda: all(is_within_published("")) and (
         chosen("").p["lora_gain_paper"] > 0.05)),
-    ("SmolLM2 on docstring tasks behaves as the docstring LMs do",
+    ("SmolLM2 on docstring tasks behaves like the docstring LMs",
      lambda: (chosen("smollm2-docstrings").p < 0.05).all()),
     ("`ntps` lies on the claimed side for no outcome", lambda: all(
         sign * (low if sign > 0 else high) < 0 for sign, (low, high) in
@@ -237,25 +238,25 @@ ANSWERS = [
     ("no score leads the best baseline", lambda: not any(
         (read(study, "leads", "score in ['ntps', 'retained', 'ridge_r2', 'logme']").low > 0).any()
         for study in ("", "smollm2", "smollm2-docstrings"))),
-    ("No score has an interval off 0 with LoRA's gain", lambda: (
+    ("For LoRA's gain the interval of every score contains 0", lambda: (
         rule("smollm2").loc["lora_gain"].filter([*RUN_SCORES, *FEATURE_SCORES], axis=0).eval("low * high") < 0).all()),
     ("V of SmolLM2 keeps less than a random V",
      lambda: controls("smollm2-docstrings").loc[("smollm2", "autoregression"), "high"] < 0),
     ("PCA keeps more on average in every trained model", lambda: all(
         (of_v["pca"] > of_v["autoregression"])[~of_v.index.str.endswith("-random")].all()
         for of_v in (controls(study).lead_over_random.unstack() for study in ("", "smollm2", "smollm2-docstrings")))),
-    ("`ntps` falls on SmolLM2. `retained` rises on every dataset, more where LoRA gains more", lambda: (
+    ("`ntps` falls on SmolLM2. `retained` rises on every dataset, and rises more if LoRA gains more", lambda: (
         of_lora("smollm2").high["ntps"] < 0 < of_lora("smollm2").spearman_low["retained"]
         and of_lora("smollm2").raised["retained"] == of_lora("smollm2").cells["retained"])),
     ("`retained` of a random V rises more still", lambda: of_lora("smollm2").high["retained_lead"] < 0),
-    ("never beats their mean gain by an interval above 0", lambda: not any(
+    ("In neither study does the interval of a line's lead over the mean lie above 0", lambda: not any(
         (read(study, "calibration", "measure == 'lora_gain'").low > 0).any() for study in ("", "smollm2"))),
     ("by less than a tenth of their spread", lambda: shares(["ntps", "ridge_r2", "probe_accuracy"]).max() < 0.1),
     ("For the best layer's accuracy no score leads",
      lambda: (of_pairs().lead_low["best_test_accuracy"].drop("better on the others") <= 0).all()),
-    ("ridge R2 and the H-score lead it too", lambda: (
+    ("ridge R2 and the H-score lead that baseline too", lambda: (
         of_pairs().lead_low["lora_accuracy"][["ridge_r2", "h_oas"]] > 0).all()),
-    ("only one that was trained for a quarter of an epoch has a lead over random V off 0", lambda: (
+    ("Only one docstring LM, which was trained for a quarter of an epoch, differs from random V", lambda: (
         read("", "special", "statistic == 'mean lead' and place == 'last' and models != 'smollm2'", "models")
         .query("low * high > 0").index == ["tiny-early"]).all()),
 ]  # fmt: skip
