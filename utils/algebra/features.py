@@ -33,7 +33,7 @@ def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
     assert q is not None and v is not None
     n, d, mean = moments.num_samples, len(sigma), moments.pooled_mean
     squared, second = mean @ mean, moments.pooled_second_moment
-    # the mean over texts of |m - mu|^4
+    # mean over texts of |m - mu|^4
     fourth = q + 4 * mean @ second @ mean - 3 * squared**2 - 4 * mean @ v + 2 * squared * second.trace()
     distance = (sigma.square().sum() - sigma.trace() ** 2 / d) / d
     error = (fourth - sigma.square().sum()) / (d * n)
@@ -67,7 +67,7 @@ def log_evidence(eigenvalues: Tensor, projected: Tensor, squares: Tensor, n: int
     """LogME of each target, (targets,): the evidence of Bayesian linear regression, a text, at its best alpha and beta.
 
     thuml/LogME's fixed point, constants and stopping rule, each target from alpha = beta = 1, with the term of the
-    d - k directions in which the features do not vary: without it the evidence is too large where n < d.
+    d - k directions in which the features do not vary: without it the evidence is too large if n < d.
 
     Args:
         eigenvalues: of the sum of m m', without zeros, (k,).
@@ -114,7 +114,7 @@ def cka(moments: LayerMoments, sigma: Tensor) -> float:
 def feature_scores(
     moments: LayerMoments, held_out: LayerMoments | None = None, folds: list[Moments] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[RidgeFit]]:
-    """Every score of one layer, but H-scores of a regression; ridge alone where m never varies; the fits of ridge.
+    """Every score of one layer (no H-scores for a regression; ridge alone if m never varies), and the fits of ridge.
 
     A score has a `value` and is `meaningless` or not; ridge also has `null_mean`, `null_std` and `z`. With fewer than
     two folds, of `load_folds`, ridge is fitted on all texts and judged by those held out, if any.
@@ -134,7 +134,7 @@ def feature_scores(
         for name, value in values.items():
             if value is not None:
                 entries[name] = {"value": value if math.isfinite(value) else None}
-    # the probe has its best value on its own rows whatever the labels once n <= d
+    # once n <= d the probe fits any labels on its own rows
     is_saturated = moments.num_samples <= max(len(sigma), rank + 1)
     scores = {
         name: entries[name] | {"meaningless": name == "probe_r2" and is_saturated} for name in NAMES if name in entries

@@ -1,4 +1,4 @@
-"""Whitening, the cut of a spectrum, nested bases: one of each, for every score and probe. All in float64."""
+"""Whitening, the cut of a spectrum and nested bases, shared by every score and probe. All in float64."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ def rounding(size: int) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """Rounding in a positive semi-definite matrix C: directions that it explains are not in the range of C."""
+    """The size of rounding in a positive semi-definite matrix C; directions no larger than it are cut off."""
 
     diagonal: Tensor | float = 0.0  # (d,), the most that rounding of the states adds to each diagonal element
     error: Tensor | None = None  # (d, p), the error of C Z for random signs Z; None: none
-    max_rank: int = sys.maxsize  # directions that the data can have, by their number
+    max_rank: int = sys.maxsize  # most directions that so many texts or tokens can span
 
     def centred(self, diagonal: Tensor) -> "Noise":
-        """The noise once the mean is taken from C, of this diagonal: that of a difference, which can be far smaller."""
+        """The noise after the mean is subtracted from C; `diagonal`, that of the difference, can be far smaller."""
         lost = rounding(len(diagonal)) * diagonal
         return dataclasses.replace(self, diagonal=self.diagonal + lost, max_rank=max(0, self.max_rank - 1))
 
@@ -36,12 +36,12 @@ class Noise:
         return dataclasses.replace(self, diagonal=self.diagonal * squares, error=error)
 
     def num_null_directions(self, matrix: Tensor, eigenvalues: Tensor, basis: Tensor) -> int:
-        """How many of the smallest eigenvalues of `equilibrated_eigh` errors of products, or the rank, explain.
+        """Number of smallest eigenvalues of `equilibrated_eigh` that errors of products, or the rank, explain.
 
-        Random errors show, in a null space of m directions, as eigenvalues up to 2 sqrt(m) times their deviation
-        (Wigner's semicircle). The largest m that this explains, with a factor of two to spare, is null: a direction
-        that stands alone is kept. A row of the error of C Z, over the sizes of its coordinate and of all, deviates as
-        an equilibrated element does.
+        In a null space of m directions random errors appear as eigenvalues up to 2 sqrt(m) times their deviation
+        (Wigner's semicircle). The largest m that this explains, with a factor of two to spare, is null; a single larger
+        direction is kept. A row of the error of C Z, divided by the sizes of its coordinate and of all, has the
+        deviation of an equilibrated element.
         """
         num_null, is_used = max(0, len(eigenvalues) - self.max_rank), basis.any(1)
         if self.error is None or not is_used.any():
@@ -73,7 +73,7 @@ def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise = NO_NOI
 
     C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
     massive coordinate; then eigenvalues above `tolerance` (None: d * eps, as `numpy.linalg.matrix_rank` has it) times
-    the largest, and above the noise, are kept. Where C is singular, solutions depend on the axes.
+    the largest, and above the noise, are kept. If C is singular, solutions depend on the axes.
 
     Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
     """
@@ -92,7 +92,7 @@ def inverse_root(matrix: Tensor) -> Tensor:
 
 
 def without_constants(covariance: Tensor, mean: Tensor, tolerance: float) -> Tensor:
-    """The covariance (d, d) with zeros for each feature whose standard deviation is below `tolerance` times |mean|."""
+    """The covariance (d, d) with zeros for features with a standard deviation below `tolerance` times |mean|."""
     constant = covariance.diagonal().clamp(min=0).sqrt() <= tolerance * mean.abs()
     return covariance.masked_fill(constant | constant[:, None], 0)
 
@@ -113,17 +113,17 @@ class Eigenspace:
 
 @dataclass(frozen=True)
 class NestedBasis:
-    """An orthogonal matrix whose first columns span the first k of some vectors, for every k."""
+    """An orthogonal matrix; for every k, its first columns span the first k of some vectors."""
 
     q: Tensor  # Q, (d, d)
-    dims: list[int]  # of the spans: how many columns of Q span the first k vectors, for each k
+    dims: list[int]  # for each k, the number of columns of Q that span the first k vectors
 
     @classmethod
     def of(cls, vectors: Tensor, ks: list[int], sizes: Tensor | None = None) -> "NestedBasis":
-        """The basis of the columns of `vectors`, (d, k), in their order, without those that depend on earlier ones.
+        """The basis of the columns of `vectors`, (d, k), in order, without columns that depend on earlier ones.
 
-        A column within sqrt(d * eps) of their span depends on them. One is zero below that share of its entry of
-        `sizes`, (k,), to which its rounding is relative; None: only a column of zeros is zero.
+        A column depends on earlier ones within sqrt(d * eps) of their span. It counts as zero below that share of its
+        entry of `sizes`, (k,), the scale of its rounding; None: only a column of zeros is zero.
         """
         tolerance = math.sqrt(rounding(len(vectors)))
         lengths = vectors.norm(dim=0)
@@ -142,11 +142,11 @@ class NestedBasis:
 
 
 def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
-    """The columns, each of norm 1 or 0, of which more than `tolerance` is outside the span of those before it."""
+    """Indices of the columns, of norm 1 or 0 each, that lie more than `tolerance` outside the span of earlier ones."""
     kept: list[int] = []
     basis = torch.zeros_like(columns.T)  # orthonormal rows
     for j, column in enumerate(columns.T):
-        for _ in range(2):  # twice is enough: one pass leaves rounding of the size of the part it takes off
+        for _ in range(2):  # twice is enough: one pass leaves rounding relative to the part that it removes
             column = column - (basis[: len(kept)] @ column) @ basis[: len(kept)]
         if (length := column.norm()) > tolerance:
             basis[len(kept)] = column / length

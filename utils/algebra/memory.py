@@ -1,4 +1,4 @@
-"""Whether the sums of a pass fit the free memory, asked before they are allocated."""
+"""Check that the sums of a pass fit the free memory, before they are allocated."""
 
 import os
 from collections import Counter
@@ -10,16 +10,16 @@ from utils.script import UserError
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a device; of the main memory the share of one of the processes on this machine."""
+    """Free bytes of a GPU, or the share of free main memory of one process on this machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
-    """True if main memory keeps the sums of each layer: if asked for, and with "auto" where they do not fit a GPU.
+    """True if main memory keeps the sums of each layer: if asked for, or with "auto" if they do not fit a GPU.
 
-    Raises UserError where they do not fit.
+    Raises UserError if they do not fit.
     """
     for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
         needed = Counter[torch.device]()

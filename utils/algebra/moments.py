@@ -1,4 +1,4 @@
-"""The moments that cache.py writes, read back one layer at a time, with the settings they were made with."""
+"""Read the moments of cache.py one layer at a time, and compare their settings with those asked for."""
 
 import dataclasses
 import itertools
@@ -60,19 +60,19 @@ class LayerMoments:
 
     @property
     def label_covariance(self) -> Tensor:
-        """(c, c)."""
+        """The covariance of the labels, (c, c)."""
         return self.label_second_moment - torch.outer(self.label_mean, self.label_mean)
 
     @property
     def labels_vary(self) -> bool:
-        """Whether the labels of these texts differ by more than rounding."""
+        """True if the labels of these texts differ by more than rounding."""
         return bool(self.label_covariance.trace() > EQUAL_LABELS * self.label_second_moment.trace())
 
     def autoregression(self, center: bool) -> tuple[Tensor, Tensor]:
-        """C0 and C1; centred on the mean prefix and the mean next token if asked."""
+        """C0 and C1; if `center`, centred on the mean prefix and the mean next token."""
         if not center or not self.num_pairs:
             return self.prefix_second_moment, self.prefix_next_cross_moment
-        # the means are sums over pairs divided by texts, so that the mean over pairs is n / pairs times them
+        # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
         pairs_per_text = self.num_pairs / self.num_samples
         second_moment = torch.outer(self.prefix_mean, self.prefix_mean) / pairs_per_text
         cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
@@ -107,12 +107,12 @@ class LayerMoments:
 
 # ------------------------------------------------------------------ files
 def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -> dict[str, Any]:
-    """The fields of `LayerMoments` that describe rounding: of the states, by its variance, and of the products.
+    """The fields of `LayerMoments` that describe rounding: variance of the states, and errors of the products.
 
-    A state of the model's dtype is off by up to half of its spacing, eps 2^e for |x| in 2^e [1, 2): a variance of
+    A state in the model's dtype is off by up to half of its spacing, eps 2^e for |x| in 2^e [1, 2): a variance of
     eps^2 4^e / 12, on average over mantissas eps^2 x^2 / 12 times 3 / (8 log 2), as their logarithm is uniform. Errors
-    of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum t times. Four times that is
-    taken, for mantissas that are less evenly spread.
+    of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum of t tokens t times it. The
+    result is four times that variance, to allow for mantissas that are less evenly spread.
     """
     square, second_error, next_error = (
         file.get_tensor(f"layer.{layer}.{name}").to(device)
@@ -143,7 +143,7 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
 
 
 def describe_texts(token_ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-    """Counts of n texts, text i of `token_ids[offsets[i] : offsets[i + 1]]`, and statistics for `load_rounding`."""
+    """Counts of n texts, text i being `token_ids[offsets[i] : offsets[i + 1]]`, and statistics for `load_rounding`."""
     lengths = np.diff(offsets)
     distinct = {hash(token_ids[start:end].tobytes()): end - start for start, end in itertools.pairwise(offsets)}
     rounding = {
@@ -174,7 +174,7 @@ def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
     """True if the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
 
     Raises:
-        UserError: they are of another identity; with --overwrite they are incomplete.
+        UserError: the moments have another identity; with --overwrite the result is False instead.
     """
     if not path.is_file():
         return False
@@ -195,7 +195,7 @@ def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
 
 
 def check_embedded(config: Any, path: Path) -> None:
-    """Prints that missing moments of the embedded model are made; for another model raises UserError with a command."""
+    """Raises UserError with the command that makes missing moments; for the embedded model only prints a sentence."""
     if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
         name, adapted, _ = config.model.model_name.partition("+lora")
         adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
@@ -206,9 +206,9 @@ def check_embedded(config: Any, path: Path) -> None:
 
 
 def held_out_path(path: Path, config: Any) -> Path | None:
-    """The moments of the other split than those at `path`, made with `config`; None where it has none like them.
+    """The path of the other split's moments, made like those of `config` at `path`; None if missing or made otherwise.
 
-    Moments of other settings are left out with a sentence.
+    For moments of other settings it prints a sentence.
     """
     other = {"train": "test", "test": "train", "all": "none"}[config.split]
     if not (held_out := path.with_stem(other)).is_file():
@@ -225,7 +225,7 @@ def held_out_path(path: Path, config: Any) -> Path | None:
 
 
 def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The scores at `path`; None where they have to be made, also because their held-out moments have come or gone."""
+    """The stored scores at `path`; None if missing, or if held-out moments were added or removed since."""
     held_out = identity["held_out"]
     stored = results.find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
     if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
@@ -240,24 +240,24 @@ def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
 
 # ------------------------------------------------------------------ layers
 def choose(which: str, layers: Sequence[int]) -> Sequence[int]:
-    """The layers that "none", "last" or "all" means."""
+    """The layers that "none", "last" or "all" stands for."""
     return {"none": [], "last": layers[-1:], "all": layers}[which]
 
 
 def in_words(layers: Iterable[int]) -> str:
-    """The numbers as --layers takes them."""
+    """The layer numbers in the form that --layers takes."""
     return " ".join(map(str, sorted(layers)))
 
 
 def check_has_layer(metadata: dict, layer: int) -> None:
-    """Raises UserError where the moments do not hold a layer."""
+    """Raises UserError if the moments do not hold a layer."""
     if layer not in (kept := metadata["layers"]):
         more = f"--layers {in_words({*kept, layer})}"
         raise UserError(f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with {more}, or without.")
 
 
 def numbers_of_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """Layers as asked for, negative ones counted from the end, in order and each once; all without any."""
+    """The sorted numbers of the layers asked for, negative ones counted from the end; None: all layers."""
     layers = range(num_layers) if layers is None else layers
     if wrong := [layer for layer in layers if not -num_layers <= layer < num_layers]:
         last = num_layers - 1

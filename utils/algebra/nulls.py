@@ -1,11 +1,11 @@
-"""Scores without a signal: under permuted labels, and with a random V. No pass over the data is needed for either.
+"""Compute scores without a signal, under permuted labels and with a random V, from the moments alone.
 
 Permuted labels, in closed form: after whitening by the covariance of the features, permuting the labels turns the label
 cross-covariance into a random matrix of known law (a matrix-variate beta with the label covariance on its right).
 
 A random V, of a rotation-invariant law: the Euclidean overlap has its mean and deviation in closed form. The whitened
-ones have not, as whitening stretches V: they are drawn, in the coordinates of the eigenvectors of Sigma, where a random
-V is Gaussian rows, each times its deviation.
+overlaps do not, as whitening stretches V: they are drawn in the coordinates of the eigenvectors of Sigma; there a
+random V has Gaussian rows, each times its deviation.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1
 
 
 def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Generator:
-    """The random numbers of one purpose of `STREAMS` at one layer; purposes and layers have streams of their own."""
+    """The random generator of one purpose in `STREAMS` at one layer; streams of purposes and layers differ."""
     return np.random.default_rng([seed, layer_index, *STREAMS[purpose]])
 
 
@@ -28,7 +28,7 @@ def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Genera
 def draw_permuted_factors(
     rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draws of W' S when the labels are permuted, W the whitener of Sigma, and an orthonormal basis of each one's span.
+    """Draws W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of the span of each draw.
 
     W' S = G (G'G + R)^{-1/2} L': G (rank Sigma, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
     (c, b) a root of the label covariance. The draws are rotation invariant: any orthonormal basis of the whitened
@@ -55,7 +55,7 @@ def draw_permuted_factors(
 
 
 def nested_shares(columns: Tensor, dims: list[int]) -> Tensor:
-    """The share of each draw's squared columns, (num_draws, rank, c), in the first `dims` rows: (num_draws, dims)."""
+    """The share of the squares of each draw, (num_draws, rank, c), in its first `dims` rows: (num_draws, len(dims))."""
     inside = pad(columns.square().sum(2).cumsum(1), (1, 0))
     return inside[:, dims] / inside[:, -1:]
 
@@ -70,7 +70,7 @@ def permuted_scores(
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
     `space` has the whiteners of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma), and
-    the nested bases of V, and of V where Sigma is whitened; `seed` is that of the run, and the number of the layer.
+    the nested bases of V before and after Sigma is whitened; `seed` is the seed of the run and the number of the layer.
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
@@ -92,7 +92,7 @@ def permuted_scores(
 
 # ------------------------------------------------------------------ random V
 def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]:
-    """|P U|^2 / |U|^2, U (d, r), for a random projector P of rank k: its mean at each k, the deviation of their mean.
+    """Mean at each k of |P U|^2 / |U|^2, U (d, r), P a random projector of rank k; and the deviation of their average.
 
     Subspaces of one V are nested. With q_j the columns of a random rotation and A = U U' / |U|^2, the q_j' A q_j have
     variance 2 (tr A^2 - 1 / d) / (d (d + 2)) and sum to 1, so that the first k and the first l >= k of them covary by
@@ -114,7 +114,7 @@ def random_scores(
     num_draws: int,
     seed: tuple[int, int],
 ) -> dict[str, dict[str, float | list[float]]]:
-    """Mean at each fraction, and mean and deviation of the mean over fractions, of each score that sees the labels.
+    """Scores of random V that see the labels: mean at each fraction; mean and deviation of the average over fractions.
 
     `directions` are U_r, (d, r); `to_whitened`, W' Sigma, takes V to the space that Sigma whitens, (rank, d), in which
     `labels` are the directions that explain variance of the labels. Without draws the result is empty.

@@ -30,7 +30,7 @@ def partial_paths(moments: Path) -> list[Path]:
 
 
 def remove_partial(moments: Path) -> None:
-    """Removes the sums and pooled states of unfinished passes, and what dead processes have written half."""
+    """Removes the sums and pooled states of unfinished passes, and half-written files of dead processes."""
     for path in (partial_pooled_path(moments), *partial_paths(moments)):
         path.unlink(missing_ok=True)
     for temporary in moments.parent.glob(f"{moments.stem}.partial-*-of-*.safetensors.*.tmp"):
@@ -43,7 +43,7 @@ class PartialPass:
 
     moments: Path  # the file that the pass is to write
     identity: dict[str, Any]  # of the result
-    run_settings: str  # change no result, but the sums of half a pass
+    run_settings: str  # settings that change the sums of half a pass, though no result
     minutes_per_state: float
 
     @property
@@ -70,7 +70,7 @@ class PartialPass:
             remove_partial(self.moments)
 
     def save(self, tensors: dict[str, Tensor], num_batches: int) -> None:
-        """Writes the sums after so many batches."""
+        """Writes the sums as they are after `num_batches` batches."""
         own = {"run_settings": self.run_settings, "num_batches": num_batches}
         results.save_tensors(self.path, tensors, self.identity | own)
 
@@ -80,7 +80,7 @@ def remaining_batches(
 ) -> Iterator[int]:
     """Yields the number of each batch that is still to be added to `tensors`, and shows a bar.
 
-    Between blocks, where the sums are complete, it writes them when it is time, and at SIGTERM, which ends the process.
+    Between blocks, with complete sums, it writes them when it is time, and at SIGTERM, which ends the process.
     Writing takes at most a twentieth of the time.
     """
     done, saved, seconds_between = 0, time.monotonic(), 60 * partial.minutes_per_state if partial else 0.0
@@ -109,7 +109,7 @@ def remaining_batches(
 
 @contextlib.contextmanager
 def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], overwrite: bool) -> Iterator[Any]:
-    """Encloses a pass: yields its pooled states (layers, n, d), a memory map or empty; at the end all is in place."""
+    """Yields the array for the pooled states of a pass, (layers, n, d), a memory map or empty; then puts it in place."""
     moments, path = partial.moments, partial_pooled_path(partial.moments)
     has_pooled = pooled_shape[0] > 0
     if has_pooled and not on_one_machine():
@@ -123,10 +123,10 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], ove
         if rank() == 0:
             if has_pooled:  # after the moments: a process that is killed in between continues from its sums
                 os.replace(path, pooled_path(moments))
-            else:  # those of former moments
+            else:  # left by former moments
                 pooled_path(moments).unlink(missing_ok=True)
             remove_partial(moments)
-        synchronize()  # the others may read the pooled states next
+        synchronize()  # other processes may read the pooled states next
     except BaseException:
         if not partial_paths(moments):
             path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def partial_pooled_path(moments: Path) -> Path:
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Makes a file of float32 zeros, unless it exists; a full disk shows here, and not as a SIGBUS in the pass."""
+    """Makes a file of float32 zeros, unless it exists; a full disk fails here, not as a SIGBUS during the pass."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def open_pooled(moments: Path) -> np.ndarray:
 
 
 def load_pooled(moments: Path, layer: int) -> Tensor:
-    """The pooled states of one layer, (n, d) float32, -1 the last; UserError if they are not those of the moments."""
+    """The pooled states of one layer (-1: the last), (n, d) float32; UserError if they belong to other moments."""
     pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or of other moments. {remedy(moments)}")
@@ -61,7 +61,7 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
 
 
 def has_pooled(moments: Path, written: list[int], num_layers: int) -> bool:
-    """True if the last `num_layers` layers lie beside the moments, whose check sums are `written`, and are theirs."""
+    """True if the file beside the moments holds the last `num_layers` layers and fits the checksums `written`."""
     if len(written) < num_layers or (num_layers and not pooled_path(moments).is_file()):
         return False
     return not num_layers or checksums(open_pooled(moments)[-1:]) == written[-1:]

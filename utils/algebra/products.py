@@ -2,9 +2,9 @@
 
 The products s_t s_t' and s_t x_{t+1}' are most of the work of a pass; float64 takes twice as long for them as float32
 on a CPU, and on a GPU far longer than bfloat16. Adding up the prefix sums in float32 would not do: s_t grows with t,
-its rounding with it, and the errors fill all d coordinates. Where the states span fewer than d directions, such
-errors look like further directions: the rank of C0 comes out too high, and V, whose number of columns is a fraction
-of that rank, changes. Prefix sums are therefore added up in float64, and rounded once, for the product. They are also
+its rounding with it, and the errors fill all d coordinates. If the states span fewer than d directions, such errors
+look like further directions: the rank of C0 comes out too high, and V changes, because its number of columns is a
+fraction of that rank. Prefix sums are therefore added up in float64, and rounded once, for the product. They are also
 taken around a centre c near the mean state: with s_t = q_t + t c, the part t c dwarfs q_t, but it is known and needs
 no large product. Only q_t is rounded, so that errors are relative to the spread of the states and not to their mean.
 The products of a block of batches are added up in float32; then the block, with the terms of the centre, is added to
@@ -15,8 +15,8 @@ together take about a quarter of the time of the large products at d = 576, and 
 
     float32     q and x in float32
     bfloat16x2  q = q1 + q2 in two bfloat16 numbers, 16 bits: C0 = q1'q1 + q1'q2 + q2'q1, with the diagonal of q2'q2,
-                whose other elements average out; C1 = q1'x + q2'x, where the states x of a bfloat16 model are exact;
-                other states are x = x1 + x2, and q1'x2 is added. Tensor cores multiply bfloat16 numbers without
+                as its other elements average out; C1 = q1'x + q2'x, exact in the states x of a bfloat16 model; other
+                states are split, x = x1 + x2, and q1'x2 is added. Tensor cores multiply bfloat16 numbers without
                 rounding and add up in float32; on a CPU float32 does the same.
 """
 
@@ -36,8 +36,8 @@ NUM_STRIPES = 4  # C0 is symmetric: of each stripe of its rows only the part fro
 def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: int) -> Precision:
     """The precision of the products of a pass: with `auto` float64 for few tokens, else float32.
 
-    Few tokens span few directions, and the errors of float32 have not averaged out; there float64 costs seconds. It
-    would cost a fifth of a long pass, where float32 errors are smaller and are measured.
+    Few tokens span few directions, and float32 errors have not averaged out; float64 then costs only seconds. In a long
+    pass float64 would add a fifth of the time, and float32 errors are smaller and measured.
     """
     if product_dtype != "auto":
         return product_dtype
@@ -45,7 +45,7 @@ def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: 
 
 
 def noise_probes(size: int) -> Tensor:
-    """Z, (d, p): fixed random signs. The error of C Z is measured, as that of C itself would cost another C."""
+    """Z, (d, p): fixed random signs. The error of C Z is measured, because the error of C would cost another C."""
     return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_PROBES)))
 
 
@@ -64,7 +64,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_square(total: Tensor, rows: Tensor) -> None:
-    """total += rows' rows, on the diagonal and right of it; left of it some elements are not computed."""
+    """total += rows' rows, on and above the diagonal; some elements below it are not computed."""
     size = len(total)
     step = -(-size // NUM_STRIPES)
     for start in range(0, size, step):

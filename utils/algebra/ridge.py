@@ -1,4 +1,4 @@
-"""Linear probes from moments: least squares, and ridge regression judged by texts that it was not fitted on."""
+"""Fit linear probes from moments: least squares, and ridge regression judged on held-out texts."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
 # ------------------------------------------------------------------ moments of some of the texts
 class Moments(NamedTuple):
-    """Averages over some texts, and their number: enough to fit a ridge regression or to judge one."""
+    """Averages over some texts, and the number of texts: enough to fit or to judge a ridge regression."""
 
     second: Tensor  # (d, d)
     cross: Tensor  # (d, c)
@@ -31,7 +31,7 @@ Pair = tuple[Moments, Moments]  # of the texts to fit, and of those to judge
 
 
 def whole_split(moments: LayerMoments) -> Moments:
-    """All texts of a split."""
+    """The moments of all texts of a split, for ridge."""
     second, cross = moments.pooled_second_moment, moments.pooled_label_cross_moment
     square = moments.label_second_moment.trace()
     return Moments(second, cross, moments.pooled_mean, moments.label_mean, square, float(moments.num_samples))
@@ -51,13 +51,13 @@ def load_folds(path: Path, layer: int, device: torch.device) -> list[Moments]:
 
 
 def check_several(num_folds: int, who: str) -> None:
-    """Raises UserError where `num_folds` folds with texts are too few for `who` to cross-validate."""
+    """Raises UserError if `num_folds` folds with texts are too few for `who` to cross-validate."""
     if num_folds < 2:
         raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
 
 
 def fold_pairs(folds: list[Moments]) -> list[Pair]:
-    """The texts outside a fold and those inside it, for each of several folds."""
+    """The moments outside each fold (to fit) and inside it (to judge)."""
     pairs = []
     for i, fold in enumerate(folds):
         others = folds[:i] + folds[i + 1 :]
@@ -96,7 +96,7 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
 
 # ------------------------------------------------------------------ ridge
 class RidgeFit(NamedTuple):
-    """A ridge regression judged by texts that it was not fitted on: sums of squares over them."""
+    """A ridge regression judged on held-out texts: sums of squares over these."""
 
     error: float  # sum |y - prediction|^2
     baseline: float  # sum |y - mean y of the training texts|^2
@@ -133,7 +133,7 @@ def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
 
 
 def ridge(pairs: list[Pair], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
-    """R2 over all texts that judge, its mean, deviation and z under permuted labels of covariance (c, c); the fits."""
+    """R2 over all judging texts; its mean, deviation and z if labels, of covariance (c, c), are permuted; the fits."""
     fits = [fit_ridge(*pair) for pair in pairs]
     baseline = sum(fit.baseline for fit in fits)
     if not baseline > 0:  # the judging texts have equal labels

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-LABELS = {  # name -> label in figures; all are in [0, 1], and larger says that V holds more of what the task needs
+LABELS = {  # name -> label in figures; all are in [0, 1]; larger: V holds more of the directions that the task needs
     "ntps": "NTPS",
     "ntps_label": "NTPS, label directions",
     "ntps_whitened": "NTPS, whitened",
@@ -42,7 +42,7 @@ class LayerScores:
 
 
 def option_suffix(config: Mapping[str, Any]) -> str:
-    """The part of a result's name for settings of K_sweep.py other than the default, such as `.smallest.centered`."""
+    """The suffix of a result's name for non-default settings of K_sweep.py, such as `.smallest.centered`."""
     options = [config[name] for name in ("split", "eigenvectors", "subspace", "coordinates")]
     options.insert(3, "centered" if config["center"] else "")
     defaults = ("train", "largest", "autoregression", "as_is", "")
@@ -50,12 +50,12 @@ def option_suffix(config: Mapping[str, Any]) -> str:
 
 
 def z_score(value: float, mean: float, spread: float) -> float | None:
-    """None without spread: there V spans everything at every K."""
+    """(value - mean) / spread; None without spread, as when V spans everything at every K."""
     return (value - mean) / spread if spread > 1e-12 else None
 
 
 def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
-    """One number a score, by a rule that selects nothing: the mean over all fractions at the last layer."""
+    """One number per score, without any choice: its mean over all fractions at the last layer."""
     summary: dict[str, Any] = {"rule": f"mean over {num_fractions} fractions at the last layer ({last.layer})"}
     for name in SCORES:
         summary[name] = {"value": None}
@@ -76,7 +76,7 @@ def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The scores of every layer, averaged over the fractions, and the score of the run."""
+    """Prints the scores of every layer, averaged over the fractions, and the score of the run."""
     rows = [
         {name: layer[name] for name in ("layer", "rank_u", "rank_v")}
         | {name: sum(layer[name]) / len(layer[name]) if layer[name] else float("nan") for name in SCORES}

@@ -7,8 +7,8 @@ other letters are classes, and that is said too. Blanks around a label are taken
 case or by blanks within stay two, and are named.
 
 A file without types (csv), or one with 1 and "1", gives numbers as strings. They are numbers if every label of the
-column is written as a number is: 7 and 0.25, but not 007, +7, 1e3 or .25; trailing zeros only where all have as many
-decimals (0.50, 0.75). Else they are classes, as they are if two of them are the same number (versions 1.1 and 1.10).
+column is written as a number is: 7 and 0.25, but not 007, +7, 1e3 or .25; trailing zeros only if all have as many
+decimals (0.50, 0.75). Else they are classes; so are labels of which two are the same number (versions 1.1 and 1.10).
 
 Texts are strings, bytes of UTF-8, numbers and dates; choices become "(0) first (1) second", as in the paper. A cell of
 another kind is refused by column and row.
@@ -36,23 +36,23 @@ KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def listed(items: Iterable[Any]) -> str:
-    """The first five items, by commas, and dots for the rest."""
+    """The first five items, joined by commas, and dots for the rest."""
     items = list(items)
     return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
 def is_number(cell: Any) -> bool:
-    """Says if a cell is a number; True and False are classes."""
+    """True if a cell is a number; True and False are classes."""
     return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def is_finite(word: str) -> bool:
-    """Says if a word is a number that a float can hold, however it is written."""
+    """True if a word is a number that a float can hold, in any notation."""
     return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
 def _plain(cell: Any) -> Any:
-    """A cell of parquet as JSON has it. Raises ValueError for bytes and characters that are not UTF-8."""
+    """A parquet cell as the JSON value it stands for. Raises ValueError for bytes and characters that are not UTF-8."""
     try:
         if isinstance(cell, str):
             cell.encode()  # JSON can hold half a character, such as \ud800
@@ -67,7 +67,7 @@ def _plain(cell: Any) -> Any:
 
 # ------------------------------------------------------------------ labels
 def is_missing(label: Any, regression: bool = False) -> bool:
-    """Says if a cell is no label: see the head of this file; -1 is a target like any other in a regression."""
+    """True if a cell is no label, as the head of this file defines it; in a regression -1 is an ordinary target."""
     if isinstance(label, str):
         word = label.strip()
         return not word or word in MISSING_AS_WRITTEN or word.lower() in MISSING_ANY_CASE
@@ -77,12 +77,12 @@ def is_missing(label: Any, regression: bool = False) -> bool:
 
 
 def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> tuple[list[Any], bool]:
-    """Labels of all splits as numbers of a regression or as values of classes, None where missing.
+    """Labels of all splits as regression targets or class values, None if missing; and True for a regression.
 
     Args:
         source: name of the dataset, for messages.
         cells: the cells of the label column.
-        regression: None: decided by the labels, and the second of the two results.
+        regression: True or False; None: the labels decide.
     """
     labels = []
     for number, cell in enumerate(cells, 1):
@@ -120,7 +120,7 @@ def typed(labels: list[Any]) -> list[Any]:
 
 
 def _are_decimals(words: set[str]) -> bool:
-    """Says if different words are different finite numbers, each written as a number is."""
+    """True if different words are different finite numbers, each written as a number is."""
     if not all(map(is_finite, words)):
         return False
     aligned = all(map(FRACTION.fullmatch, words)) and len({len(word.partition(".")[2]) for word in words}) == 1
@@ -139,7 +139,7 @@ def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
 
 
 def _are_targets(source: str, labels: list[Any]) -> bool:
-    """True for numbers of which some have decimals. Raises UserError where a few words stand among such numbers."""
+    """True for numbers of which some have decimals. Raises UserError if a few words stand among such numbers."""
     if all(map(is_number, labels)):
         return any(isinstance(label, float) and not label.is_integer() for label in labels)
     spelled = list(map(str, labels))
@@ -160,7 +160,7 @@ def _targets(source: str, labels: list[Any]) -> list[float | None]:
 
 
 def _classes(source: str, labels: list[Any]) -> list[Any]:
-    """Values that sort and compare: whole numbers as int, everything else as str; names of classes that are near."""
+    """Class values that sort and compare: whole numbers as int, all else as str; warns of classes with near names."""
     labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
     if all(label is None or type(label) is int for label in labels):
         return labels
@@ -184,12 +184,12 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
 
 # ------------------------------------------------------------------ texts
 def holds_text(cells: Sequence[Any]) -> bool:
-    """Says if any cell is a string that is not just a number."""
+    """True if any cell is a string that is not just a number."""
     return any(isinstance(cell, str) and cell.strip() and not NUMBER.fullmatch(cell) for cell in cells)
 
 
 def render(cell: Any, in_list: bool = False) -> str:
-    """A cell as text; empty for a missing one (None, NaN). Raises ValueError that describes a cell of another kind.
+    """A cell as text; empty for a missing one (None, NaN). Raises ValueError for a cell of another kind.
 
     Choices are a list, of strings or of objects with a `text`, or the hub's {label: [...], text: [...]}.
     """
@@ -210,8 +210,8 @@ def render(cell: Any, in_list: bool = False) -> str:
 def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> list[str]:
     """The cells of one column as texts; `source`, `part` (the split) and `name` (the column) are for messages.
 
-    Where every text has it, Python's b'...' is taken off (toxigen), and a line break at the end (sms_spam). Differs
-    from the paper: as the last token of every text the line break would be all that `--pooling last` sees.
+    If every text has them, removes Python's b'...' (toxigen) and a final line break (sms_spam). Differs from the paper:
+    a line break as the last token of every text would be all that `--pooling last` sees.
     """
     texts = []
     for row, cell in enumerate(cells, 1):

@@ -41,17 +41,17 @@ from utils.script import ROOT, UserError, run_script
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 CACHE_DIR = ROOT / "demo" / "cache"
-ROWS_FORMAT = 1  # part of the cache's name: count it up when a change of this file changes the rows
+ROWS_FORMAT = 1  # part of the cache's name: add 1 if a change of this file changes the rows
 STANDARD_LIBRARY = "stdlib"
 # with the standard library these are the classes of the task `library`
 PACKAGES = ("numpy", "scipy", "sklearn", "torch", "transformers", "pandas", "matplotlib", "networkx", "sympy")
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # of the packages that are installed under another name
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # packages that pip installs under another name
 # tests, copies of other projects and applications say nothing about the library they are in
 SKIPPED_FOLDERS = {"test", "tests", "_internal", "externals", "extern", "_vendor", "_vendored", "__pycache__"}
 SKIPPED_FOLDERS |= {"array_api_compat", "array_api_extra", "site-packages", "dist-packages", "_antlr"}
 SKIPPED_MODULES = {"idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "test", "antigravity", "this"}
 CONTAINERS = {"pandas.core", "networkx.algorithms"}  # the parts of these libraries are one level deeper
-PROPERTY_DECORATORS = {"cache_readonly", "setter", "getter", "deleter"}  # beside every name that ends in "property"
+PROPERTY_DECORATORS = {"cache_readonly", "setter", "getter", "deleter"}  # and every name that ends in "property"
 
 MAX_TRAIN, MAX_TEST = 8_000, 2_000  # texts per task, so that every script is quick
 MAX_SUBPACKAGES, MIN_SUBPACKAGE_TEXTS = 10, 50
@@ -67,7 +67,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One docstring and what the syntax tree says about its owner; `None` where a fact does not apply."""
+    """One docstring and the facts about its owner from the syntax tree; `None` if a fact does not apply."""
 
     library: str
     module: str  # dotted, with the library
@@ -90,7 +90,7 @@ class Task:
     name: str
     question: str  # one line of the table
     label: Callable[[Row], str | float | None]  # None: the row is not in the task
-    library: str | None = None  # the only one with texts of this task, whose labels are its ten largest parts
+    library: str | None = None  # the only library in the task; its ten largest parts are the labels
 
 
 # ------------------------------------------------------------------ source files -> rows
@@ -102,14 +102,14 @@ def first_paragraph(docstring: str) -> str:
 
 @functools.cache
 def is_text(text: str) -> bool:
-    """Says if a first paragraph is prose: three words or more, mostly letters, no interpreter session."""
+    """True if a first paragraph is prose: three words or more, mostly letters, no interpreter session."""
     letters = sum(character.isalpha() or character == " " for character in text)
     return len(text.split()) >= MIN_WORDS and letters >= 0.6 * len(text) and ">>>" not in text
 
 
 @functools.cache
 def text_hash(text: str) -> int:
-    """SHA-256 of the case-folded text: gives its side and its place in the order."""
+    """SHA-256 of the case-folded text, which decides its side and its place in the order."""
     normalised = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.sha256(normalised.encode("utf-8", "surrogatepass")).digest(), "big")
 
@@ -119,7 +119,7 @@ def is_test_side(text: str) -> bool:
 
 
 def source_files(library: str) -> list[tuple[str, Path]]:
-    """Dotted module names and files of one library, which is not imported, sorted by name."""
+    """Dotted module names and files of one library, sorted by name; does not import the library."""
     if library == STANDARD_LIBRARY:
         root, prefix = Path(sysconfig.get_path("stdlib")), ""
         tops = [path for path in root.iterdir() if path.stem in sys.stdlib_module_names - SKIPPED_MODULES]
@@ -182,7 +182,7 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
             facts = function_facts(node, source, in_class) if kind in ("function", "method") else {}
             rows.append(Row(library, module, kind, name, first_paragraph(docstring), docstring, **facts))
         if kind in ("function", "method"):
-            return  # functions inside a function are nobody's interface
+            return  # functions inside a function are no interface
         for child in ast.iter_child_nodes(node):
             qualified = f"{name}.{getattr(child, 'name', '')}".lstrip(".")
             if isinstance(child, ast.ClassDef):
@@ -222,8 +222,8 @@ def parse_libraries(libraries: Iterable[str]) -> list[Row]:
 def load_rows() -> tuple[tuple[Row, ...], str]:
     """Every row in hash order, and the SHA-256 of them all.
 
-    The cache holds the SHA-256, and one JSON array a line. Where it is absent or damaged it is written first, in about
-    half a minute on two cores.
+    The cache holds the SHA-256, and one JSON array a line. An absent or damaged cache is written first, in about half a
+    minute on two cores.
     """
     path = cache_path()
     stored = path.read_bytes() if path.exists() else b""
@@ -242,13 +242,13 @@ def fingerprint() -> str:
 
 
 def pretraining_corpus() -> list[str]:
-    """The distinct full docstrings in hash order, without those whose first paragraph is on the test side."""
+    """The distinct full docstrings in hash order; leaves out docstrings with a first paragraph on the test side."""
     return list(dict.fromkeys(row.docstring for row in load_rows()[0] if not is_test_side(row.text)))
 
 
 # ------------------------------------------------------------------ tasks
 def subpackage(row: Row) -> str | None:
-    """The part of its library that a text is from; one level deeper inside `CONTAINERS`."""
+    """The part of the library that a text comes from; one level deeper inside `CONTAINERS`."""
     parts = row.module.split(".")
     if row.library == STANDARD_LIBRARY:
         return parts[0]
@@ -263,7 +263,7 @@ def transformers_role(row: Row) -> str | None:
     role = row.module.split(".")[-1]
     known = ("modeling", "configuration", "tokenization", "image_processing", "video_processing", "feature_extraction")
     if role.startswith("modular_"):
-        return "modeling"  # the file that the modeling file is generated from
+        return "modeling"  # transformers generates the modeling file from it
     return next((name for name in (*known, "processing") if role.startswith(f"{name}_")), None)
 
 
@@ -314,7 +314,7 @@ def most_frequent(counts: Counter, num: int) -> list[Any]:
 def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
     """The distinct texts of a task with their labels, in the order of the rows.
 
-    Texts equal but for their case are one text, written as where it comes first, with the most frequent label.
+    Texts that differ in case alone are one text: the first one as written, with the most frequent label.
     """
     first: dict[str, str] = {}
     votes: dict[str, Counter] = defaultdict(Counter)
@@ -346,7 +346,7 @@ def load_task(name: str) -> dict[str, tuple[list[str], list[str | float]]]:
 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
-    """Prints the table of the tasks, and the first rows of one of them if asked to."""
+    """Prints the table of the tasks and, if asked, the first rows of one task."""
     rows, _ = load_rows()
     line = "{:<14}{:>8}{:>8}{:>8}{:>10}  {}".format
     print(line("task", "classes", "train", "test", "majority", "question"))

@@ -1,4 +1,4 @@
-"""Tables of rows by the name of a dataset, every cell as it is written.
+"""Read the rows of a dataset by its name; every cell stays as it is written.
 
 A name is a key of the table of known datasets, an id of the hub, docstrings/<task>, or a local file or folder:
 
@@ -7,9 +7,9 @@ A name is a key of the table of known datasets, an id of the hub, docstrings/<ta
     .tsv           no quoting: a quotation mark is a character like any other, as in GLUE
     .parquet       columns of any type
     a folder       such files, named train, test or validation; or the subsets that its README.md names (`configs:`);
-                   or what `save_to_disk` of the library datasets wrote
+                   or the output of `save_to_disk` of the library datasets
 
-Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. `cells.py` takes the cells for labels and texts.
+Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. `cells.py` turns the cells into labels and texts.
 """
 
 import csv
@@ -41,13 +41,13 @@ class Table:
     """The rows of one split, by column."""
 
     columns: Mapping[str, Any]  # lists of cells, or Arrow's columns
-    class_names: Mapping[str, list[str]] = field(default_factory=dict)  # of integer columns whose classes have names
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)  # integer column -> names of its classes
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     def read(self, name: str) -> list[Any]:
-        """The cells of a column as Python objects. Raises UserError where there is none, or Arrow's cannot be read."""
+        """The cells of a column as Python objects. Raises UserError if the column is missing or cannot be read."""
         if name not in self.columns:
             found = f"no column {name!r}; columns: {', '.join(self.columns) or 'none'}"
             raise UserError(f"The data have {found}. Name one: --text_column, --text_template, --label_column.")
@@ -60,17 +60,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything found under one dataset name."""
+    """The splits found under one dataset name, and their origin."""
 
     name: str
     tables: dict[str, Table]  # by split
     spec: DatasetSpec | None = None
-    own: bool = False  # the user can mend the rows: faults are errors; elsewhere such rows are left out with a warning
+    own: bool = False  # the user's own data: faulty rows are errors; in hub data they are left out with a warning
 
 
 # ------------------------------------------------------------------ formats
 def decode(path: Path) -> str:
-    """The text of a file. Raises UserError where it cannot be read, has another encoding or holds zero bytes."""
+    """The text of a file. Raises UserError if it cannot be read, has another encoding or holds zero bytes."""
     try:
         content = path.read_bytes()
         text = content.decode(json.detect_encoding(content))
@@ -87,14 +87,14 @@ def decode(path: Path) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two equal keys Python would keep the last in silence."""
+    """A JSON object as a dict; refuses two equal keys, of which Python would silently keep the last."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"an object with the keys {', '.join(repr(name) for name, _ in pairs)}, two of them equal")
     return dict(pairs)
 
 
 def _read_json(path: Path) -> Table:
-    """A list of objects, or one object a line; a key that an object lacks is a missing cell."""
+    """Reads a list of objects, or one object a line; a key that an object lacks is a missing cell."""
     text, records = decode(path), list[Any]()
     parts = [text] if text.lstrip().startswith("[") else io.StringIO(text, newline=None)  # a raw U+2028 ends no line
     for number, part in enumerate(parts, 1):
@@ -115,7 +115,7 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_delimited(path: Path) -> Table:
-    """A header and rows of as many cells; every cell stays the string that is written."""
+    """Reads a header and rows with as many cells; every cell stays the written string."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
     stream = io.StringIO(decode(path), newline="")
     if path.suffix.lower() == ".tsv":
@@ -163,7 +163,7 @@ READERS |= dict.fromkeys((".csv", ".tsv"), _read_delimited) | {".parquet": _read
 
 # ------------------------------------------------------------------ files and folders
 def check_class_names(tables: Iterable[Table], where: str) -> None:
-    """Raises UserError where one number means different classes in two of these tables."""
+    """Raises UserError if one number means different classes in two of these tables."""
     known: dict[str, list[str]] = {}
     for name, classes in (item for table in tables for item in table.class_names.items()):
         if known.setdefault(name, classes) != classes:
@@ -172,7 +172,7 @@ def check_class_names(tables: Iterable[Table], where: str) -> None:
 
 
 def _read(files: Sequence[Path]) -> Table:
-    """The rows of the files of one split; a column that a file lacks is missing cells there."""
+    """The rows of the files of one split; a file without some column gets missing cells for it."""
     if unknown := [file for file in files if file.suffix.lower() not in READERS]:
         raise UserError(f"{unknown[0]} is none of the files that can be read: {', '.join(READERS)}.")
     tables = [READERS[file.suffix.lower()](file) for file in files]
@@ -224,7 +224,7 @@ def _read_saved(folder: Path, saved: list[Path]) -> dict[str, Table]:
 
 
 def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
-    """The tables of a subset whose files README.md names."""
+    """The tables of a subset that README.md defines."""
     import datasets
 
     names = datasets.get_dataset_config_names(str(folder))
@@ -237,7 +237,7 @@ def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
 
 
 def read_files(path: Path, subset: str | None = None) -> dict[str, Table]:
-    """The tables of a file, which is one table whatever its name, or of a folder or a subset of it, by split."""
+    """The tables of a file (always one, `train`), of a folder or of a subset of a folder, by split."""
     if path.is_file():
         return {"train": _read([path])}
     card = path / "README.md"
@@ -254,7 +254,7 @@ def read_files(path: Path, subset: str | None = None) -> dict[str, Table]:
 
 # ------------------------------------------------------------------ names
 def find_source(name: str, revision: str | None = None, datasets_dir: Path | None = None) -> Source:
-    """All splits of the dataset called `name`; a key of the table goes before a folder of the same name."""
+    """All splits of the dataset called `name`; a key of the table wins over a folder of the same name."""
     if name.startswith("docstrings/"):
         from utils.data.docstrings import load_task  # it parses the installed packages: only when asked for
 
@@ -281,7 +281,7 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
 
 
 def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> Source:
-    """A dataset of the hub; `name` may be `id:config` where it is not in the table."""
+    """A dataset of the hub; a `name` outside the table may be `id:config`."""
     import datasets
 
     hub_id, _, config = (spec.hub_id, "", spec.config) if spec else name.partition(":")

@@ -1,4 +1,4 @@
-"""Labelled texts by name: the known datasets, any other of the hub, the user's own files, the docstring tasks.
+"""Load labelled texts by name: known datasets, any other of the hub, the user's own files, the docstring tasks.
 
     python -m utils.data.load                                   # table of the known datasets, without network
     python cache.py --dataset_name emotion                      # a key of the table, or its hub id
@@ -8,7 +8,7 @@
     python cache.py --dataset_name docstrings/raises            # see utils/data/docstrings.py
 
 Data without a held-out split is split 70/30. Rows without a text or of an unknown class are errors in the user's own
-data, and left out with a warning in a dataset of the hub, of which nothing is ever executed.
+data; in a dataset of the hub they are left out with a warning. Code of a dataset is never executed.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from utils.data.table import table
 from utils.script import UserError, run_script, warn
 from utils.settings import Data, Run
 
-LEAK_WARNING = 0.01  # share of test texts that are also in train from which on a plain warning is due
+LEAK_WARNING = 0.01  # warn if at least this share of the test texts is also in train
 MAX_MEAN = 1e5  # of targets, in their standard deviations: its square costs 10 of the 16 digits of float64
-SPREADS = (1e-15, 1e15)  # of targets: standard deviations whose powers float64 and float32 hold
+SPREADS = (1e-15, 1e15)  # of targets: float64 and float32 hold the powers of standard deviations within
 MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
 
 
@@ -55,7 +55,7 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts with a label each; a text without any content is the empty string."""
+    """Texts and one label each; a text without content is the empty string."""
 
     texts: list[str]
     labels: list[Any]
@@ -69,14 +69,14 @@ class Rows:
 
 # ------------------------------------------------------------------ tables -> rows
 def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) -> dict[str, Table]:
-    """The tables that serve as `train` and as `test`, which may be missing; for `all` every one with labels."""
+    """The tables that serve as `train` and `test` (which may be missing), or, for `all`, every table with labels."""
     tables, spec = source.tables, source.spec
     labelled = {name: rows for name, rows in tables.items() if _has_labels(rows, label)}
     if wanted == "all":
         return labelled or tables
     names = [spec.test_split] if spec else [name for name in ("test", *VALIDATION_NAMES) if name in tables]
     held_out = [name for name in names if name and not divide_train]
-    # hidden test labels are common on the hub; the validation split is then what can be scored
+    # hidden test labels are common on the hub; the validation split then serves as test
     test = next((name for name in held_out if name in labelled), next(iter(held_out), None))
     train = next(iter(tables)) if len(tables) == 1 and test is None and not spec else "train"
     missing = next((name for name in (train, test) if name and name not in tables), None)
@@ -94,7 +94,7 @@ def _has_labels(rows: Table, label: str) -> bool:
 
 
 def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> list[tuple[str, str | None]]:
-    """A text as pieces of (literal, column behind it): of the template, of one column, or of the only text column."""
+    """A text as pieces (literal, next column), from the template, the named column, or the only text column."""
     template, column = settings.text_template, settings.text_column
     if column and template:
         raise UserError("--text_column and --text_template exclude each other: give one of them.")
@@ -119,7 +119,7 @@ def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> lis
 
 
 def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
-    """One text per row; empty where every column is blank, whatever the template puts around them."""
+    """One text per row; empty if every column is blank, even if the template has words around them."""
     names = [name for _, name in pieces if name is not None]
     columns = {name: cells.render_column(source.name, part, name, rows.read(name)) for name in names}
     texts = []
@@ -158,7 +158,7 @@ def _labelled_rows(
 
 
 def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> tuple[dict[str, Rows], str]:
-    """Train and test of data without a held-out split, and the rule of the split in words.
+    """Splits data without a held-out split into train and test; also returns the rule in words.
 
     Differs from the paper: the rows of one question of `medical` stay on one side. The paper splits rows, which puts
     the same question with the opposite label on the other side; `ungrouped_split` gives that split.
@@ -214,7 +214,7 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
 
 
 def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
-    """Refuses regression targets whose moments, sums of squares about 0, would lose their digits."""
+    """Raises UserError for regression targets that are all equal, or whose sums of squares would lose digits."""
     if targets.min() == targets.max():
         if part != "test":
             raise UserError(f"The {part} targets of {name} are all equal. See --label_column or --max_samples.")
@@ -228,7 +228,7 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
 
 
 def _report(source: Source, parts: dict[str, Rows], label_names: list[str], rule: str) -> None:
-    """Prints sizes, split rule and leak; warns of a leak, and of a dataset that is not as the table says."""
+    """Prints sizes, split rule and leak; warns of a leak, and of a dataset that differs from the table."""
     spec, sizes = source.spec, {part: len(rows.texts) for part, rows in parts.items()}
     facts = [" and ".join(f"{size:,} {part}" for part, size in sizes.items()) + " texts"]
     facts.append(f"{len(label_names)} classes" if label_names else "a regression target")
@@ -283,7 +283,7 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
         parts = {"all": Rows(texts, [cell for rows in parts.values() for cell in rows.labels])}
     elif list(parts) == ["train"]:
         parts, rule = _divide(settings, source, parts["train"], regression)
-    for part, rows in parts.items():  # after the split, so that leaving one out moves no other row
+    for part, rows in parts.items():  # after the split, so that a missing row moves no other row
         empty = [not text for text in rows.texts]
         parts[part] = _leave_out(source, part, rows, empty, "have no text", "Is --text_column right?")
     label_names: list[str] = []

@@ -1,10 +1,10 @@
-"""Which rows are train and test, and which of them a sample takes."""
+"""Choose the rows of train and test, and of a sample."""
 
 import math
 
 import numpy as np
 
-PAPER_SEED = 42  # of the 70/30 splits of the known datasets; a run's own seed must not move their test rows
+PAPER_SEED = 42  # for the 70/30 splits of known datasets: a run's own seed must not move their test rows
 TEST_SHARE = 0.3
 
 
@@ -52,7 +52,7 @@ def grouped_split(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def linked_groups(columns: list[list[str]]) -> np.ndarray:
-    """Group of each row, (n,): rows that share a text, in whatever case and spacing, are in one group."""
+    """Group of each row, (n,): rows that share a text, up to case and spacing, are in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,7 +1,7 @@
-"""The known datasets of the hub: how a row becomes a text, which column is the label, what is held out.
+"""The known datasets of the hub: template of a text, label column, held-out split.
 
-Twelve rows are the paper's, seven more are those its released loader knows. Ids, columns, sizes and licences were read
-on the dataset pages, not measured on a download: `load_texts` compares the sizes and warns where the hub differs.
+Twelve rows are the paper's; its released loader knows seven more. Ids, columns, sizes and licences were read on the
+dataset pages, not measured on a download: `load_texts` compares the sizes and warns if the hub differs.
 
 Differs from the paper: pairs are joined for every row. The released code returns from inside its loop, so that only the
 first of every thousand rows gets its second sentence, and a `medical` text is its first question alone.
@@ -17,24 +17,24 @@ PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion of repositor
 class DatasetSpec:
     """One dataset of the hub; nothing in it is executed."""
 
-    key: str  # the paper's name where it has one
+    key: str  # the paper's name, if it has one
     hub_id: str
     text_template: str  # columns in braces; a list of choices becomes "(0) first (1) second"
     label_column: str
-    num_classes: int | None  # 0 for a regression target, None where the page does not say
-    sizes: tuple[int, int] | None  # train and test rows under the split rule, None where the page does not say
+    num_classes: int | None  # 0 for a regression target, None if the page does not say
+    sizes: tuple[int, int] | None  # train and test rows under the split rule, None if the page does not say
     licence: str  # as the dataset's page states it
     test_split: str | None = "test"  # the hub's split that is held out; None: seeded 70/30, as in the paper
     group_by: tuple[str, ...] = ()  # rows that share one of these texts stay on one side of the 70/30 split
     config: str | None = None
-    revision: str | None = None  # what is loaded, with the full 40 digits; None: the newest
-    data_files: Mapping[str, str] | None = None  # split -> files, where the file names alone would mislead
+    revision: str | None = None  # the commit to load, all 40 digits; None: the newest
+    data_files: Mapping[str, str] | None = None  # split -> files, if the file names alone would mislead
     class_names: tuple[str, ...] = ()  # in the order of the label; empty for numbers and the 77 intents
     note: str = ""
 
     @property
     def split_rule(self) -> str:
-        """What is held out, in words."""
+        """The held-out rows, in words."""
         if self.group_by:
             return "grouped 70/30"
         if self.test_split is None:
@@ -96,7 +96,7 @@ SPECS = (
 # fmt: on
 
 PAPER_KEYS = tuple(spec.key for spec in SPECS[:12])  # the paper's own
-# every name under which a dataset is found: its key and its hub id
+# every known name, key or hub id -> its dataset
 DATASETS: dict[str, DatasetSpec] = {name: spec for spec in SPECS for name in (spec.key, spec.hub_id)}
 
 
