@@ -109,7 +109,7 @@ def remaining_batches(
 
 @contextlib.contextmanager
 def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], overwrite: bool) -> Iterator[Any]:
-    """Yields the array for the pooled states of a pass, (layers, n, d), a memory map or empty; then puts it in place."""
+    """Yields the array for the pooled states of a pass, (layers, n, d), a memory map or empty; then places it."""
     moments, path = partial.moments, partial_pooled_path(partial.moments)
     has_pooled = pooled_shape[0] > 0
     if has_pooled and not on_one_machine():
