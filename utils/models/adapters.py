@@ -1,4 +1,4 @@
-"""Adapters in PEFT format: merged into the model they were made for with every one of their weights, or refused."""
+"""Merge an adapter in PEFT format, with all its weights, into the model that it was made for; refuse any other."""
 
 import hashlib
 import warnings
@@ -19,7 +19,7 @@ BASE_MODEL_FILE = "base_model.json"  # lora_finetuning.py names in it the model 
 
 # ------------------------------------------------------------------ the model an adapter is for
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """First 16 hex digits of the SHA-256 over weights rounded to bfloat16: the same in any copy of a model."""
+    """First 16 hex digits of the SHA-256 over weights rounded to bfloat16; equal for all copies of a model."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
@@ -28,7 +28,7 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
 
 
 def save_base_model(folder: Path, peft_model: Any, model_name: str, fingerprint: str) -> None:
-    """Writes beside an adapter which model it was made for, with a digest of the weights that it adapts."""
+    """Writes, beside an adapter, the name of its model and a digest of the weights that it adapts."""
     ending = ".base_layer.weight"
     parameters = peft_model.get_base_model().named_parameters()
     weights = {name.replace(ending, ".weight"): weight for name, weight in parameters if name.endswith(ending)}
@@ -53,7 +53,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     """The causal LM with the adapter in `folder` merged into it; `fingerprint` is that of the causal LM.
 
     Raises:
-        UserError: no adapter is there, it is damaged, of another kind, of another model, or does not fit this one.
+        UserError: the adapter is missing, damaged, of another kind, made for another model, or does not fit.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
@@ -109,7 +109,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
 
 
 def without_head(causal_lm: nn.Module, config: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The weights without those of a classifier's head, which no causal LM has; the config forgets it, too."""
+    """The weights without those of a classifier's head, which no causal LM has; also removes the head from `config`."""
     known = {name.split(".")[-1] for name, _ in causal_lm.named_modules()}
     saved = getattr(config, "modules_to_save", None) or ()
     heads = [name for name in saved if name.split(".")[-1] not in known]

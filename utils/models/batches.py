@@ -1,22 +1,22 @@
-"""Which texts go through the model together: batches of like length, so that little of them is padding.
+"""Form batches of texts of like length, so that little of them is padding, and share them among processes.
 
-Batches are dealt out to processes by blocks, the units in which products are added up in their own dtype: every sum
-over a block is then the same number, in whatever process it is taken.
+Processes get whole blocks, the units in which products are added up in their own dtype: a sum over a block is then the
+same number in every process.
 """
 
 import zlib
 
 import numpy as np
 
-BATCH_COST = 64  # what a batch costs by itself, in tokens
+BATCH_COST = 64  # fixed cost of a batch, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
 
 
 def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    Of all cuts between texts of different lengths the one with the fewest padded tokens plus `BATCH_COST` for each
-    batch; where that still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
+    Cuts between texts of different lengths so that padded tokens plus `BATCH_COST` for each batch are fewest; if that
+    still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
 
     Args:
         lengths: tokens of each text, (n,).
@@ -72,13 +72,13 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
 
 
 def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> list[np.ndarray]:
-    """The rows in parts of at most `size`, in their order; rows of different `sides`, (n,) bool, never share a part."""
+    """Cuts the rows, in order, into parts of at most `size`, each with rows of one side (`sides`, (n,) bool) alone."""
     groups = [rows] if sides is None else [rows[sides[rows] == side] for side in (True, False)]
     return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
 
 
 def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, tokens_per_block: int) -> list[list[np.ndarray]]:
-    """The batches in blocks of at least so many tokens; the last block can have fewer."""
+    """Groups the batches into blocks of at least `tokens_per_block` tokens; the last block can have fewer."""
     blocks: list[list[np.ndarray]] = [[]]
     num_tokens = 0
     for rows in batches:
@@ -93,10 +93,10 @@ def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, tokens_per_bloc
 def share_of(
     blocks: list[list[np.ndarray]], lengths: np.ndarray, rank: int, num_processes: int
 ) -> list[tuple[np.ndarray, bool]]:
-    """The batches of process `rank`, each with true for the last of its block.
+    """The batches of process `rank`, each with True if it is the last of its block.
 
-    Each block, longest texts first, goes to the process with the least to do, the first to process 0. Every text is in
-    exactly one share; with few blocks a share can be empty.
+    Each block, longest texts first, goes to the process with the least work so far; process 0 gets the first. Every
+    text is in exactly one share; with few blocks a share can be empty.
     """
     load, own = np.zeros(num_processes, dtype=np.int64), []
     for block in blocks:

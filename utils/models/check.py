@@ -1,11 +1,11 @@
 """Check on a few short texts that a model's states are those of a causal LM, layer by layer.
 
-No list of architectures can decide that for the next one; so the model itself is tried, before its states are read:
+A list of architectures cannot cover the next one; so the model itself is tested before its states are read:
 
     one width      every state is (b, t, d), d the configured hidden size
     a chain        layer k + 1 receives the output of layer k; up to a factor, as RWKV halves its states on the way
     causality      other tokens behind a position, padding or not, change no state up to it
-    no company     a sequence in a right-padded batch has the states it has alone
+    independence   a sequence in a right-padded batch has the states it has alone
 """
 
 from typing import Any
@@ -19,16 +19,16 @@ from utils.models.tokens import TokenizedTexts, context_length, rope_limit
 from utils.script import UserError
 
 LENGTHS = (20, 13, 8, 5)  # of the sequences
-# Largest relative difference between states that should be equal, in batches of one shape and of two. In one shape they
-# are equal bit for bit, unless experts get other numbers of tokens (2e-7 in float32, 5e-3 in bfloat16); bidirectional
-# models of random weights and width 32 differ by 2e-3 in float32. In another shape sums are in another order.
+# Largest relative difference between states that should be equal: in batches of one shape, and of two shapes. In one
+# shape they are equal bit for bit, unless experts get other numbers of tokens (2e-7 in float32, 5e-3 in bfloat16);
+# bidirectional models of random weights and width 32 differ by 2e-3 in float32. Another shape adds in another order.
 TOLERANCES = {torch.float32: (5e-5, 2e-4), torch.bfloat16: (1e-3, 0.1), torch.float16: (1e-3, 0.02)}
 # In half precision a mixture of experts may send a token elsewhere if two experts are nearly tied.
 FLIPPED = 0.25  # share of the tokens of a layer
 
 
 def make_sequences(tokens: TokenizedTexts, longest: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Right-padded sequences of the texts' tokens (b, t); the same with other tokens behind the half; their lengths."""
+    """Right-padded sequences of the texts' tokens, (b, t); the same with other tokens in the second half; lengths."""
     lengths = np.minimum(LENGTHS, longest)
     positions = np.arange(lengths[0])
     rows = np.resize(tokens.token_ids[:4096], (len(lengths), lengths[0])).astype(np.int64)
@@ -70,7 +70,7 @@ def routes_tokens(model: nn.Module) -> bool:
 
 
 def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
-    """Half a sentence about the first property that does not hold."""
+    """The first property that does not hold, as half a sentence; None if all hold."""
     dtype = next(model.parameters()).dtype
     in_one_shape, in_another = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
     flipped = 0.0
@@ -106,7 +106,7 @@ def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
 
 @torch.inference_mode()
 def self_check(model: Any, tokens: TokenizedTexts, name: str) -> None:
-    """Checks a decoder on a few sequences of the texts' tokens; its mode is as before.
+    """Checks a decoder on a few sequences of the texts' tokens; leaves its training or evaluation mode unchanged.
 
     Raises:
         UserError: it is not a causal LM, its states cannot be read, or it cannot be run at all.

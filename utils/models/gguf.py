@@ -1,8 +1,8 @@
-"""Causal LMs in one GGUF file, quantised or not: configuration, tokenizer and weights as transformers reads them.
+"""Load a causal LM from one GGUF file, quantised or not: configuration, tokenizer and weights as in transformers.
 
 transformers reads these files too, but parses the vocabulary anew for each of the three and twice for the weights: 47 s
-for SmolLM2-135M instead of 5. This module combines its parts. The weights are de-quantised once a run, into an ordinary
-model that can be trained and saved as a folder; transformers refuses to save the one that it makes of a GGUF file.
+for SmolLM2-135M instead of 5. This module combines its parts. It de-quantises the weights once a run, into an ordinary
+model that can be trained and saved as a folder; transformers refuses to save a model that it loaded from a GGUF file.
 """
 
 import math
@@ -22,20 +22,20 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from utils.script import UserError
 
-# `general.architecture` of the file -> `model_type` of the configuration. All else is looked up by the name on the
-# left: transformers lists the processor that takes the 1 off Gemma's norms under "gemma3".
+# `general.architecture` of the file -> `model_type` of the configuration. All other look-ups use the name on the left:
+# transformers lists the processor that subtracts 1 from Gemma's norms under "gemma3".
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 GGUF_ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 NEEDED_BY = {"qwen3": ("head_dim",), "gemma3": ("head_dim", "sliding_window")}
-NOT_IN_THE_STATES = ("vocab_size", "tensor_data_layout", "final_logit_softcapping")  # settings that change none
-# Settings that the configurations made here cannot express; another value than this one is refused.
+NOT_IN_THE_STATES = ("vocab_size", "tensor_data_layout", "final_logit_softcapping")  # settings that change no state
+# Settings that the configurations made here cannot express; any other value is refused.
 ASSUMED = {"attention.causal": True, "rope.scaling.type": "none"}
 ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "rope.local.freq_base": 1e4}}
 
 
 class Header(NamedTuple):
-    """All of a GGUF file but its weights."""
+    """The content of a GGUF file except its weights."""
 
     metadata: dict  # an array of strings is replaced by its length
     tensors: dict[str, reader.TensorInfo]  # by the name in the file; `offset` counts from its first byte

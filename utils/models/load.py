@@ -1,6 +1,6 @@
-"""Load a causal LM, its configuration and tokenizer; and the fingerprint that tells it from another of its name.
+"""Load a causal LM, its configuration and tokenizer; and compute the fingerprint that identifies its weights.
 
-Modelling code is imported by the functions that use it: it takes as long as torch, and `--help` has no need of it.
+Functions import the modelling code that they use: it loads as slowly as torch, and `--help` does not need it.
 """
 
 import atexit
@@ -56,7 +56,7 @@ def load_config(model: Model, run: Run) -> "PreTrainedConfig":
 
 
 def model_fingerprint(model: Model, run: Run) -> str:
-    """SHA-256 of a local model, commit of one on the hub; with `+` those of a tokenizer or adapter from elsewhere."""
+    """SHA-256 of a local model, commit of a hub model; then `+` and that of a separate tokenizer or adapter."""
     source = model_source(model.model_name)
     if Path(source).exists():
         parts = [local_fingerprint(Path(source))]
@@ -67,7 +67,7 @@ def model_fingerprint(model: Model, run: Run) -> str:
 
 
 def known_fingerprint(model: Model, run: Run) -> str | None:
-    """As `model_fingerprint`, None where the model is not on this machine: moments can be solved without it."""
+    """As `model_fingerprint`, but None if the model is not on this machine: moments can be solved without it."""
     if model.adapter_dir is not None and not model.adapter_dir.is_dir():
         return None
     try:
@@ -77,7 +77,7 @@ def known_fingerprint(model: Model, run: Run) -> str | None:
 
 
 def stored_as(model: Model) -> dict[str, str]:
-    """`quantisation` of a model in a GGUF file, for the metadata of its results; nothing for any other model."""
+    """`{"quantisation": ...}` of a model in a GGUF file, for the metadata of its results; `{}` for other models."""
     if not is_gguf(source := model_source(model.model_name)):
         return {}
     from utils.models import gguf
@@ -87,7 +87,7 @@ def stored_as(model: Model) -> dict[str, str]:
 
 # ------------------------------------------------------------------ tokenizer and weights
 def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Tokenizer":
-    """The tokenizer; a long text loses its end, whatever the tokenizer's own settings say. Raises UserError."""
+    """The tokenizer, set to cut long texts at their end, against its own settings if need be. Raises UserError."""
     from transformers import AutoTokenizer
 
     name, revision = model_source(model.model_name), model.revision
@@ -148,7 +148,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
-    for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set: any order without it
+    for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set has no fixed order
         raise UserError(
             f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
             "of them is of another model: download it again."
@@ -161,7 +161,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
 
 
 def offload_folder(run: Run) -> Path:
-    """A new folder for weights that fit into no memory; removed when the process ends."""
+    """Makes a folder for weights that fit into no memory; it is removed when the process ends."""
     folder = temporary_folder(run.results_dir / "offloaded")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

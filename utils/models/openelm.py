@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 # ------------------------------------------------------------------ configuration
 class OpenELMConfig(PreTrainedConfig):
-    """The fields of the published config.json that decide anything; `attribute_map` holds the library's names."""
+    """The fields of the published config.json that matter here; `attribute_map` holds the library's names."""
 
     model_type = "openelm"
     attribute_map = {
@@ -46,7 +46,7 @@ class OpenELMConfig(PreTrainedConfig):
     model_dim: int = 2048
     head_dim: int = 128
     qkv_multipliers: float | list[float] = 1.0  # query heads times h / d: one number, or [first layer, last layer]
-    num_gqa_groups: int = 1  # query heads per key/value head, whatever the name says
+    num_gqa_groups: int = 1  # query heads per key/value head, despite the name
     ffn_multipliers: float | list[float] = 4.0  # width / d: one number, [first layer, last layer], or one per layer
     ffn_dim_divisor: int = 256
     activation_fn_name: str = "swish"
@@ -83,7 +83,7 @@ class OpenELMConfig(PreTrainedConfig):
 
 
 def round_to_multiple(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, at least one, and the next one up if that is below 0.9 `value`."""
+    """The multiple of `divisor` nearest to `value`, at least `divisor`; the next one if that is below 0.9 `value`."""
     nearest = max(divisor, int((value + divisor / 2) // divisor) * divisor)
     return nearest + divisor if nearest < 0.9 * value else nearest
 
@@ -103,8 +103,8 @@ class OpenELMRMSNorm(nn.Module):
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1 (RoPE, arXiv 2104.09864): p (b, t) -> (b, t, 1, h/2)."""
-    # In no buffer: from_pretrained leaves them uninitialised, model.to(bfloat16) rounds them. On the CPU, for the same
-    # bits on every device: the position multiplies a difference by up to 2047.
+    # Not a buffer: from_pretrained leaves buffers uninitialised, model.to(bfloat16) rounds them. On the CPU, for the
+    # same bits on every device: the position multiplies a difference by up to 2047.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     # a broadcast product: autocast and TF32 would round a matrix product
     angles = position_ids[..., None, None].float() * frequencies.to(position_ids.device)
@@ -174,7 +174,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 # ------------------------------------------------------------------ models
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """Names that the library looks up, and the initialisation for training from scratch."""
+    """Holds names that the library looks up, and the initialisation for training from scratch."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
@@ -185,7 +185,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The published scheme: deviation d^-1/2, (2 layers d)^-1/2 where a residual branch closes; norms 1."""
+        """Initialises as published: deviation d^-1/2, or (2 layers d)^-1/2 at the end of a residual branch; norms 1."""
         std = self.config.model_dim**-0.5
         if isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=std * (2 * self.config.num_transformer_layers) ** -0.5)
@@ -228,7 +228,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel):
     """`OpenELMModel` and next-token logits, in the published models from the embedding matrix."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
-    prepare_inputs_for_generation = None  # PEFT looks it up; there is no generation
+    prepare_inputs_for_generation = None  # PEFT looks it up; this model cannot generate
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""The decoder of a causal LM, and its hidden states: visited one layer at a time, and pooled."""
+"""Find the decoder of a causal LM, visit its hidden states one layer at a time, and pool them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from utils.script import UserError
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The decoder inside a causal LM, whose hidden states its head reads. Raises UserError: it has none apart."""
+    """The decoder inside a causal LM, from which its head reads. Raises UserError if it has none apart from its head."""
     from transformers import PreTrainedModel
 
     base = causal_lm.base_model
@@ -26,9 +26,9 @@ def decoder_of(causal_lm: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a base model: of the lists of `num_hidden_layers` modules the one with most weights.
+    """The decoder layers of a base model: the list of `num_hidden_layers` modules that has most weights.
 
-    `self_check` finds out whether they are what they seem. Raises UserError: no such list.
+    `self_check` tests that they are the decoder layers. Raises UserError if no such list exists.
     """
     num_layers = model.config.num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
@@ -42,8 +42,8 @@ def visit_hidden_states(model: Any, input_ids: Tensor, visit: Callable[[int, Ten
     """Runs the model on right-padded `input_ids` (b, t) and calls `visit(layer, hidden_states)` as each layer appears.
 
     Layer 0 is the input of the first decoder layer, layer k the output of the k-th, layer L the model's output after
-    the final norm; no more than one of them, (b, t, d), is held. For most models these are the entries of
-    `output_hidden_states=True`; that list is shifted by one for Mamba and RWKV. `self_check` tries the model.
+    the final norm; memory holds only one of them, (b, t, d), at a time. For most models these are the entries of
+    `output_hidden_states=True`; that list is shifted by one for Mamba and RWKV. `self_check` tests the model.
     """
     layers = decoder_layers(model)
 
@@ -63,13 +63,13 @@ def visit_hidden_states(model: Any, input_ids: Tensor, visit: Callable[[int, Ten
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that tokens go to, of the first weights that are on one; those on disk have none."""
+    """The device for the input tokens: that of the first weights not on disk."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def layer_devices(model: Any) -> list[torch.device]:
-    """The device that the states of each layer are on, layer 0 first; one token is run where they can differ."""
+    """The device of each layer's states, layer 0 first; runs one token through a model on several devices."""
     device = input_device(model)
     if all(parameter.device == device for parameter in model.parameters()):
         return [device] * (len(decoder_layers(model)) + 1)

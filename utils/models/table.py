@@ -12,7 +12,7 @@ from utils.script import ROOT, UserError
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What one architecture needs beyond the AutoModel defaults."""
+    """The settings of one architecture beyond the AutoModel defaults."""
 
     lora_target_modules: tuple[str, ...]  # the attention input projections
     tokenizer_name: str | None = None  # None: the tokenizer of the model's own repository
@@ -24,7 +24,7 @@ class ModelSpec:
 
     path: str  # hub id, folder relative to the repository root, or .gguf file below `models_dir()`
     parameters: str
-    access: str  # the command that makes it; or the terms to accept before the download, and where
+    access: str  # the command that makes it; or the terms to accept before the download, and their page
 
 
 FAMILIES = {  # keyed by `config.model_type`
@@ -55,7 +55,7 @@ MODELS = {
     "meta-llama/Meta-Llama-3-8B": ModelSpec("meta-llama/Meta-Llama-3-8B", "8B", LLAMA_3),
 }
 
-# Files of a folder that decide the states: weights, architecture, tokens, code. The others decide nothing.
+# Files of a folder that decide the states: weights, architecture, tokens, code. Other files do not matter.
 DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
 OTHER_FILES = {
     "pretraining.json", "generation_config.json", "training_args.bin", "metrics.json", "README.txt", "base_model.json",
@@ -76,7 +76,7 @@ def model_source(model_name: str) -> str:
     """The hub id, local folder or GGUF file that `model_name` stands for.
 
     Raises:
-        UserError: a model of the demo that is not there yet, or a folder without a model.
+        UserError: a model of the demo that does not exist yet, or a folder without a model.
     """
     spec = MODELS.get(model_name)
     if spec and (is_gguf(spec.path) or spec.path.startswith("demo/")):
@@ -94,7 +94,7 @@ def model_source(model_name: str) -> str:
 
 
 def repository(name: str, revision: str | None = None) -> Repository:
-    """A model or tokenizer, for the sentence about what goes wrong with it."""
+    """The `Repository` of a model or tokenizer, for error messages about it."""
     known = (*MODELS, "gpt2", "distilgpt2")
     return Repository(name, "Model", known, "a local folder, or --model_name tiny", revision)
 

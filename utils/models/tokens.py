@@ -1,4 +1,4 @@
-"""Texts as token ids, as a model reads them: in bulk, truncated, and padded on the right batch by batch."""
+"""Turn texts into token ids: in bulk, truncated, and padded on the right batch by batch."""
 
 import functools
 from array import array
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils.script import UserError
 
 TEXTS_PER_CHUNK = 1024  # a fast tokenizer keeps hundreds of bytes for each token of a call, and splits it among cores
-NO_LIMIT = 10**9  # a tokenizer that knows no length states one far above
+NO_LIMIT = 10**9  # a tokenizer without a limit states a larger one
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenizedTexts:
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int | None  # None: no limit
     num_cut: int = 0  # texts that are longer than max_length and lost their end
-    rope_limit: int | None = None  # texts on both sides of this length never share a batch
+    rope_limit: int | None = None  # a longer and a shorter text never share a batch
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -39,8 +39,8 @@ class TokenizedTexts:
     def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token.
 
-        No valid token sees the padding, but 0 times a state that is not finite is not 0: an embedding that no text
-        uses must not come in.
+        No valid token sees the padding; but 0 times a non-finite state is not 0, so the padding must not bring in an
+        embedding that no text uses.
         """
         lengths = self.lengths[indices]
         positions = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
@@ -49,7 +49,7 @@ class TokenizedTexts:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest text the model can read, None where its configuration sets no limit, as that of a recurrent model."""
+    """The longest text that the model can read; None if its configuration sets no limit, as for recurrent models."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
     limits = (getattr(config, name, None) for name in names)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

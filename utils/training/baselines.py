@@ -8,7 +8,7 @@ import numpy as np
 from utils.data.load import LabelledTexts
 from utils.training.metrics import classification_scores, regression_scores
 
-# scripts in which no blank divides words: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
+# scripts that do not divide words by blanks: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
 UNDIVIDED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\uff66-\uff9f\U00020000-\U0003ffff]"
@@ -17,9 +17,9 @@ UNDIVIDED_SHARE = 0.05  # of the letters; below it, a foreign word in a text cha
 
 
 def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
-    """TF-IDF of the words of train, sparse (n, words) float32; one column of zeros if train has no word at all.
+    """TF-IDF features of the words of train, sparse (n, words) float32; one column of zeros if train has no word.
 
-    In Chinese, Japanese, Thai or the like, in which no blank divides words, 1 to 3 neighbouring characters are words.
+    In scripts without blanks between words (Chinese, Japanese, Thai, ...), 1 to 3 neighbouring characters are words.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -35,7 +35,7 @@ def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
 
 
 def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
-    """Scores on `test` of two fits on the raw texts of `train`; their scores on `train` under the key `train`.
+    """Fits two baselines on the texts of `train`; returns their scores on `test`, and on `train` under that key.
 
     `majority` predicts the class frequencies of train, and so the most frequent class (regression: the mean).
     `bag_of_words` is scikit-learn's TF-IDF, sublinear, with logistic regression (C = 10) or ridge (alpha = 1).

@@ -1,7 +1,7 @@
 """Train an LM and a linear head on labelled texts: the shared part of lora_finetuning.py and from_scratch.py.
 
-The two scripts differ in how the model is built and in what is saved of it; settings, data, optimiser, schedule,
-evaluation and results are here. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
+The two scripts build and save the model each in its own way; this file has settings, data, optimiser, schedule,
+evaluation and results. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
 """
 
 import math
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
         self.decoder, self.head, self.pooling, self.dtype = decoder, head, pooling, dtype
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """No mask: behind right padding the causal mask alone hides the padding from every valid token."""
+        """Outputs (b, c). It needs no mask: the causal mask hides right padding from every valid token."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             states = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
@@ -97,9 +97,9 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int,
             accelerator: "Accelerator") -> Tensor:  # fmt: skip
-    """Outputs of all texts, (n, c) float32 on the CPU, the same whatever the batches; each text is run once.
+    """Outputs of all texts, (n, c) float32 on the CPU, independent of the batches; each text is run once.
 
-    Every process fills in the rows of its batches, and the sum over processes has them all.
+    Every process fills in the rows of its batches; the sum over processes holds all rows.
     """
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
@@ -123,7 +123,7 @@ def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) ->
 
 def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
               accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
-    """Classifier, optimiser, order and evaluation of one run on train and test."""
+    """Makes one run on train and test: classifier, optimiser, order of the rows and evaluation."""
     from transformers import Adafactor
 
     training, device, tokens = config.training, accelerator.device, tokenize_splits(config, data)
@@ -146,7 +146,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
         return {f"test_{name}": value for name, value in objective.scores(outputs, targets["test"]).items()}
 
     def save_weights() -> None:
-        save(folder)  # the largest, and in one piece: if it does not fit, the old files stay
+        save(folder)  # the largest file, written whole: if the disk is full, the old files stay
         save_head(folder / "head.safetensors", head, objective, identity)
 
     return TrainingRun(

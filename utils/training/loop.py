@@ -41,7 +41,7 @@ STATE, METRICS = "state.safetensors", "metrics.json"  # in the folder of a resul
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that one training run consists of; n training rows, b rows of a batch, c outputs."""
+    """One training run with all its parts; n training rows, b rows of a batch, c outputs."""
 
     model: Any  # a module, from the results of `inputs` to (b, c); parameters that require a gradient are trained
     inputs: Callable[[np.ndarray], tuple[Tensor, ...]]  # training rows (b,) -> inputs of the model, on its device
@@ -69,7 +69,7 @@ class TrainingRun:
 
 @dataclass
 class Progress:
-    """The part of a run that is done; with weights and optimiser its whole state."""
+    """The progress of a run; together with weights and optimiser it is the run's whole state."""
 
     history: list[dict] = field(default_factory=list)
     step: int = 0  # optimiser steps done
@@ -89,10 +89,10 @@ def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]
 
 
 def find_finished(config: Any, folder: Path, data: dict[str, LabelledTexts]) -> dict | None:
-    """The metrics of a finished run of this identity, None if it has to be made.
+    """The metrics of a finished run of this identity; None if the run has to be made.
 
-    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued. A
-    result or a state of another identity is refused, and a folder that cannot be written.
+    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued.
+    Refuses a result or a state of another identity, and a folder that cannot be written.
     """
     identity = make_identity(config, data)
     metrics = results.find_result(folder / METRICS, identity, config.run)
@@ -115,7 +115,7 @@ def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
 
 
 def start_accelerator(config: Any, folder: Path) -> "Accelerator":
-    """accelerate on the device asked for, with its tracker, in the group of processes that exists."""
+    """Starts accelerate on the device asked for, with its tracker, in the existing group of processes."""
     from accelerate import Accelerator
 
     device, tracker = pick_device(config.run.device), config.session.track
@@ -134,7 +134,7 @@ def start_accelerator(config: Any, folder: Path) -> "Accelerator":
 
 # ------------------------------------------------------------------ training
 def load_progress(run: TrainingRun) -> Progress:
-    """The progress of an interrupted run, its state put into model and optimiser; else that of a new one."""
+    """Loads the state of an interrupted run into model and optimiser; returns its progress, else that of a new run."""
     stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
     progress = Progress(**{name: stored[name] for name in vars(Progress())}) if stored else Progress()
     if object_of_first(lambda: progress.step) != progress.step:
@@ -169,7 +169,7 @@ def train(run: TrainingRun) -> Progress:
                 bar.set_postfix({name: value for name, value in row.items() if "loss" in name}, refresh=False)
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
-            # all processes end after the same step, or one would wait for another
+            # all processes must end after the same step, or one would wait for another
             asked = torch.tensor(float(termination.is_set()), device=run.targets.device)
             is_ended = accelerator.reduce(asked).item() > 0
             is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state

@@ -24,7 +24,7 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict
 def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
     """Mean squared error over rows and targets (n, c), the same divided by the variance of these targets, and R2.
 
-    The last two are None where the targets are all equal.
+    The last two are None if all targets are equal.
     """
     error = float(np.square(targets - predictions).mean())
     constant = bool((targets == targets[:1]).all())  # its computed variance may be a rounding error
@@ -33,8 +33,8 @@ def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[s
 
 
 def regression_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
-    """As `squared_error_scores`, and the Pearson correlation (None where either is constant); both (n,)."""
-    # the spread of a constant is its rounding error, which is small beside its own size, whatever that of the other is
+    """As `squared_error_scores`, and the Pearson correlation (None if either is constant); both (n,)."""
+    # a constant has a spread by rounding alone, small beside its own size
     varies = all(values.std() > 1e-12 * np.abs(values).max() for values in (targets, predictions))
     pearson = float(np.corrcoef(targets, predictions)[0, 1]) if varies else None
     return {**squared_error_scores(targets[:, None], predictions[:, None]), "pearson": pearson}

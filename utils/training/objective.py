@@ -1,4 +1,4 @@
-"""The head, the loss and its scores, and the rows of each step; n or b texts, d features, c outputs."""
+"""Define the head, the loss and its scores, and the rows of each step; n or b texts, d features, c outputs."""
 
 import functools
 import math
@@ -68,9 +68,9 @@ class Objective:
 
 def save_head(path: Path, head: nn.Sequential, objective: Objective, metadata: dict, mean: Tensor | float = 0.0,
               spread: Tensor | float = 1.0) -> None:  # fmt: skip
-    """Writes `weight` (c, d) and `bias` (c,), which take the pooled state as it is and give labels as they are.
+    """Writes `weight` (c, d) and `bias` (c,), which map the unscaled pooled state to unscaled labels.
 
-    Mean and spread (d,) of inputs standardised in training, and those of regression targets, are folded into them.
+    They include the mean and spread (d,) of inputs standardised in training, and those of regression targets.
     """
     weight, bias = (parameter.detach().double().cpu() for parameter in head[1].parameters())
     weight = weight / spread
@@ -90,7 +90,7 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every row comes once."""
+        """Number of optimiser steps in which every row comes once."""
         return -(-self.num_rows // self.rows_per_step)
 
     def __call__(self, step: int) -> np.ndarray:

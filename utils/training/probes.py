@@ -19,7 +19,7 @@ def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: 
     """Weights and intercepts close to the optimum of softmax regression: a start from which lbfgs has little to do.
 
     The same objective, minimised by L-BFGS in the coordinates V of W = D V L^-1, with L L' = X'X/n + penalty and D
-    diagonal: there the Hessian is near the identity, whatever the correlations between the features. Arguments as for
+    diagonal, which make the Hessian nearly the identity for any correlations between the features. Arguments as for
     `fit_logistic`; returns (c, d + 1) float32, the intercept last.
     """
     from scipy.optimize import minimize
@@ -41,7 +41,7 @@ def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: 
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights, intercept = to_weights(flat)
-        # classes first: on the CPU (c, n) (n, d) takes a fifth of the time of (d, n) (n, c) where c is small
+        # classes first: on the CPU (c, n) (n, d) takes a fifth of the time of (d, n) (n, c) if c is small
         logits = weights.to(features.dtype) @ features.T + intercept.to(features.dtype)
         log_shares = logits.log_softmax(0)
         loss = -(log_shares * one_hot).sum(0).double().mean() + penalty / 2 * weights.square().sum()
@@ -61,7 +61,7 @@ def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_pena
                  tolerance: float, seed: int) -> tuple[Any, dict]:  # fmt: skip
     """A fitted LogisticRegression, and {"num_iterations", "converged"} with the iterations of scikit-learn.
 
-    lbfgs starts at `preconditioned_start`; where rounding of float32 features stops it early, it continues in float64.
+    lbfgs starts at `preconditioned_start`; if rounding of float32 features stops it early, it continues in float64.
     `features` (n, d) are standardised, float32; each of the classes 0..c-1 has a text in `labels` (n,).
     """
     from sklearn.exceptions import ConvergenceWarning
