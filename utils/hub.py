@@ -1,4 +1,4 @@
-"""Errors of the hub's libraries as one sentence that names the remedy; and the nearest known name."""
+"""Turn errors of the hub's libraries into one sentence that names the remedy; find the nearest known name."""
 
 import contextlib
 import difflib
@@ -11,17 +11,17 @@ from utils.script import NO_PLACE, UserError
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository that is sought on the hub or in a folder."""
+    """A repository that a user asked for, on the hub or in a folder."""
 
     name: str
     kind: str  # "Model" or "Dataset"
     known: tuple[str, ...]  # names that a wrong one may have meant
-    instead: str  # an alternative without the hub
+    instead: str  # an alternative that needs no hub
     revision: str | None = None
 
 
 # A regular expression for "class of the error, its bases and causes: message"; the fault; the remedy. The first row
-# that fits is taken. The classes are named, so that their libraries need not be imported.
+# that matches counts. The rows name the classes, so that their libraries need not be imported.
 CAUSES = (
     (r"GatedRepoError|DatasetNotFoundError.*gated", "is gated",
      "Accept its terms at {url}, then log in: hf auth login. Or use {instead}."),

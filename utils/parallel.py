@@ -1,6 +1,6 @@
-"""The processes of one run, as torchrun or accelerate launch starts them; without either it is one.
+"""Connect the processes of one run, which torchrun or accelerate launch starts; without either the run has one.
 
-Every process calls each function that exchanges something. A process that fails closes its connections, which ends the
+Every process must call each function that exchanges data. A process that fails closes its connections, which ends the
 others at their next exchange: a mistake in one process ends all of them, with one sentence.
 """
 
@@ -24,12 +24,12 @@ def num_started() -> int:
 
 
 def rank() -> int:
-    """Number of this process, 0 for a single one; known before the processes are connected."""
+    """The number of this process, 0 for a single one; works before the processes are connected."""
     return int(os.environ.get("RANK", 0)) if num_started() > 1 else 0
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, and of its GPU."""
+    """The number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -40,7 +40,7 @@ def on_one_machine() -> bool:
 
 # ------------------------------------------------------------------ exchange
 def synchronize() -> None:
-    """Barrier across ranks; ends this process, without a word, if another one has ended."""
+    """Barrier across ranks; if another process has ended, ends this one silently."""
     try:
         if num_started() > 1:
             dist.barrier()
@@ -90,7 +90,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Runs its body in all processes; the first one alone prints, and one of them reports an error."""
+    """Runs its body in all processes; only the first one prints, and only one reports an error."""
     if num_started() == 1:
         yield
         return
@@ -104,7 +104,7 @@ def one_voice() -> Iterator[None]:
             yield
             leave()
         except SystemExit:
-            time.sleep(1 if rank() > 0 else 0)  # torchrun ends all processes as soon as one ends: first the message
+            time.sleep(1 if rank() > 0 else 0)  # torchrun ends all processes once one ends: let the message come first
             raise
         except BaseException:
             try:

@@ -1,7 +1,7 @@
-"""Pictures of one result: scores over layers and K, probes over layers, words in two subspaces, ranked models.
+"""Draw one result: scores over layers and K, probes over layers, words in two subspaces, ranked models.
 
-Models, datasets and words come from users: matplotlib reads no mathematics in them, and a legend gets them explicitly,
-as it would hide those that start with an underscore.
+Models, datasets and words come from users: matplotlib must not parse mathematics in them, and a legend gets them
+explicitly, because it would hide names that start with an underscore.
 """
 
 import textwrap
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 PLAIN_TEXT: list[Any] = [STYLE, {"text.parse_math": False}]
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito: colour-blind readers see four
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito: safe for colour-blind readers
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "black")
 TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tiny": "tiny LM", "micro": "micro LM"}
 SUBSPACES = {"U": "Perception space, U'x", "V": "Autoregression space, V'x"}
@@ -38,7 +38,7 @@ def title_of(model_name: str) -> str:
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot, loaded for the first figure; figures go to files, so that no screen is needed."""
+    """Imports and returns matplotlib.pyplot, set to draw into files, so that it needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 # ------------------------------------------------------------------ K_sweep.py
 def draw_layer_map(axes: "Axes", result: dict, name: str) -> None:
-    """Map of one score over layers (up) and fractions (right)."""
+    """Draws a map of one score over layers (up) and fractions (right)."""
     fractions = result["fractions"]
     values = np.array([layer[name] or [np.nan] * len(fractions) for layer in result["layers"]])
     half = (fractions[-1] - fractions[0]) / max(1, len(fractions) - 1) / 2 or 0.5
@@ -73,7 +73,7 @@ def draw_layer_map(axes: "Axes", result: dict, name: str) -> None:
 
 
 def draw_last_layer(axes: "Axes", result: dict, name: str) -> None:
-    """The last layer's score over fractions, beside chance and, if it has one, its band under permuted labels."""
+    """Draws the last layer's score over fractions, chance and, if known, the band under permuted labels."""
     layer, fractions = result["layers"][-1], result["fractions"]
     axes.set(title="last layer: no score", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
     if layer[name] is None:
@@ -108,7 +108,7 @@ def plot_sweep(result: dict) -> "Figure":
 
 # ------------------------------------------------------------------ linear_sklearn.py
 def draw_over_layers(axes: "Axes", layers: list[dict], curves: dict[str, list[float | None]], title: str) -> None:
-    """A curve over layers for each label, and the legend of all curves below."""
+    """Draws a curve over layers for each label, and the legend of all curves below."""
     numbers = [layer["layer"] for layer in layers]
     for (label, values), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(numbers, np.array(values, float), color=colour, marker="o", ms=3, label=label)
@@ -149,7 +149,7 @@ def plot_probes(result: dict, ntps: dict | None, split: str) -> "Figure":
 
 # ------------------------------------------------------------------ alignment_vis.py
 def draw_words(axes: "Axes", words: "pd.DataFrame") -> list[tuple[Any, str]]:
-    """Words of one subspace as points, a colour and marker per category, a shade per word; the entries of the legend.
+    """Draws words of one subspace, a colour and marker per category, a shade per word; returns the legend's entries.
 
     The dashed line is between the first two categories.
     """
@@ -159,7 +159,7 @@ def draw_words(axes: "Axes", words: "pd.DataFrame") -> list[tuple[Any, str]]:
         entries += [(line, category) for line in axes.plot([], [], ls="")]  # a heading
         shades = plt.get_cmap(colours)(np.linspace(0.4, 1, len(in_category)))
         for shade, row in zip(shades, in_category.itertuples(), strict=True):
-            seen_through = {"mec": shade, "mfc": (*shade[:3], 0.4)}  # words may lie on one another
+            seen_through = {"mec": shade, "mfc": (*shade[:3], 0.4)}  # words may overlap
             style = {"ls": "", "marker": marker, "ms": 4.5, "color": shade, **seen_through}
             entries += [(line, row.word) for line in axes.plot(row.component_1, row.component_2, **style)]
     axes.margins(0.1)

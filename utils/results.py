@@ -1,7 +1,7 @@
-"""Files of results: written in one piece, checked when read, and reused, refused or made by their identity.
+"""Write files of results in one piece, check them when read, and reuse or refuse a result by its identity.
 
 A result has an identity: its settings, the fingerprint of its rows and the fingerprint of its model. The same identity
-is the same result on any machine; a result of another identity at the same path is refused, with the difference.
+means the same result on any machine; a result of another identity at the same path is refused, with the difference.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ SCRIPTS = {  # folder of results -> script that writes it
     **{"moments": "cache.py", "ntps": "K_sweep.py", "alignment": "alignment_vis.py"},
     **{"lora": "lora_finetuning.py", "full_finetuning": "from_scratch.py"},
 }
-DIFFERENCES = {  # part of an identity -> how a result that differs in it was made; else: from other rows
+DIFFERENCES = {  # part of an identity -> the words for a difference in it; for other parts: from other rows
     "label_names": "with other classes",
     "model_fingerprint": "with other weights of the model",
     "moments": "from other moments",
     "held_out": "from other moments of the held-out split",
 }
-MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as a file name can hold it
+MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as part of a file name
 
 
 def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "") -> Path:
@@ -49,7 +49,7 @@ def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "")
 
 
 def remedy(path: Path) -> str:
-    """The command that makes a file of results again."""
+    """The sentence with the command that makes a file of results again."""
     script = next((SCRIPTS[kind] for kind in reversed(path.parts[:-1]) if kind in SCRIPTS), "its script")
     split = f" --split {path.name.split('.')[0]}" if script == "cache.py" else ""
     return f"Run {script}{split} with --overwrite, or delete the file."
@@ -57,7 +57,7 @@ def remedy(path: Path) -> str:
 
 # ------------------------------------------------------------------ atomic writing
 def remove_abandoned(path: Path) -> None:
-    """Removes the temporary folders of `path` by dead processes of this machine, as after SIGKILL."""
+    """Removes the temporary folders of `path` that dead processes of this machine left, as after SIGKILL."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*@{MACHINE}.tmp"):
         process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
@@ -65,7 +65,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def temporary_folder(path: Path) -> Path:
-    """A new folder beside `path` with the number of this process in its name."""
+    """Makes a folder beside `path` with the number of this process in its name."""
     remove_abandoned(path)
     folder = path.with_name(f"{path.name}.{os.getpid()}@{MACHINE}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def temporary_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yields the path under which a file or a folder is to be written; at the end it replaces `path`.
+    """Yields a temporary path for a file or folder; at the end, what the body wrote to it replaces `path`.
 
-    It is in a temporary folder, as libraries such as safetensors write under a random name beside it first.
+    The path is in a temporary folder, because libraries such as safetensors first write to a random name beside it.
     """
     folder = temporary_folder(path)
     try:
@@ -99,13 +99,13 @@ def without_new_empty_folders(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # the folder is not empty
             for folder in missing:
                 folder.rmdir()
 
 
 def check_writable(path: Path) -> None:
-    """Raises the error of writing a file at `path`, before the work."""
+    """Raises, before the work, the OSError that writing to `path` would raise."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
     with without_new_empty_folders(path):
@@ -132,7 +132,7 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------ JSON
 class Stored(dict):
-    """Content of a file of results, at any depth; an entry that it lacks is a UserError that names the file."""
+    """A dict of a file of results, at any depth; a missing entry raises a UserError that names the file."""
 
     def __init__(self, content: dict, path: Path) -> None:
         super().__init__(content)
@@ -143,7 +143,7 @@ class Stored(dict):
 
 
 def parse_stored(path: Path, text: str | bytes) -> Stored:
-    """The JSON object that a file of results holds; any other text is a UserError."""
+    """The JSON object that a file of results holds; raises UserError for any other text."""
     try:
         content = json.loads(text, object_hook=functools.partial(Stored, path=path))
     except (ValueError, RecursionError) as error:
@@ -173,7 +173,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def on_its_own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous; a part of a larger one, which safetensors refuses, is copied."""
+    """The tensor on the CPU, contiguous; copies a part of a larger tensor, which safetensors would refuse."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -233,7 +233,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The settings asked for that are stored with another value, or not stored; empty if all agree."""
+    """The settings asked for whose stored value differs or is missing, in words; empty if all agree."""
     return "; ".join(
         f"{name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in asked.items()
@@ -242,10 +242,10 @@ def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 
 
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
-    """How a stored result was made otherwise than an identity says; empty if both agree.
+    """The difference between a stored result and an identity, in words; empty if both agree.
 
-    An identity is `config`, the settings as `result_settings` gives them, and further parts; one that `stored` lacks
-    differs.
+    An identity is `config`, the settings that `result_settings` returns, and further parts; a part that `stored` lacks
+    is a difference.
     """
     if differing := differing_settings(stored["config"], identity["config"]):
         return f"with other settings ({differing})"
@@ -262,7 +262,7 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path)
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path`, of a file of tensors its metadata; None if it has to be made.
+    """The finished result at `path` (for a file of tensors its metadata); None if it has to be made.
 
     Raises:
         UserError: the result is damaged, or of another identity.
@@ -277,7 +277,7 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
 
 
 def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Refuses a damaged state, or one of another identity, before the work; with `overwrite` it is removed instead."""
+    """Refuses a state that is damaged or of another identity, before the work; with `overwrite` removes it instead."""
     try:
         with open_tensors(path) as (file, metadata):
             check_identity(metadata, identity, path)
@@ -290,9 +290,9 @@ def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
 
 def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[str] | None = None) -> AnyConfig:
-    """The config of a script that starts from moments: settings it leaves at their default are read from the file.
+    """The config of a script that starts from moments, with settings left at their default read from the file.
 
-    A setting that is given and differs is a UserError. Without such a file the config comes back as it is; with
+    A setting that is given and differs raises UserError. Without the file the config is returned unchanged; with
     `names` only these settings are read.
     """
     if not moments.is_file():
@@ -300,7 +300,7 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     stored = read_identity(moments)["config"]
     asked, default = result_settings(config), result_settings(type(config)())
     omitted = {name for name in asked if asked[name] == default[name]}
-    if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # the short way to name model and adapter
+    if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # short for a model and its adapter
         omitted.add("model_name")
     shared = [name for name in asked if name in stored and (names is None or name in names)]
     if differing := differing_settings(stored, {name: asked[name] for name in shared if name not in omitted}):

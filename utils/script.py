@@ -1,4 +1,4 @@
-"""The start and end of every script: command line, errors that a user can fix, environment, seed and device."""
+"""Start and end every script: command line, errors that a user can fix, environment, seed and device."""
 
 import errno
 import importlib.metadata
@@ -33,7 +33,7 @@ NO_PLACE = (
 
 
 class UserError(Exception):
-    """A mistake the user can fix; the message says what was expected and found, and names the remedy."""
+    """A mistake that the user can fix; the message says the expected, the found, and the remedy."""
 
 
 def warn(message: str) -> None:
@@ -42,7 +42,7 @@ def warn(message: str) -> None:
 
 
 def parse(config_class: type, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
-    """The config that a command line gives; the groups of settings leave no trace in the names of the flags."""
+    """Parses a command line into a config; flags do not name the group of a setting."""
     config: Any = tyro.cli(config_class, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     expand(config)
     return config
@@ -56,9 +56,9 @@ def run_script(
     Without `share_work` several processes, as torchrun starts them, are refused.
     """
     debug = False
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # runs `finally` blocks
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may have characters that the terminal lacks
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold characters that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -69,14 +69,14 @@ def run_script(
                     name = Path(sys.argv[0]).name
                     raise UserError(f"{name} runs in one process, not in {num_started()}. Start it with: python {name}")
                 main(config)
-        finally:  # also after --help: a closed pipe or a full disk shows now; standard output may be closed
+        finally:  # also after --help: shows a closed pipe or a full disk now; standard output may be closed
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
         sys.exit(141)  # the code that a shell gives for SIGPIPE
     except Exception as error:
         if not (message := message_of(error)):
@@ -87,7 +87,7 @@ def run_script(
 
 
 def message_of(error: Exception) -> str:
-    """The sentence about an error that a user can fix; empty for a fault of the program."""
+    """The message of an error that a user can fix; empty for a bug in the program."""
     if isinstance(error, torch.OutOfMemoryError):
         batch = "Lower --tokens_per_batch or --max_length; in training --batch_size, with more --gradient_accumulation"
         return f"{str(error).partition('.')[0]}. {batch}."
@@ -126,7 +126,7 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named; `auto` takes a GPU if one exists, of many processes each its own."""
+    """The device named; `auto` takes a GPU if one exists, and in several processes one GPU each."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -142,7 +142,7 @@ def pick_device(device: str) -> torch.device:
 
 @contextmanager
 def termination_noted() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets, by which clusters announce the end, instead of ending the body."""
+    """Yields an event that SIGTERM, a cluster's notice of the end, sets instead of ending the body."""
     noted = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
     try:

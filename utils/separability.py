@@ -1,4 +1,4 @@
-"""Distances between labelled points in a few coordinates, and between points with shuffled labels."""
+"""Measure how well labelled points separate in a few coordinates, beside points with shuffled labels."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.n
 
     Args:
         coordinates: z, (n, 2).
-        is_first: whether a row is of the first category, (n,); on its side w'z + b > 0.
+        is_first: True for rows of the first category, (n,); on its side w'z + b > 0.
 
     Returns:
-        w, (2,), and b, for the coordinates as they are, not standardised.
+        w, (2,), and b, for the coordinates without standardisation.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -33,7 +33,7 @@ def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.n
 
 
 def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Silhouette, and leave-one-out accuracy of logistic regression, of labels (n,) in standardised coordinates."""
+    """Silhouette of labels (n,) in standardised coordinates, and leave-one-out accuracy of logistic regression."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import silhouette_score
 
@@ -48,10 +48,10 @@ def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def separability(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict[str, Any]:
     """Each score of `measure`: `value`, mean over shuffled labels, `p` = (1 + as good shuffles) / (1 + shuffles).
 
-    Coordinates are (n, k), labels (n,); the same seed shuffles alike in both subspaces.
+    Coordinates are (n, k), labels (n,); the same seed gives the same shuffles in both subspaces.
     """
     random = np.random.default_rng(seed)
-    mean, scale = standardize(coordinates)  # of all words at once: it sees no label
+    mean, scale = standardize(coordinates)  # computed from all words: it uses no label
     coordinates = (coordinates - mean) / scale
     draws = [measure(coordinates, random.permutation(labels)) for _ in range(num_shuffles)]
     result = {}

@@ -1,7 +1,7 @@
-"""The settings that the scripts share: which model, which texts, how to run, how to keep a training run.
+"""Define the settings that the scripts share: model, texts, device and folders, saved states of a training run.
 
-A script's `Config` holds its own fields and these groups. On the command line the groups vanish (`--model_name`, not
-`--model.model_name`), and so they do in a stored result: its settings are one flat dictionary.
+A script's `Config` holds its own fields and these groups. Flags do not name the group (`--model_name`, not
+`--model.model_name`), and a stored result holds its settings as one flat dictionary.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AnyConfig = TypeVar("AnyConfig")
 DATASETS_DIR = Path(os.environ["NTPS_DATASETS_DIR"]) if os.environ.get("NTPS_DATASETS_DIR") else None
 LOCAL_NAMES = ("model_name", "tokenizer_name", "adapter_dir", "dataset_name")  # each may be a path on this machine
-# names that many trainings give; results of two of them need the names of their parents too
+# folder names that many trainings share; results need the name of the parent folder too
 GENERIC = r"(global_?)?(checkpoint|ckpt|epoch|step|iter)[-_]?\d+|checkpoint|final|best|last|model|adapter|merged"
 
 
@@ -28,7 +28,7 @@ class Unrecorded:
 
 # ------------------------------------------------------------------ names and paths
 def expand(config: Any) -> None:
-    """Puts the home folder for a leading `~` of each path in a config, and of each name that can be one."""
+    """Replaces a leading `~` by the home folder, in each path of a config and each name that can be a path."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -38,7 +38,7 @@ def expand(config: Any) -> None:
 
 
 def resolve(name: str) -> str:
-    """The absolute path of a file or folder on this machine, `:subset` kept; any other name as it is."""
+    """The absolute path of a file or folder on this machine, with its `:subset`; any other name unchanged."""
     folder, _, subset = name.rpartition(":")
     if not Path(name).exists() and folder and Path(folder).is_dir():
         return f"{Path(folder).resolve()}:{subset}"
@@ -48,7 +48,7 @@ def resolve(name: str) -> str:
 
 
 def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
-    """True if a stored setting is the one asked for; a model or dataset may have moved, as fingerprints decide."""
+    """True if a stored setting equals the one asked for; local models and datasets may move: fingerprints decide."""
     if stored == asked or name not in LOCAL_NAMES or not isinstance(stored, str) or not isinstance(asked, str):
         return stored == asked
     return (os.path.isabs(stored) or os.path.isabs(asked)) and Path(stored).name == Path(asked).name
@@ -57,11 +57,11 @@ def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
 def path_name(name: str) -> str:
     """The name of a model or dataset under results: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a file -> its stem.
 
-    A generic name such as `checkpoint-500` follows those of its parents. Braces, a pattern to Snakemake, become
-    parentheses.
+    A generic name such as `checkpoint-500` gets the names of its parents in front. Braces, which Snakemake would
+    expand, become parentheses.
     """
     path = Path(resolve(name))
-    if not path.is_absolute() and path.suffix != ".gguf":  # a .gguf file that is gone keeps its name
+    if not path.is_absolute() and path.suffix != ".gguf":  # a deleted .gguf file keeps its name
         return name.strip("/").replace("/", "__")
     own = path.stem if path.is_file() or path.suffix == ".gguf" else path.name
     parts = [own.replace(":", "__")]
@@ -73,7 +73,7 @@ def path_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------ checks
-RULES: dict[str, Callable[[float], bool]] = {  # nan keeps none of them
+RULES: dict[str, Callable[[float], bool]] = {  # nan breaks every rule
     "at least 1": lambda value: value >= 1,
     "positive": lambda value: value > 0,
     "in [0, 1)": lambda value: 0 <= value < 1,
@@ -92,7 +92,7 @@ def check(group: Any, rule: str, *names: str) -> None:
 # ------------------------------------------------------------------ groups
 @dataclass(frozen=True)
 class Model:
-    """Which model, and how many tokens of a text it reads."""
+    """The model, and the number of tokens of a text that it reads."""
 
     model_name: str = "tiny"  # hub id, local folder, .gguf file, or a short name of the README's table
     revision: str | None = None  # commit or tag of the model
@@ -112,7 +112,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which labelled texts, and which of them."""
+    """The labelled texts, and the sample of them that a run takes."""
 
     dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
     dataset_revision: str | None = None  # commit or tag of the dataset
@@ -124,7 +124,7 @@ class Data:
     divide_train: bool = False  # take the test rows from train, 30 % of it, as of a copy without a test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
     max_test_samples: int | None = None  # the same of the test split; None: as max_samples
-    seed: int = 0  # of sampling, of splits made here, and of all that the script draws
+    seed: int = 0  # of sampling, of splits made here, and of all random numbers of the script
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "max_samples", "max_test_samples")
@@ -146,7 +146,7 @@ class Run(Unrecorded):
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes its own
     results_dir: Path = Path("results")  # folder of results, read and written
     datasets_dir: Path | None = DATASETS_DIR  # local copies of hub datasets; None: NTPS_DATASETS_DIR, else the hub
-    overwrite: bool = False  # make a result again that exists
+    overwrite: bool = False  # make an existing result again
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: 1,024 on a CPU, 8,192 on a GPU
     trust_remote_code: bool = False  # let a model repository run its own code
     debug: bool = False  # show the traceback behind an error
@@ -164,12 +164,12 @@ class Placement(Unrecorded):
     """Devices of a model and of its sums. Settings that cannot affect results; not stored or compared."""
 
     device_map: Literal["none", "auto"] = "none"  # auto: layers on all GPUs, then in main memory, then on disk
-    accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # place of the sums; auto: the device if they fit
+    accumulate_on: Literal["auto", "device", "cpu"] = "auto"  # memory for the sums; auto: the device if they fit
 
 
 @dataclass(frozen=True)
 class Session(Unrecorded):
-    """How a training run is kept and shown. Settings that cannot affect results; not stored or compared."""
+    """Saved states and tracker of a training run. Settings that cannot affect results; not stored or compared."""
 
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
     track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # also send the history to a tracker
@@ -177,9 +177,9 @@ class Session(Unrecorded):
 
 # ------------------------------------------------------------------ a Config as one flat dictionary
 def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
-    """Every setting of a config by its flag's name, as a JSON file gives it back: paths as strings, tuples as lists.
+    """Every setting of a config by the name of its flag, in JSON types: paths as strings, tuples as lists.
 
-    Groups are dissolved; without `unrecorded` those that cannot affect results are left out.
+    The groups become one dictionary; `unrecorded=False` leaves out groups that cannot affect results.
     """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -192,7 +192,7 @@ def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that change a result: all but those of `Unrecorded` groups; local paths absolute."""
+    """The settings that can change a result, i.e. outside `Unrecorded` groups; local paths are absolute."""
     settings = all_settings(config, unrecorded=False)
     return settings | {name: resolve(settings[name]) for name in LOCAL_NAMES if settings.get(name)}
 

@@ -10,7 +10,7 @@ from utils.script import UserError
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The decoder inside a causal LM, from which its head reads. Raises UserError if it has none apart from its head."""
+    """The decoder inside a causal LM, from which its head reads. Raises UserError if none is separate."""
     from transformers import PreTrainedModel
 
     base = causal_lm.base_model
