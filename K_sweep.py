@@ -7,8 +7,8 @@
     python K_sweep.py --subspace pca                                 # control: directions of largest variance as V
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors (and the other split's, for the held-out probe).
-Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf); options other than the default are
-in the name: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.standardized.json, <dataset>.test.json.
+Writes results/ntps/<model>/<dataset>.json and a picture beside it (.png, .pdf). The name shows options that differ from
+the default: <dataset>.smallest.json, <dataset>.centered.json, <dataset>.standardized.json, <dataset>.test.json.
 
 Symbols, per layer: M, B, C0, C1 the moments of cache.py; mu, p the means of the pooled state m and of the label y;
 Sigma = M - mu mu', S = B - mu p'. W whitens: W' M W = I.
@@ -46,23 +46,23 @@ from utils.settings import Data, Model, Run, Unrecorded, result_settings, with_v
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """Files beside the scores."""
+    """Optional picture; it cannot affect results."""
 
-    picture: bool = True  # draw it too; it takes longer than the scores of a small model
+    picture: bool = True  # also draw the picture; it takes longer than the scores of a small model
 
 
 @dataclass(frozen=True)
 class Config:
     """Edit the defaults here, or override them from the shell; omitted model and data settings come from moments."""
 
-    split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
-    eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as the released script computes
+    split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
+    eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as in the released script
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # columns of V; pca and random are controls
     center: bool = False  # subtract the means first; the paper does not
     coordinates: Literal["as_is", "standardized"] = "as_is"  # standardized: each to unit variance of the pooled states
-    fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K as a share of the rank kept
-    num_null_draws: int = 100  # permuted-label draws for the null band and z
-    num_random_draws: int = 20  # random V at the last layer, against which V gets a z; 0: none
+    fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K, as shares of the rank that is kept
+    num_null_draws: int = 100  # draws of permuted labels, for the null band and z
+    num_random_draws: int = 20  # random V at the last layer, for a z of V; 0: none
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()

@@ -6,7 +6,7 @@
 
 Reads results/moments/<model>/<dataset>/<split>.safetensors of cache.py, and the model.
 Writes results/alignment/<model>/<dataset>.layer<k>.csv (a row per subspace and word), the same as .json with settings,
-eigenvalues and separability, and a picture (.png, .pdf); <dataset>.layer0.test.centered.csv with these options.
+eigenvalues and separability, and a picture (.png, .pdf). The name shows options: <dataset>.layer0.test.centered.csv.
 
 Symbols: M, B, C0, C1 the moments of cache.py at the layer, d the hidden size, k --num_components. x is the state of a
 word, (d,): the mean over its tokens when the word alone is the text.
@@ -59,11 +59,11 @@ class Config:
     """
 
     layer: int = 0  # 0: word embeddings, as in the paper; negative: from the end, -1 after the final norm
-    split: Literal["train", "test", "all"] = "train"  # rows U and V are solved on
-    words: tuple[str, ...] | None = None  # category=a,b,c ...; the first two are told apart; None: words of the domain
+    split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
+    words: tuple[str, ...] | None = None  # category=a,b,c ...; separability is of the first two; None: our words
     num_components: int = 2  # eigenvectors of each problem; the picture shows the first two
     center: bool = False  # subtract the means from the moments first; the paper does not
-    num_shuffles: int = 40  # of the word labels, for the separability by chance
+    num_shuffles: int = 40  # shuffles of the word labels, for the separability by chance
     model: Model = Model()
     data: Data = Data()
     run: Run = Run()

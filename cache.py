@@ -52,9 +52,9 @@ Pooling = Literal["mean", "last"]
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """Parts of the result that are optional."""
+    """Optional parts of the result."""
 
-    save_pooled: Literal["none", "last", "all"] = "none"  # also save each text's pooled state, of these layers
+    save_pooled: Literal["none", "last", "all"] = "none"  # also save the pooled state of each text, at these layers
     folds: Literal["none", "last", "all"] = "last"  # layers that also keep their pooled moments fold by fold
     layers: tuple[int, ...] | None = None  # layers to keep the moments of: 0 the embeddings, -1 the last; None: all
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished pass
@@ -70,10 +70,10 @@ class Output(Unrecorded):
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    split: Literal["train", "test", "all"] = "train"  # rows the moments are taken over
+    split: Literal["train", "test", "all"] = "train"  # rows that enter the moments
     pooling: Pooling = "mean"  # pooled state m of a text: mean of its tokens, or its last token
     num_folds: int = 5  # folds with pooled moments of their own, for cross-validation
-    product_dtype: ProductDtype = "auto"  # of the products s_t s_t' and s_t x_{t+1}'; auto: by the number of tokens
+    product_dtype: ProductDtype = "auto"  # dtype of s_t s_t' and s_t x_{t+1}'; auto: by the number of tokens
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()

@@ -5,7 +5,7 @@
     python from_scratch.py --batch_size 16 --num_steps 1500
     python from_scratch.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion
 
-Reads the dataset, and of the model its configuration and tokenizer (its weights only with --init pretrained).
+Reads the dataset and the model's configuration and tokenizer, and its weights only with --init pretrained.
 Writes results/from_scratch/<model>/<dataset>/, with --init pretrained results/full_finetuning/<model>/<dataset>/:
 metrics.json, history.csv, head.safetensors and the model itself in <model>+from_scratch+<dataset>/ (or
 +full_finetuning+), a folder that every script takes as --model_name.
@@ -35,9 +35,9 @@ from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """Results beside the metrics."""
+    """Optional results."""
 
-    save_model: bool = True  # write the trained model too, 4 bytes a parameter
+    save_model: bool = True  # also write the trained model, 4 bytes a parameter
 
 
 @dataclass(frozen=True, kw_only=True)

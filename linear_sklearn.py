@@ -47,9 +47,9 @@ ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 class Output(Unrecorded):
     """Settings of the table, the picture and the processes."""
 
-    score_split: Literal["test", "train"] = "test"  # in table and picture; the file has both (the paper: train)
+    score_split: Literal["test", "train"] = "test"  # split of table and picture (the paper: train); the file has both
     num_workers: int = 1  # processes on the CPU, each fits one layer at a time
-    picture: bool = True  # draw it too
+    picture: bool = True  # also draw the picture
 
     def __post_init__(self) -> None:
         check(self, "positive", "num_workers")
@@ -60,7 +60,7 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
-    solver: Literal["lbfgs", "saga"] = "lbfgs"  # of logistic regression; saga is the paper's
+    solver: Literal["lbfgs", "saga"] = "lbfgs"  # solver of logistic regression; saga is the paper's
     inverse_penalty: float = 1.0  # scikit-learn's C
     max_iter: int | None = None  # None: 10000 for lbfgs, 1000 for saga (the paper's)
     tolerance: float | None = None  # None: 1e-4 for lbfgs, 0.01 for saga (the paper's)

@@ -6,15 +6,15 @@
     python linear_training.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion --dtype bfloat16
 
 Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy; cache.py makes them here if they are missing.
-Writes results/linear_training/<model>/<dataset>/{metrics.json,history.csv,head.safetensors}; with --standardize to
-<dataset>.standardized/, so that the paper's probe and a converged one are beside each other.
+Writes results/linear_training/<model>/<dataset>/{metrics.json,history.csv,head.safetensors}; --standardize writes
+to <dataset>.standardized/, beside the paper's probe.
 
-The LM runs once. Dropout acts on the pooled state m (d,), which a frozen LM never changes, so that epochs over the
-stored states are the same computation as epochs through the LM: head(dropout(m)) -> (c,), cross-entropy, AdamW.
+The LM runs once. Dropout acts on the pooled state m (d,), which a frozen LM never changes. Epochs over the stored
+states therefore compute the same as epochs through the LM: head(dropout(m)) -> (c,), cross-entropy, AdamW.
 
-The paper's settings, which are the defaults, stop before the probe converges. Test loss and accuracy on the embedded
-default: 1.258 and .585 after their 50 epochs; with --standardize 1.289 and .590 after 50 and 1.213 and .599 after 300;
-with --learning_rate 1e-3 besides, 1.215 and .594 after 50. LoRA's gain over the unconverged probe is part optimisation.
+The defaults are the paper's settings, which stop before the probe converges. On the embedded model and data, test loss
+and accuracy are 1.258 and .585 after these 50 epochs; with --standardize, 1.289 and .590 after 50 and 1.213 and .599
+after 300; with --standardize --learning_rate 1e-3, 1.215 and .594 after 50. So part of LoRA's gain is convergence alone.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -50,9 +50,9 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text: mean of its tokens, or its last token
-    dropout: float = 0.05  # on the pooled state
-    learning_rate: float = 1e-4  # of AdamW
-    weight_decay: float = 0.01  # of AdamW
+    dropout: float = 0.05  # dropout on the pooled state
+    learning_rate: float = 1e-4  # learning rate of AdamW
+    weight_decay: float = 0.01  # weight decay of AdamW
     batch_size: int = 64  # texts per step
     num_epochs: int = 50  # passes over the training states; accuracy on test after each
     standardize: bool = False  # inputs to mean 0 and variance 1 over the training rows

@@ -11,8 +11,8 @@ Writes results/lora/<model>/<dataset>/{metrics.json,history.csv,head.safetensors
 format, for PeftModel.from_pretrained or cache.py --adapter_dir. With --ntps_after also before_after.json, and the
 moments and scores of <model> and of <model>+lora, at the paths that cache.py and K_sweep.py use.
 
-A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r), B = 0 at the start. A, B and the head
-are trained, in float32; everything else stays as it is.
+A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r), B = 0 at the start. The script
+trains A, B and the head, in float32, and freezes all other weights.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """Results beside the adapter."""
+    """Optional results."""
 
-    ntps_after: bool = False  # also NTPS before and after, linear probe and gain, as one table
+    ntps_after: bool = False  # also compare NTPS before and after, linear probe and gain, in one table
 
 
 @dataclass(frozen=True, kw_only=True)

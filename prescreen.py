@@ -40,7 +40,7 @@ from utils.results import open_tensors, save_json, write_atomically
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run, command_line, result_settings, with_values
 
-SMALLEST_Z = 2.0  # below it a layer is no better than under permuted labels
+SMALLEST_Z = 2.0  # a layer with a smaller z is no better than under permuted labels
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     models: tuple[str, ...] = ("tiny", "micro")  # hub ids, folders, short names
-    dtype: Dtype = "float32"  # of the models
+    dtype: Dtype = "float32"  # dtype of the models
     max_length: int | None = None  # tokens per text; None: each model's context
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text
-    num_folds: int = 5  # of the cross-validation
-    num_random: int = 5  # random subspaces that the NTPS scores are compared with
+    num_folds: int = 5  # folds of the cross-validation
+    num_random: int = 5  # random subspaces, for a z of the NTPS scores
     data: Data = Data(max_samples=2000)
     run: Run = Run()
 

@@ -81,16 +81,16 @@ class Config:
 
     size: Literal["micro", "tiny", "small", "medium", "large"] = "tiny"  # model size
     epochs: float | None = None  # passes over the corpus; by default those of the size
-    learning_rate: float | None = None  # peak; by default that of the size
+    learning_rate: float | None = None  # peak of the learning rate; by default that of the size
     batch_size: int = 16  # windows per step
     window: int = 256  # tokens per window
     warmup: float = 0.02  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
+    weight_decay: float = 0.1  # weight decay of matrices; norms and biases have none
     gradient_clip: float = 1.0  # largest gradient norm
-    max_documents: int | None = None  # use the first so many documents only
-    max_steps: int | None = None  # end, schedule included, after so many steps
+    max_documents: int | None = None  # read only this many documents, the first ones
+    max_steps: int | None = None  # end after this many steps, and fit the schedule to them
     product_dtype: Literal["bfloat16", "float32"] | None = None  # by default that of the size; float32 suits many CPUs
-    seed: int = 0  # of the initial weights and of the document order
+    seed: int = 0  # seed of the initial weights and of the document order
     output: Output = Output()
 
     def __post_init__(self) -> None:

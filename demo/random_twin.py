@@ -5,7 +5,7 @@
 
 Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/: model.safetensors
 in bfloat16, config.json and the tokenizer, all at once. The weights are drawn as transformers draws them before
-training; the same seed gives the same weights. What a score has on the twin it does not owe to pretraining.
+training; the same seed gives the same weights. A score that the twin shares does not come from pretraining.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -27,10 +27,10 @@ from utils.settings import Model, Run, check, path_name
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str = "smollm2"  # whose architecture and tokenizer
-    seed: int = 0  # of the weights
+    model_name: str = "smollm2"  # model that gives architecture and tokenizer
+    seed: int = 0  # seed of the weights
     output_dir: Path | None = None  # by default demo/runs/<model>-random
-    overwrite: bool = False  # make it again where it is there
+    overwrite: bool = False  # replace a twin that exists
 
     def __post_init__(self) -> None:
         check(self, "from 0 to 4294967295", "seed")

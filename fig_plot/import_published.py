@@ -3,8 +3,8 @@
     git clone https://github.com/Yu-AngCheng/NTPS ../ntps-released
     python -m fig_plot.import_published ../ntps-released
 
-Reads Fig1.pkl, Fig2_1.pkl, Fig2_2.pkl and Fig3.pkl, at any depth below the folder given. A pickle can run any code;
-these are read by an unpickler that knows floats and arrays of floats, by substitutes written here, and refuses
+Reads Fig1.pkl, Fig2_1.pkl, Fig2_2.pkl and Fig3.pkl, at any depth below the folder given. A pickle can run any code.
+The unpickler of this module therefore builds floats and arrays of floats only, by its own substitutes, and refuses
 everything else. Writes, if all four are as expected, to fig_plot/published/, which git ignores (the data are theirs):
 
     fig1.csv  subspace (U, V), category, word, component_1, component_2

@@ -94,11 +94,11 @@ def check(group: Any, rule: str, *names: str) -> None:
 class Model:
     """The model, and the number of tokens of a text that it reads."""
 
-    model_name: str = "tiny"  # hub id, local folder, .gguf file, or a short name of the README's table
+    model_name: str = "tiny"  # hub id, local folder, .gguf file, or a short name (docs/models_and_data.md)
     revision: str | None = None  # commit or tag of the model
     tokenizer_name: str | None = None  # another repository or folder for the tokenizer
     adapter_dir: Path | None = None  # LoRA adapter merged into the model; results go to <model>+lora
-    dtype: Dtype = "float32"  # of the model; sums over texts are float64 in any case
+    dtype: Dtype = "float32"  # dtype of the model; sums over texts are always float64
     max_length: int | None = None  # tokens per text; None: the model's context
 
     def __post_init__(self) -> None:
@@ -116,12 +116,12 @@ class Data:
 
     dataset_name: str = "docstrings/library"  # key of the table, hub id, local file or folder, or docstrings/<task>
     dataset_revision: str | None = None  # commit or tag of the dataset
-    text_column: str | None = None  # for your own data
-    label_column: str | None = None  # for your own data
-    text_template: str | None = None  # for your own data, such as "{question} {choices}"
+    text_column: str | None = None  # column of the texts, in your own data
+    label_column: str | None = None  # column of the labels, in your own data
+    text_template: str | None = None  # joins columns of your own data: "{question} {choices}"
     task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
     ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
-    divide_train: bool = False  # take the test rows from train, 30 % of it, as of a copy without a test split
+    divide_train: bool = False  # take 30 % of train as test rows, for a copy without a test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
     max_test_samples: int | None = None  # the same of the test split; None: as max_samples
     seed: int = 0  # of sampling, of splits made here, and of all random numbers of the script

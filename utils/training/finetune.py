@@ -34,14 +34,14 @@ class Hyperparameters:
     """Hyperparameters of the head, the optimiser (Adafactor) and its schedule; the scripts give their values."""
 
     pooling: Literal["mean", "last"]  # pooled state of a text: mean of its tokens, or its last token
-    dropout: float  # on the pooled state
+    dropout: float  # dropout on the pooled state
     num_steps: int  # optimiser steps
-    batch_size: int  # texts of one forward pass; texts of like length come together
+    batch_size: int  # texts of one forward pass, of similar length
     gradient_accumulation: int  # forward passes of one optimiser step, shared among the processes
-    learning_rate: float  # peak
-    weight_decay: float  # as Adafactor takes it
+    learning_rate: float  # peak of the learning rate
+    weight_decay: float  # weight decay of Adafactor
     warmup: float  # share of the steps in which the learning rate rises; then half a cosine down to 0
-    steps_per_evaluation: int  # on the whole test split
+    steps_per_evaluation: int  # optimiser steps between two evaluations on the whole test split
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
