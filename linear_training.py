@@ -14,7 +14,7 @@ states therefore compute the same as epochs through the LM: head(dropout(m)) -> 
 
 The defaults are the paper's settings, which stop before the probe converges. On the embedded model and data, test loss
 and accuracy are 1.258 and .585 after these 50 epochs; with --standardize, 1.289 and .590 after 50 and 1.213 and .599
-after 300; with --standardize --learning_rate 1e-3, 1.215 and .594 after 50. So part of LoRA's gain is convergence alone.
+after 300; with --standardize --learning_rate 1e-3, 1.215 and .594 after 50. So part of LoRA's gain is convergence.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
