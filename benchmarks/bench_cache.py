@@ -1,4 +1,4 @@
-"""The cost of the moments: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
+"""Time the moments: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
 
     python -m benchmarks.bench_cache
     python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --num_texts 300 \
@@ -43,7 +43,7 @@ Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, fold
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str | None = None  # as --model_name of cache.py; None: random models
+    model_name: str | None = None  # a --model_name of cache.py; None: random models
     random_models: tuple[str, ...] = ("SmolLM2-135M",)  # of benchmarks/harness.py
     dataset_name: str = "docstrings/library"  # texts of a named model
     num_texts: int = 468  # texts
@@ -58,7 +58,7 @@ class Config:
 
 
 def read_texts(config: Config) -> Texts:
-    """Tokens, labels and folds of a sample of the dataset, as cache.py has them."""
+    """Tokens, labels and folds of a sample of the dataset, made as in cache.py."""
     model, run = Model(str(config.model_name)), Run()
     data = load_texts(Data(config.dataset_name, max_samples=config.num_texts), run, "train")
     model_config = load_config(model, run)

@@ -1,4 +1,4 @@
-"""The cost of one layer of K_sweep.py, against three symmetric eigendecompositions of that size.
+"""Time one layer of K_sweep.py, against three symmetric eigendecompositions of that size.
 
     python -m benchmarks.bench_k_sweep
     python -m benchmarks.bench_k_sweep --device cuda --hidden_sizes 896 4096
@@ -35,7 +35,7 @@ class Config:
 
 
 def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
-    """Moments of 4 d random texts of five tokens, whose states have an uneven spectrum and carry the label."""
+    """Moments of 4 d random texts of five tokens; their states have an uneven spectrum and carry the label."""
     generator, n, length = torch.Generator().manual_seed(0), 4 * d, 5
     targets = torch.nn.functional.one_hot(torch.arange(n) % c, c).double()
     states = torch.randn(n, length, d, dtype=torch.float64, generator=generator) + 0.5

@@ -1,4 +1,4 @@
-"""prescreen.py against TransformerRanker 0.2.0: same models, same rows; time, memory and scores.
+"""Compare prescreen.py with TransformerRanker 0.2.0 on the same models and rows: time, memory and scores.
 
     python -m benchmarks.bench_prescreen --models smollm2 tiny --dataset_name rotten_tomatoes
     python -m benchmarks.bench_prescreen --models tiny --dataset_name docstrings/kind --max_samples 300
@@ -39,7 +39,7 @@ class Config:
 
 
 def plain_folder(name: str, folder: Path) -> str:
-    """A folder that transformers loads by itself: the model's own, or a copy of a GGUF file."""
+    """A folder that transformers can load: the model's own, or a converted copy of its GGUF file."""
     source, target = Path(model_source(name)), folder / name
     if source.is_dir():
         return str(source.resolve())
@@ -51,7 +51,7 @@ def plain_folder(name: str, folder: Path) -> str:
 
 
 def run_theirs(config: Config, peer: Path, rows: Path, models: list[str]) -> dict[str, float]:
-    """TransformerRanker's score of each model."""
+    """Runs TransformerRanker; returns its score of each model."""
     site.addsitedir(str(peer))
     from datasets import load_dataset
     from transformer_ranker import TransformerRanker
@@ -63,7 +63,7 @@ def run_theirs(config: Config, peer: Path, rows: Path, models: list[str]) -> dic
 
 
 def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
-    """The models as prescreen.py ranks them."""
+    """Runs prescreen.py; returns its ranked models."""
     import prescreen
 
     names = {name: getattr(config, name) for name in ("models", "dataset_name", "max_samples")}
@@ -73,7 +73,7 @@ def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> None:
-    """Runs both and prints the table; a plain copy of a model is made before, untimed."""
+    """Runs both and prints the table; first makes plain copies of GGUF models, untimed."""
     folder = config.bench.results_dir.resolve() / "benchmarks" / "bench_prescreen"
     folder.mkdir(parents=True, exist_ok=True)
     peer, rows = folder.with_name("transformer-ranker"), folder / "rows.jsonl"

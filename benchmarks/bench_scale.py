@@ -1,4 +1,4 @@
-"""The cost of cache.py with more texts and with longer texts: time linear in tokens, memory flat in texts.
+"""Measure cache.py with more texts and with longer texts: time linear in tokens, memory flat in texts.
 
     python -m benchmarks.bench_scale
     python -m benchmarks.bench_scale --num_texts 1000 4000 --lengths 32 32
@@ -6,7 +6,7 @@
 A random model of two layers reads texts of one-token words. Each pair of --num_texts and --lengths is a run of cache.py
 from the file of texts to the file of moments, in a process of its own: its peak memory is that of this run alone,
 libraries and model included; its seconds are without their start. `microseconds_per_added_token` compares with the line
-above, so that the cost of a run by itself is not in it.
+above, and so excludes the fixed cost of a run.
 Writes results/benchmarks/bench_scale.json.
 """
 
@@ -28,7 +28,7 @@ from utils.results import read_identity
 from utils.script import run_script
 from utils.settings import with_values
 
-# each is one token of `tiny` behind a blank
+# each is one token of `tiny` if a blank precedes it
 WORDS = ("the", "of", "is", "to", "in", "for", "with", "from", "value", "name", "type", "file", "list", "object", "set")
 
 
@@ -46,7 +46,7 @@ class Config:
 
 
 def make_rows(path: Path, num_texts: int, length: int) -> None:
-    """Writes `num_texts` texts of `length` words behind a blank each, with one of two labels."""
+    """Writes `num_texts` texts with one of two labels; each has `length` words, with a blank before every word."""
     random = np.random.default_rng(0)
     with open(path, "w") as file:
         for row in range(num_texts):
@@ -55,7 +55,7 @@ def make_rows(path: Path, num_texts: int, length: int) -> None:
 
 
 def measure_all(config: Config) -> pd.DataFrame:
-    """A row per run of cache.py."""
+    """Runs cache.py for every size; returns a row per run."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

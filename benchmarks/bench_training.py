@@ -1,4 +1,4 @@
-"""Steps per second and memory of our training loop against a plain one, same model, optimiser and batch size.
+"""Compare steps per second and memory of our training loop with a plain loop: same model, optimiser and batch size.
 
     python -m benchmarks.bench_training
     python -m benchmarks.bench_training --model_name smollm2 --dataset_name rotten_tomatoes --plain_padding batch \
@@ -6,7 +6,7 @@
     python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --plain_padding batch
     python -m benchmarks.bench_training --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
 
-The plain loop (PEFT's model for LoRA) takes rows in random order, gives an attention mask and pads every batch, to the
+The plain loop (PEFT's model for LoRA) takes rows in random order, passes an attention mask and pads every batch to the
 longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of like length. Both run the
 decoder alone and take the same number of texts a step, in turns; ratios are of the fastest rounds. Memory: on a GPU the
 peak of allocated memory, on a CPU the activations that the largest step keeps for its backward pass.
@@ -42,7 +42,7 @@ class Config:
     model_name: str = "tiny"  # as in lora_finetuning.py
     dataset_name: str = "docstrings/library"  # as in lora_finetuning.py
     kind: Literal["lora", "full_finetuning"] = "lora"  # weights that are trained
-    plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to the longest text of it
+    plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to its longest text
     batch_size: int = 16  # texts per step
     max_length: int = 128  # tokens per text
     dtype: Dtype = "float32"  # of the model; bfloat16 is slow on a CPU without instructions for it
@@ -52,7 +52,7 @@ class Config:
 
 
 def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
-    """A run with the paper's hyperparameters and the batch size asked for, and the tokens of train and test."""
+    """Makes a run with the paper's hyperparameters and the batch size asked for; also returns the tokens by split."""
     script: Any = lora_finetuning if config.kind == "lora" else from_scratch
     names = ("model_name", "dataset_name", "batch_size", "max_length", "dtype")
     options = {name: getattr(config, name) for name in names} | {"device": config.bench.device}
@@ -67,7 +67,7 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:
-    """The plain loop: padding to the longest text, a mask, random order."""
+    """Turns the run into the plain loop: padding to the longest text, a mask, random order."""
     longest = int(max(part.lengths.max() for part in tokens.values()))
     device = run.targets.device
     decoder = run.model.decoder.forward
@@ -85,20 +85,20 @@ def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str
 
 
 def steps(run: TrainingRun, progress: Progress, num_steps: int) -> None:
-    """Optimiser steps."""
+    """Runs `num_steps` optimiser steps."""
     run.model.train()
     for _ in range(num_steps):
         train_step(run, progress, run.model)
 
 
 def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
-    """Bytes: on a GPU the peak of allocated memory, on a CPU the tensors that the largest step keeps."""
+    """Peak memory in bytes: on a GPU of allocated memory, on a CPU of tensors that the largest step keeps."""
     if run.targets.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         steps(run, progress, num_steps)
         return torch.cuda.max_memory_allocated()
     weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
-    sizes: list[dict[int, int]] = []  # bytes of each storage that a step keeps, by its address
+    sizes: list[dict[int, int]] = []  # for each step, address -> bytes of every storage that it keeps
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

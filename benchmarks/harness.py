@@ -1,4 +1,4 @@
-"""Clock, processes, models of random weights, random texts and result files: shared by every benchmark."""
+"""Provide every benchmark with clock, processes, models of random weights, random texts and result files."""
 
 import multiprocessing
 import time
@@ -71,7 +71,7 @@ def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_bat
 
 # ------------------------------------------------------------------ clock and memory
 def alternate(runs: dict[str, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the runs take turns, so that a slow moment of the machine meets each."""
+    """Seconds of each run in each round; the runs take turns, so that a slow moment of the machine affects all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(num_rounds):
@@ -85,7 +85,7 @@ def alternate(runs: dict[str, Callable[[], object]], num_rounds: int, device: to
 
 
 def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """The value of a call and its seconds, with the processor time and the peak memory of the process so far."""
+    """The value of a call; its seconds, and the processor time and peak memory of the process so far."""
     start = time.perf_counter()
     value = function(*arguments)
     seconds = time.perf_counter() - start
@@ -95,7 +95,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[s
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """`measured` of a call in a process of its own, so that the memory is of this call and the libraries alone."""
+    """Runs `measured` in a process of its own, so that the memory is that of this call and the libraries alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measured, function, *arguments).result()
 

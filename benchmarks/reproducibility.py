@@ -1,4 +1,4 @@
-"""How far each score moves when nothing about the question changes, beside how far it moves from dataset to dataset.
+"""Measure how far each score moves if only the computation changes, beside its spread from dataset to dataset.
 
     python -m benchmarks.reproducibility
     python -m benchmarks.reproducibility --model_name smollm2 --scores fig_plot/data/smollm2/scores.csv \\
@@ -8,8 +8,8 @@
 A score is the mean over the fractions at the last layer. The moments are made again with each entry of `RECOMPUTED`,
 and `ntps` is computed in further ways from the same moments; `ntps_smallest` is `ntps` with --eigenvectors smallest.
 
-    released formula     of `ntps_smallest`: the released script's, with a cut at 1e-8 and the basis that `eigh` returns
-    float32 formula      of `ntps_released`, that number: everything after the moments in float32 instead of float64
+    released formula     `ntps_smallest` by the released script's formula: cut at 1e-8, the basis that `eigh` returns
+    float32 formula      `ntps_released`, that number, with all steps after the moments in float32 instead of float64
 
 Reads the datasets, the model and, for the spread over the datasets of a study, its `--scores`.
 Writes fig_plot/data/reproducibility.csv: dataset, score, variant, value; and the comparison it prints,
@@ -38,7 +38,7 @@ from utils.settings import check, with_values
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},  # float32 model and products, float64 sums, 1024 tokens a batch
     "float64 products": {"product_dtype": "float64"},
-    "4096 tokens a batch": {"tokens_per_batch": 4096},  # hence another order of the texts
+    "4096 tokens a batch": {"tokens_per_batch": 4096},  # which also changes the order of the texts
     "bfloat16 model": {"dtype": "bfloat16"},
 }
 ORDERS: dict[str, Literal["largest", "smallest"]] = {"ntps": "largest", "ntps_smallest": "smallest"}
@@ -49,8 +49,8 @@ ABSOLUTE_CUT = 1e-8  # of the released script
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str = "tiny"  # as given to cache.py
-    tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # datasets, likewise
+    model_name: str = "tiny"  # a --model_name of cache.py
+    tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # each a --dataset_name
     max_samples: int = 2000  # stratified sample of the training split
     device: str = "cpu"  # of the forward passes
     scores: Path = Path("fig_plot/data/scores.csv")  # the study's scores, for the spread over datasets
@@ -83,7 +83,7 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
 
 # ------------------------------------------------------------------ run
 def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
-    """Score, variant and value of every way to compute the scores of one dataset."""
+    """Yields score, variant and value for every way to compute the scores of one dataset."""
     for variant, options in RECOMPUTED.items():
         with tempfile.TemporaryDirectory() as folder:
             shared = {name: getattr(config, name) for name in ("model_name", "max_samples", "device")}
@@ -109,7 +109,7 @@ def spread_over_tasks(config: Config) -> pd.Series:
     plain = "model == @config.model_name and split == 'train' and subspace == 'autoregression' and not center"
     firsts = pd.read_csv(config.scores).query(plain).sort_values("seed").groupby(["eigenvectors", "dataset"]).first()
     spread = firsts.groupby("eigenvectors")[[*SCORES]].std().reindex(["largest", "smallest"])
-    smallest = spread.loc["smallest", "ntps"]  # the released score is the same but for the basis
+    smallest = spread.loc["smallest", "ntps"]  # the released score differs only in the basis
     return pd.Series({**spread.loc["largest"], "ntps_smallest": smallest, "ntps_released": smallest})
 
 

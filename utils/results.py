@@ -74,7 +74,7 @@ def temporary_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path for a file or folder; at the end, what the body wrote to it replaces `path`.
+    """Yields a temporary path for a file or folder; at the end its content replaces `path`.
 
     The path is in a temporary folder, because libraries such as safetensors first write to a random name beside it.
     """

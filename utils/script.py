@@ -33,7 +33,7 @@ NO_PLACE = (
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; the message says the expected, the found, and the remedy."""
+    """A mistake that the user can fix; its message names the expected input, the fault and the remedy."""
 
 
 def warn(message: str) -> None:
