@@ -45,8 +45,8 @@ def write_gguf(
         path: the file to write.
         model: llama, qwen2, qwen3 or gemma3_text.
         tokenizer: of the model.
-        quantisation: of the matrices whose rows can be cut into blocks.
-        architecture: the name to write, where it is not to be the model's.
+        quantisation: of the matrices with rows that can be cut into blocks.
+        architecture: the name to write instead of the model's.
         without: settings and weights to leave out.
         extra: further settings.
         pre_tokenizer: the name of the rule that cuts a text into words.

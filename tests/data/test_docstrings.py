@@ -1,4 +1,4 @@
-"""utils/data/docstrings.py: what the parser reads, the split that keeps test texts apart, and determinism."""
+"""utils/data/docstrings.py: the parser, the split that keeps test texts apart, and determinism."""
 
 import itertools
 import sys

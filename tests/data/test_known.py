@@ -44,7 +44,7 @@ def kinds_of(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def cell(spec: DatasetSpec, name: str, split: str, row: int) -> Any:
-    """A made-up cell: its column, its split (none for the intents: there all files are the same), and its row."""
+    """A made-up cell that names its column, its split (not for the intents: their files are equal) and its row."""
     kind, names = kinds_of(spec)[name], class_names(spec)
     if name == spec.label_column:
         if split == HIDDEN.get(spec.key) or (spec.key == "snli" and row >= num_rows(spec) - 3):
@@ -61,7 +61,7 @@ def cell(spec: DatasetSpec, name: str, split: str, row: int) -> Any:
 
 
 def expected_text(spec: DatasetSpec, split: str, row: int) -> str:
-    """The complete text of a made-up row, written out per dataset where it is more than one column."""
+    """The complete text of a made-up row, written out for datasets that join several columns."""
     if spec.key == "medical":
         return f"{cell(spec, 'question_1', split, row)} question_2 {split} {row}"
     if spec.key == "snli":
@@ -84,7 +84,7 @@ def made_up(spec: DatasetSpec) -> datasets.DatasetDict:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Puts made-up rows in the place of the hub; returns what the library was asked for."""
+    """Replaces the hub by made-up rows; returns the requests that the library received."""
     asked: list[dict[str, Any]] = []
 
     def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:

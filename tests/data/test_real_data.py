@@ -1,7 +1,7 @@
 """Real copies of hub datasets beside the repository: labels and texts as a person reads them in the files, and scores.
 
 The expectations were written down from the files.
-Skipped where there are no copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
+Skipped without copies; NTPS_DATASETS_DIR names another folder than ../shared/data (tests/conftest.py).
 """
 
 import os
@@ -89,7 +89,7 @@ def folder(name: str) -> Path:
 
 
 def whole_split(name: str) -> str:
-    """The split whose rows are in the file's order: without held-out rows the table divides the others."""
+    """The split that keeps the file's order of rows: "all" for datasets without held-out rows."""
     return "train" if any((folder(name) / f"{split}.parquet").is_file() for split in ("test", "validation")) else "all"
 
 

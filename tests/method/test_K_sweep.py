@@ -120,7 +120,7 @@ def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
 def generalized_eigenvectors(factor, denominator) -> np.ndarray:
     """All of F F' u = lambda C u by scipy, largest eigenvalue first.
 
-    Where C is singular, u is unique up to the null space of C; the one in the range of C once that has a unit diagonal.
+    If C is singular, u is unique up to the null space of C; this is the u in the range of C scaled to unit diagonal.
     """
     factor, denominator = factor.numpy(), denominator.numpy()
     scale = 1 / np.sqrt(np.diag(denominator))
@@ -132,7 +132,7 @@ def generalized_eigenvectors(factor, denominator) -> np.ndarray:
 @pytest.mark.parametrize("num_samples", [300, 9])  # more and fewer texts than dimensions
 @pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5, 1.0])
 def test_reference_is_the_projection_ratio_of_scipy_s_eigenvectors(num_samples, fraction):
-    """With as many label directions as dimensions or texts, nothing is tied: U is unique."""
+    """Covers cases without ties, as many label directions as dimensions or texts: U is unique."""
     random = np.random.default_rng(3)
     features, _, states = make_data(num_samples, 12, 3)
     moments = moments_of(features, random.normal(size=(num_samples, 12)), states)
@@ -193,7 +193,7 @@ def test_tie_weights_are_the_shares_of_an_average_over_the_bases_of_each_eigensp
 
 
 def test_fractions_are_floors_of_the_rank():
-    """Also where the product of floats is just below a whole number: .7 * 90 is 62.99999999999999."""
+    """Includes a product of floats just below a whole number: .7 * 90 is 62.99999999999999."""
     assert len(FRACTIONS) == 19 and math.floor(0.7 * 90) == 62
     for rank in (1, 19, 20, 90, 100, 180, 896, 4096):
         assert K_sweep.num_directions(FRACTIONS, rank) == [max(1, i * rank // 20) for i in range(1, 20)]
@@ -220,7 +220,7 @@ def test_standardized_coordinates_are_those_of_scaled_data():
 
 @pytest.mark.parametrize("center", [False, True])
 def test_scores_of_standardized_coordinates_do_not_depend_on_their_scale(center):
-    """Nor do ranks where errors of products are measured; the probes are those of the coordinates as they are."""
+    """Ranks do not either, if errors of products are measured; probes use the unscaled coordinates."""
     splits = make_data(300, 16, 4), make_data(100, 16, 4, seed=1)
 
     def solved(scale, coordinates):
@@ -253,7 +253,7 @@ def least_squares_loss(features, targets) -> float:
 
 
 def excess_and_retained(features, targets, v) -> tuple[float, float]:
-    """What a probe with intercept loses within the span of V, and the share of the explained variance that it keeps."""
+    """The loss that a probe with intercept adds within the span of V, and the share of explained variance it keeps."""
     best = least_squares_loss(features, targets)
     excess = least_squares_loss(features @ np.asarray(v), targets) - best
     return excess, 1 - excess / (np.square(targets - targets.mean(0)).sum(1).mean() - best)

@@ -1,4 +1,4 @@
-"""cache.py: the streamed moments equal the definition, whatever the batches; and its command line."""
+"""cache.py: the streamed moments equal the definition for any batches; and its command line."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def dense_moments(model, token_ids: list[list[int]], y: torch.Tensor, pooling: s
     [("qwen2", "mean", 1), ("qwen2", "last", 7), ("llama", "mean", 7), ("llama", "last", 3)],
 )
 def test_moments_equal_the_definition(model_dirs, architecture, pooling, texts_per_batch, monkeypatch):
-    """In float64, so that a difference is a mistake and not rounding; blocks end between batches."""
+    """Runs in float64, so that a difference is a mistake and not rounding; blocks end between batches."""
     monkeypatch.setattr(cache, "TOKENS_PER_BLOCK", 60)
     texts = [*make_texts(20, seed=3, longest=12), "a", "e", "the"]  # one-token texts among them
     model = AutoModel.from_pretrained(model_dirs[architecture], dtype=torch.float64).eval()

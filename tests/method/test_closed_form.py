@@ -80,7 +80,7 @@ def test_ridge_over_folds_is_scikit_learns(name, alpha, monkeypatch):
 
 
 def test_alpha_is_that_of_generalised_cross_validation(monkeypatch):
-    """By its definition, with the hat matrix of the rows; the judging rows have no say."""
+    """Computes it by definition, with the hat matrix of the training rows; the judging rows take no part."""
     features, labels = load("digits")
     train, test = fold_pairs(folds_of(features, labels))[0]
     chosen = fit_ridge(train, test).error

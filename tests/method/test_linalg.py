@@ -16,7 +16,7 @@ from utils.algebra.products import noise_probes
 
 
 def covariance_of(spectrum, seed=0) -> np.ndarray:
-    """A matrix of unit diagonal's order with this spectrum in a random basis."""
+    """A matrix with this spectrum in a random basis."""
     axes = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(spectrum), len(spectrum))))[0]
     return axes * spectrum @ axes.T
 
@@ -37,7 +37,7 @@ def test_whitener_gives_scipy_s_inverse(spectrum):
 
 @pytest.mark.parametrize(("tolerance", "rank"), [(1e-9, 4), (1e-5, 3), (1e-3, 2), (0.5, 1)])
 def test_tolerance_cuts_the_spectrum_of_the_correlations(tolerance, rank):
-    """Eigenvalues of the matrix scaled to unit diagonal, whatever the units of its coordinates."""
+    """The cut uses eigenvalues of the matrix scaled to unit diagonal, for any units of its coordinates."""
     axes = scipy.linalg.hadamard(4) / 2  # any spectrum in this basis has a constant diagonal
     spectrum = np.array([1, 1e-2, 1e-4, 1e-7])
     correlations = axes * spectrum @ axes.T

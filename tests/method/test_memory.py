@@ -93,7 +93,7 @@ def test_who_needs_another_layer_says_how_to_have_it(model_dirs, rows_path, tmp_
 
 @pytest.mark.parametrize("options", [{"accumulate_on": "cpu"}, {"device_map": "auto"}, {"device_map": "disk"}])
 def test_another_place_changes_no_number(model_dirs, rows_path, tmp_path, monkeypatch, options):
-    """Also where a part of the weights is on disk, in a folder that goes when the process ends."""
+    """Covers weights on disk too, in a folder that is removed when the process ends."""
     plain, other = (settings(model_dirs, rows_path, tmp_path / n, product_dtype="float64") for n in ("plain", "other"))
     cache.main(plain)
     at_exit: list = []

@@ -46,7 +46,7 @@ def test_draws_have_the_known_mean():
 
 @pytest.mark.parametrize("center", [False, True])
 def test_null_of_states_with_a_mean_is_that_of_real_permutations(center):
-    """mu p' is in B whatever the labels are, here along the one column of V; centred, it is not."""
+    """B contains mu p' for any labels, here along the one column of V; centred, it does not."""
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(120, 8)), random.integers(0, 3, 120)
     features[:, 0] = 1.5 * features[:, 0] + 1.5
@@ -63,7 +63,7 @@ def test_null_of_states_with_a_mean_is_that_of_real_permutations(center):
 # ------------------------------------------------------------------ random V
 @pytest.fixture(scope="module")
 def dense():
-    """Scores of random V by their definition, (draws, fractions) each, and what K_sweep.py says of the same layer."""
+    """Scores of random V by their definition, (draws, fractions) each, and K_sweep.py's result for the same layer."""
     features, targets, states = make_data(80, 12, 3, decades=1.0)
     moments = moments_of(features, targets, states)
     config = configure(K_sweep, fractions=(0.25, 0.5, 0.75), num_null_draws=2)
@@ -99,7 +99,7 @@ def test_random_subspaces_equal_dense_projections(dense, name):
 
 
 def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tmp_path):
-    """At the last layer only, not for a control of V, and not where none are asked for."""
+    """The comparison exists at the last layer only, not for a control of V, and not without random draws."""
     names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
     cache.main(configure(cache, **names))
 

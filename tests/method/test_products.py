@@ -21,7 +21,7 @@ def test_two_bfloat16_parts_add_up_to_sixteen_bits(numbers):
 
 
 def batches(dtype: torch.dtype, mean: float = 3.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ragged batches of states with a large mean, some texts of one token; what lies in the padding is arbitrary."""
+    """Ragged batches of states with a large mean, some texts of one token; the padding is arbitrary."""
     generator = torch.Generator().manual_seed(0)
     centre = mean * torch.randn(30, generator=generator)
     made = []
@@ -32,7 +32,7 @@ def batches(dtype: torch.dtype, mean: float = 3.0) -> list[tuple[torch.Tensor, t
 
 
 def plain(made: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """From the definition, prefix by prefix."""
+    """The sums by their definition, prefix by prefix."""
     names = ("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean")
     total = dict.fromkeys(names, 0)
     for x, lengths in made:
@@ -70,18 +70,18 @@ def test_products_equal_the_plain_formula_and_know_their_error(precision, dtype)
     for moment, error in (("second_moment", "second_error"), ("next_cross_moment", "next_error")):
         missed = (found[f"prefix_{moment}"] - expected[f"prefix_{moment}"]) @ z
         scale = expected[f"prefix_{moment}"].abs().max()
-        assert (found[f"prefix_{error}"] - missed).abs().max() <= 1e-12 * scale  # what is measured is the error
-        assert missed.abs().max() > 1e-10 * scale  # and there is one
+        assert (found[f"prefix_{error}"] - missed).abs().max() <= 1e-12 * scale  # the measured error is the true one
+        assert missed.abs().max() > 1e-10 * scale  # and it is not zero
 
 
 def test_states_of_a_bfloat16_model_need_one_part():
-    """Beside a mean of 1,000, the second part of x would be lost; as one exact part nothing of x is."""
+    """Beside a mean of 1,000 the second part of x would be lost; one exact part keeps all of x."""
     made = batches(torch.bfloat16, mean=1000)
     assert_close(products_of(made, "bfloat16x2"), plain(made), 2e-7)
 
 
 def test_a_centre_makes_errors_relative_to_the_spread():
-    """With a mean of 1,000 an uncentred product in float32 is off by 1e-7 of 10^6 in each element."""
+    """An uncentred float32 product would be off by 1e-7 of 10^6 in each element, with a mean of 1,000."""
     made = batches(torch.float32, mean=1000)
     exact, uncentred = plain(made)["prefix_second_moment"], torch.zeros(30, 30)
     for x, lengths in made:

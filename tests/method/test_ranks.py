@@ -1,4 +1,4 @@
-"""Ranks are those of exact arithmetic: scores against SVDs of the data themselves where states span less than d."""
+"""Ranks are those of exact arithmetic: scores against SVDs of the data, for states that span less than d."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ def span(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal basis of the columns of a data matrix (N, d), and W (d, rank) with data @ W equal to it.
 
     Singular values below 1e-7 of the largest are zero: those of exact arithmetic are 1e-4 and more in every case here,
-    and a LayerNorm, which transformers computes in float32 whatever the model's dtype, leaves 1e-8 of what it removes.
+    and a LayerNorm, which transformers computes in float32 for every dtype, leaves 1e-8 of the part it removes.
     """
     norms = np.linalg.norm(data, axis=0)
     scale = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
@@ -99,9 +99,9 @@ def reference(states: list[np.ndarray], targets: np.ndarray, center: bool) -> di
     return {"rank_u": rank_u, "rank_v": rank_v, **scores}
 
 
-# ------------------------------------------------------------------ what is tried
+# ------------------------------------------------------------------ cases
 def make_model(kind: str, d: int, vocab: int):
-    """A random model whose norms have a weight, and an offset where the architecture has one."""
+    """A random model with weights in its norms, and offsets if the architecture has them."""
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 2 * d}
     model = AutoModel.from_config(CONFIGS[kind](**sizes, **COMMON, **SPECIAL), dtype=torch.float32).eval()

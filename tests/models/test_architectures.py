@@ -1,7 +1,7 @@
-"""Every architecture that was tried: its states are those of a plain forward pass in float64, or a sentence refuses it.
+"""Each tested architecture: its states are those of a plain forward pass in float64, or a sentence refuses it.
 
-Random models of two layers and width 32. What is expected is read by hooks of this file from each text alone, without
-padding, from a copy of the model in float64, and the final state is what the decoder returns.
+Random models of two layers and width 32. Hooks of this file read the expected states from each text alone, without
+padding, from a copy of the model in float64; the expected final state is the decoder's output.
 """
 
 import re
@@ -72,7 +72,7 @@ def make_tokens(lengths=LENGTHS) -> TokenizedTexts:
 
 
 def plain_states(decoder, input_ids, layers) -> list[torch.Tensor]:
-    """Input of the first layer, outputs of all but the last, and what the decoder returns, of one text."""
+    """For one text: input of the first layer, outputs of all layers but the last, and the decoder's output."""
     seen: list[torch.Tensor] = []
 
     def tensor(value):
@@ -91,7 +91,7 @@ def plain_states(decoder, input_ids, layers) -> list[torch.Tensor]:
 
 
 def layers_of(decoder) -> nn.ModuleList:
-    """The layers by the name that architectures give them, not by what the product looks for."""
+    """The layers by the names that architectures give them, independent of the tested search."""
     for name in ("layers", "h", "blocks", "layer", "encoder.layer", "decoder.layers"):
         try:
             return decoder.get_submodule(name)
@@ -135,7 +135,7 @@ def test_a_row_of_the_embeddings_that_no_text_uses_may_be_anything():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "mamba", "gemma2", "qwen3_next"])
 def test_half_precision_is_no_reason_to_refuse(model_type, dtype):
     self_check(decoder_of(small_model(model_type)).to(dtype), make_tokens(), model_type)
-    with pytest.raises(UserError):  # what does not mask is still found in it
+    with pytest.raises(UserError):  # a model without a mask is still found
         self_check(llama_without_a_mask().to(dtype), make_tokens(), "llama")
 
 

@@ -1,4 +1,4 @@
-"""Models in one GGUF file, against what transformers itself reads from the same file."""
+"""Models in one GGUF file, against transformers' own reading of the same file."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ EXTRA = {  # settings beside those of every architecture
 
 
 def random_model(architecture: str):
-    """A model whose biases and norms are random too."""
+    """A random model, with random biases and norms too."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32)
     with torch.no_grad():
@@ -52,11 +52,11 @@ def llama_file(tmp_path_factory) -> Path:
 
 
 def theirs(auto_class, path: Path, **options):
-    """What transformers reads from the file."""
+    """Configuration, tokenizer and model as transformers reads them from the file."""
     return auto_class.from_pretrained(str(path.parent), gguf_file=path.name, **options)
 
 
-# ------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------ files that are read
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, tmp_path):
     model = random_model(architecture)
@@ -101,13 +101,13 @@ def test_bos_is_kept_and_the_model_is_saved_as_an_ordinary_folder(tmp_path):
 
 
 def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
-    """As its own tokenizer.json and llama.cpp do: white space before a digit then stays together."""
+    """The same as its own tokenizer.json and llama.cpp: white space before a digit then stays together."""
     path = write_gguf(tmp_path / "model.gguf", random_model("llama"), make_tokenizer(), pre_tokenizer="smollm")
     pieces = load_tokenizer(path).backend_tokenizer.pre_tokenizer.pre_tokenize_str("see  12\n\n3 red")
     assert [piece for piece, _ in pieces] == ["see", "ĠĠ", "1", "2", "ĊĊ", "3", "Ġred"]
 
 
-# ------------------------------------------------------------------ what cannot be read
+# ------------------------------------------------------------------ files that cannot be read
 def test_a_file_cut_anywhere_is_one_sentence(llama_file, tmp_path):
     whole = llama_file.read_bytes()
     cut = tmp_path / "cut.gguf"

@@ -1,4 +1,4 @@
-"""Scripts on a model in one GGUF file: its results name the quantisation, and what is trained is an ordinary model."""
+"""Scripts on a model in one GGUF file: its results name the quantisation, and training gives an ordinary model."""
 
 import json
 import re

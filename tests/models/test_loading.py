@@ -1,4 +1,4 @@
-"""Models and adapters as real folders have them: read for what they are, or refused in a sentence with the cause."""
+"""Models and adapters in realistic folders: read correctly, or refused in a sentence with the cause."""
 
 import json
 import re

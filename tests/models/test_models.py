@@ -1,4 +1,4 @@
-"""Names, identities and tokens of models, and what can go wrong in loading one."""
+"""Names, identities and tokens of models, and errors in loading one."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def rows_of(tokens) -> list[list[int]]:
 
 
 def add_special_tokens(tokenizer, template: str):
-    """The tokenizer with its only special token where the template has it."""
+    """The tokenizer, changed to place its only special token as the template does."""
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, None, [("<|endoftext|>", 0)])
     return tokenizer
 
@@ -160,7 +160,7 @@ def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_
     assert rope_limit(Qwen2Config()) is None
 
 
-# ------------------------------------------------------------------ what the hub can answer
+# ------------------------------------------------------------------ answers of the hub
 def response(status: int) -> httpx.Response:
     return httpx.Response(status, request=httpx.Request("GET", "https://hub.example"))
 
@@ -183,7 +183,7 @@ def test_what_the_hub_answers_becomes_a_sentence(cause, message):
 
 
 def test_no_code_of_a_repository_runs_unasked(tmp_path):
-    """A folder whose config points to code of its own: refused, and the code has not run."""
+    """A folder with a config that points to its own code is refused, and the code has not run."""
     folder, sign = tmp_path / "remote", tmp_path / "it_ran"
     folder.mkdir()
     code = (

@@ -43,7 +43,7 @@ def tokenizer(model):
 
 
 def test_hidden_states_of_a_padded_batch_are_those_of_transformers(model, golden, tokenizer):
-    """Each sentence was run alone there; here the shorter two are padded."""
+    """The golden states come from each sentence alone; here the shorter two are padded."""
     texts = [sentence["text"] for sentence in golden["sentences"]]
     tokens = tokenize(texts, tokenizer, config := load_config(model, RUN))
     for sentence, ids in zip(golden["sentences"], np.split(tokens.token_ids, tokens.offsets[1:-1]), strict=True):

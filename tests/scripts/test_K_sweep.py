@@ -121,7 +121,7 @@ def cached(model_dirs, rows_path, tmp_path_factory):
 
 @pytest.fixture
 def names(cached, tmp_path):
-    """Of a copy of `cached`."""
+    """The settings of a copy of `cached`."""
     return cached | {"results_dir": shutil.copytree(cached["results_dir"], tmp_path / "results")}
 
 
@@ -131,7 +131,7 @@ def config(names):
 
 
 def test_from_texts_to_json_and_picture(model_dirs, rows_path, tmp_path):
-    """As a user types it."""
+    """Runs the commands that a user types."""
     call = ["--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path]
     for script in (["cache.py", "--split", "test"], ["cache.py"], ["K_sweep.py"]):
         done = run_command(*script, *call)
@@ -166,7 +166,7 @@ def held_out_of(result: dict) -> list:
 
 
 def test_held_out_numbers_come_and_go_with_their_moments(names, config, capsys):
-    """A result that is stored is made again, not refused and not stale, where held-out moments have come or gone."""
+    """A stored result is made again, not refused and not stale, after held-out moments were added or removed."""
     test = next(names["results_dir"].glob("moments/*/*/test.safetensors"))
     away = test.rename(names["results_dir"] / "away.safetensors")
     without = K_sweep.main(config)
@@ -205,7 +205,7 @@ def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
 def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(
     names, model_dirs, tmp_path, capsys, change, said
 ):
-    """As they would be without any; the command in the sentence makes the right ones."""
+    """Scores are those without held-out moments; the command in the sentence makes the right moments."""
     old = [json.loads(line) for line in Path(names["dataset_name"]).read_text().splitlines()]
     rows = write_rows(tmp_path / "two.jsonl", [row | {"other": f"kind {i % 4}"} for i, row in enumerate(old)])
     model = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
@@ -256,7 +256,7 @@ def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, c
 
 
 def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path):
-    """They do for the train split, where the test split only judges the probe."""
+    """The train split still has scores, because the test split only judges the probe."""
     for split, spread in (("train", 0.1), ("test", 0.0)):
         rows = [{"text": text, "label": 0.1 + spread * (i % 7)} for i, text in enumerate(make_texts(40))]
         (folder := tmp_path / "numbers").mkdir(exist_ok=True)

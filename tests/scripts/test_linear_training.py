@@ -123,7 +123,7 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path
 
 
 def test_standardisation_sees_the_training_rows_alone(settings, monkeypatch):
-    """Not those that validate, and not those that test."""
+    """Rows that validate or test do not change it."""
     runs = []
     monkeypatch.setattr(loop, "train", lambda run: runs.append(run) or pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception):

@@ -1,4 +1,4 @@
-"""lora_finetuning.py: what is trained and what is not, the saved adapter, resuming, and NTPS before and after."""
+"""lora_finetuning.py: trained and frozen weights, the saved adapter, resuming, and NTPS before and after."""
 
 import contextlib
 import csv
@@ -42,7 +42,7 @@ def result(results_dir):
     return path.parent, json.loads(path.read_text())
 
 
-# ------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------ trained weights
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_adapter_and_head_alone_are_trained_and_the_saved_adapter_gives_the_trained_states(
     settings, model_dirs, architecture
@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
 
 # ------------------------------------------------------------------ NTPS before and after
 def scores_of(results, model) -> dict:
-    """What K_sweep.py wrote of a model."""
+    """The result of K_sweep.py for a model."""
     [path] = results.glob(f"ntps/{model}/*.json")
     return json.loads(path.read_text())
 
@@ -265,7 +265,7 @@ def test_scores_made_before_the_test_moments_get_held_out_numbers_before_the_tra
 
 
 def test_ntps_after_has_the_settings_of_the_scores_before(settings):
-    """Pooling is that of LoRA; dtype, folds and options are those of the stored scores, whose moments are deleted."""
+    """Pooling is that of LoRA; dtype, folds and options come from the stored scores; their moments are deleted."""
     settings |= {"pooling": "last", "num_steps": 2}
     shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
     for split in ("train", "test"):

@@ -73,7 +73,7 @@ def test_the_page_is_complete_and_a_second_run_reuses_the_pass(finished):
 
 
 def test_r2_is_that_of_scikit_learn_on_the_pooled_states(model_dirs, rows_path, tmp_path, monkeypatch):
-    """At one alpha, on every layer, over the folds of the texts."""
+    """Compares them at one alpha, on every layer, over the folds of the texts."""
     monkeypatch.setattr(utils.algebra.ridge, "ALPHAS", (10.0,))
     config = config_for(rows_path, tmp_path, model_dirs["qwen2"])
     prescreen.main(config)
@@ -236,7 +236,7 @@ def test_saturated_scores_have_no_rank(model_dirs, tmp_path):
 
 
 def test_regression(model_dirs, tmp_path, capsys):
-    """No score of classes; test targets that are all equal leave the baselines without R2."""
+    """A regression has no score of classes; test targets that are all equal leave the baselines without R2."""
     texts = make_texts(60)
     rows = [{"text": text, "label": 1 + text.count("red") / 4} for text in texts]
     (tmp_path / "numbers").mkdir()
@@ -249,7 +249,7 @@ def test_regression(model_dirs, tmp_path, capsys):
 
 
 def test_the_command_that_includes_an_installed_model_is_printed(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
-    """Only for the default models: whoever names models has chosen."""
+    """The command appears for the default models only, not if the user names models."""
     monkeypatch.setattr(prescreen, "installed_models", lambda: ["micro", "smollm2"])
     monkeypatch.setattr(prescreen, "screen_all", lambda config, train: ([screen(name) for name in config.models], {}))
 

@@ -82,7 +82,7 @@ def alone(model_dirs, rows_path, tmp_path_factory):
 
 @pytest.mark.parametrize(("size", "product_dtype"), [(2, "float32"), (3, "float64")])
 def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_dtype):
-    """Whole blocks are dealt out, so that each sum in float32 is the same number wherever it is taken."""
+    """Processes get whole blocks, so that each sum in float32 is the same number in every process."""
     one = alone[product_dtype]
     many = with_values(one, results_dir=tmp_path)
     assert run_cache(many, size, tmp_path) == [0] * size

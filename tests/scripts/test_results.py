@@ -69,7 +69,7 @@ def test_tensors_come_back_as_they_are_also_to_safetensors(written):
 
 @given(st.data())
 def test_a_changed_byte_is_found(written, data):
-    """In the numbers always; in the header wherever it changes a tensor or the check sums."""
+    """Finds any changed byte of the numbers, and bytes of the header that change a tensor or the checksums."""
     content = bytearray(written.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     index = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
@@ -171,7 +171,7 @@ def test_a_result_is_reused_and_made_where_there_is_none_or_it_is_asked_for(path
 
 
 def test_every_setting_that_differs_or_is_lacking_is_named(path):
-    """Also a setting that is None now."""
+    """Names a setting that is None now, too."""
     stored = {"dtype": "bfloat16", "seed": 0, "fractions": [0.5]}
     write_result(path, IDENTITY | {"config": stored})
     with pytest.raises(UserError) as raised:

@@ -1,4 +1,4 @@
-"""runs/: each study is what its yaml file says, and Snakemake runs it, whatever fails on the way."""
+"""runs/: each study follows its yaml file, and Snakemake runs it to the end despite failures."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def snakemake(configfile: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def num_jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
-    """How many jobs of each rule Snakemake plans."""
+    """The number of jobs that Snakemake plans, by rule."""
     found = re.findall(r"^(\w+) +(\d+)$", done.stdout, flags=re.MULTILINE)
     return {name: int(number) for name, number in found}
 

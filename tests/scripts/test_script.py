@@ -70,7 +70,7 @@ def test_an_ended_program_leaves_no_temporary_file(number, code, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
 def test_a_reader_that_has_seen_enough_is_no_fault(flag, tmp_path):
-    """As `head` is one: the pipe is closed when the script writes."""
+    """The reader, such as `head`, has closed the pipe when the script writes."""
 
     def whole(rank: int) -> None:
         reader, writer = os.pipe()

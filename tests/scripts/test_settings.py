@@ -21,7 +21,7 @@ from utils.settings import Data, Model, all_settings, command_line, expand, path
 
 
 def test_the_command_of_a_config_gives_that_config():
-    """Also if values hold spaces, quotes and braces: a shell passes the command's words."""
+    """Values may hold spaces, quotes and braces: a shell splits the command into the same words."""
     values = {"model_name": 'it\'s {a} "model"', "adapter_dir": Path("my results/adapter"), "seed": 2**32 - 1}
     values |= {
         "text_template": "{a}\n$HOME `b` \u00e4",

@@ -1,4 +1,4 @@
-"""fig_plot/collect.py: the tables equal the results they were read from, and what cannot be read is named."""
+"""fig_plot/collect.py: the tables equal the results they were read from; unreadable files are named."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ SCRIPT = "fig_plot/collect.py"
 
 
 def run_scripts(model: Path, rows: Path, results_dir: Path, seed: int, is_trained: bool) -> None:
-    """What a small study leaves of one model and seed."""
+    """Runs the scripts of a small study for one model and seed."""
     shared: dict[str, Any] = {"model_name": str(model), "dataset_name": str(rows), "seed": seed}
     shared["results_dir"] = results_dir
     for split in ("train", "test"):
@@ -78,9 +78,9 @@ def six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-# ------------------------------------------------------------------ what is collected
+# ------------------------------------------------------------------ results that are collected
 def test_scores_and_layers_equal_the_results(results_dir):
-    """Of a random V the middle layer alone."""
+    """A random V has rows for the middle layer alone."""
     data, results = collected(results_dir), read_results(results_dir, "ntps/*/*.json")
     keys = ["model", "seed", "subspace", "eigenvectors"]
     scores, layers = (pd.read_csv(data / name) for name in ("scores.csv", "layers.csv.gz"))
@@ -210,7 +210,7 @@ def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_no
 
 
 def test_whole_numbers_keep_all_their_digits(tmp_path):
-    """Also in a column that is empty for another model."""
+    """Whole numbers keep their digits even in a column that is empty for another model."""
     rows = [{"model": "a", "num_parameters": 1378944, "loss": 2.123456789}, {"model": "b", "num_parameters": None}]
     save_csv(tmp_path / "models.csv", collect.to_table("models", placed(rows)))
     assert (tmp_path / "models.csv").read_text().splitlines()[1:] == ["a,1378944,2.12346", "b,,"]
@@ -262,7 +262,7 @@ def test_the_converged_probe_is_a_method_of_its_own_on_the_same_dataset():
     assert (row["test_accuracy"], row["train_loss"], row["seconds"]) == (0.75, 0.5, 1.3)
 
 
-# ------------------------------------------------------------------ what is not
+# ------------------------------------------------------------------ results that are not
 def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, model_dirs, capsys):
     model = model_dirs["qwen2"].name
     partial = results_dir / "seed0" / "lora" / model / "rows"

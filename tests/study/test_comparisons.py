@@ -69,7 +69,7 @@ def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
 
 
 def test_leads_over_random_subspaces_and_their_sign_in_two_models():
-    """At the last layer of the cells, at the middle one of the layers; two datasets change sign."""
+    """The leads are at the last layer of the cells and the middle one of the layers; two datasets change sign."""
     random = np.random.default_rng(0)
     first = random.uniform(0.1, 1, 8) * np.array([1, 1, 1, 1, -1, -1, -1, 1])
     second = np.abs(first) * np.array([1, 1, 1, 1, -1, -1, 1, -1])

@@ -1,4 +1,4 @@
-"""Rank statistics against scipy, scikit-learn and direct formulas; what noise gives; the paper's 24 correlations."""
+"""Rank statistics against scipy, scikit-learn and direct formulas; on noise; and the paper's 24 correlations."""
 
 import math
 from itertools import permutations
@@ -60,7 +60,7 @@ def test_rank_one_is_the_smallest():
 
 
 def regressed_partial(x, y, z):
-    """Correlation of what least squares on the ranks of z leaves of the ranks of x and y."""
+    """Correlation of the residuals of the ranks of x and y after least squares on the ranks of z."""
     ranks = scipy.stats.rankdata([x, y, z], axis=1)
     design = np.column_stack([np.ones(len(x)), ranks[2]])
     left = ranks[:2].T - design @ np.linalg.lstsq(design, ranks[:2].T)[0]
@@ -79,7 +79,7 @@ def test_partial_is_the_correlation_of_what_regression_leaves():
 
 
 def test_auc_is_the_chance_that_a_positive_scores_higher():
-    """By hand: of 2 x 3 pairs 4 are in order and one ties; a missing score takes no part."""
+    """Counted by hand: of 2 x 3 pairs 4 are in order and one ties; a missing score takes no part."""
     score, positive = np.array([3, 1, 1, 2, 0, np.nan]), np.array([True, True, False, False, False, False])
     assert drawn_auc(np.ones((1, 6)), score, positive) == pytest.approx(4.5 / 6)
     assert np.isnan(drawn_auc(np.ones((1, 3)), score[[0, 1, 5]], positive[[0, 1, 5]]))
@@ -194,7 +194,7 @@ def test_p_of_several_models_permutes_their_tasks_together(direction):
 
 @pytest.mark.parametrize("select", [selection_null, leave_one_out_selection])
 def test_a_negative_claim_finds_a_negative_relation_and_no_positive_one(select):
-    """One configuration falls with the target, one rises: each is found where its sign is the one that is claimed."""
+    """One configuration falls with the target, one rises: each is found if the claim has its sign."""
     random = np.random.default_rng(16)
     targets = random.normal(size=12)
     maps = random.normal(size=(20, 12))
@@ -218,7 +218,7 @@ def test_selection_skips_what_is_missing_and_keeps_the_index():
 
 
 def test_leave_one_out_predicts_the_fraction_of_the_others_below():
-    """So with one configuration it is its Spearman."""
+    """The correlation of a single configuration is therefore its Spearman."""
     x, y = correlated_pairs(12, seed=12)
     assert leave_one_out_selection(x[None], y, 50).correlation == pytest.approx(spearman(x, y), abs=1e-12)
     found = leave_one_out_selection([[10, 20, 20, 40, np.nan, 70]], [1, 2, 3, 4, 5, np.nan])

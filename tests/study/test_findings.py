@@ -1,4 +1,4 @@
-"""fig_plot/tables.py and fig_plot/findings/__main__.py on made-up studies whose answer is known."""
+"""fig_plot/tables.py and fig_plot/findings/__main__.py on made-up studies with known answers."""
 
 import gzip
 
@@ -31,7 +31,7 @@ def write_study(folder, seed: int = 0, relation: float = 1.0) -> pd.DataFrame:
     """CSV files as collect.py writes them, and the truth they were made from, one row per model and task.
 
     `ntps` is `relation` x probe accuracy + noise (no noise at 1); `retained` is noise; LoRA gains 0.3 x headroom.
-    Across models NTPS falls with accuracy: each model's NTPS is shifted down by twice what its accuracy is shifted up.
+    Across models NTPS falls with accuracy: a model's NTPS is shifted down by twice the upward shift of its accuracy.
     """
     random = np.random.default_rng(seed)
     easy = random.permutation(np.linspace(0.3, 0.9, len(TASKS)))
@@ -196,7 +196,7 @@ def test_the_procedure_by_the_scores_of_random_weights(tmp_path):
 
 
 def test_cells_take_the_last_layer_and_differences_of_the_same_seed(tmp_path):
-    """And a regression has no number of classes to be ranked by."""
+    """A gain compares runs of one seed at the last layer; a regression has no number of classes."""
     write_study(tmp_path)
     scores = pd.read_csv(tmp_path / "scores.csv")
     scores.loc[scores.dataset == "task03", "num_classes"] = 0
@@ -244,7 +244,7 @@ def test_share_of_the_spread_between_seeds_has_an_interval_that_covers_it():
 
 
 def test_the_papers_own_datasets_are_judged_alone_too(tmp_path, monkeypatch):
-    """Seven of fourteen are the paper's: there the planted relation is turned around."""
+    """Seven of fourteen are the paper's; on these the planted relation is reversed."""
     write_study(tmp_path)
     own = TASKS[::2]
     scores, layers = (pd.read_csv(tables.table_path(name, tmp_path)) for name in ("scores", "layers"))

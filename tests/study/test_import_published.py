@@ -57,9 +57,9 @@ class Call:
         return self.call
 
 
-# ------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------ files that are read
 def of_numpy_1(content: dict) -> bytes:
-    """The pickle with numpy's old name, whose length protocol 4 states in the byte before it and in its frame."""
+    """The pickle with numpy's old name; protocol 4 states its length in the byte before it and in its frame."""
     raw = pickle.dumps(content, protocol=4)
     old = raw.replace(b"\x15numpy._core.multiarray", b"\x14numpy.core.multiarray")
     frame = old.index(b"\x95") + 1
@@ -96,9 +96,9 @@ def test_published_files_equal_their_csv(tmp_path):
             pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-12)
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ files that are refused
 def hostile(kind: str, marker) -> object:
-    """A content that leaves the marker file behind where it is run."""
+    """A content that writes the marker file if it is executed."""
     touch = f"open({str(marker)!r}, 'w')"
     return {
         "os.system": Call(os.system, f"touch {marker}"),

@@ -103,7 +103,7 @@ def test_notebooks_draw_the_published_values_where_they_are(copied):
 
 
 def test_committed_tables_hold_the_whole_study():
-    """At least twelve tasks, several seeds, every way of training and every control."""
+    """The tables hold at least twelve tasks, several seeds, every way of training and every control."""
     training, scores = (pd.read_csv(ROOT / "fig_plot" / "data" / f"{name}.csv") for name in ("training", "scores"))
     assert training.groupby("method").dataset.nunique().min() >= 12 and training.seed.nunique() >= 2
     assert set(training.method) == {"linear_training", "lora", "full_finetuning", "from_scratch"}

@@ -24,7 +24,7 @@ LEADS = ["lead", "low", "high"]
 
 
 def is_rounded(shown: list[str], values) -> bool:
-    """Whether each number is the value, rounded to the digits that are shown."""
+    """True if each number is the value, rounded to the digits that are shown."""
     return [float(text) for text in shown] == pytest.approx(
         [round(value, len(text.split(".")[1])) for text, value in zip(shown, values, strict=True)], abs=1e-12
     )
@@ -202,7 +202,7 @@ CHOSEN_ON = ["train_accuracy", "train_mse", "lora_gain_paper"]
 
 
 def is_within_published(study: str, of: str = "") -> list[bool]:
-    """Whether the procedure reaches the smallest published correlation, for accuracy, error and gain."""
+    """True if the procedure reaches the smallest published correlation, for accuracy, error and gain."""
     weakest = published().assign(size=published().spearman.abs()).groupby("measure")["size"].min()
     weakest = weakest[["probe_accuracy", "probe_mse", "lora_gain"]].to_numpy()
     return ((chosen(study, of).spearman * pd.Series(CLAIMED))[CHOSEN_ON].to_numpy() >= weakest).tolist()

@@ -1,4 +1,4 @@
-"""benchmarks/reproducibility.py: its formulas against K_sweep.py's where these must agree, and its command line."""
+"""benchmarks/reproducibility.py: its formulas against K_sweep.py's if both must agree, and its command line."""
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ def moments_of_rank(num_labels: int, hidden_size: int = 12):
 
 
 def test_released_formula_equals_ours_where_nothing_is_tied():
-    """As many labels as dimensions: every eigenvector of U carries one, so that there is no basis to choose."""
+    """Every eigenvector of U carries a label, with as many labels as dimensions: the basis is unique."""
     moments = moments_of_rank(12)
     ours = our_score(moments, eigenvectors="smallest", fractions=FRACTIONS)
     assert reproducibility.released_score(moments, FRACTIONS, torch.float64) == pytest.approx(ours, abs=1e-8)
@@ -40,7 +40,7 @@ def test_released_formula_equals_ours_where_nothing_is_tied():
 
 
 def test_released_cut_is_absolute():
-    """In another unit the released formula keeps other directions, ours the same."""
+    """The released formula keeps other directions in another unit, ours the same."""
     matrix = torch.diag(torch.logspace(0, -6, 7, dtype=torch.float64))
     factor = torch.ones(7, 1, dtype=torch.float64)
     for scale, kept in ((1, 7), (3e-4, 5)):

@@ -1,4 +1,4 @@
-"""Scores equal their formulas; the bag of words is scikit-learn's, of characters where no blank divides words."""
+"""Scores equal their formulas; the bag of words is scikit-learn's, of characters in scripts without blanks."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""utils/training/loop.py and finetune.py: order, schedule, gradients, memory, evaluation; and what several share."""
+"""utils/training/loop.py and finetune.py: order, schedule, gradients, memory, evaluation; and several processes."""
 
 import math
 import sys
@@ -166,7 +166,7 @@ def test_defaults_are_the_papers(script, num_steps):
 
 # ------------------------------------------------------------------ gradients and memory
 def process(rank: int, run: TrainingRun) -> Any:
-    """The accelerator of one of three processes, whose sums are its own part alone."""
+    """The accelerator of one of three processes; its sums are its own part alone."""
     real = run.accelerator
     return SimpleNamespace(
         process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
