@@ -72,7 +72,7 @@ class Config:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError("--fractions must be in (0, 1]")
         if self.num_null_draws < 2 or self.num_random_draws < 0 or self.num_random_draws == 1:
-            raise ValueError("--num_null_draws and --num_random_draws must be at least 2, for a spread; no random V: 0")
+            raise ValueError("--num_null_draws and --num_random_draws must be at least 2; 0 draws no random V")
 
 
 # ------------------------------------------------------------------ the score, from its definition
@@ -306,7 +306,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
         for layer_index in tqdm(metadata["layers"], unit="layer", desc="K_sweep"):
             moments = load_layer(file, metadata, layer_index, device)
             if not moments.labels_vary:
-                raise UserError(f"The labels of {path} are all equal. See --split, --label_column or --max_samples.")
+                raise UserError(f"The labels of {path} are all equal. Change --split, --label_column or --max_samples.")
             held_out = None
             if other_metadata and layer_index in other_metadata["layers"]:
                 held_out = load_layer(other, other_metadata, layer_index, device)

@@ -86,7 +86,7 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
         category, _, listed = group.partition("=")
         words = [word.strip() for word in listed.split(",")]
         if not category.strip() or "" in words or category.strip() in categories:
-            raise UserError(f"--words has {group!r}, which is not another category=word,word. {usage}")
+            raise UserError(f"--words must have a new category=word,word in each part, not {group!r}. {usage}")
         categories[category.strip()] = words
     flat = [word for words in categories.values() for word in words]
     if twice := sorted({word for word in flat if flat.count(word) > 1}):
@@ -113,7 +113,7 @@ def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
     visit_hidden_states(model, input_ids, keep)
     if not (finite := states[config.layer].isfinite().all(1)).all():
         word, dtype = words[int((~finite).nonzero()[0])], config.model.dtype
-        raise UserError(f"The state of {word!r} at layer {config.layer} is not finite ({dtype}); see --dtype.")
+        raise UserError(f"The state of {word!r} at layer {config.layer} is not finite in {dtype}. Change --dtype.")
     return states[config.layer], tokens.lengths.tolist()
 
 
@@ -131,13 +131,13 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
     if len(values) < k:
         remedy = f"Set --num_components {len(values)}" if len(values) >= 2 else "Choose a dataset with more classes"
         raise UserError(
-            f"{problem} {len(values)} informative directions, --num_components asks for {k}: the further ones have an "
-            f"arbitrary basis. {remedy}{', or drop --center' if config.center else ''}."
+            f"{problem} {len(values)} informative directions, fewer than --num_components {k}; all further directions "
+            f"have an arbitrary basis. {remedy}{', or drop --center' if config.center else ''}."
         )
     if (values.diff().abs() < TIE * values[:-1]).any():
         raise UserError(
-            f"{problem} equal eigenvalues ({', '.join(f'{value:.7g}' for value in values)}), so that its axes are "
-            "arbitrary. Take more texts than the model has dimensions, or another --layer."
+            f"{problem} equal eigenvalues ({', '.join(f'{value:.7g}' for value in values)}), so its axes are "
+            "arbitrary. Use more texts than the model has dimensions, or another --layer."
         )
     return solved.vectors[:, :k], values[:k]
 

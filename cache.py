@@ -63,7 +63,7 @@ class Output(Unrecorded):
         if self.layers == ():
             raise ValueError("--layers needs the number of a layer, such as -1 for the last")
         if self.layers is not None and self.save_pooled != "none":
-            raise ValueError("--layers is for moments: --save_pooled keeps the last layer, or all of them")
+            raise ValueError("--layers selects moments only: --save_pooled keeps the last layer, or all of them")
 
 
 @dataclass(frozen=True)

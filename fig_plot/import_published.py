@@ -116,7 +116,7 @@ def read_rows(folder: Path, name: str, to_rows: Any, fields: tuple[str, ...], co
     found = sorted(folder.rglob(name))
     if len(found) != 1:
         listed = ", ".join(map(str, found)) or "none"
-        raise UserError(f"Sought one {name} below {folder}, found {listed}. Give a folder with these alone.")
+        raise UserError(f"{folder} must hold one {name}, but holds {listed}. Give a folder with the four files only.")
     try:
         with open(found[0], "rb") as file:
             table = pd.DataFrame(to_rows(FloatUnpickler(file).load(), *fields), columns=columns)
@@ -126,8 +126,8 @@ def read_rows(folder: Path, name: str, to_rows: Any, fields: tuple[str, ...], co
     except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError,
             ValueError, MemoryError) as error:  # fmt: skip
         raise UserError(
-            f"{found[0]} is not the authors' file and was refused ({type(error).__name__}: {error}): only numpy floats "
-            "are read, nothing was run or written. Use the file as they published it."
+            f"{found[0]} is not the authors' file and was refused ({type(error).__name__}: {error}): this command "
+            "reads numpy floats only, and ran and wrote nothing. Use the file as they published it."
         ) from None
     return table
 

@@ -148,7 +148,7 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
         content = path.read_bytes()
         table = parse_table(name, (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8"))
     except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
-        raise UserError(f"{path} is no whole table ({error}). Make it again: python -m fig_plot.{module}") from None
+        raise UserError(f"{path} is no complete table ({error}). Make it again: python -m fig_plot.{module}") from None
     if name in ("scores", "layers"):  # files of an older version lack these columns
         for column, value in (("coordinates", "as_is"), ("subspace", "autoregression")):
             if column not in table:

@@ -139,7 +139,7 @@ class Stored(dict):
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path} is no whole result: it has no {key!r}. {remedy(self.path)}")
+        raise UserError(f"{self.path} is incomplete: it has no {key!r}. {remedy(self.path)}")
 
 
 def parse_stored(path: Path, text: str | bytes) -> Stored:
@@ -305,8 +305,8 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     shared = [name for name in asked if name in stored and (names is None or name in names)]
     if differing := differing_settings(stored, {name: asked[name] for name in shared if name not in omitted}):
         raise UserError(
-            f"{moments} was made with other settings ({differing}). Leave them out to take those of the "
-            "moments, run cache.py with them and --overwrite, or write elsewhere with --results_dir."
+            f"{moments} was made with other settings ({differing}). Omit these flags to use the settings "
+            "of the moments, run cache.py with them and --overwrite, or write elsewhere with --results_dir."
         )
     values = {name: stored[name] for name in shared if name in omitted}
     if values.get("adapter_dir"):

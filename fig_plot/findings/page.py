@@ -312,7 +312,7 @@ def fill_page(text: str, page: Path) -> str:
     def block(match: re.Match) -> str:
         start, name, studies, end = match.groups()
         if name not in TABLES:
-            raise UserError(f"{page} asks for the table {name!r}; there are {', '.join(TABLES)}.")
+            raise UserError(f"{page} asks for the table {name!r}, but the tables are {', '.join(TABLES)}.")
         titles, source = find_studies(DATA_DIR), {"claims": "like_for_like", "tasks": "correlations"}.get(name, name)
         folders = [DATA_DIR if study == "docstrings" else DATA_DIR / study for study in studies.split()]
         found = [folder for folder in folders if table_path(f"findings_{source}", folder).is_file()]
@@ -327,7 +327,7 @@ def main(config: Config) -> None:
         before = (ROOT / page).read_text(encoding="utf-8")
         after = fill_page(before, page)
         if after != before and config.check:
-            raise UserError(f"{page} is not what the CSV files say. Run: python -m fig_plot.findings.page")
+            raise UserError(f"{page} differs from the CSV files. Run: python -m fig_plot.findings.page")
         if after != before:
             with write_atomically(ROOT / page) as temporary:
                 temporary.write_text(after, encoding="utf-8")

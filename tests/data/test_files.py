@@ -55,9 +55,9 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "header only": ("rows.tsv", "text\tlabel\n", r"has no rows: only the columns text, label"),
     "blank lines": ("rows.jsonl", "\n\n", r"has no rows"),
     "other kind of file": ("rows.txt", "a", r"rows\.txt.*\.jsonl.*\.parquet"),
-    "not JSON": ("rows.jsonl", GOOD * 2 + "{text: b}\n", r"rows\.jsonl, line 3 is not JSON.*'\{text: b\}'"),
-    "list cut off": ("rows.json", '[{"text": "a",\n', r"not JSON that can be read \(Expecting property"),
-    "long number": ("rows.jsonl", GOOD + f'{{"label": {"1" * 5000}}}', r"line 2 is not JSON .*\(Exceeds the limit"),
+    "not JSON": ("rows.jsonl", GOOD * 2 + "{text: b}\n", r"rows\.jsonl, line 3 is not readable JSON.*'\{text: b\}'"),
+    "list cut off": ("rows.json", '[{"text": "a",\n', r"not readable JSON \(Expecting property"),
+    "long number": ("rows.jsonl", GOOD + f'{{"label": {"1" * 5000}}}', r"line 2 is not readable .*\(Exceeds the limit"),
     "a string": ("rows.json", '"text"', r"'text' is not an object"),
     "a list": ("rows.jsonl", GOOD + '["a", 1]\n', r"row 2: .*not an object"),
     "empty texts": ("rows.jsonl", GOOD + '{"text": " ", "label": 1}\n{"label": 1}\n{"text": NaN, "label": 1}\n',
@@ -154,7 +154,7 @@ def test_missing_label_is_no_class(word: str, tmp_path: Path, capsys: pytest.Cap
         assert found.label_names == ["neg", "pos"] and found.texts == ["text 0", "text 1", "text 3"]
         err = capsys.readouterr().err
         assert "1 of 4 train rows" in err and "no label (missing or -1): rows 3" in err and "left out" in err
-        assert not word.strip() or f"written {word!r}: a class called so needs another name" in err
+        assert not word.strip() or f"written {word!r}: a class needs a name other than these" in err
         found = load(write_labels(tmp_path / f"targets.{suffix}", ["0.5", word, "-1", "2.25"]), "all")
         assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
 
@@ -230,7 +230,7 @@ def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert "'Calm' and 'calm'" in err and "'01' and '1'" in err and "'none' is a class" in err
     load(write_labels(tmp_path / "rows.csv", ["0.50", "0.755"]), "all")
-    assert "not written as numbers are: all are names of classes" in capsys.readouterr().err
+    assert "like numbers in unusual notation: they name classes" in capsys.readouterr().err
 
 
 def test_label_types_of_parquet(tmp_path: Path) -> None:

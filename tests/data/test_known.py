@@ -178,7 +178,7 @@ def test_leak_of_the_intents_is_found(calls: list[dict[str, Any]], capsys: pytes
     load("emotion")
     out, err = capsys.readouterr()
     assert "0.0% of the test texts" in out and "of the test texts" not in err
-    assert "was known with 16,000 and 2,000 rows" in err, "a size other than the table's is told"
+    assert "had 16,000 and 2,000 rows" in err, "a size other than the table's is told"
 
 
 def test_all_is_every_labelled_row_and_a_seed_moves_no_known_split(calls: list[dict[str, Any]]) -> None:
@@ -274,7 +274,7 @@ def test_test_rows_are_taken_from_train_where_that_is_asked_for(
     assert load("user/news", "all", tmp_path, label_column="topic").label_names == ["x", "y"]
     columns = {"text": [f"b'text {n}'" for n in range(40)], "toxicity_human": [1 + n % 9 / 2 for n in range(40)]}
     write_parquet(tmp_path / "toxigen" / "train.parquet", columns)
-    with pytest.raises(UserError, match=r"no split 'test'; splits: train\. Add one called test, .*or --divide_train"):
+    with pytest.raises(UserError, match=r"no split 'test'; splits: train\. Add a split 'test', .*or --divide_train"):
         load("toxigen", copies=tmp_path)
     assert len(load("toxigen", "all", tmp_path).texts) == 40, "a copy need not be whole"
     parts = [load("toxigen", split, tmp_path, divide_train=True) for split in ("train", "test")]

@@ -134,7 +134,7 @@ WRONG = {  # message -> the model, and how its file differs
     "does not state num_hidden_layers, hidden_size": ("llama", {"without": ("block_count", "embedding_length")}),
     "settings that do not fit together.*head_dim": ("llama", {"extra": {"llama.attention.key_length": 8.5}}),
     "has nothing for blk.1.ffn_up.weight": ("llama", {"without": ("blk.1.ffn_up.weight",)}),
-    r"holds blk\.0\.attn_k\.bias, which a llama model here would not use": ("qwen2", {"architecture": "llama"}),
+    r"holds blk\.0\.attn_k\.bias, which a llama model does not use": ("qwen2", {"architecture": "llama"}),
     "does not state sliding_window": ("gemma3", {"extra": {"gemma3.attention.key_length": 8}}),
     "does not state head_dim": ("gemma3", {"extra": {"gemma3.attention.sliding_window": 5}}),
 }

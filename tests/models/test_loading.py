@@ -182,7 +182,7 @@ def test_of_a_multi_modal_model_the_text_decoder_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tinny", "cannot be reached.*Did you mean tiny"), ("./nowhere", "There is no folder ./nowhere")],
+    [("tinny", "cannot be reached.*Did you mean tiny"), ("./nowhere", "The folder ./nowhere does not exist")],
 )
 def test_the_hub_decides_about_a_name_and_before_the_data_are_read(name, message, tmp_path, monkeypatch):
     for script in ("cache.py", "linear_sklearn.py", "linear_training.py", "lora_finetuning.py", "from_scratch.py"):

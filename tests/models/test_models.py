@@ -104,16 +104,16 @@ def test_a_tokenizer_that_adds_bos_or_eos_keeps_them_and_nothing_else_changes(co
     expected = [[*before, *make_tokenizer()(text)["input_ids"][:kept], *behind] for text in texts]
     assert rows_of(tokenize(texts, tokenizer, config, max_length=10)) == expected
     if behind:
-        with pytest.raises(UserError, match="1 tokens do not hold what the tokenizer adds"):
+        with pytest.raises(UserError, match="The tokenizer adds more than 1 tokens"):
             tokenize(texts, tokenizer, config, max_length=1)
 
 
 def test_texts_that_the_model_cannot_read_are_refused_and_no_limit_is_none(config):
-    with pytest.raises(UserError, match="--max_length 65 is more than the model can read: 64 tokens"):
+    with pytest.raises(UserError, match="--max_length 65 exceeds the 64 tokens that the model can read"):
         tokenize(["a"], make_tokenizer(), config, max_length=65)
     with pytest.raises(UserError, match=r"1 texts have no token, the first is row 1: ''\. Remove"):
         tokenize(["a", "", "b"], make_tokenizer(), config)
-    with pytest.raises(UserError, match=r"the model knows 20: they do not belong together.*--tokenizer_name"):
+    with pytest.raises(UserError, match=r"the model has 20 tokens: they do not belong together.*--tokenizer_name"):
         tokenize(["the river"], make_tokenizer(), Qwen2Config(vocab_size=20))
     for unlimited in (MambaConfig(vocab_size=300), XLNetConfig(vocab_size=300), BloomConfig(vocab_size=300)):
         tokens = tokenize(["the river " * 1000], make_tokenizer(), unlimited)
@@ -213,7 +213,7 @@ def test_tokenizer_of_another_repository(tmp_path):
     assert ours("the river")["input_ids"] == [0, *make_tokenizer()("the river")["input_ids"]]
     with pytest.raises(UserError, match="meta-llama/Llama-2-7b-hf"):
         load_tokenizer(Model(str(tmp_path / "model")), RUN, config)
-    with pytest.raises(UserError, match=r"There is no folder or file \./nowhere\. See --tokenizer_name"):
+    with pytest.raises(UserError, match=r"folder or file \./nowhere does not exist\. Correct --tokenizer_name"):
         load_tokenizer(Model(str(tmp_path / "model"), tokenizer_name="./nowhere"), RUN, config)
 
 

@@ -265,6 +265,6 @@ def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path):
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split))
     config = configure(K_sweep, **shared, picture=False)
-    with pytest.raises(UserError, match=r"labels of .*test.safetensors are all equal. See --split"):
+    with pytest.raises(UserError, match=r"labels of .*test.safetensors are all equal. Change --split"):
         K_sweep.main(with_values(config, split="test"))
     K_sweep.main(config)

@@ -253,10 +253,10 @@ def test_command_line_writes_and_refuses_other_moments(config):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("a=red,green", "small,large"), "'small,large', which is not another category=word,word"),
-        (("=red,green", "b=small,large"), "'=red,green', which is not another"),
-        (("a=red,,green", "b=small,large"), "'a=red,,green', which is not another"),
-        (("a=red,green", "a=small,large"), "'a=small,large', which is not another"),
+        (("a=red,green", "small,large"), "a new category=word,word in each part, not 'small,large'"),
+        (("=red,green", "b=small,large"), "not '=red,green'"),
+        (("a=red,,green", "b=small,large"), "not 'a=red,,green'"),
+        (("a=red,green", "a=small,large"), "not 'a=small,large'"),
         (("a=red,green",), "two words or more in each of the first two"),
         (("a=red,green", "b=small"), "two words or more in each of the first two"),
         (("a=red,green", "b=small, red"), "red more than once"),

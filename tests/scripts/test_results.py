@@ -90,7 +90,7 @@ def test_a_changed_byte_is_found(written, data):
     [
         (None, "was not written by this version"),  # a file of safetensors that is not ours
         ({"format_version": 3, "crc32": {}}, "was not written by this version"),
-        ({"format_version": 4}, "is no whole result: it has no 'crc32'"),
+        ({"format_version": 4}, "is incomplete: it has no 'crc32'"),
         ("[", "is damaged"),
         (b"", "is damaged"),
     ],
@@ -129,7 +129,7 @@ def test_an_entry_that_a_file_lacks_names_the_file(tmp_path):
     found = load_json(tmp_path / "result.json")
     assert found == {"config": {"model_name": "a"}} and found.get("seed") is None and "seed" not in found
     for read in (lambda: found["environment"], lambda: found["config"]["seed"]):
-        with pytest.raises(UserError, match=r"result\.json is no whole result"):
+        with pytest.raises(UserError, match=r"result\.json is incomplete"):
             read()
 
 

@@ -184,7 +184,7 @@ def test_a_damaged_table_is_not_kept_and_no_other_is_touched(results_dir, name, 
     (data / f"{name}.csv").write_bytes(content)
     shutil.rmtree(results_dir / "seed1")  # what would be lost, were a table written anew
     before = {path.name: path.read_bytes() for path in data.iterdir()}
-    with pytest.raises(UserError, match=rf"{name}\.csv is no whole table \({why}.*python -m fig_plot\.collect$"):
+    with pytest.raises(UserError, match=rf"{name}\.csv is no complete table \({why}.*python -m fig_plot\.collect$"):
         collected(results_dir, keep=True)
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before
 
@@ -278,7 +278,7 @@ def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, mod
     expected = [
         f"partial: {partial} has no metrics.json",
         f"skipped: {damaged} is damaged",
-        f"skipped: {foreign} is no whole result",
+        f"skipped: {foreign} is incomplete",
         f"skipped: {stray} was not written",
         f"skipped: {wrong} is not a result of ntps (TypeError: hidden_size is 'wide')",
     ]

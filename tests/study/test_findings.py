@@ -167,12 +167,12 @@ def test_a_damaged_table_is_named_with_the_command_that_makes_it_again(damage, t
         path = tables.table_path(name, tmp_path)
         path.write_bytes(pack(change(unpack(path.read_bytes()))))
         with pytest.raises(
-            UserError, match=rf"is no whole table \(.*({why}).*again: python -m fig_plot\.collect$"
+            UserError, match=rf"is no complete table \(.*({why}).*again: python -m fig_plot\.collect$"
         ) as of:
             tables.read_table(name, tmp_path)
         assert str(of.value).startswith(str(path)) and "\n" not in str(of.value)
     (tmp_path / "findings_leads.csv").write_text("score,value\nntps,0.1\nret")
-    with pytest.raises(UserError, match=r"findings_leads.csv is no whole table .*: python -m fig_plot.findings$"):
+    with pytest.raises(UserError, match=r"findings_leads.csv is no complete table .*: python -m fig_plot.findings$"):
         tables.read_table("findings_leads", tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_missing_ambiguous_and_wrong_paths_are_named(tmp_path):
         main(Config(path=folder.parent))
     second.unlink()
     found.unlink()
-    with pytest.raises(UserError, match=f"Sought one Fig2_2.pkl below {folder.parent}, found none"):
+    with pytest.raises(UserError, match=f"{folder.parent} must hold one Fig2_2.pkl, but holds none"):
         main(Config(path=folder.parent))
     with pytest.raises(UserError, match="is not a folder"):
         main(Config(path=tmp_path / "nowhere"))

@@ -279,7 +279,7 @@ def test_a_stale_table_is_found_and_mended(monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text(stale)
     monkeypatch.setattr(page, "PAGES", (Path("page.md"),))
     monkeypatch.setattr(page, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"page\.md is not what the CSV files say"):
+    with pytest.raises(UserError, match=r"page\.md differs from the CSV files"):
         page.main(page.Config(check=True))
     assert (tmp_path / "page.md").read_text() == stale
     page.main(page.Config())

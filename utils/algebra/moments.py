@@ -253,7 +253,7 @@ def check_has_layer(metadata: dict, layer: int) -> None:
     """Raises UserError if the moments do not hold a layer."""
     if layer not in (kept := metadata["layers"]):
         more = f"--layers {in_words({*kept, layer})}"
-        raise UserError(f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with {more}, or without.")
+        raise UserError(f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with {more}, or for all.")
 
 
 def numbers_of_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

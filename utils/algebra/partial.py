@@ -113,7 +113,7 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], ove
     moments, path = partial.moments, partial_pooled_path(partial.moments)
     has_pooled = pooled_shape[0] > 0
     if has_pooled and not on_one_machine():
-        raise UserError("--save_pooled needs all processes on one machine. Start them there, or one alone.")
+        raise UserError("--save_pooled needs all processes on one machine. Start them on one, or start one process.")
     object_of_first(lambda: partial.discard_unusable(has_pooled, overwrite))
     try:
         if has_pooled:

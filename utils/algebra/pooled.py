@@ -56,7 +56,7 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
     """The pooled states of one layer (-1: the last), (n, d) float32; UserError if they belong to other moments."""
     pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
-        raise UserError(f"{pooled_path(moments)} is damaged or of other moments. {remedy(moments)}")
+        raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {remedy(moments)}")
     return torch.from_numpy(pooled)
 
 

@@ -53,7 +53,7 @@ def load_folds(path: Path, layer: int, device: torch.device) -> list[Moments]:
 def check_several(num_folds: int, who: str) -> None:
     """Raises UserError if `num_folds` folds with texts are too few for `who` to cross-validate."""
     if num_folds < 2:
-        raise UserError(f"All texts fall into one fold (are they all equal?): {who} cannot cross-validate.")
+        raise UserError(f"All texts fall into one fold, so {who} cannot cross-validate. Give texts that differ.")
 
 
 def fold_pairs(folds: list[Moments]) -> list[Pair]:

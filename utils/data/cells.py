@@ -94,11 +94,11 @@ def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> 
             raise UserError(f"Label {number} of {source} is {error}. Name another column: --label_column.") from None
     blanks = sum(isinstance(label, str) and label != label.strip() and bool(label.strip()) for label in labels)
     if blanks:
-        warn(f"{blanks} labels of {source} have blanks around them, which are taken off")
+        warn(f"{blanks} labels of {source} have blanks around them; these blanks are removed")
     labels = typed([label.strip() if isinstance(label, str) else label for label in labels])
     kinds = {type(label) for label in labels if not is_missing(label)}
     if bool in kinds and kinds & {int, float}:
-        raise UserError(f"The labels of {source} mix true or false with numbers. Write all of them in one way.")
+        raise UserError(f"The labels of {source} mix true or false with numbers. Write all labels in one form.")
     if regression is None:
         regression = _are_targets(source, [label for label in labels if not is_missing(label, True)])
     labels = [None if is_missing(label, regression) else label for label in labels]
@@ -134,7 +134,7 @@ def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
     rows = [row for row, is_absent in enumerate(missing) if is_absent]
     words = dict.fromkeys(repr(labels[row].strip()) for row in rows if isinstance(labels[row], str))
     words.pop("''", None)
-    spelled = f"; written {listed(words)}: a class called so needs another name" if words else ""
+    spelled = f"; written {listed(words)}: a class needs a name other than these" if words else ""
     return f": rows {listed(row + 1 for row in rows)}{spelled}"
 
 
@@ -147,7 +147,7 @@ def _are_targets(source: str, labels: list[Any]) -> bool:
     has_decimals = any(is_finite(word) and not float(word).is_integer() for word in spelled)
     if has_decimals and 0 < 2 * len(words) < len(spelled):
         found = f"Most labels of {source} are numbers with decimals, but some are words: {listed(map(repr, words))}"
-        raise UserError(f"{found}. Leave them empty where they are missing, or take --task classification.")
+        raise UserError(f"{found}. Leave missing labels empty, or set --task classification.")
     return False
 
 
@@ -171,13 +171,13 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
         number = NUMBER.fullmatch(key) and len(key) <= 15
         near.setdefault(f"{float(key):g}" if number else key, []).append(name)
         if key in {"none", "na"}:
-            warn(f"{name!r} is a class of {source}; leave the label empty where it means that there is none")
+            warn(f"{name!r} is a class of {source}; leave the label empty if it means a missing one")
     groups = [" and ".join(map(repr, group)) for group in near.values() if len(group) > 1]
     if groups:
         warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
     if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, filter(None, names))):
         warn(
-            f"{source} has labels that are not written as numbers are: all are names of classes (or --task regression)"
+            f"{source} has labels like numbers in unusual notation: they name classes, unless you set --task regression"
         )
     return names
 

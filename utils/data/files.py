@@ -101,7 +101,7 @@ def _read_json(path: Path) -> Table:
         try:
             found = json.loads(part, object_pairs_hook=_unique) if part.strip() else []
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            fault = f"{path}, line {number} is not JSON that can be read ({error}): {part.strip()[:60]!r}"
+            fault = f"{path}, line {number} is not readable JSON ({error}): {part.strip()[:60]!r}"
             raise UserError(f"{fault}. Write one object a line, or one list of objects.") from None
         records += found if isinstance(found, list) else [found]
     for row, record in enumerate(records, 1):
@@ -174,7 +174,7 @@ def check_class_names(tables: Iterable[Table], where: str) -> None:
 def _read(files: Sequence[Path]) -> Table:
     """The rows of the files of one split; a file without some column gets missing cells for it."""
     if unknown := [file for file in files if file.suffix.lower() not in READERS]:
-        raise UserError(f"{unknown[0]} is none of the files that can be read: {', '.join(READERS)}.")
+        raise UserError(f"{unknown[0]} has no readable format. Readable are {', '.join(READERS)}.")
     tables = [READERS[file.suffix.lower()](file) for file in files]
     check_class_names(tables, "its files")
     full = [table for table in tables if len(table)]
@@ -196,7 +196,7 @@ def _read_folder(folder: Path) -> dict[str, Table]:
         relative = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in relative.parts)
         if file.is_dir() and file.is_symlink() and not is_hidden:
-            raise UserError(f"{file} is a link to a folder, which is not followed. Copy the folder, or name it.")
+            raise UserError(f"{file} is a link to a folder; links are not followed. Copy the folder, or name it.")
         if file.suffix.lower() not in READERS or is_hidden or file.is_dir():
             continue
         words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
@@ -264,7 +264,7 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
     copy = datasets_dir / (spec.key if spec else name).replace("/", "__") if datasets_dir else None
     if copy and (spec or copy.is_dir()):
         if revision is not None:
-            raise UserError(f"--dataset_revision {revision} is of the hub; a copy in --datasets_dir has no revisions.")
+            raise UserError(f"--dataset_revision {revision} needs the hub; a copy in --datasets_dir has no revisions.")
         return _copied_source(name, spec, copy)
     path, (folder, _, subset) = Path(name), name.rpartition(":")
     if not spec and os.path.exists(name):
@@ -272,11 +272,11 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
     if not spec and os.path.isdir(folder):
         return Source(name, read_files(Path(folder), subset), own=True)
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"There is no file or folder {path.absolute()}.")
+        raise UserError(f"The file or folder {path.absolute()} does not exist. Correct --dataset_name.")
     if not spec and "/" not in name:
         known = [spec.key for spec in SPECS]
-        found = f"There is no dataset {name!r}.{nearest(name, known)} Known: {', '.join(known)}, docstrings/<task>"
-        raise UserError(f"{found}; or an id of the hub (user/name), or a local file or folder.")
+        found = f"No dataset is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}, docstrings/<task>"
+        raise UserError(f"{found}. An id of the hub (user/name), a local file or a folder works too.")
     return _hub_source(name, spec, revision)
 
 

@@ -83,7 +83,7 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
     if missing and (spec or test is None or wanted != "test"):
         instead = "--split all" if missing == "train" else "--split all or --divide_train"
         found = f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}"
-        raise UserError(f"{found}. Add one called {missing}, or take {instead}.")
+        raise UserError(f"{found}. Add a split {missing!r}, or set {instead}.")
     if test in VALIDATION_NAMES and not spec:
         print(f"{source.name}: {test} serves as the test split")
     return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
@@ -97,7 +97,7 @@ def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> lis
     """A text as pieces (literal, next column), from the template, the named column, or the only text column."""
     template, column = settings.text_template, settings.text_column
     if column and template:
-        raise UserError("--text_column and --text_template exclude each other: give one of them.")
+        raise UserError("--text_column and --text_template exclude each other. Give one of them.")
     if source.spec and not column:
         template = template or source.spec.text_template
     if template:
@@ -114,7 +114,7 @@ def _text_pieces(settings: Data, source: Source, rows: Table, label: str) -> lis
     found = [evident] if evident else [name for name in others if cells.holds_text(rows.read(name))]
     if len(found) != 1:
         columns = ", ".join(rows.columns) or "none"
-        raise UserError(f"Which column of {source.name} is the text? Columns: {columns}. Name one with --text_column.")
+        raise UserError(f"{source.name} must have one text column; its columns are {columns}. Name one: --text_column.")
     return [("", found[0])]
 
 
@@ -153,7 +153,7 @@ def _labelled_rows(
         labelled = Rows(texts, labels, splits.linked_groups(columns) if columns else None)
         missing = [label is None for label in labels]
         fault = f"have no label (missing or -1){cells.describe_missing(written[part], missing)}"
-        parts[part] = _leave_out(source, part, labelled, missing, fault, "Label them, or see --label_column.")
+        parts[part] = _leave_out(source, part, labelled, missing, fault, "Label them, or change --label_column.")
     return parts, regression
 
 
@@ -164,7 +164,7 @@ def _divide(settings: Data, source: Source, rows: Rows, regression: bool) -> tup
     the same question with the opposite label on the other side; `ungrouped_split` gives that split.
     """
     if len(rows.texts if rows.groups is None else set(rows.groups)) < 2:
-        raise UserError(f"{source.name} has a single row, or question; a 70/30 split needs two. Take --split all.")
+        raise UserError(f"{source.name} has a single row, or question; a 70/30 split needs two. Set --split all.")
     if source.spec is None:
         classes = np.array(["" if regression else str(label) for label in rows.labels])
         rule, (train, test) = f"split 70/30 by seed {settings.seed}", splits.seeded_split(classes, settings.seed)
@@ -199,7 +199,7 @@ def _encode(source: Source, parts: dict[str, Rows], label: str) -> tuple[dict[st
     if not 2 <= len(classes) <= MAX_CLASSES:
         found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
         found = f"The {first} labels of {source.name} are {found}; at least two classes are needed"
-        advice = "See --label_column, name a class -1 in words, or take --task regression."
+        advice = "Change --label_column, name a class -1 in words, or set --task regression."
         raise UserError(f"{found}, and up to {MAX_CLASSES:,} are possible. {advice}")
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
@@ -217,14 +217,14 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     """Raises UserError for regression targets that are all equal, or whose sums of squares would lose digits."""
     if targets.min() == targets.max():
         if part != "test":
-            raise UserError(f"The {part} targets of {name} are all equal. See --label_column or --max_samples.")
+            raise UserError(f"The {part} targets of {name} are all equal. Change --label_column or --max_samples.")
         return
     largest = float(np.abs(targets).max())
     scaled = targets / largest  # squares of the numbers themselves may overflow
     mean, std = float(scaled.mean()), float(scaled.std())
     if abs(mean) > MAX_MEAN * std or not SPREADS[0] <= std * largest <= SPREADS[1]:
         found = f"mean {mean * largest:.9g} and standard deviation {std * largest:.3g}, lose their digits"
-        raise UserError(f"The {part} targets of {name}, {found}: rescale the column, or subtract a constant, the mean.")
+        raise UserError(f"The {part} targets of {name}, {found}. Rescale the column, or subtract its mean.")
 
 
 def _report(source: Source, parts: dict[str, Rows], label_names: list[str], rule: str) -> None:
@@ -235,7 +235,7 @@ def _report(source: Source, parts: dict[str, Rows], label_names: list[str], rule
     if {"train", "test"} <= set(parts):
         if spec and spec.sizes and sum(spec.sizes) != sum(sizes.values()):
             known = " and ".join(f"{size:,}" for size in spec.sizes)
-            warn(f"{source.name} was known with {known} rows; this copy or revision holds others")
+            warn(f"{source.name} had {known} rows when it was tabulated; this copy or revision has other rows")
         known_texts = set(parts["train"].texts)
         leaked = sum(text in known_texts for text in parts["test"].texts) / sizes["test"]
         facts += [rule, f"{leaked:.1%} of the test texts are also in train"]

@@ -72,11 +72,11 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
         raise UserError(f"{adapter} cannot be read: {reason}. Train it anew.") from error
     if config.is_prompt_learning:
         kind = config.peft_type.value
-        raise UserError(f"{adapter} is one of {kind}: it adds tokens and cannot be merged. --adapter_dir takes LoRA.")
+        raise UserError(f"{adapter} uses {kind}: it adds tokens and cannot be merged. Give a LoRA adapter.")
     if not is_base_model(causal_lm, folder, named := config.base_model_name_or_path, model_name, fingerprint):
         raise UserError(
-            f"{adapter} was made for {named}, or for other weights of that name, not for {model_name}. {remedy} If it "
-            f"is the same one, change base_model_name_or_path in {folder}/adapter_config.json."
+            f"{adapter} was made for {named}, or for other weights of that name, not for {model_name}. {remedy} If the "
+            f"model is the same, change base_model_name_or_path in {folder}/adapter_config.json."
         )
     weights = without_head(causal_lm, config, weights, folder)
     keys = [key.removeprefix("base_model.model.") for key in weights]  # as PEFT saves all of them
@@ -86,7 +86,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     target = next((module for module in modules if all(hasattr(module, part) for part in parts)), None)
     if target is None:
         unknown = ", ".join(sorted(parts))
-        raise UserError(f"{adapter} does not fit {model_name}: it is for {unknown} of another architecture. {remedy}")
+        raise UserError(f"{adapter} does not fit {model_name}: it changes {unknown} of another architecture. {remedy}")
     [decoder_name] = [name for name, module in target.named_modules() if module is decoder]
     if not any(key.startswith(decoder_name) for key in keys):
         names = ", ".join(sorted(parts)) or "its head"
@@ -104,7 +104,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     faults = [f"has {key}, which is not used" for key in result.unexpected_keys]
     faults += [f"lacks {key}" for key in result.missing_keys if key in own]
     if faults:
-        raise UserError(f"{adapter} does not fit {model_name}: it {faults[0]}.")
+        raise UserError(f"{adapter} does not fit {model_name}: it {faults[0]}. {remedy}")
     return merged if target is causal_lm else causal_lm
 
 

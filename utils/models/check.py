@@ -119,8 +119,8 @@ def self_check(model: Any, tokens: TokenizedTexts, name: str) -> None:
         raise
     except Exception as error:  # a model's own code can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{name} cannot run a few of the texts: {reason}. --debug shows the traceback.") from error
+        raise UserError(f"{name} fails on a few of the texts: {reason}. --debug shows the traceback.") from error
     finally:
         model.train(was_training)
     if fault:
-        raise UserError(f"{name} cannot be used: {fault}. docs/architectures.md lists what can.")
+        raise UserError(f"{name} cannot be used: {fault}. docs/architectures.md lists models that work.")

@@ -66,8 +66,8 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} is cut off: it has {len(blob):,} of {end:,} bytes. Fetch it again.")
     if (architecture := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise UserError(
-            f"{path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
-            "read. Take the model's folder or hub id instead."
+            f"{path} holds a model of architecture {architecture!r}; readable GGUF files are of "
+            f"{', '.join(ARCHITECTURES)}. Take the model's folder or hub id instead."
         )
     return Header(metadata, tensors)
 
@@ -112,7 +112,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         is_read = setting == name or name in names or setting in NOT_IN_THE_STATES
         is_as_assumed = value == assumed[setting] if setting in assumed else is_read or not value
         if not is_as_assumed:
-            raise UserError(f"{path} states {name} = {value}, which is not read here. Take the model's folder instead.")
+            raise UserError(f"{path} states {name} = {value}, which is unsupported. Take the model's folder instead.")
     return config
 
 
@@ -160,5 +160,5 @@ def state_dict(file: Header, skeleton: PreTrainedModel, path: Path, dtype: torch
         weights = gguf.dequantize(rows, gguf.GGMLQuantizationType(stored.ggml_type))
         state[name] = torch.tensor(processor.process(weights=weights, name=stored_name).weights, dtype=dtype)
     if left:
-        raise UserError(f"{path} holds {sorted(left)[0]}, which a {architecture} model here would not use.")
+        raise UserError(f"{path} holds {sorted(left)[0]}, which a {architecture} model does not use. Take its folder.")
     return state

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-TABLE = "Choose another --model_name; docs/architectures.md lists what can be used."
+TABLE = "Choose another --model_name; docs/architectures.md lists architectures that work."
 
 
 # ------------------------------------------------------------------ configuration and identity
@@ -40,8 +40,8 @@ def read_config(model: Model, run: Run) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=run.trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS is of a causal LM, a decoder that "
-            f"reads the text alone. {TABLE}"
+            f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS needs a causal LM, a decoder "
+            f"without an encoder. {TABLE}"
         )
     return config
 
@@ -97,7 +97,7 @@ def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Token
     elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
         name, revision = family.tokenizer_name, None
     if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise UserError(f"There is no folder or file {name}. See --tokenizer_name.")
+        raise UserError(f"The folder or file {name} does not exist. Correct --tokenizer_name.")
     if is_gguf(name):
         from utils.models import gguf
 
@@ -118,7 +118,7 @@ def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM
     raise UserError(
-        f"{model.model_name} ({config.model_type}) is not a causal LM: transformers has none of this architecture. "
+        f"{model.model_name} ({config.model_type}) is not a causal LM of an architecture that transformers knows. "
         + TABLE
     )
 
@@ -134,7 +134,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
         from utils.models import gguf
 
         if device_map:
-            raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it away.")
+            raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it out.")
         return gguf.load_model(Path(source), getattr(torch, model.dtype))
     auto_class = auto_class_of(model, read_config(model, run))
     with hub_errors(repository(model.model_name, model.revision)):
@@ -151,12 +151,12 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
     for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set has no fixed order
         raise UserError(
             f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
-            "of them is of another model: download it again."
+            "of the two belongs to another model: download it again."
         )
     decoder = decoder_of(loaded)
     [prefix] = [name for name, module in loaded.named_modules() if module is decoder]
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{prefix}.")):
-        raise UserError(f"{model.model_name} lacks {len(missing)} weights, the first is {missing[0]}. Load it anew.")
+        raise UserError(f"{model.model_name} lacks {len(missing)} weights, such as {missing[0]}. Download it again.")
     return loaded
 
 
@@ -183,5 +183,5 @@ def load_base_model(model: Model, run: Run, device: torch.device, device_map: st
     if device_map == "none":
         return decoder_of(load_causal_lm(model, run, torch.device("cpu"))).to(device).eval()
     if model.adapter_dir is not None:
-        raise UserError("--device_map auto takes no --adapter_dir: an adapter is merged on one device.")
+        raise UserError("--device_map auto takes no --adapter_dir: an adapter merges on one device. Leave out one.")
     return decoder_of(load_weights(model, run, device_map)).eval()

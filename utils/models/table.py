@@ -89,7 +89,7 @@ def model_source(model_name: str) -> str:
     if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
         raise UserError(f"No model in {model_name}: it holds no config.json. Give a folder made by save_pretrained.")
     if (model_name.startswith((".", "/", "~")) or model_name.count("/") > 1) and not Path(model_name).is_dir():
-        raise UserError(f"There is no folder {model_name}.{nearest(model_name, MODELS)} See --model_name.")
+        raise UserError(f"The folder {model_name} does not exist.{nearest(model_name, MODELS)} Correct --model_name.")
     return spec.path if spec else model_name
 
 

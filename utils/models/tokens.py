@@ -77,7 +77,7 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
     """
     limit = context_length(config)
     if max_length and limit and max_length > limit:
-        raise UserError(f"--max_length {max_length} is more than the model can read: {limit} tokens. Lower it.")
+        raise UserError(f"--max_length {max_length} exceeds the {limit} tokens that the model can read. Lower it.")
     if max_length is None:
         limits = (limit, tokenizer.model_max_length)
         max_length = min((length for length in limits if length and length < NO_LIMIT), default=None)
@@ -96,14 +96,14 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
     offsets, token_ids = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.frombuffer(ids, dtype=np.int32)
     if 0 in lengths:
         row = lengths.index(0)
-        raise UserError(f"{lengths.count(0)} texts have no token, the first is row {row}: {texts[row]!r}. Remove them.")
+        raise UserError(f"{lengths.count(0)} texts have no token; the first is row {row}: {texts[row]!r}. Remove them.")
     if token_ids.max() >= config.vocab_size:
         raise UserError(
-            f"The tokenizer gives token {token_ids.max()}, the model knows {config.vocab_size}: "
+            f"The tokenizer gives token {token_ids.max()}, but the model has {config.vocab_size} tokens: "
             "they do not belong together. Name the right one with --tokenizer_name."
         )
     if max_length and max(lengths) > max_length:
-        raise UserError(f"{max_length} tokens do not hold what the tokenizer adds to each text. Raise --max_length.")
+        raise UserError(f"The tokenizer adds more than {max_length} tokens to each text. Raise --max_length.")
     if num_cut:
         print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
     return TokenizedTexts(token_ids, offsets, max_length, num_cut, rope_limit(config))
