@@ -81,6 +81,7 @@ class FloatUnpickler(pickle.Unpickler):
     """Dicts, lists, text, numbers, and the substitutes above; no name from a file is ever imported."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The substitute for a name in the file; raises ValueError for any other name."""
         if (module, name) not in SUBSTITUTES:
             raise ValueError(f"it asks for {module}.{name}")
         return SUBSTITUTES[module, name]

@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as utils/ sets it, before torch is loaded
 # One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
-# from a sum over one in the last bit, which matters where a killed run must equal an uninterrupted one.
+# from a sum over one in the last bit, which matters if a killed run must equal an uninterrupted one.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Real datasets are for the tests that ask for them, others have made-up rows in their place; the workers of
 # pytest-xdist get this name.

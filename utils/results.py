@@ -124,7 +124,7 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
             if rank() == 0:
                 stack.enter_context(filelock.FileLock(lock))
                 stack.callback(lock.unlink, missing_ok=True)
-        except OSError as error:  # a finished result can be read where nothing can be written
+        except OSError as error:  # a finished result can be read from a read-only folder
             if error.errno not in NO_PLACE:
                 raise
         yield

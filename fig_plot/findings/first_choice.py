@@ -27,7 +27,7 @@ BLOCK = re.compile(r"(?<=<!-- first choice -->\n).*?(?=<!-- end -->)", flags=re.
 
 @dataclass(frozen=True)
 class Config:
-    """Nothing to edit."""
+    """No settings."""
 
 
 def first_choices(probes: pd.DataFrame, ridge: pd.DataFrame, words: pd.Series) -> pd.DataFrame:

@@ -53,7 +53,7 @@ MODEL_CHOOSERS = ("ntps", "ntps_label", "retained", *FEATURE_SCORES, "num_parame
 
 @dataclass(frozen=True)
 class Config:
-    """Nothing to edit."""
+    """The only setting: rewrite the pages, or check them."""
 
     check: bool = False  # write nothing; fail if a page would change
 

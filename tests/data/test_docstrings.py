@@ -90,7 +90,7 @@ def test_rows_hold_the_facts_of_the_code(fake_package):
     assert "Second paragraph." in rows["fakelib"].docstring and rows["fakelib"].returns is None
     facts = {name: (row.returns, row.raises, row.property, row.decorated, row.parameters) for name, row in rows.items()}
     assert rows["plain"].text == "Adds up two things."
-    assert facts["plain"] == (True, False, False, False, 5)  # what the nested function raises is not its own
+    assert facts["plain"] == (True, False, False, False, 5)  # an exception of the nested function does not count
     assert rows["plain"].lines == 4 and rows["something"].lines == 0  # neither docstring nor comment nor blank line
     assert facts["Thing.size"] == (True, True, True, True, 0)
     assert facts["Thing._grow"] == (False, False, False, False, 1)  # `return None` returns nothing

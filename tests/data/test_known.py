@@ -19,7 +19,7 @@ from utils.script import UserError
 
 TEXT = Value("string")
 TEXT_LABELS = ("Bhuvaneshwari/intent_classification", "common_sense", "DBPedia_Classes", "Topic_Classification")
-HIDDEN = {"sst2": "test", "common_sense": "test", "imdb": "unsupervised"}  # splits whose labels are -1 or empty
+HIDDEN = {"sst2": "test", "common_sense": "test", "imdb": "unsupervised"}  # splits with labels that are -1 or empty
 
 
 def class_names(spec: DatasetSpec) -> list[str]:
@@ -231,7 +231,7 @@ def test_error_of_the_hub(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: raise_from(error, None))
     with pytest.raises(UserError, match=message) as raised:
         load("dair-ai/emotions", dataset_revision="v9")
-    assert raised.value.__cause__ is error  # what --debug shows
+    assert raised.value.__cause__ is error  # --debug shows it
 
 
 def test_full_disk_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def solution(factor, denominator):
 
 @pytest.mark.parametrize(("rank", "num_columns"), [(20, 3), (20, 30), (1, 3), (7, 3), (19, 3)])
 def test_solver_equals_scipy(rank, num_columns):
-    """On the range of C, which fewer samples than dimensions leave singular: the rank is found."""
+    """Compares them on the range of C; with fewer samples than dimensions C is singular, and the rank is found."""
     random = np.random.default_rng(rank)
     samples = random.normal(size=(max(rank, 2 * rank * (rank == 20)), 20))
     denominator, factor = samples.T @ samples, samples.T @ random.normal(size=(len(samples), num_columns))

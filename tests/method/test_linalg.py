@@ -85,7 +85,7 @@ def test_a_column_of_rounding_spans_nothing():
 
 @pytest.mark.parametrize(("smallest", "rank"), [(4.5e-8, 50), (1e-9, 49)])
 def test_measured_errors_explain_a_null_space_and_not_one_direction_that_stands_alone(smallest, rank):
-    """Ten exact zeros show as eigenvalues of the size of the errors times sqrt(10); the lone one is 20 errors large.
+    """Ten exact zeros become eigenvalues of about sqrt(10) errors; the single direction is 20 errors large.
 
     A cut at the norm of all errors together, sqrt(60) times one of them, would drop it too.
     """

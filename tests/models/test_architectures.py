@@ -31,7 +31,7 @@ LATENT_ATTENTION = {
     "q_lora_rank": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-OTHERS = {  # what an architecture needs besides
+OTHERS = {  # further settings that an architecture needs
     "bamba": {**MAMBA_HEADS, "attn_layer_indices": [1]},
     "bart": {"decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
     "codegen": {"rotary_dim": 4},
@@ -108,7 +108,7 @@ def test_states_of_a_padded_batch_are_those_of_each_text_alone_in_float64(model_
     visit_hidden_states(decoder, tokens.pad(np.arange(4))[0], lambda layer, x: seen.__setitem__(layer, x.clone()))
     assert sorted(seen) == [0, 1, 2]
     decoder.config._experts_implementation = "eager"  # the grouped products of the others know no float64
-    if model_type != "xglm":  # whose mask overflows in float64
+    if model_type != "xglm":  # its mask overflows in float64
         decoder.double()
     for row, ids in enumerate(np.split(tokens.token_ids, tokens.offsets[1:-1])):
         alone = plain_states(decoder, torch.from_numpy(ids.astype(np.int64))[None], layers_of(decoder))

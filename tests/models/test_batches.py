@@ -32,7 +32,7 @@ def test_every_text_once_within_the_budget_longest_first_on_one_side_of_a_limit(
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(200, 209), min_size=1, max_size=7, unique=True).map(np.array), st.integers(1, 6))
 def test_no_other_cut_is_cheaper(lengths, texts_per_batch):
-    """Against all cuts of sorted texts; different lengths, but so close that the limit on padding never acts."""
+    """No cut of the sorted texts is cheaper; lengths differ, but so little that the limit on padding never acts."""
     budget = 209 * texts_per_batch
     batches, ordered = token_batches(lengths, budget), np.sort(lengths)[::-1]
     cuts = itertools.product([False, True], repeat=len(lengths) - 1)

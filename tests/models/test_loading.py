@@ -62,7 +62,7 @@ def llama(model_dirs, tmp_path):
 
 
 def load(folder):
-    """Everything that a script loads of a model."""
+    """Loads all parts of a model that a script loads."""
     settings = Model(str(folder))
     config = load_config(settings, RUN)
     return load_tokenizer(settings, RUN, config), load_base_model(settings, RUN, CPU)

@@ -61,7 +61,7 @@ def load(checkpoint: Path, auto_class=AutoModelForCausalLM, **kwargs):
 def test_golden(case, checkpoint):
     model = load(checkpoint)
     valid = golden(case, "attention_mask").bool()
-    assert not list(model.buffers())  # those of a model made on the meta device are memory that nobody initialised
+    assert not list(model.buffers())  # a buffer made on the meta device would be uninitialised memory
     output = model(**batch(case), output_hidden_states=True, use_cache=False)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     for layer, states in enumerate(output.hidden_states):

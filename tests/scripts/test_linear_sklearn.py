@@ -194,7 +194,7 @@ def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
     assert "warning: saga has not converged at layer 0, 1, 2" in printed
     assert [layer["solver"]["converged"] for layer in result_of(config)["layers"]] == [False] * 3
     linear_sklearn.main(with_values(config, solver="saga", max_iter=1))
-    assert "has not converged" in capsys.readouterr().out  # also where the result is reused
+    assert "has not converged" in capsys.readouterr().out  # a reused result warns too
 
 
 def test_few_texts_are_warned_of(config, capsys, tmp_path):

@@ -108,7 +108,7 @@ def test_the_saved_head_scores_as_reported_on_raw_states(settings, tmp_path, sta
 
 
 def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path, monkeypatch):
-    """Planted losses: one epoch without progress is no reason to stop, two are; on test another epoch is the best."""
+    """Planted losses: training stops after two epochs without progress, not one; on test another epoch is the best."""
     losses, accuracies = iter([3, 2, 2.5, 1, 4, 5, 0.1, 0.1]), iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1])
 
     def planted(*_):
@@ -168,7 +168,7 @@ def test_command_line_writes_and_standardised_probes_stand_beside(settings, tmp_
 # ------------------------------------------------------------------ states
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
 def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
-    """Across machines it does not come to all at once: else one would wait for the gradients of the other."""
+    """SIGTERM does not reach all machines at once: a process that ended alone would leave the others waiting."""
     whole, ended = (settings(results_dir=tmp_path / name) for name in ("whole", "ended"))
 
     def run(own):

@@ -47,7 +47,7 @@ def result(results_dir):
 def test_adapter_and_head_alone_are_trained_and_the_saved_adapter_gives_the_trained_states(
     settings, model_dirs, architecture
 ):
-    """Trained in place, loaded by plain PEFT, and merged by cache.py's loader: three times the same hidden states."""
+    """The adapter gives the same hidden states trained in place, loaded by plain PEFT, and merged by cache.py."""
     settings |= {"model_name": str(model_folder(architecture, model_dirs)), "learning_rate": 1e-2, "num_steps": 60}
     config = configure(lora_finetuning, **settings, warmup=0.0)
     run, input_ids = make_run(lora_finetuning, config), tokens_of_test(config).pad(np.arange(5))[0]

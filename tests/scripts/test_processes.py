@@ -90,7 +90,7 @@ def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_d
     assert expected.keys() == found.keys()
     largest = expected["prefix_second_moment"].abs().amax((1, 2), keepdim=True)
     for name, value in expected.items():
-        # the errors of the products are rounding themselves: measured by what they are errors of
+        # the errors of the products are rounding themselves: compared with the size of the moment
         scale = largest if name.endswith("_error") else value.abs().amax()
         assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
     pooled = [np.load(next(folder.rglob("*.pooled.npy"))) for folder in (one.run.results_dir, tmp_path)]
@@ -147,7 +147,7 @@ def test_a_mistake_of_all_is_said_once_also_where_one_joins_late(model_dirs, tmp
 
     def join_late(*args, store, **kwargs):
         join(*args, store=store, **kwargs)
-        time.sleep(2)  # where the first process is through already
+        time.sleep(2)  # the first process has passed this point already
         store.check(["what others have said"])
 
     def run(rank: int) -> None:

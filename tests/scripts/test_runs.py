@@ -56,7 +56,7 @@ def test_every_name_of_a_study_is_known_and_every_cell_has_its_own_files(study):
     assert len(set(targets)) == len(targets) and set(found.targets(first_seed=True)) <= set(targets)
     assert not [path for path in targets if not path.startswith(f"results/study/{study}/seed")]
 
-    for path in targets:  # where LoRA is trained there are the probes that its gain is measured from
+    for path in targets:  # LoRA comes with the probes that its gain is measured from
         if "/lora/" in path:
             place, cell = path.rsplit("/lora/", 1)
             model, dataset, _ = cell.split("/")
@@ -172,9 +172,9 @@ def test_a_study_goes_on_after_a_failed_cell_removes_its_moments_and_runs_nothin
     done = [path for path in Grid(config).targets() if Path(path).is_file()]
     assert done == [path for path in Grid(config).targets() if "no-model" not in path] and len(done) == 6
     assert (results / "logs" / "model-no-model.log").read_text() == "error: there is no such model\n"
-    # the tables are made of what is done
+    # the tables use the finished results
     assert set(pd.read_csv(data / "training.csv")["dataset"]) == {"rows"}
-    # moments are gone when all that reads them is done
+    # moments are removed after every job that reads them
     assert not list(results.rglob("*.safetensors.*")) and not list(results.rglob("moments/*/rows/*"))
     table = json.loads(next(results.rglob("before_after.json")).read_text())
     scores = {path.parent.name: json.loads(path.read_text()) for path in results.rglob("ntps/*/rows.json")}

@@ -182,7 +182,7 @@ def test_a_study_in_two_pieces_has_the_tables_of_the_whole(results_dir):
 def test_a_damaged_table_is_not_kept_and_no_other_is_touched(results_dir, name, content, why):
     data = collected(results_dir)
     (data / f"{name}.csv").write_bytes(content)
-    shutil.rmtree(results_dir / "seed1")  # what would be lost, were a table written anew
+    shutil.rmtree(results_dir / "seed1")  # rows that a table written anew would lose
     before = {path.name: path.read_bytes() for path in data.iterdir()}
     with pytest.raises(UserError, match=rf"{name}\.csv is no complete table \({why}.*python -m fig_plot\.collect$"):
         collected(results_dir, keep=True)

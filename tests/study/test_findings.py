@@ -177,7 +177,7 @@ def test_a_damaged_table_is_named_with_the_command_that_makes_it_again(damage, t
 
 
 def test_the_procedure_by_the_scores_of_random_weights(tmp_path):
-    """Both planted: `small-one` at layer 1 and fraction .5, its twin too, but in the other order of the tasks."""
+    """Both relations are planted at layer 1 and fraction .5; the twin of `small-one` orders the tasks the other way."""
     write_study(tmp_path)
     layers = findings.train_layers(tmp_path)
     of_twin = layers["model"] == "small-one-random"

@@ -148,7 +148,7 @@ def test_a_score_is_set_beside_the_best_baseline_on_the_cells_of_both():
 
 # ------------------------------------------------------------------ question 5: a task left out
 def test_a_gain_is_predicted_without_the_task_itself():
-    """Against a fit written out for every task, with an intercept per model."""
+    """Equals a fit written out for every task, with an intercept per model."""
     random = np.random.default_rng(6)
     rows = pd.DataFrame([{"model": model, "dataset": task, "x": random.random(), "gain": random.random()}
                          for model in ("one", "two") for task in TASKS])  # fmt: skip

@@ -12,7 +12,7 @@ from tests.method.toy import make_data, moments_of
 from utils.algebra.linalg import whiten
 from utils.algebra.scores import SCORES
 
-# several K within the rank of the labels, where nothing is tied
+# several K within the rank of the labels, without ties
 FRACTIONS = tuple(i / 12 for i in range(1, 13))
 
 

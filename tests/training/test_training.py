@@ -245,7 +245,7 @@ def test_processes_share_texts_and_steps_without_changing_a_number(run, settings
 
 
 def test_a_process_without_a_row_adds_nothing(run, settings):
-    """Two rows, three processes: the third runs a row with weight 0 in training, and none in an evaluation."""
+    """The third process of three, with two rows in all, trains on a row of weight 0 and evaluates none."""
     third, tokens = process(2, run), tokens_of_test(configure(from_scratch, **settings))
     few = replace(tokens, token_ids=tokens.token_ids[: tokens.offsets[2]], offsets=tokens.offsets[:3])
     assert predict(run.model, few, 3, 10**6, run.accelerator).all()

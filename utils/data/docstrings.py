@@ -115,6 +115,7 @@ def text_hash(text: str) -> int:
 
 
 def is_test_side(text: str) -> bool:
+    """True if a text is a test text, in every task."""
     return text_hash(text) % 5 == 0
 
 
@@ -268,6 +269,7 @@ def transformers_role(row: Row) -> str | None:
 
 
 def flag(value: bool | None, yes: str, no: str) -> str | None:
+    """The label of a fact that is true or false; None if the fact does not apply."""
     return None if value is None else yes if value else no
 
 

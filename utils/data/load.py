@@ -45,6 +45,7 @@ class LabelledTexts:
 
     @property
     def is_regression(self) -> bool:
+        """True if the labels are numbers to predict, not classes."""
         return not self.label_names
 
     @property
@@ -62,6 +63,7 @@ class Rows:
     groups: np.ndarray | None = None  # (n,) rows of one group stay on one side of a split
 
     def take(self, rows: Iterable[int]) -> "Rows":
+        """The rows with these numbers, in their order."""
         rows = list(rows)
         groups = None if self.groups is None else self.groups[rows]
         return Rows([self.texts[row] for row in rows], [self.labels[row] for row in rows], groups)

@@ -36,6 +36,7 @@ class Objective:
 
     @classmethod
     def of(cls, train: LabelledTexts) -> "Objective":
+        """The objective for these training texts."""
         if not train.is_regression:
             return cls(train.num_labels, False)
         return cls(1, True, float(train.labels.mean()), float(train.labels.std()))
