@@ -127,8 +127,8 @@ class LayerSums:
         """Makes zeros; `shape` is (d, c, number of folds; 1: none); they are in main memory if `on_host`."""
         (d, c, self.num_folds), self.precision, self.pooling, self.on_host = shape, precision, pooling, on_host
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        self.products: CentredProducts | None = None  # of the current block
-        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # of that block: m, y and fold numbers
+        self.products: CentredProducts | None = None  # products of the current block
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # its m, y and fold numbers
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device="cpu" if on_host else self.device)

@@ -44,11 +44,11 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     model_name: str | None = None  # a --model_name of cache.py; None: random models
-    random_models: tuple[str, ...] = ("SmolLM2-135M",)  # of benchmarks/harness.py
+    random_models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py
     dataset_name: str = "docstrings/library"  # texts of a named model
     num_texts: int = 468  # texts
-    dtypes: tuple[Dtype, ...] = ("float32",)  # of the model
-    product_dtypes: tuple[Precision, ...] = ("float32",)  # of the products of a long pass; as in cache.py
+    dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
+    product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts
     num_dense_rounds: int = 1  # rounds of the dense formula, which takes long; 0: none
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default

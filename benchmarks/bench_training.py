@@ -45,7 +45,7 @@ class Config:
     plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to its longest text
     batch_size: int = 16  # texts per step
     max_length: int = 128  # tokens per text
-    dtype: Dtype = "float32"  # of the model; bfloat16 is slow on a CPU without instructions for it
+    dtype: Dtype = "float32"  # dtype of the model; bfloat16 is slow on a CPU without instructions for it
     num_steps: int = 20  # steps of a round
     num_rounds: int = 3  # rounds; the fastest counts
     bench: Bench = Bench()

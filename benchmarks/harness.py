@@ -20,7 +20,7 @@ from utils.results import save_json
 from utils.script import environment
 from utils.settings import all_settings
 
-NUM_CLASSES, NUM_FOLDS = 6, 5  # of random texts
+NUM_CLASSES, NUM_FOLDS = 6, 5  # for random texts
 MAX_LENGTH = 2048  # tokens of a random text
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 # architecture, `SIZES` and vocabulary: from the models' config.json

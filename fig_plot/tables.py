@@ -24,7 +24,7 @@ RANDOM = "-random"  # end of the name of a twin with random weights
 # scores of the run, all at the last layer
 RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained",
               "ntps_label_z", "ntps_whitened_z", "retained_z")  # fmt: skip
-FEATURE_SCORES = ("ridge_r2", "logme", "h_oas")  # of the pooled states of the last layer
+FEATURE_SCORES = ("ridge_r2", "logme", "h_oas")  # use the pooled states of the last layer
 CONTROLS = ("ntps_pca", "retained_pca", "retained_random", "retained_z_pca", "retained_z_random",
             "retained_random_z", "retained_lead")  # fmt: skip
 # the outcomes that NTPS should predict; all on test, in shares of 1
@@ -81,7 +81,7 @@ VARIANTS = {
     "_pca": ("largest", "pca"),
     "_random": ("largest", "random"),
 }
-HELD_OUT = "probe_r2_held_out"  # of the least-squares probe of the last layer
+HELD_OUT = "probe_r2_held_out"  # least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
     "linear_training_converged": "converged_probe_accuracy",

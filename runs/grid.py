@@ -18,7 +18,7 @@ KINDS = ("closed_form", "probe", "lora", "ntps_after", "full_finetuning", "from_
 SCRIPTS = ("cache", "linear_sklearn", "linear_training", "linear_training_converged", "lora", *KINDS[-2:])
 SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment",
             "dataset_flags", "resources", "after", "results_dir"}  # fmt: skip
-POOLED_SUFFIX = ".pooled.npy"  # of the pooled states beside the moments
+POOLED_SUFFIX = ".pooled.npy"  # suffix of the pooled states beside the moments
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
@@ -92,7 +92,7 @@ class Grid:
         """The flags of a cell's command.
 
         Args:
-            rule: of the Snakefile; the settings of its script in the yaml file apply.
+            rule: a rule of the Snakefile; the yaml file's settings of its script apply.
             cell: the wildcards of its files: seed, model, dataset and, for some rules, control or layer.
             more: flags of this rule alone.
         """

@@ -44,13 +44,13 @@ def write_gguf(
     Args:
         path: the file to write.
         model: llama, qwen2, qwen3 or gemma3_text.
-        tokenizer: of the model.
-        quantisation: of the matrices with rows that can be cut into blocks.
+        tokenizer: the model's tokenizer.
+        quantisation: type of the matrices with rows that can be cut into blocks.
         architecture: the name to write instead of the model's.
         without: settings and weights to leave out.
         extra: further settings.
         pre_tokenizer: the name of the rule that cuts a text into words.
-        bos_token_id: of the token that the tokenizer puts before each text; None: it puts none.
+        bos_token_id: the token that the tokenizer puts before each text; None: none.
     """
     config = model.config
     name = architecture or architecture_of(config)

@@ -11,4 +11,4 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it reports each
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a busy machine spinning costs tenfold
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
 if os.environ.get("RANK", "0") != "0":
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of many processes the first shows how far all are
+    os.environ.setdefault("TQDM_DISABLE", "1")  # among several processes only the first shows progress

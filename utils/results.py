@@ -85,7 +85,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             os.replace(path, folder / "before")
         os.replace(temporary, path)
     except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):  # of the system, such as a full disk
+        if number := re.search(r"os error (\d+)", str(error)):  # an error of the system, such as a full disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
     finally:

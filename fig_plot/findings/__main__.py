@@ -68,8 +68,8 @@ class Config:
 
     tables_dir: Path = DATA_DIR  # every study at or below it
     num_draws: int = 10_000  # bootstrap samples of the tasks
-    num_permutations: int = 1000  # of the selection null
-    seed: int = 0  # of both
+    num_permutations: int = 1000  # permutations for the selection null
+    seed: int = 0  # seed of both
 
     def __post_init__(self) -> None:
         check(self, "from 0 to 4294967295", "seed")

@@ -1,7 +1,7 @@
 """Questions 7, 9 and 10 of docs/findings.md, of any number of models; question 8 is `layer_choice_rows`.
 
 Each function yields the rows of one CSV file beside the tables of all studies; `cells` has a row per model and dataset
-of every study, `draws` are those of the intervals, over datasets.
+of every study; `draws` give the intervals over datasets.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def is_right(score: np.ndarray, outcome: np.ndarray) -> np.ndarray:
 
     Args:
         score: difference between the models on each dataset, (datasets,).
-        outcome: likewise; the result is nan if the outcome ties or if either is missing.
+        outcome: difference on each dataset; the result is nan if the outcome ties or if either is missing.
     """
     agreement = np.sign(score) * np.sign(outcome) / 2 + 0.5
     return np.where(np.isfinite(agreement) & (outcome != 0), agreement, np.nan)
@@ -87,7 +87,7 @@ def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
 
     Args:
         leads: model, dataset, place (last or middle layer) and lead.
-        draws: of the intervals, over datasets.
+        draws: bootstrap samples for the intervals over datasets.
     """
     for place, rows in leads.groupby("place", sort=False):
         table = matrix(rows, "lead")
@@ -111,7 +111,7 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         cells: gives the last layer, for which K_sweep.py draws many random V.
-        layers: rows of layers.csv.gz; for the middle layer those with `subspace` random are needed, too.
+        layers: rows of layers.csv.gz; the middle layer also needs rows with `subspace` random.
     """
     last = cells[[*CELL_KEYS, "retained_lead"]].rename(columns={"retained_lead": "lead"}).assign(place="last")
     layers = without_random_weights(layers[layers["coordinates"] == "as_is"])
@@ -133,7 +133,7 @@ def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> 
     Args:
         layers: rows of layers.csv.gz.
         cells: a row per model and dataset, for the measures.
-        draws: of the intervals, over datasets.
+        draws: bootstrap samples for the intervals over datasets.
     """
     layers = without_random_weights(layers[layers["subspace"] == "autoregression"])
     for model, rows in layers.groupby("model"):

@@ -29,7 +29,7 @@ from utils.algebra.scores import SCORES
 SAME_ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
 OF_THE_PROCEDURE = (*SAME_ON_TEST, "lora_gain_paper", "lora_gain")
 SELECTED_ON_TEST = ("probe_accuracy", "probe_mse", "lora_gain_paper", "lora_gain")
-VECTORS = ("x", "y", "given", "null")  # of a row of `step_rows`
+VECTORS = ("x", "y", "given", "null")  # the vectors in a row of `step_rows`
 STEPS = ("layer and K chosen", "last layer, K chosen", "last layer, mean over K", "the same on test rows")
 
 

@@ -1,7 +1,7 @@
 """Questions 2 to 6 of docs/findings.md, and those asked later of the same tables.
 
-Each function yields the rows of one CSV file. `cells` has a row per model and task (fig_plot/tables.py); `draws` are
-those of the intervals, over tasks.
+Each function yields the rows of one CSV file. `cells` has a row per model and task (fig_plot/tables.py); `draws`
+give the intervals over tasks.
 """
 
 import itertools
@@ -42,15 +42,15 @@ from fig_plot.tables import (
 from utils.algebra.scores import SCORES
 
 GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
-WORTHWHILE_GAIN = 0.02  # of the decision
+WORTHWHILE_GAIN = 0.02  # question 5 asks for gains above it
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy", "best_layer_accuracy")
 MODEL_BASELINES = ("num_parameters", "held_out_loss", "headroom")
-RIVALS = ("num_classes", "bag_of_words_accuracy", "headroom", "best_layer_accuracy")  # of question 2, beside random V
+RIVALS = ("num_classes", "bag_of_words_accuracy", "headroom", "best_layer_accuracy")  # in question 2, with random V
 OF_THE_OUTCOME = ("headroom", "best_layer_accuracy")  # computed from the probe's accuracy: rivals for gains only
 CANDIDATES = ("headroom", "best_layer_lead", "ridge_r2", "logme", "h_oas", "retained_z", "retained_lead", "ntps",
               "num_classes")  # fmt: skip
 AFTER_LORA = (*SCORES, "retained_lead", HELD_OUT)  # compared before and after LoRA
-LAYER_CHOOSERS = (*FEATURE_SCORES, *SCORES)  # of training rows alone
+LAYER_CHOOSERS = (*FEATURE_SCORES, *SCORES)  # they use training rows alone
 Rows = Iterator[dict[str, Any]]
 
 
@@ -344,9 +344,9 @@ def of_every_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.Data
     """Every score of training rows and the probe's test accuracy, a row per model, dataset, seed and layer.
 
     Args:
-        layers: of layers.csv.gz; its scores are averaged over K.
-        features: of features.csv.
-        probes: of probes.csv.
+        layers: rows of layers.csv.gz; scores are averaged over K.
+        features: rows of features.csv.
+        probes: rows of probes.csv.
     """
     keys = [*SEED_KEYS, "layer"]
     swept = layers[layers["eigenvectors"] == "largest"].groupby(keys, as_index=False)[list(SCORES)].mean()

@@ -83,7 +83,7 @@ def selection_null(
             configuration are left out; so are configurations that then miss a task or are constant.
         targets: (tasks,), or (configurations, tasks) if each has its own, such as the accuracy of its layer.
         num_permutations: draws of the null.
-        seed: of the draws.
+        seed: seed of the draws.
         direction: +1: the best is the largest; -1: the smallest, in the null too.
 
     Raises:
@@ -110,8 +110,8 @@ def joint_p_value(best: ArrayLike, nulls: list[np.ndarray], direction: int) -> f
     """One-sided p of the mean of several models' best correlations, their tasks permuted alike.
 
     Args:
-        best: of each model, (models,).
-        nulls: of each model, (draws,) of the same permutations of the same tasks.
+        best: best correlation of each model, (models,).
+        nulls: null of each model, (draws,); all from the same permutations of the same tasks.
         direction: +1: the claim is a large mean; -1: a small one.
     """
     drawn, found = direction * np.mean(nulls, axis=0), direction * float(np.asarray(best).mean())
@@ -152,7 +152,7 @@ def leave_one_out_selection(
         maps: (configurations, tasks); missing values as in `selection_null`.
         targets: (tasks,).
         num_permutations: draws of the null.
-        seed: of the draws.
+        seed: seed of the draws.
         direction: +1: the best is the largest; -1: the smallest, and p counts draws that are at least as small.
 
     Raises:

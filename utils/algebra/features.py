@@ -70,7 +70,7 @@ def log_evidence(eigenvalues: Tensor, projected: Tensor, squares: Tensor, n: int
     d - k directions in which the features do not vary: without it the evidence is too large if n < d.
 
     Args:
-        eigenvalues: of the sum of m m', without zeros, (k,).
+        eigenvalues: the non-zero eigenvalues of the sum of m m', (k,).
         projected, squares: the sums of m y in that eigenbasis, (k, targets), and of y^2, (targets,).
     """
     sigma = eigenvalues[:, None]

@@ -44,9 +44,9 @@ class LayerMoments:
     class_counts: list[int] | None = None  # texts of each class; None: regression
     pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
     pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
-    pooled_rounding: Noise = NO_NOISE  # of M, beyond that of float64
-    prefix_rounding: Noise = NO_NOISE  # of C0
-    next_rounding: Noise = NO_NOISE  # of C1: its error alone
+    pooled_rounding: Noise = NO_NOISE  # in M, beyond that of float64
+    prefix_rounding: Noise = NO_NOISE  # in C0
+    next_rounding: Noise = NO_NOISE  # in C1: its error alone
 
     @property
     def pooled_covariance(self) -> Tensor:

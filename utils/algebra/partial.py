@@ -42,7 +42,7 @@ class PartialPass:
     """The sums of one process of a pass on disk."""
 
     moments: Path  # the file that the pass is to write
-    identity: dict[str, Any]  # of the result
+    identity: dict[str, Any]  # identity of the result
     run_settings: str  # settings that change the sums of half a pass, though no result
     minutes_per_state: float
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Precision = Literal["float32", "float64", "bfloat16x2"]
-ProductDtype = Literal["auto", Precision]  # of a `Config`; auto: by the number of tokens
+ProductDtype = Literal["auto", Precision]  # a setting of `Config`; auto: by the number of tokens
 NUM_PROBES = 4
 NUM_STRIPES = 4  # C0 is symmetric: of each stripe of its rows only the part from its diagonal block on is computed
 
@@ -88,7 +88,7 @@ class CentredProducts:
         self.following = zeros(d, d, dtype=torch.float32)  # sum of q_t x_{t+1}'
         self.centre: Tensor | None = None
         self.exact = zeros(2 * p, d)  # Z' times the sum of q q'; Z' times the sum of x_{t+1} q_t'
-        self.prefix_sum, self.next_sum = zeros(d), zeros(d)  # of s_t, of x_{t+1}
+        self.prefix_sum, self.next_sum = zeros(d), zeros(d)  # sums of s_t and of x_{t+1}
         self.position_prefix, self.position_next = zeros(d), zeros(d)  # sums of t q_t, of t x_{t+1}
         self.position_square = zeros()  # sum of t^2
 

@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     num: float
 
 
-Pair = tuple[Moments, Moments]  # of the texts to fit, and of those to judge
+Pair = tuple[Moments, Moments]  # moments of the texts to fit, and of the texts to judge
 
 
 def whole_split(moments: LayerMoments) -> Moments:
@@ -126,7 +126,7 @@ def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
     ridge = eigenvalues + min(ALPHAS, key=validation_error) / n
     about = second, _, baseline = about_means_of(train, test)
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
-    spread = ((second @ basis) * basis).sum(0)  # of the judging texts in each direction
+    spread = ((second @ basis) * basis).sum(0)  # variance of the judging texts in each direction
     null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
     sums = [test.num * mean.item() for mean in (error, baseline, null_error)]
     return RidgeFit(sums[0], sums[1], sums[2], shrinkage=eigenvalues / ridge)

@@ -29,8 +29,8 @@ class LayerScores:
     probe: dict[str, float | None]  # MSE and R2 of the least-squares probe, on its rows and on the held-out ones
     scores: dict[str, Tensor] = field(default_factory=dict)  # SCORES, chance, EXCESS: (fractions,) each
     null_draws: dict[str, Tensor] = field(default_factory=dict)  # NULL_SCORES: (num_draws, fractions) each
-    random: dict[str, Any] = field(default_factory=dict)  # of random V, at the last layer
-    closed_form: dict[str, Any] = field(default_factory=dict)  # of the pooled states alone
+    random: dict[str, Any] = field(default_factory=dict)  # scores of random V, at the last layer
+    closed_form: dict[str, Any] = field(default_factory=dict)  # scores of the pooled states alone
 
     def to_json(self) -> dict[str, Any]:
         """The layer's entry in a JSON result; the null as mean and standard deviation, None for a missing score."""

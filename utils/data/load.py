@@ -29,8 +29,8 @@ from utils.script import UserError, run_script, warn
 from utils.settings import Data, Run
 
 LEAK_WARNING = 0.01  # warn if at least this share of the test texts is also in train
-MAX_MEAN = 1e5  # of targets, in their standard deviations: its square costs 10 of the 16 digits of float64
-SPREADS = (1e-15, 1e15)  # of targets: float64 and float32 hold the powers of standard deviations within
+MAX_MEAN = 1e5  # largest mean of targets, in standard deviations: it costs 10 of the 16 digits of float64
+SPREADS = (1e-15, 1e15)  # standard deviations of targets: float64 and float32 hold their powers
 MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
 
 

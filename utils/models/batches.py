@@ -52,7 +52,7 @@ def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int,
         values: the m different lengths, descending; every text of a group is padded to its first length.
         ends: texts before each of them, (m + 1,).
         tokens_per_batch: as in `token_batches`.
-        cost: of a batch, in tokens.
+        cost: fixed cost of a batch, in tokens.
 
     Returns:
         `(i, j)` for each group, of the lengths `values[i:j]`.

@@ -18,7 +18,7 @@ from utils.models.states import decoder_layers, input_device, visit_hidden_state
 from utils.models.tokens import TokenizedTexts, context_length, rope_limit
 from utils.script import UserError
 
-LENGTHS = (20, 13, 8, 5)  # of the sequences
+LENGTHS = (20, 13, 8, 5)  # tokens of each sequence
 # Largest relative difference between states that should be equal: in batches of one shape, and of two shapes. In one
 # shape they are equal bit for bit, unless experts get other numbers of tokens (2e-7 in float32, 5e-3 in bfloat16);
 # bidirectional models of random weights and width 32 differ by 2e-3 in float32. Another shape adds in another order.

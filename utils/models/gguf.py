@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
         start = position + -position % metadata.get("general.alignment", 32)
         tensors = {}
         for name, shape, kind, offset in entries:
-            weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]  # of one block
+            weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]  # weights and bytes of one block
             num_bytes = math.prod(shape) // weights * size
             tensors[name] = reader.TensorInfo(name, shape, kind, start + offset, num_bytes)
     except Exception as error:  # the bytes of a damaged header make the reader raise anything

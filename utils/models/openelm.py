@@ -127,7 +127,7 @@ class OpenELMAttention(nn.Module):
     def __init__(self, config: OpenELMConfig, query_heads: int, kv_heads: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.split_sizes = [query_heads, kv_heads, kv_heads]  # of the output features
+        self.split_sizes = [query_heads, kv_heads, kv_heads]  # heads of query, key and value in the output
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.split_sizes) * config.head_dim, bias=False)
         self.q_norm = OpenELMRMSNorm(config.head_dim)
         self.k_norm = OpenELMRMSNorm(config.head_dim)

@@ -13,7 +13,7 @@ UNDIVIDED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-UNDIVIDED_SHARE = 0.05  # of the letters; below it, a foreign word in a text changes nothing
+UNDIVIDED_SHARE = 0.05  # share of the letters; a foreign word in a text stays below it
 
 
 def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:

@@ -48,14 +48,14 @@ class TrainingRun:
     targets: Tensor  # (n,), on the device
     objective: Objective
     optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int], float]  # of a step, counted from 0
+    learning_rate: Callable[[int], float]  # step, counted from 0 -> learning rate
     order: BatchOrder
     evaluate: Callable[[nn.Module], dict[str, Any]]  # a row of the history, without step and training loss
     num_steps: int
     steps_per_evaluation: int
     batch_size: int  # rows of one forward pass; a step has order.rows_per_step of them, over all processes
     accelerator: "Accelerator"
-    folder: Path  # of the result
+    folder: Path  # folder of the result
     identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
     session: Session
     save_weights: Callable[[], None]  # writes the trained weights into the folder
@@ -74,7 +74,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)
     step: int = 0  # optimiser steps done
     seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of the steps since the last row of the history
+    losses: list[float] = field(default_factory=list)  # losses of the steps since the last row of the history
 
 
 # ------------------------------------------------------------------ one result
@@ -274,7 +274,7 @@ def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[st
         "baselines": text_baselines(data["train"], data["test"]),
     }
     run.save_weights()
-    (run.folder / METRICS).unlink(missing_ok=True)  # of an earlier run
+    (run.folder / METRICS).unlink(missing_ok=True)  # left by an earlier run
     with results.write_atomically(run.folder / "history.csv") as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
     results.save_json(run.folder / METRICS, metrics)

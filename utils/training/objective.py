@@ -31,7 +31,7 @@ class Objective:
 
     num_labels: int  # c; 1 for regression
     is_regression: bool
-    mean: float = 0.0  # of the training targets
+    mean: float = 0.0  # mean of the training targets
     scale: float = 1.0  # their standard deviation
 
     @classmethod

@@ -29,7 +29,7 @@ def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: 
     classes = torch.from_numpy(labels).to(features.device)
     one_hot = torch.nn.functional.one_hot(classes).T.to(features.dtype).contiguous()
     shares = one_hot.mean(1).double()
-    curvature = shares * (1 - shares) / 2  # of the loss in a class's logit, halfway from a start at zero to a good fit
+    curvature = shares * (1 - shares) / 2  # of the loss in a logit, halfway from zero to a good fit
     unit = curvature.rsqrt()[:, None]
     second_moment = (features.T @ features).double() / n
     jitter = penalty / curvature.mean() + torch.finfo(features.dtype).eps * d  # the trace is d
