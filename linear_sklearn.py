@@ -67,7 +67,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
-    run: Run = Run()  # on a GPU through scikit-learn's array API
+    run: Run = Run()  # a GPU works through scikit-learn's array API
 
     def __post_init__(self) -> None:
         check(self, "positive", "inverse_penalty", "max_iter", "tolerance")

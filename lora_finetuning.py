@@ -56,7 +56,7 @@ class Config(FinetuningConfig):
 
     rank: int = 32  # r of LoRA
     alpha: float = 32.0  # B A is multiplied by alpha / r
-    lora_dropout: float = 0.05  # on the input of A
+    lora_dropout: float = 0.05  # dropout on the input of A
     target_modules: tuple[str, ...] | None = None  # projections that get LoRA; None: query, key, value of the family
     start_layer: int = 0  # the first decoder layer that gets LoRA, counted from 0
     training: Hyperparameters = Hyperparameters(

@@ -123,8 +123,8 @@ class Data:
     ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
     divide_train: bool = False  # take 30 % of train as test rows, for a copy without a test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
-    max_test_samples: int | None = None  # the same of the test split; None: as max_samples
-    seed: int = 0  # of sampling, of splits made here, and of all random numbers of the script
+    max_test_samples: int | None = None  # sample of the test split; None: as max_samples
+    seed: int = 0  # seed of sampling, of splits made here, and of all random numbers
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "max_samples", "max_test_samples")
