@@ -258,7 +258,7 @@ def accumulate(
     sum_at_first(list(tensors.values()))
     averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
     tensors.clear()
-    for k in list(sums):  # the sums of a layer go before the moments of the next are made
+    for k in list(sums):  # frees the sums of a layer before the next averages are made
         found = sums.pop(k).averages(len(folds), averages["fold_num_samples"])
         averages |= {f"layer.{k}.{name}": value for name, value in found.items()}
     return averages

@@ -38,7 +38,7 @@ ROW_KEYS = (  # tell the rows of a table apart, and sort them
     *("num_components", "layer", "fraction", "space", "group", "word"),
 )
 METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
-LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir
+LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir that are not searched
 Row = dict[str, Any]
 
 

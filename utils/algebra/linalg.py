@@ -21,7 +21,7 @@ class Noise:
 
     diagonal: Tensor | float = 0.0  # (d,), the most that rounding of the states adds to each diagonal element
     error: Tensor | None = None  # (d, p), the error of C Z for random signs Z; None: none
-    max_rank: int = sys.maxsize  # most directions that so many texts or tokens can span
+    max_rank: int = sys.maxsize  # largest rank that the number of texts or tokens allows
 
     def centred(self, diagonal: Tensor) -> "Noise":
         """The noise after the mean is subtracted from C; `diagonal`, that of the difference, can be far smaller."""
@@ -31,7 +31,7 @@ class Noise:
     def scaled(self, scale: Tensor, diagonal: Tensor) -> "Noise":
         """The noise of D C D for a diagonal matrix D of elements `scale`, (d,), and C of this diagonal."""
         error, squares = self.error, scale.square()
-        if error is not None:  # an element's error is in proportion to the sizes of its two coordinates
+        if error is not None:  # an element's error is proportional to the sizes of its two coordinates
             error = error * scale[:, None] * (diagonal @ squares / diagonal.sum()).sqrt()
         return dataclasses.replace(self, diagonal=self.diagonal * squares, error=error)
 
@@ -107,7 +107,7 @@ class Eigenspace:
 
     @property
     def vectors(self) -> Tensor:
-        """(d, r), C-orthonormal."""
+        """The eigenvectors, (d, r), C-orthonormal."""
         return self.whitener @ self.coordinates
 
 

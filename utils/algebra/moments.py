@@ -50,12 +50,12 @@ class LayerMoments:
 
     @property
     def pooled_covariance(self) -> Tensor:
-        """Sigma, (d, d)."""
+        """Sigma, the covariance of the pooled states, (d, d)."""
         return self.pooled_second_moment - torch.outer(self.pooled_mean, self.pooled_mean)
 
     @property
     def pooled_label_covariance(self) -> Tensor:
-        """S, (d, c)."""
+        """S, the covariance of pooled states and labels, (d, c)."""
         return self.pooled_label_cross_moment - torch.outer(self.pooled_mean, self.label_mean)
 
     @property

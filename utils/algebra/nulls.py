@@ -74,7 +74,7 @@ def permuted_scores(
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
-    # in the nested basis of V within the space that Sigma whitens
+    # coordinates: the nested basis of V within the space that Sigma whitens
     factors, bases = draw_permuted_factors(
         of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random
     )
