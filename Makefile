@@ -26,10 +26,10 @@ demo: $(READY)  ## docstrings -> LM (MODEL=tiny, smollm2 or gemma3-270m) -> mome
 	$(PYTHON) K_sweep.py --model_name $(MODEL)
 
 test: lint $(SNAKEMAKE)  ## ruff, mypy, every test
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-fast: lint  ## the same without the slow tests, while you work
-	$(PYTHON) -m pytest -n 2 -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(READY)  ## ruff, mypy, codespell
 	$(PYTHON) -m ruff check .

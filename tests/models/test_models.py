@@ -111,7 +111,7 @@ def test_a_tokenizer_that_adds_bos_or_eos_keeps_them_and_nothing_else_changes(co
 def test_texts_that_the_model_cannot_read_are_refused_and_no_limit_is_none(config):
     with pytest.raises(UserError, match="--max_length 65 exceeds the 64 tokens that the model can read"):
         tokenize(["a"], make_tokenizer(), config, max_length=65)
-    with pytest.raises(UserError, match=r"1 texts have no token, the first is row 1: ''\. Remove"):
+    with pytest.raises(UserError, match=r"1 texts have no token; the first is row 1: ''\. Remove"):
         tokenize(["a", "", "b"], make_tokenizer(), config)
     with pytest.raises(UserError, match=r"the model has 20 tokens: they do not belong together.*--tokenizer_name"):
         tokenize(["the river"], make_tokenizer(), Qwen2Config(vocab_size=20))

@@ -87,14 +87,15 @@ def test_score_of_a_real_llm_on_real_texts(model, tmp_path):
     name, config = model.model_name, load_config(model, RUN)
     options = {
         "model_name": name, "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS, "max_samples": 60,
-        "max_length": 24, "results_dir": tmp_path, "device": "cpu",
+        "max_length": 24, "layers": (0, 9, -1), "results_dir": tmp_path, "device": "cpu",
     }  # fmt: skip
     for split in ("train", "test"):
         cache.main(configure(cache, **options, split=split))
+    del options["layers"]
     K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=20))
     result = json.loads((tmp_path / "ntps" / name / "rotten_tomatoes.json").read_text())
     assert result["num_samples"] == 60 and result["hidden_size"] == config.hidden_size
-    assert len(result["layers"]) == config.num_hidden_layers + 1
+    assert [layer["layer"] for layer in result["layers"]] == [0, 9, config.num_hidden_layers]
     assert result["moments"]["quantisation"] == f"{QUANTISATIONS[name]}, de-quantised once a run to float32"
     for layer in result["layers"][1:]:
         assert layer["rank_u"] <= 60  # no more directions than texts

@@ -12,7 +12,7 @@ import torch
 
 import cache
 import K_sweep
-from tests.conftest import configure, make_texts, retrain, run_command, run_in_process, write_rows
+from tests.conftest import configure, make_texts, retrain, run_in_process, write_rows
 from tests.data.test_real_data import DATASETS
 from utils.algebra.moments import load_layer
 from utils.algebra.scores import SCORES
@@ -101,8 +101,9 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, t
     reason="needs a dataset beside the repository, and the model that demo.real_llm fetches",
 )
 def test_bfloat16_parts_give_the_scores_of_a_real_llm(tmp_path):
-    """The averages of every layer, and each fraction of the last, from which a run has its score."""
-    options = {"model_name": "smollm2", "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS, "max_samples": 200}
+    """The averages of layers, and each fraction of the last, from which a run has its score."""
+    options = {"model_name": "smollm2", "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS}
+    options |= {"max_samples": 100, "layers": (10, 20, -1)}
     exact, parts = (sweep_all(tmp_path / name, product_dtype=name, **options)[1] for name in ("float64", "bfloat16x2"))
     assert_equal_scores(exact, parts, 2e-4, averaged=True)
     assert_equal_scores(exact[-1:], parts[-1:], 2e-4)
@@ -130,14 +131,13 @@ def config(names):
     return configure(K_sweep, **names, picture=False, num_null_draws=2)
 
 
-def test_from_texts_to_json_and_picture(model_dirs, rows_path, tmp_path):
+def test_from_texts_to_json_and_picture(model_dirs, rows_path, tmp_path, monkeypatch, capsys):
     """Runs the commands that a user types."""
     call = ["--model_name", model_dirs["qwen2"], "--dataset_name", rows_path, "--results_dir", tmp_path]
     for script in (["cache.py", "--split", "test"], ["cache.py"], ["K_sweep.py"]):
-        done = run_command(*script, *call)
-        assert done.returncode == 0, done.stderr
+        assert run_in_process(monkeypatch, *script, *call) == 0
     path = tmp_path / "ntps" / Path(model_dirs["qwen2"]).name / "rows.json"
-    assert done.stdout.strip().splitlines()[-1] == str(path)
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
     content = json.loads(path.read_text())
     assert len(content["layers"]) == 3 and content["num_samples"] == 168 and content["num_classes"] == 3
     for layer in content["layers"]:

@@ -93,7 +93,9 @@ def test_notebook_is_committed_without_outputs(name):
 
 
 @needs_published
-def test_notebooks_draw_the_published_values_where_they_are(copied):
+def test_notebooks_draw_the_published_values_where_they_are(copied, monkeypatch, tmp_path):
+    monkeypatch.setenv("TABLES", str(copied / "data" / "second"))
+    monkeypatch.setenv("FIGURES", str(tmp_path))
     import_published.main(import_published.Config(path=PUBLISHED, output_dir=copied / "published"))
     for name in ("Fig1", "Fig2", "Fig3"):
         execute(copied, name)
