@@ -213,7 +213,8 @@ def held_out_path(path: Path, config: Any) -> Path | None:
     other = {"train": "test", "test": "train", "all": "none"}[config.split]
     if not (held_out := path.with_stem(other)).is_file():
         return None
-    identity = {name: results.read_identity(path)[name] for name in ("config", "model_fingerprint", "label_names")}
+    stored = results.read_identity(path)
+    identity = {name: stored[name] for name in ("config", "model_fingerprint", "label_names")}
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
     if not (how := results.difference(results.read_identity(held_out), identity)):

@@ -61,7 +61,8 @@ class PartialPass:
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
         lacking = "its pooled states" if has_pooled and not partial_pooled_path(self.moments).is_file() else ""
-        for path in (paths := partial_paths(self.moments)):
+        paths = partial_paths(self.moments)  # without those that `check_state` removed
+        for path in paths:
             if results.read_identity(path)["run_settings"] != self.run_settings:
                 lacking = "the same --tokens_per_batch, device, processes and environment"
         if paths and lacking:

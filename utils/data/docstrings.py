@@ -178,6 +178,7 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
     source, rows = content.split("\n"), []
 
     def visit(node: Any, kind: str, name: str, in_class: bool) -> None:
+        """Adds the rows of a node (`kind` empty: one without a docstring of its own) and of the nodes inside it."""
         docstring = ast.get_docstring(node) if kind else None
         if docstring:
             facts = function_facts(node, source, in_class) if kind in ("function", "method") else {}
