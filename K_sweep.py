@@ -34,7 +34,7 @@ from tqdm import tqdm
 import cache
 from utils.algebra.features import feature_scores
 from utils.algebra.linalg import NO_NOISE, Eigenspace, NestedBasis, Noise, rounding, whiten
-from utils.algebra.moments import LayerMoments, check_has_layer, find_scores, held_out_path, load_layer
+from utils.algebra.moments import Coordinates, LayerMoments, check_has_layer, find_scores, held_out_path, load_layer
 from utils.algebra.nulls import permuted_scores, random_scores, random_stream
 from utils.algebra.ridge import load_folds, probe_scores
 from utils.algebra.scores import LayerScores, option_suffix, print_table, summarize
@@ -59,7 +59,7 @@ class Config:
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as in the released script
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # columns of V; pca and random are controls
     center: bool = False  # subtract the means first; the paper does not
-    coordinates: Literal["as_is", "standardized"] = "as_is"  # standardized: each to unit variance of the pooled states
+    coordinates: Coordinates = "as_is"  # standardized: unit variance of pooled states; prefix_standardized: unit C0_ii
     fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K, as shares of the rank that is kept
     num_null_draws: int = 100  # draws of permuted labels, for the null band and z
     num_random_draws: int = 20  # random V at the last layer, for a z of V; 0: none
@@ -245,8 +245,8 @@ def sweep_layer(
 
     A layer has no score if its pooled states do not vary, or not with the labels, or if no text has two tokens.
     """
-    if config.coordinates == "standardized":
-        scale = moments.pooled_deviation.reciprocal()  # D: the moments become D M D, D B, D C0 D, D C1 D
+    if config.coordinates != "as_is":
+        scale = moments.unit_scale(config.coordinates)  # D: the moments become D M D, D B, D C0 D, D C1 D
         moments, held_out = moments.scaled(scale), held_out and held_out.scaled(scale)
     sigma, labels = moments.pooled_covariance, perception(moments, center=True)
     u = labels if config.center else perception(moments, center=False)

@@ -206,20 +206,24 @@ def test_fractions_are_floors_of_the_rank():
 
 
 # ------------------------------------------------------------------ coordinates
-def test_standardized_coordinates_are_those_of_scaled_data():
-    """The moments of the scaled data themselves; a coordinate without variance keeps its scale."""
+@pytest.mark.parametrize("coordinates", ["standardized", "prefix_standardized"])
+def test_standardized_coordinates_are_those_of_scaled_data(coordinates):
+    """The moments of the scaled data themselves; a coordinate without variance, or always zero, keeps its scale."""
     features, targets, states = make_data(300, 12, 3)
-    features[:, 5] = 2.0
-    scale = np.where(np.arange(12) == 5, 1, 1 / np.maximum(features.std(0), 1e-9))
+    features[:, 5], states[:, 5] = 2.0, 0.0
+    of_prefixes = moments_of(features, targets, states).prefix_second_moment.diagonal().sqrt().numpy()
+    size = features.std(0) if coordinates == "standardized" else of_prefixes
+    scale = np.where(np.arange(12) == 5, 1, 1 / np.maximum(size, 1e-9))
     for options in ({}, {"center": True}, {"subspace": "pca"}, {"subspace": "random"}, {"eigenvectors": "smallest"}):
-        found = sweep(features, targets, states, coordinates="standardized", **options)
+        found = sweep(features, targets, states, coordinates=coordinates, **options)
         expected = sweep(features * scale, targets, states * scale, **options)
         for name in (*SCORES, *EXCESS):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_scores_of_standardized_coordinates_do_not_depend_on_their_scale(center):
+@pytest.mark.parametrize("standardized", ["standardized", "prefix_standardized"])
+def test_scores_of_standardized_coordinates_do_not_depend_on_their_scale(standardized, center):
     """Ranks do not either, if errors of products are measured; probes use the unscaled coordinates."""
     splits = make_data(300, 16, 4), make_data(100, 16, 4, seed=1)
 
@@ -236,11 +240,11 @@ def test_scores_of_standardized_coordinates_do_not_depend_on_their_scale(center)
         return solve(own, held_out, coordinates=coordinates, center=center)
 
     ones, scale = np.ones(16), 10 ** np.random.default_rng(3).uniform(-3, 3, 16)
-    plain, found, scaled = solved(ones, "as_is"), solved(ones, "standardized"), solved(scale, "standardized")
+    plain, found, scaled = solved(ones, "as_is"), solved(ones, standardized), solved(scale, standardized)
     probes = [name for name in plain if name.startswith("probe_")]
     assert len(probes) == 4 and plain["rank_v"] == found["rank_v"] == scaled["rank_v"] == 16
     for name in (*SCORES, "excess_loss", "excess_upper_euclidean", *probes):
-        np.testing.assert_allclose(scaled[name], found[name], rtol=0, atol=1e-8, err_msg=name)
+        np.testing.assert_allclose(scaled[name], found[name], rtol=1e-10, atol=1e-8, err_msg=name)
     np.testing.assert_allclose([found[name] for name in probes], [plain[name] for name in probes], rtol=1e-8)
     assert (plain["ntps_label"] - solved(scale, "as_is")["ntps_label"]).abs().max() > 0.01
 

@@ -31,6 +31,7 @@ def test_only_options_other_than_the_default_stand_in_the_name():
     assert name() == name(subspace="autoregression") == f"{folder}.json"
     assert name(subspace="random", split="test", center=True) == f"{folder}.test.random.centered.json"
     assert name(eigenvectors="smallest", coordinates="standardized") == f"{folder}.smallest.standardized.json"
+    assert name(coordinates="prefix_standardized") == f"{folder}.prefix_standardized.json"
 
 
 # ------------------------------------------------------------------ real models: however the moments are computed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from utils.algebra.pooled import has_pooled
 from utils.script import UserError
 from utils.settings import Run, command_line, result_settings, with_values
 
+Coordinates = Literal["as_is", "standardized", "prefix_standardized"]
 OF_LAYER = (
     *("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean"),
     *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
@@ -78,11 +79,15 @@ class LayerMoments:
         cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
         return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
 
-    @property
-    def pooled_deviation(self) -> Tensor:
-        """Standard deviation of each coordinate of the pooled states, (d,); 1 for one that varies by rounding alone."""
-        variance = self.pooled_covariance.diagonal()
-        return torch.where(variance > self.pooled_noise(center=True).diagonal, variance, 1).sqrt()
+    def unit_scale(self, coordinates: Coordinates) -> Tensor:
+        """The diagonal of D, (d,): 1 / deviation of each coordinate of the pooled states, or 1 / root of diag C0.
+
+        It is 1 for a coordinate that is no more than rounding.
+        """
+        of_pooled = self.pooled_covariance.diagonal(), self.pooled_noise(center=True).diagonal
+        of_prefixes = self.prefix_second_moment.diagonal(), self.prefix_rounding.diagonal
+        squares, noise = of_pooled if coordinates == "standardized" else of_prefixes
+        return torch.where(squares > noise, squares, 1).rsqrt()
 
     def scaled(self, scale: Tensor) -> "LayerMoments":
         """The moments of states with coordinates multiplied by `scale`, (d,), the diagonal of D: D M D, D B, ..."""
