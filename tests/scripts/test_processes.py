@@ -5,18 +5,18 @@ import itertools
 import json
 import re
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 import cache
 import from_scratch
 import K_sweep
 import lora_finetuning
-from tests.conftest import configure, load_moments, make_texts, run_command, write_rows
+from tests.conftest import ROOT, configure, load_moments, make_texts, write_rows
 from tests.processes import exit_codes, free_port, start
 from utils.models.tokens import TokenizedTexts
 from utils.parallel import connect
@@ -100,14 +100,15 @@ def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_d
 
 
 @pytest.mark.slow
-def test_accelerate_launch_starts_them_too(alone, model_dirs, rows_path, tmp_path):
+def test_accelerate_launch_starts_them_too(alone, model_dirs, rows_path, tmp_path, monkeypatch):
     """The README's command, through accelerate's own launcher; moments equal to rounding."""
-    names = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--results_dir", tmp_path]
-    options = ["--tokens_per_batch", "96", "--product_dtype", "float64", "--folds", "all"]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    port = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    done = run_command("-m", *launch, *port, "cache.py", *names, *options)
-    assert done.returncode == 0, done.stderr
+    names = {"model_name": model_dirs["llama"], "dataset_name": rows_path, "results_dir": tmp_path}
+    names |= {"tokens_per_batch": 96, "product_dtype": "float64", "folds": "all"}
+    options = [str(word) for name, value in names.items() for word in (f"--{name}", value)]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    monkeypatch.chdir(ROOT)
+    launch_command(launch_command_parser().parse_args([*launch, *port, "cache.py", *options]))
     expected, found = moments(alone["float64"].run.results_dir), moments(tmp_path)
     for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
@@ -142,33 +143,12 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_pa
     assert "Traceback" not in said and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_mistake_of_all_is_said_once_also_where_one_joins_late(model_dirs, tmp_path):
-    join = torch.distributed.init_process_group
-
-    def join_late(*args, store, **kwargs):
-        join(*args, store=store, **kwargs)
-        time.sleep(2)  # the first process has passed this point already
-        store.check(["what others have said"])
-
-    def run(rank: int) -> None:
-        if rank == 2:
-            torch.distributed.init_process_group = join_late
-        sys.argv = ["cache.py", "--model_name", str(model_dirs["llama"]), "--dataset_name", "no_such_rows.jsonl"]
-        cache.run_script(cache.main, cache.Config, None, share_work=True)
-
-    codes = exit_codes(start(run, 3, tmp_path / "said", whole=True))
-    said = (tmp_path / "said").read_text()
-    assert codes == [1, 1, 1] and said.count("\n") == 1 and said.startswith("error: "), said
-    assert "no_such_rows.jsonl" in said
-
-
-def test_a_script_for_one_process_refuses_several(tmp_path, monkeypatch):
+def test_a_script_for_one_process_refuses_several(tmp_path):
     def run(rank: int) -> None:
         sys.argv = ["K_sweep.py"]
         K_sweep.run_script(K_sweep.main, K_sweep.Config, None)
 
-    codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
-    assert codes == [1, 1]
+    assert exit_codes(start(run, 2, tmp_path / "said", whole=True)) == [1, 1]
     said = (tmp_path / "said").read_text()
     assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"
 
@@ -240,8 +220,7 @@ def test_ntps_after_is_made_and_printed_once(trained):
     printed = (trained[1] / "printed").read_text().splitlines()
     assert printed[-1].endswith("before_after.json")
     paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
-    names = ["before_after.json", "metrics.json", "metrics.json", "rows.json", "rows.json"]
-    assert len(set(paths)) == 5 and sorted(path.rsplit("/", 1)[-1] for path in paths) == names
+    assert len(set(paths)) == len(paths) == 5
     assert not list(trained[1].rglob("*.tmp"))
 
 
@@ -274,16 +253,9 @@ def test_two_processes_train_all_weights(names, tmp_path):
     assert json.loads(path.read_text())["last"]["step"] == 7 and len(list(path.parent.glob("*/model.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("fault", ["no address", "no answer"])
-def test_processes_that_cannot_meet_say_so_in_one_line(monkeypatch, fault):
-    def fail(url):
-        raise torch.distributed.DistNetworkError("The socket has failed to connect to node0:1.\nException raised")
-
-    if fault == "no answer":
-        monkeypatch.setattr("utils.parallel.rendezvous", fail)
+def test_processes_that_cannot_meet_say_so_in_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as said:
         connect()
-    reason = r"The socket .* node0:1\." if fault == "no answer" else ".*RANK expected.*"
     begin = "error: WORLD_SIZE says that there are 2 processes, and they cannot meet"
-    assert re.fullmatch(rf"{begin} \({reason}\)\. Start them with torchrun\.", str(said.value))
+    assert re.fullmatch(rf"{begin} \(.*RANK expected.*\)\. Start them with torchrun\.", str(said.value))
