@@ -64,7 +64,7 @@ def assert_equal_scores(one: list, other: list, tolerance: float, averaged: bool
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return sweep_all(tmp_path_factory.mktemp("tiny"), max_samples=1500)
+    return sweep_all(tmp_path_factory.mktemp("tiny"), max_samples=800)
 
 
 @pytest.mark.slow
@@ -83,17 +83,12 @@ def test_scores_of_the_embedded_model_equal_the_reference_and_excess_lies_within
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [
-        ({"tokens_per_batch": 256}, 1e-4),
-        ({"product_dtype": "float64"}, 1e-4),
-        ({"product_dtype": "bfloat16x2"}, 2e-4),
-        ({}, 1e-4),  # texts in another order
-    ],
+    [({"tokens_per_batch": 256}, 1e-4), ({"product_dtype": "float64"}, 1e-4), ({"product_dtype": "bfloat16x2"}, 2e-4)],
 )
 def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, tmp_path, monkeypatch):
-    if not options:
+    if "tokens_per_batch" in options:  # in another order, too
         monkeypatch.setattr(cache, "load_texts", shuffled_texts)
-    assert_equal_scores(tiny[1], sweep_all(tmp_path, max_samples=1500, **options)[1], tolerance)
+    assert_equal_scores(tiny[1], sweep_all(tmp_path, max_samples=800, **options)[1], tolerance)
 
 
 @pytest.mark.slow
@@ -102,9 +97,9 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, t
     reason="needs a dataset beside the repository, and the model that demo.real_llm fetches",
 )
 def test_bfloat16_parts_give_the_scores_of_a_real_llm(tmp_path):
-    """The averages of layers, and each fraction of the last, from which a run has its score."""
+    """At each fraction of the last layer, from which a run has its score; on average in the middle."""
     options = {"model_name": "smollm2", "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS}
-    options |= {"max_samples": 200, "layers": (10, 20, -1)}
+    options |= {"max_samples": 200, "layers": (15, -1)}
     exact, parts = (sweep_all(tmp_path / name, product_dtype=name, **options)[1] for name in ("float64", "bfloat16x2"))
     assert_equal_scores(exact, parts, 2e-4, averaged=True)
     assert_equal_scores(exact[-1:], parts[-1:], 2e-4)
@@ -183,12 +178,11 @@ def test_held_out_numbers_come_and_go_with_their_moments(names, config, capsys):
 
 def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
     """Same settings, same classes, same model: only the fingerprint of the rows tells them apart."""
-    rows = Path(shutil.copy(names["dataset_name"], tmp_path / "rows.jsonl"))
     K_sweep.main(config)
-    changed = [json.loads(line) for line in rows.read_text().splitlines()]
-    write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
-    other = names | {"dataset_name": str(rows), "split": "test", "dtype": "bfloat16", "overwrite": True}
-    cache.main(configure(cache, **other))
+    changed = [json.loads(line) for line in Path(names["dataset_name"]).read_text().splitlines()]
+    rows = write_rows(tmp_path / "rows.jsonl", [row | {"text": row["text"] + " again"} for row in changed])
+    options = {"dataset_name": str(rows), "split": "test", "dtype": "bfloat16", "overwrite": True}
+    cache.main(configure(cache, **names | options))
     with pytest.raises(UserError, match=r"other moments of the held-out split.*--overwrite"):
         K_sweep.main(config)
 
@@ -197,8 +191,6 @@ def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
     ("change", "said"),
     [
         ({"seed": 1}, "seed: 1 there, 0 now"),
-        ({"pooling": "last"}, "pooling: 'last' there, 'mean' now"),
-        ({"max_length": 5}, "max_length: 5 there, None now"),
         ({"label_column": "other"}, "label_column: 'other' there, 'label' now"),
         ({"weights": "other"}, "other weights of the model"),
     ],
@@ -211,13 +203,13 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(
     rows = write_rows(tmp_path / "two.jsonl", [row | {"other": f"kind {i % 4}"} for i, row in enumerate(old)])
     model = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
     names = {"model_name": str(model), "dataset_name": str(rows), "results_dir": tmp_path / "mine"}
-    if change == {"weights": "other"}:
-        change = {}
-        cache.main(configure(cache, **names, label_column="label", split="test"))
+    names["label_column"] = "label"
+    settings = {name: value for name, value in change.items() if name != "weights"}
+    cache.main(configure(cache, **names | {"split": "test"} | settings))
+    if "weights" in change:
         retrain(model)
-    else:
-        cache.main(configure(cache, **({**names, "label_column": "label", "split": "test"} | change)))
-    cache.main(configure(cache, **names, label_column="label"))
+    cache.main(configure(cache, **names))
+    del names["label_column"]  # that of the moments
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
@@ -245,15 +237,12 @@ def test_missing_moments_name_a_command_that_makes_them(tmp_path):
     ("options", "message"),
     [
         (["--fractions", "0.5", "1.5"], r"--fractions must be in (0, 1]"),
-        (["--num_null_draws", "1"], "--num_null_draws and --num_random_draws must be at least 2"),
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),
     ],
 )
-def test_mistakes_end_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_sentence_before_the_pass(options, message, tmp_path, monkeypatch, capsys):
     code, printed = run_in_process(monkeypatch, "K_sweep.py", *options, "--results_dir", tmp_path), capsys.readouterr()
-    assert code == 2 or code.startswith("error: ")
-    assert message in " ".join(f"{code} {printed.err} {printed.out}".replace("│", " ").split())
-    assert not any(tmp_path.iterdir())  # before a pass through the model
+    assert message in " ".join(f"{code} {printed.err}".replace("│", " ").split()) and not any(tmp_path.iterdir())
 
 
 def test_test_targets_that_are_all_equal_have_no_score(model_dirs, tmp_path):
