@@ -1,9 +1,6 @@
 """Hostile and broken input: it works, or is refused in a sentence; never a wrong number, never a traceback."""
 
-import json
 import math
-import shutil
-import struct
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -16,7 +13,6 @@ from hypothesis import strategies as st
 import cache
 import K_sweep
 from tests.conftest import configure, write_rows
-from tests.processes import exit_codes, start
 from utils.data.load import LabelledTexts, load_splits
 from utils.script import UserError
 from utils.settings import Data, Run
@@ -126,67 +122,3 @@ def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(model_d
         cache.main(configure(cache, **shared, split=split))
     result = K_sweep.main(configure(K_sweep, **shared, picture=False))
     assert len(long) + 1 > 98_000 and 0 <= result["score"]["retained"]["value"] <= 1
-
-
-# ------------------------------------------------------------------ results
-@pytest.fixture(scope="module")
-def made(model_dirs, rows_path, tmp_path_factory) -> dict:
-    """Settings of finished moments and scores."""
-    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    shared["results_dir"] = tmp_path_factory.mktemp("made")
-    cache.main(configure(cache, **shared))
-    K_sweep.main(configure(K_sweep, **shared, picture=False))
-    return shared
-
-
-@pytest.fixture
-def copied(made, tmp_path) -> dict:
-    return {**made, "results_dir": Path(shutil.copytree(made["results_dir"], tmp_path / "results"))}
-
-
-def moments_of(shared: dict) -> Path:
-    return cache.config_path(configure(cache, **shared))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(struct.pack("<Q", 2**63 - 1) + path.read_bytes()[8:]),
-        lambda path: path.write_bytes(path.read_bytes().replace(b"pooled_mean", b"pooled_mess")),
-        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-        lambda path: (path.unlink(), path.mkdir()),
-    ],
-)
-def test_damaged_moments_are_refused_in_one_sentence(copied, damage):
-    damage(moments_of(copied))
-    with pytest.raises(UserError, match="safetensors") as refused:
-        K_sweep.main(configure(K_sweep, **copied, subspace="pca", picture=False))
-    assert "\n" not in str(refused.value)
-
-
-def test_a_folder_at_the_place_of_a_result_is_named_before_the_work(copied, monkeypatch):
-    path = K_sweep.output_path(configure(K_sweep, **copied))
-    path.unlink()
-    path.mkdir()
-    monkeypatch.setattr(K_sweep, "sweep_layer", lambda *arguments: pytest.fail("it has begun to work"))
-    with pytest.raises(UserError, match="it is a folder"):
-        K_sweep.main(configure(K_sweep, **copied, picture=False))
-
-
-def test_results_behind_a_symbolic_link_are_read_and_written_there(copied, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    shutil.move(copied["results_dir"] / "moments", elsewhere)
-    (copied["results_dir"] / "moments").symlink_to(elsewhere)
-    K_sweep.main(configure(K_sweep, **copied, picture=False))
-    cache.main(configure(cache, **copied, split="test"))
-    assert list(elsewhere.rglob("test.safetensors")) and not list(tmp_path.rglob("*.tmp"))
-
-
-def test_two_runs_of_the_same_result_at_once_both_end_well(made, tmp_path):
-    results = Path(shutil.copytree(made["results_dir"], tmp_path / "results"))
-    shutil.rmtree(results / "ntps")
-    config = configure(K_sweep, **made | {"results_dir": results}, picture=False)
-    assert exit_codes([process for _ in range(2) for process in start(lambda rank: K_sweep.main(config))]) == [0, 0]
-    [path] = (results / "ntps").rglob("*.json")
-    before = json.loads(K_sweep.output_path(configure(K_sweep, **made)).read_text())
-    assert json.loads(path.read_text())["layers"] == before["layers"] and not list(results.rglob("*.tmp"))

@@ -1,7 +1,7 @@
 """utils/results.py: files are written whole, checked when read, and reused, refused or made by their identity."""
 
-import json
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -88,11 +88,11 @@ def test_a_changed_byte_is_found(written, data):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "was not written by this version"),  # a file of safetensors that is not ours
-        ({"format_version": 3, "crc32": {}}, "was not written by this version"),
-        ({"format_version": 4}, "is incomplete: it has no 'crc32'"),
-        ("[", "is damaged"),
+        ("null", "was not written by this version"),  # a file of safetensors that is not ours
+        ('{"format_version": 3, "crc32": {}}', "was not written by this version"),
+        ('{"format_version": 4}', "is incomplete: it has no 'crc32'"),
         (b"", "is damaged"),
+        (struct.pack("<Q", 2**63 - 1), "is damaged"),  # the length of the header
     ],
 )
 def test_a_foreign_an_old_and_a_damaged_file_are_refused_with_the_command(content, words, tmp_path):
@@ -101,25 +101,23 @@ def test_a_foreign_an_old_and_a_damaged_file_are_refused_with_the_command(conten
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        text = content if isinstance(content, str) else json.dumps(content)
-        save_file({"a": torch.zeros(1)}, path, metadata=content and {"json": text})
+        save_file({"a": torch.zeros(1)}, path, metadata={"json": content})
     with pytest.raises(UserError, match=words) as raised, open_tensors(path):
         pass
     assert str(path) in str(raised.value) and "Run cache.py --split test with --overwrite" in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [math.nan, {"deep": [-math.inf]}])
-def test_json_is_strict_and_a_failed_write_leaves_the_old_file(value, tmp_path):
+def test_json_is_strict_and_a_failed_write_leaves_the_old_file(tmp_path):
     path, content = tmp_path / "result.json", {"score": [1, 0.1, None, "ä"]}
     save_json(path, content)
     with pytest.raises(ValueError, match="JSON"):
-        save_json(path, {"score": value})
+        save_json(path, {"deep": [-math.inf]})
     assert [*tmp_path.iterdir()] == [path] and load_json(path) == content
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
 def test_a_file_that_is_no_result_is_refused(text, tmp_path):
-    (tmp_path / "result.json").write_text(text, errors="surrogatepass")
+    (tmp_path / "result.json").write_text(text)
     with pytest.raises(UserError, match=r"result\.json (is damaged|was not written by this version)"):
         load_json(tmp_path / "result.json")
 
@@ -144,43 +142,26 @@ IDENTITY = {
 }
 
 
-def write_result(path: Path, identity: dict) -> None:
-    content = {**identity, "environment": "elsewhere", "score": 0.25}
-    if path.suffix == ".json":
-        save_json(path, content)
-    else:
-        save_tensors(path, {"a": torch.ones(2)}, content)
-
-
-@pytest.fixture(params=["result.json", "result.safetensors"])
-def path(request, tmp_path):
-    """A finished result of either kind."""
-    write_result(tmp_path / request.param, IDENTITY)
-    return tmp_path / request.param
-
-
-def test_a_result_is_reused_and_made_where_there_is_none_or_it_is_asked_for(path):
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_a_finished_result_is_found_unless_it_is_to_be_made_again_and_a_damaged_one_is_refused(tmp_path, ending):
+    path, content = tmp_path / f"result.{ending}", {**IDENTITY, "environment": "elsewhere", "score": 0.25}
+    save_json(path, content) if ending == "json" else save_tensors(path, {"a": torch.ones(2)}, content)
     found = find_result(path, IDENTITY, Run())
     assert found is not None and found["score"] == 0.25
     assert find_result(path.with_name("other.json"), IDENTITY, Run()) is None
-    assert find_result(path, IDENTITY, Run(overwrite=True)) is None
     path.write_text("damaged")
     assert find_result(path, IDENTITY, Run(overwrite=True)) is None
     with pytest.raises(UserError, match=path.name):
         find_result(path, IDENTITY, Run())
 
 
-def test_every_setting_that_differs_or_is_lacking_is_named(path):
+def test_every_setting_that_differs_or_is_lacking_is_named():
     """Names a setting that is None now, too."""
-    stored = {"dtype": "bfloat16", "seed": 0, "fractions": [0.5]}
-    write_result(path, IDENTITY | {"config": stored})
-    with pytest.raises(UserError) as raised:
-        find_result(path, IDENTITY, Run())
-    assert str(raised.value).startswith(
-        f"{path} was made with other settings (dtype: 'bfloat16' there, 'float32' now; "
+    stored = {"config": {"dtype": "bfloat16", "seed": 0, "fractions": [0.5]}}
+    assert difference(stored, IDENTITY) == (
+        "with other settings (dtype: 'bfloat16' there, 'float32' now; fractions: [0.5] there, [0.5, 1.0] now; "
+        "revision: None there, None now)"
     )
-    assert "fractions: [0.5] there, [0.5, 1.0] now; revision: None there, None now)" in str(raised.value)
-    assert "seed" not in str(raised.value) and "--overwrite" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +174,9 @@ def test_every_setting_that_differs_or_is_lacking_is_named(path):
         ("held_out", "from other moments of the held-out split"),
     ],
 )
-def test_each_part_of_an_identity_tells_results_apart_also_if_one_lacks_it(path, part, words):
-    with pytest.raises(UserError, match=f"{path.name} was made {words}.*--overwrite"):
-        find_result(path, IDENTITY | {part: "others"}, Run())
-    write_result(path, {name: value for name, value in IDENTITY.items() if name != part})
-    with pytest.raises(UserError, match=f"{path.name} was made {words}"):
-        find_result(path, IDENTITY, Run())
+def test_each_part_of_an_identity_tells_results_apart_also_if_one_lacks_it(part, words):
+    assert not difference(IDENTITY, IDENTITY) and difference(IDENTITY, IDENTITY | {part: "others"}) == words
+    assert difference({name: value for name, value in IDENTITY.items() if name != part}, IDENTITY) == words
 
 
 @pytest.mark.parametrize("name", ["dataset_name", "model_name", "adapter_dir", "tokenizer_name"])
@@ -225,7 +203,7 @@ def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_a
         settings_from_moments(configure(module, seed=4, max_length=64, text_column="title"), path)
     message = str(raised.value)
     assert "seed: 3 there, 4 now" in message and "text_column: 'body' there, 'title' now" in message
-    assert "dtype" not in message and "max_length" not in message and "cache.py" in message and str(path) in message
+    assert "dtype" not in message and "max_length" not in message and str(path) in message
     config = configure(module, seed=4)
     assert settings_from_moments(config, tmp_path / "none.safetensors") is config
 

@@ -7,7 +7,15 @@ import threading
 import pytest
 from safetensors import SafetensorError
 
-from utils.results import MACHINE, load_json, one_run_at_a_time, save_json, save_tensors, write_atomically
+from utils.results import (
+    MACHINE,
+    check_writable,
+    load_json,
+    one_run_at_a_time,
+    save_json,
+    save_tensors,
+    write_atomically,
+)
 from utils.script import UserError
 
 
@@ -21,6 +29,11 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
         path.write_bytes(b"whole")
         path.with_name(".tmpAbC123").write_bytes(b"half")  # of a library
     assert {path.name for path in tmp_path.iterdir()} == {*names, "result.bin"}
+
+
+def test_a_folder_at_the_place_of_a_result_is_named_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="it is a folder"):
+        check_writable(tmp_path)
 
 
 def test_a_full_disk_under_safetensors_is_said_as_any_other_and_the_old_result_stays(tmp_path, monkeypatch):
