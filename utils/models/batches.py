@@ -8,15 +8,13 @@ import zlib
 
 import numpy as np
 
-BATCH_COST = 64  # fixed cost of a batch, in tokens
 MAX_PADDED = 1.05  # padded tokens over tokens
 
 
 def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    Cuts between texts of different lengths so that padded tokens plus `BATCH_COST` for each batch are fewest; if that
-    still pads by more than a twentieth, as with few texts, a batch counts as cheaper.
+    A batch ends where its next text would exceed `tokens_per_batch`, or the padding of all batches so far a twentieth.
 
     Args:
         lengths: tokens of each text, (n,).
@@ -30,45 +28,16 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | 
         sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))
         return [rows[batch] for rows in sides if len(rows) for batch in token_batches(lengths[rows], tokens_per_batch)]
     order = np.argsort(-lengths, kind="stable")
-    values, counts = np.unique(-lengths, return_counts=True)
-    values, ends = -values, np.concatenate([[0], np.cumsum(counts)])
-    cost = float(BATCH_COST)
-    groups = cheapest_groups(values, ends, tokens_per_batch, cost)
-    while sum(values[i] * (ends[j] - ends[i]) for i, j in groups) > MAX_PADDED * lengths.sum():
-        cost /= 2
-        groups = cheapest_groups(values, ends, tokens_per_batch, cost)
-    sizes = [max(1, tokens_per_batch // int(values[i])) for i, _ in groups]
-    return [
-        batch
-        for (i, j), size in zip(groups, sizes, strict=True)
-        for batch in split_rows(order[ends[i] : ends[j]], size)
-    ]
-
-
-def cheapest_groups(values: np.ndarray, ends: np.ndarray, tokens_per_batch: int, cost: float) -> list[tuple[int, int]]:
-    """The cut of the different lengths with the fewest padded tokens plus `cost` a batch, from the shortest on.
-
-    Args:
-        values: the m different lengths, descending; every text of a group is padded to its first length.
-        ends: texts before each of them, (m + 1,).
-        tokens_per_batch: as in `token_batches`.
-        cost: fixed cost of a batch, in tokens.
-
-    Returns:
-        `(i, j)` for each group, of the lengths `values[i:j]`.
-    """
-    best, cut = np.zeros(len(values) + 1), np.zeros(len(values), dtype=int)
-    for i in range(len(values) - 1, -1, -1):  # the best cut of the lengths behind the first group is known by then
-        texts = ends[i + 1 :] - ends[i]
-        batches = -(-texts // max(1, tokens_per_batch // int(values[i])))
-        total = values[i] * texts + cost * batches + best[i + 1 :]
-        cut[i] = i + 1 + int(total.argmin())
-        best[i] = total.min()
-    groups, i = [], 0
-    while i < len(values):
-        groups.append((i, int(cut[i])))
-        i = int(cut[i])
-    return groups
+    ordered, starts = lengths[order].tolist(), [0]
+    num_tokens = num_padded = 0  # of all texts up to this one; of the batches that have ended
+    for position, length in enumerate(ordered):
+        num_tokens += length
+        longest, num_before = ordered[starts[-1]], position - starts[-1]
+        padded = (num_before + 1) * longest
+        if num_before and (padded > tokens_per_batch or num_padded + padded > MAX_PADDED * num_tokens):
+            num_padded += num_before * longest
+            starts.append(position)
+    return np.split(order, starts[1:])
 
 
 def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> list[np.ndarray]:
@@ -101,7 +70,7 @@ def share_of(
     load, own = np.zeros(num_processes, dtype=np.int64), []
     for block in blocks:
         least = int(load.argmin())
-        load[least] += sum(int(lengths[rows].max()) * len(rows) + BATCH_COST for rows in block)
+        load[least] += sum(int(lengths[rows].max()) * len(rows) for rows in block)
         own += [(rows, rows is block[-1]) for rows in block if least == rank]
     return own
 
