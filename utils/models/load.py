@@ -3,9 +3,7 @@
 Functions import the modelling code that they use: it loads as slowly as torch, and `--help` does not need it.
 """
 
-import atexit
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ import torch
 from utils.hub import hub_errors
 from utils.models.states import decoder_of
 from utils.models.table import FAMILIES, is_gguf, local_fingerprint, model_source, repository
-from utils.results import temporary_folder
 from utils.script import UserError
 from utils.settings import Model, Run
 
@@ -144,7 +141,6 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
             dtype=getattr(torch, model.dtype),
             trust_remote_code=run.trust_remote_code,
             device_map=device_map,
-            offload_folder=offload_folder(run) if device_map else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
@@ -158,13 +154,6 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{prefix}.")):
         raise UserError(f"{model.model_name} lacks {len(missing)} weights, such as {missing[0]}. Download it again.")
     return loaded
-
-
-def offload_folder(run: Run) -> Path:
-    """Makes a folder for weights that fit into no memory; it is removed when the process ends."""
-    folder = temporary_folder(run.results_dir / "offloaded")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def load_causal_lm(model: Model, run: Run, device: torch.device) -> "PreTrainedModel":
