@@ -27,7 +27,7 @@ import cache
 import K_sweep
 import linear_training
 from utils.data.load import LabelledTexts, load_splits
-from utils.models.adapters import save_base_model
+from utils.models.adapters import BASE_MODEL_FILE
 from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import FAMILIES, MODELS
@@ -114,7 +114,7 @@ def build(config: Config) -> Trainable:
         with write_atomically(folder / "adapter") as temporary:
             # the embeddings are not trained: PEFT need not ask the hub for a changed vocabulary
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
-            save_base_model(temporary, peft_model, config.model.model_name, model_fingerprint(config.model, config.run))
+            save_json(temporary / BASE_MODEL_FILE, {"fingerprint": model_fingerprint(config.model, config.run)})
 
     return decoder_of(causal_lm), save
 

@@ -119,24 +119,19 @@ def test_states_of_a_padded_batch_are_those_of_each_text_alone_in_float64(model_
 
 
 def test_a_row_of_the_embeddings_that_no_text_uses_may_be_anything():
-    decoder, tokens = decoder_of(small_model("llama")), make_tokens()
-    before: dict[int, torch.Tensor] = {}
-    after: dict[int, torch.Tensor] = {}
-    visit_hidden_states(decoder, tokens.pad(np.arange(4))[0], lambda layer, x: before.__setitem__(layer, x.clone()))
+    decoder, tokens, finite = decoder_of(small_model("llama")), make_tokens(), []
     with torch.no_grad():
         decoder.get_input_embeddings().weight[[0, 299]] = torch.nan
     tokens.token_ids[tokens.token_ids == 299] = 298
     self_check(decoder, tokens, "with a row of nan")
-    visit_hidden_states(decoder, tokens.pad(np.arange(4))[0], lambda layer, x: after.__setitem__(layer, x.clone()))
-    assert all(states.isfinite().all() for states in after.values())
+    visit_hidden_states(decoder, tokens.pad(np.arange(4))[0], lambda layer, x: finite.append(x.isfinite().all()))
+    assert len(finite) == 3 and all(finite)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "mamba", "gemma2", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "mamba", "qwen3_next"])
 def test_half_precision_is_no_reason_to_refuse(model_type, dtype):
     self_check(decoder_of(small_model(model_type)).to(dtype), make_tokens(), model_type)
-    with pytest.raises(UserError):  # a model without a mask is still found
-        self_check(llama_without_a_mask().to(dtype), make_tokens(), "llama")
 
 
 # ------------------------------------------------------------------ refused

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
-from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, Phi3Config, Qwen2Config, XLNetConfig
 
@@ -37,12 +36,11 @@ def test_the_table_names_the_eight_models_of_the_paper():
     assert {*PAPER.values(), "gemma3_text"} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_the_decoder_and_its_causal_lm_are_of_one_piece(model_dirs, architecture):
+def test_the_decoder_and_its_causal_lm_are_of_one_piece(model_dirs):
     """Logits follow from the last state: the base model holds the weights of the causal LM, not fresh ones."""
-    settings = Model(str(model_dirs[architecture]))
+    settings = Model(str(model_dirs["llama"]))
     decoder, causal = load_base_model(settings, RUN, CPU), load_causal_lm(settings, RUN, CPU)
-    assert load_base_model(Model(str(model_dirs[architecture]), dtype="bfloat16"), RUN, CPU).dtype == torch.bfloat16
+    assert load_base_model(Model(settings.model_name, dtype="bfloat16"), RUN, CPU).dtype == torch.bfloat16
     assert decoder.dtype == torch.float32 and not decoder.training and not causal.training
     input_ids = torch.randint(0, 300, (3, 11))
     with torch.no_grad():
@@ -215,13 +213,3 @@ def test_tokenizer_of_another_repository(tmp_path):
         load_tokenizer(Model(str(tmp_path / "model")), RUN, config)
     with pytest.raises(UserError, match=r"folder or file \./nowhere does not exist\. Correct --tokenizer_name"):
         load_tokenizer(Model(str(tmp_path / "model"), tokenizer_name="./nowhere"), RUN, config)
-
-
-def test_missing_weights_are_refused_not_made_up(model_dirs, tmp_path):
-    folder = shutil.copytree(model_dirs["llama"], tmp_path / "partial")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.self_attn.q_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for load in (load_base_model, load_causal_lm):
-        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
-            load(Model(str(folder)), RUN, CPU)
