@@ -30,7 +30,7 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.models.adapters import BASE_MODEL_FILE
 from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
-from utils.models.table import FAMILIES, MODELS
+from utils.models.table import LORA_TARGET_MODULES, MODELS
 from utils.parallel import object_of_first
 from utils.results import check_identity, read_identity, result_path, save_json, settings_from_moments, write_atomically
 from utils.script import UserError, run_script
@@ -78,8 +78,8 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
     from transformers.pytorch_utils import Conv1D
 
     decoder, name = decoder_of(model), config.model.model_name
-    family, num_layers = FAMILIES.get(decoder.config.model_type), len(decoder_layers(decoder))
-    targets = config.target_modules or (family.lora_target_modules if family else ())
+    targets = config.target_modules or LORA_TARGET_MODULES.get(decoder.config.model_type, ())
+    num_layers = len(decoder_layers(decoder))
     kinds = {path.rsplit(".", 1)[-1]: type(module) for path, module in decoder.named_modules()
              if isinstance(module, torch.nn.Linear | Conv1D)}  # fmt: skip
     if not targets or (missing := set(targets) - set(kinds)):

@@ -272,7 +272,7 @@ def save_table(path: Path, models: list[dict[str, Any]], ranks: dict[str, list[i
 def installed_models() -> list[str]:
     """The models of demo/ on this machine, by their short names."""
     found = []
-    for name in (name for name, spec in MODELS.items() if spec.access.startswith("python -m demo")):
+    for name in (name for name, spec in MODELS.items() if spec.command):
         with contextlib.suppress(UserError):  # raised for a model that is not installed
             model_source(name)
             found.append(name)

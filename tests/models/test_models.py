@@ -18,22 +18,18 @@ from utils.models.check import self_check
 from utils.models.load import load_base_model, load_causal_lm, load_config, load_tokenizer, model_fingerprint
 from utils.models.openelm import OpenELMConfig
 from utils.models.states import decoder_of, visit_hidden_states
-from utils.models.table import FAMILIES, MODELS, repository
+from utils.models.table import LORA_TARGET_MODULES, MODELS, PAPER, repository
 from utils.models.tokens import rope_limit, tokenize
 from utils.script import UserError
 from utils.settings import Model, Run
 
 CPU, RUN = torch.device("cpu"), Run()
-PAPER = {
-    **{f"Qwen/Qwen2-{size}": "qwen2" for size in ("0.5B", "1.5B", "7B")},
-    **{f"apple/OpenELM-{size}": "openelm" for size in ("270M", "450M", "1_1B", "3B")},
-    "meta-llama/Meta-Llama-3-8B": "llama",
-}
 
 
 def test_the_table_names_the_eight_models_of_the_paper():
-    assert set(PAPER) == {name for name in MODELS if "/" in name}
-    assert {*PAPER.values(), "gemma3_text"} == set(FAMILIES)
+    families = {name.split("/")[1].split("-")[0].lower() for name in PAPER}
+    assert len(PAPER) == 8 and families == {"qwen2", "openelm", "meta"} and set(PAPER) < set(MODELS)
+    assert set(LORA_TARGET_MODULES) == {"qwen2", "openelm", "llama", "gemma3_text"}
 
 
 def test_the_decoder_and_its_causal_lm_are_of_one_piece(model_dirs):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=NAMES)
 def model(request) -> Model:
     if not (models_dir() / MODELS[request.param].path).is_file():
-        pytest.skip(f"{request.param} is not installed; {MODELS[request.param].access} fetches it")
+        pytest.skip(f"{request.param} is not installed; {MODELS[request.param].command} fetches it")
     return Model(request.param)
 
 

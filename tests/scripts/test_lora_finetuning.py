@@ -23,7 +23,7 @@ from tests.training.test_training import ARCHITECTURES, make_run, model_folder, 
 from utils.data import load as data_module
 from utils.models.load import load_base_model
 from utils.models.states import run_base_model
-from utils.models.table import FAMILIES
+from utils.models.table import LORA_TARGET_MODULES
 from utils.results import save_json
 from utils.script import UserError
 
@@ -60,7 +60,7 @@ def test_adapter_and_head_alone_are_trained_and_the_saved_adapter_gives_the_trai
         assert (name in trained) == parameter.requires_grad == is_new
         assert torch.equal(parameter, before[name]) != is_new, name
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name}
-    assert adapted == set(FAMILIES[architecture].lora_target_modules)
+    assert adapted == set(LORA_TARGET_MODULES[architecture])
 
     run.model.eval()
     run.save_weights()
@@ -111,7 +111,7 @@ def test_mistakes_are_named(settings, change, message):
 
 
 def test_an_unknown_family_needs_targets(settings, monkeypatch):
-    monkeypatch.delitem(FAMILIES, "qwen2")
+    monkeypatch.delitem(LORA_TARGET_MODULES, "qwen2")
     known = r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
     with pytest.raises(UserError, match=known):
         make_run(lora_finetuning, configure(lora_finetuning, **settings))

@@ -11,7 +11,7 @@ import torch
 
 from utils.hub import hub_errors
 from utils.models.states import decoder_of
-from utils.models.table import FAMILIES, is_gguf, local_fingerprint, model_source, repository
+from utils.models.table import TOKENIZERS, is_gguf, local_fingerprint, model_source, repository
 from utils.script import UserError
 from utils.settings import Model, Run
 
@@ -88,11 +88,10 @@ def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Token
     from transformers import AutoTokenizer
 
     name, revision = model_source(model.model_name), model.revision
-    family = FAMILIES.get(config.model_type)
     if model.tokenizer_name:
         name, revision = model.tokenizer_name, None
-    elif family and family.tokenizer_name and not Path(name, "tokenizer_config.json").is_file():
-        name, revision = family.tokenizer_name, None
+    elif config.model_type in TOKENIZERS and not Path(name, "tokenizer_config.json").is_file():
+        name, revision = TOKENIZERS[config.model_type], None
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise UserError(f"The folder or file {name} does not exist. Correct --tokenizer_name.")
     if is_gguf(name):

@@ -13,6 +13,7 @@ Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`.
 
 # ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class OpenELMConfig(PreTrainedConfig):
     num_transformer_layers: int = 12
     model_dim: int = 2048
     head_dim: int = 128
-    qkv_multipliers: float | list[float] = 1.0  # query heads times h / d: one number, or [first layer, last layer]
+    qkv_multipliers: tuple[float, ...] | list[float] = (1.0, 1.0)  # query heads times h / d; as the next
     num_gqa_groups: int = 1  # query heads per key/value head, despite the name
-    ffn_multipliers: float | list[float] = 4.0  # width / d: one number, [first layer, last layer], or one per layer
+    ffn_multipliers: tuple[float, ...] | list[float] = (4.0, 4.0)  # width / d: first and last layer, or one per layer
     ffn_dim_divisor: int = 256
     activation_fn_name: str = "swish"
     share_input_output_layers: bool = False
@@ -59,26 +60,22 @@ class OpenELMConfig(PreTrainedConfig):
         """(query heads, key/value heads, feed-forward width) per layer (arXiv 2404.14619, section 2.1)."""
         sizes = []
         group_size = self.head_dim * self.num_gqa_groups
-        multipliers = map(self.multiplier_per_layer, ("qkv_multipliers", "ffn_multipliers"))
-        for query, width in zip(*multipliers, strict=True):
+        multipliers = map(self.multiplier_per_layer, (self.qkv_multipliers, self.ffn_multipliers))
+        for _, query, width in zip(range(self.num_transformer_layers), *multipliers, strict=True):
             # whole groups, so that every key/value head serves the same number of query heads
             num_groups = round_to_multiple(query * self.model_dim, group_size) // group_size
             ffn_width = round_to_multiple(width * self.model_dim, self.ffn_dim_divisor)
             sizes.append((num_groups * self.num_gqa_groups, num_groups, ffn_width))
         return sizes
 
-    def multiplier_per_layer(self, name: str) -> list[float]:
-        """One multiplier per layer; two numbers are a range, also in a model of two layers. Raises ValueError."""
-        multipliers, num_layers = getattr(self, name), self.num_transformer_layers
-        if isinstance(multipliers, int | float):
-            return [multipliers] * num_layers
-        if len(multipliers) == 2:
-            first, last = multipliers
-            # two decimals as published: unrounded, three of the four published models get other head counts
-            return [round(first + (last - first) * layer / max(num_layers - 1, 1), 2) for layer in range(num_layers)]
-        if len(multipliers) == num_layers:
-            return list(multipliers)
-        raise ValueError(f"OpenELM configuration: {name} has {len(multipliers)} entries for {num_layers} layers.")
+    def multiplier_per_layer(self, multipliers: Sequence[float]) -> Sequence[float]:
+        """One multiplier per layer; two numbers are a range, also in a model of two layers."""
+        if len(multipliers) != 2:
+            return multipliers
+        first, last = multipliers
+        num_steps = max(self.num_transformer_layers - 1, 1)
+        # two decimals as published: unrounded, three of the four published models get other head counts
+        return [round(first + (last - first) * i / num_steps, 2) for i in range(self.num_transformer_layers)]
 
 
 def round_to_multiple(value: float, divisor: int) -> int:

@@ -69,14 +69,11 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def layer_devices(model: Any) -> list[torch.device]:
-    """The device of each layer's states, layer 0 first; runs one token through a model on several devices."""
-    device = input_device(model)
-    if all(parameter.device == device for parameter in model.parameters()):
-        return [device] * (len(decoder_layers(model)) + 1)
-    found: dict[int, torch.device] = {}
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    visit_hidden_states(model, token, lambda layer, states: found.__setitem__(layer, states.device))
-    return [found[layer] for layer in sorted(found)]
+    """The device of each layer's states, layer 0 first; runs one token through the model."""
+    found: list[torch.device] = []
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    visit_hidden_states(model, token, lambda layer, states: found.append(states.device))
+    return found
 
 
 @torch.inference_mode()

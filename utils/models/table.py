@@ -1,4 +1,4 @@
-"""The models the repository knows by name, the families with settings of their own, and the source of a name."""
+"""The models the repository knows by name, settings of their architectures, and the source of a name."""
 
 import functools
 import hashlib
@@ -11,48 +11,35 @@ from utils.script import ROOT, UserError
 
 
 @dataclass(frozen=True)
-class ModelFamily:
-    """The settings of one architecture beyond the AutoModel defaults."""
-
-    lora_target_modules: tuple[str, ...]  # the attention input projections
-    tokenizer_name: str | None = None  # None: the tokenizer of the model's own repository
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """One row of the table of models the repository knows by name."""
 
     path: str  # hub id, folder relative to the repository root, or .gguf file below `models_dir()`
     parameters: str
-    access: str  # the command that makes it; or the terms to accept before the download, and their page
+    command: str = ""  # makes or fetches a model that is neither in the repository nor on the hub
 
 
-FAMILIES = {  # keyed by `config.model_type`
-    "qwen2": ModelFamily(("q_proj", "k_proj", "v_proj")),
-    "llama": ModelFamily(("q_proj", "k_proj", "v_proj")),
-    "gemma3_text": ModelFamily(("q_proj", "k_proj", "v_proj")),
-    "openelm": ModelFamily(("qkv_proj",), tokenizer_name="meta-llama/Llama-2-7b-hf"),
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+LORA_TARGET_MODULES = {  # by `config.model_type`: the attention input projections
+    **dict.fromkeys(("qwen2", "llama", "gemma3_text"), QUERY_KEY_VALUE),
+    "openelm": ("qkv_proj",),
 }
-OPEN = "open"
+TOKENIZERS = {"openelm": "meta-llama/Llama-2-7b-hf"}  # by `config.model_type`, if not in the model's own repository
+PAPER = {
+    "Qwen/Qwen2-0.5B": "0.5B", "Qwen/Qwen2-1.5B": "1.5B", "Qwen/Qwen2-7B": "7B",
+    "apple/OpenELM-270M": "270M", "apple/OpenELM-450M": "450M", "apple/OpenELM-1_1B": "1.1B", "apple/OpenELM-3B": "3B",
+    "meta-llama/Meta-Llama-3-8B": "8B",
+}  # fmt: skip
 GEMMA = "python -m demo.real_llm gemma3-270m --accept_gemma_terms"
-LLAMA_3 = "accept the licence at huggingface.co/meta-llama/Meta-Llama-3-8B"
-LLAMA_2 = "tokenizer: accept the licence of meta-llama/Llama-2-7b-hf, or --tokenizer_name mlx-community/OpenELM-270M"
 MODELS = {
-    "tiny": ModelSpec("demo/tiny-lm", "1.4M", "in this repository"),
-    "micro": ModelSpec("demo/micro-lm", "0.4M", "in this repository"),
+    "tiny": ModelSpec("demo/tiny-lm", "1.4M"),
+    "micro": ModelSpec("demo/micro-lm", "0.4M"),
     "small": ModelSpec("demo/runs/small", "3.7M", "python -m demo.pretrain --size small"),
     "medium": ModelSpec("demo/runs/medium", "12M", "python -m demo.pretrain --size medium"),
     "large": ModelSpec("demo/runs/large", "29M", "python -m demo.pretrain --size large"),
     "smollm2": ModelSpec("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "135M", "python -m demo.real_llm smollm2"),
     "gemma3-270m": ModelSpec("gemma3-270m/gemma-3-270m-q4_k_m.gguf", "268M", GEMMA),
-    "Qwen/Qwen2-0.5B": ModelSpec("Qwen/Qwen2-0.5B", "0.5B", OPEN),
-    "Qwen/Qwen2-1.5B": ModelSpec("Qwen/Qwen2-1.5B", "1.5B", OPEN),
-    "Qwen/Qwen2-7B": ModelSpec("Qwen/Qwen2-7B", "7B", OPEN),
-    "apple/OpenELM-270M": ModelSpec("apple/OpenELM-270M", "270M", LLAMA_2),
-    "apple/OpenELM-450M": ModelSpec("apple/OpenELM-450M", "450M", LLAMA_2),
-    "apple/OpenELM-1_1B": ModelSpec("apple/OpenELM-1_1B", "1.1B", LLAMA_2),
-    "apple/OpenELM-3B": ModelSpec("apple/OpenELM-3B", "3B", LLAMA_2),
-    "meta-llama/Meta-Llama-3-8B": ModelSpec("meta-llama/Meta-Llama-3-8B", "8B", LLAMA_3),
+    **{name: ModelSpec(name, parameters) for name, parameters in PAPER.items()},
 }
 
 # Files of a folder that decide the states: weights, architecture, tokens, code. Other files do not matter.
@@ -82,7 +69,7 @@ def model_source(model_name: str) -> str:
     if spec and (is_gguf(spec.path) or spec.path.startswith("demo/")):
         path = models_dir() / spec.path if is_gguf(spec.path) else ROOT / spec.path
         if not (path.is_file() or (path / "config.json").is_file()):
-            raise UserError(f"No model at {path}. Run: {spec.access}")
+            raise UserError(f"No model at {path}. Run: {spec.command}")
         return str(path)
     if is_gguf(model_name):
         return model_name
