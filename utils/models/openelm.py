@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -153,7 +154,7 @@ class OpenELMFeedForward(nn.Module):
         return self.proj_2(self.activation(gate) * up)
 
 
-class OpenELMDecoderLayer(nn.Module):
+class OpenELMDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + ffn(norm(x)): (b, t, d) -> (b, t, d)."""
 
     def __init__(self, config: OpenELMConfig, query_heads: int, kv_heads: int, width: int) -> None:
@@ -177,6 +178,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embeddings"
     _no_split_modules = ["OpenELMDecoderLayer"]
     _can_record_outputs = {"hidden_states": OpenELMDecoderLayer}
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -57,6 +57,13 @@ class Hyperparameters:
         return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
 
 
+@dataclass(frozen=True)
+class FinetuningSession(Session):
+    """Settings of states and trackers of a training run; they cannot affect its results."""
+
+    gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
     """Settings that lora_finetuning.py and from_scratch.py share."""
@@ -64,7 +71,7 @@ class FinetuningConfig:
     training: Hyperparameters
     model: Model = Model(dtype="bfloat16")
     data: Data = Data()
-    session: Session = Session()
+    session: FinetuningSession = FinetuningSession()
     run: Run = Run()
 
     def __post_init__(self) -> None:
@@ -126,6 +133,8 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
     objective = Objective.of(data["train"])
     targets = {split: objective.targets(part.labels) for split, part in data.items()}
     head = make_head(decoder.config.hidden_size, objective.num_labels, training.dropout)
+    if config.session.gradient_checkpointing:
+        decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain = {"scale_parameter": False, "relative_step": False}
