@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import sklearn
@@ -145,7 +146,8 @@ def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsy
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
     first = result_of(config)
-    linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
+    with joblib.parallel_config("multiprocessing"):  # forks start at once
+        linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
     assert "2 at a time" in capsys.readouterr().out and result_of(config)["layers"] == first["layers"]
 
 
