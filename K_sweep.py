@@ -146,26 +146,23 @@ def complete_by_variance(solved: Eigenspace) -> Tensor:
 
 
 # ------------------------------------------------------------------ U and V of a layer
-def perception(moments: LayerMoments, center: bool) -> Eigenspace:
-    """U of a layer, from B and M; if `center`, from S and Sigma, the moments that a probe with intercept sees."""
-    noise = moments.pooled_noise(center)
-    if center:
-        return solve_generalized_eigenproblem(moments.pooled_label_covariance, moments.pooled_covariance, noise)
-    return solve_generalized_eigenproblem(moments.pooled_label_cross_moment, moments.pooled_second_moment, noise)
+def perception(moments: LayerMoments) -> Eigenspace:
+    """U of a layer, from B and M; of centred moments, those that a probe with intercept sees, from S and Sigma."""
+    cross_moment, second_moment = moments.pooled_label_cross_moment, moments.pooled_second_moment
+    return solve_generalized_eigenproblem(cross_moment, second_moment, moments.pooled_rounding)
 
 
-def next_token_subspace(moments: LayerMoments, center: bool) -> Tensor:
+def next_token_subspace(moments: LayerMoments) -> Tensor:
     """V of a layer, from C1 and C0, largest eigenvalue first, (d, rank C0)."""
-    prefix_moment, next_moment = moments.autoregression(center)
-    noise, error = moments.prefix_noise(center), moments.next_rounding.error
+    next_moment, prefix_moment = moments.prefix_next_cross_moment, moments.prefix_second_moment
+    noise, error = moments.prefix_rounding, moments.next_rounding.error
     return complete_by_variance(solve_generalized_eigenproblem(next_moment, prefix_moment, noise, error))
 
 
 def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_index: int) -> Tensor:
     """Control columns in place of V, (d, rank): directions of largest pooled variance, or random directions."""
     if config.subspace == "pca":
-        pooled = moments.pooled_covariance if config.center else moments.pooled_second_moment
-        return torch.linalg.eigh(pooled).eigenvectors.flip(1)[:, :rank]
+        return torch.linalg.eigh(moments.pooled_second_moment).eigenvectors.flip(1)[:, :rank]
     random = random_stream("control of V", config.data.seed, layer_index)
     return torch.from_numpy(random.standard_normal((len(moments.pooled_mean), rank))).to(moments.pooled_mean)
 
@@ -217,22 +214,20 @@ def retained(labels: Eigenspace, whitened: NestedBasis) -> dict[str, Tensor]:
     return {"ntps_whitened": inside.mean(1), "retained": inside @ labels.eigenvalues / labels.eigenvalues.sum()}
 
 
-def excess_loss(
-    sigma: Tensor, labels: Eigenspace, basis: NestedBasis, ntps_whitened: Tensor, retained: Tensor
-) -> dict[str, Tensor]:
+def excess_loss(sigma: Tensor, labels: Eigenspace, basis: NestedBasis, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The extra loss of a linear probe with intercept that sees only V_K, and its bounds, (fractions,) each.
 
     With W' S = P diag(s) R' and Pi the projector on the whitened span of V_K, the excess of the least-squares loss
     (summed over labels) is sum_j s_j^2 (1 - |Pi p_j|^2); the bounds replace every s_j by the largest or the smallest.
-    The theorem's Euclidean bounds also replace Sigma by its extreme eigenvalues.
+    The theorem's Euclidean bounds also replace Sigma by its extreme eigenvalues. `found` are scores of `retained`.
     """
     missing = labels.vectors.square().sum() - basis.projected_norms(labels.vectors).sum(1)
     largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
     if labels.whitener.shape[1] == len(sigma):  # full rank: 1 / the largest of the inverse is more exact
         smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
-    squares, scores = labels.eigenvalues, {"excess_loss": labels.eigenvalues.sum() * (1 - retained)}
+    squares, scores = labels.eigenvalues, {"excess_loss": labels.eigenvalues.sum() * (1 - found["retained"])}
     for name, square, of_sigma in (("lower", squares[-1], smallest), ("upper", squares[0], largest)):
-        scores[f"excess_{name}"] = square * len(squares) * (1 - ntps_whitened)
+        scores[f"excess_{name}"] = square * len(squares) * (1 - found["ntps_whitened"])
         scores[f"excess_{name}_euclidean"] = square * of_sigma * missing
     return scores
 
@@ -248,11 +243,11 @@ def sweep_layer(
     if config.coordinates != "as_is":
         scale = moments.unit_scale(config.coordinates)  # D: the moments become D M D, D B, D C0 D, D C1 D
         moments, held_out = moments.scaled(scale), held_out and held_out.scaled(scale)
-    sigma, labels = moments.pooled_covariance, perception(moments, center=True)
-    u = labels if config.center else perception(moments, center=False)
-    v = next_token_subspace(moments, config.center)
+    centred = moments.centred()
+    used, sigma, labels = centred if config.center else moments, centred.pooled_second_moment, perception(centred)
+    u, v = labels if config.center else perception(moments), next_token_subspace(used)
     if config.subspace != "autoregression":
-        v = control_subspace(moments, config, v.shape[1], layer_index)
+        v = control_subspace(used, config, v.shape[1], layer_index)
     if config.eigenvectors == "smallest":
         v = v.flip(1)
     whitener, (rank_u, rank_label) = labels.whitener, u.coordinates.shape
@@ -270,9 +265,9 @@ def sweep_layer(
     whitened = NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
     scores = ntps(u, basis, config.fractions, config.eigenvectors == "largest") | retained(labels, whitened)
     scores["chance"] = torch.tensor(ks).double() / len(sigma)
-    scores |= excess_loss(sigma, labels, basis, scores["ntps_whitened"], scores["retained"])
+    scores |= excess_loss(sigma, labels, basis, scores)
     seed, space = (config.data.seed, layer_index), (u.whitener, whitener, basis, whitened)
-    null = permuted_scores(moments, space, config.center, config.num_null_draws, seed)
+    null = permuted_scores(used, space, config.num_null_draws, seed)
     random_v = random_scores(u.vectors, whitener.T @ sigma, labels, ks, num_random_draws, seed)
     return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
@@ -284,11 +279,7 @@ def output_path(config: Config) -> Path:
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
-    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments.
-
-    Raises:
-        UserError: the labels are all equal.
-    """
+    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments."""
     device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
@@ -307,14 +298,13 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             moments = load_layer(file, metadata, layer_index, device)
             if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. Change --split, --label_column or --max_samples.")
-            held_out = None
-            if other_metadata and layer_index in other_metadata["layers"]:
-                held_out = load_layer(other, other_metadata, layer_index, device)
+            is_held_out = other_metadata and layer_index in other_metadata["layers"]
+            held_out = load_layer(other, other_metadata, layer_index, device) if is_held_out else None
             # only the run's own V is compared with random V; only default options compute the closed forms
             is_compared = layer_index == last and config.subspace == "autoregression"
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:
-                folds = load_folds(path, layer_index, device) if layer_index == last else None
+                folds = load_folds(file, layer_index, device) if layer_index == last else None
                 layer = dataclasses.replace(layer, closed_form=feature_scores(moments, held_out, folds)[0])
             layers.append(layer)
     return {
@@ -337,7 +327,7 @@ def main(config: Config) -> dict[str, Any]:
     config = with_values(config, model=found.model, data=found.data)
     target = output_path(config)
     with one_run_at_a_time(target):
-        result = sweep(config, path, held_out_path(path, found))
+        result = sweep(config, path, held_out_path(path, config.split))
         print_table(result)
         save_json(target, result)  # before the picture: no score is lost if it cannot be drawn
         if config.output.picture:

@@ -127,17 +127,12 @@ def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: st
     """
     solved, k = solve_generalized_eigenproblem(factor, denominator), config.num_components
     values = solved.eigenvalues[: k + 1]
-    problem = f"The {name} problem of {config.data.dataset_name} at layer {config.layer} has"
-    if len(values) < k:
-        remedy = f"Set --num_components {len(values)}" if len(values) >= 2 else "Choose a dataset with more classes"
+    if len(values) < k or (values.diff().abs() < TIE * values[:-1]).any():
+        found = ", ".join(f"{value:.7g}" for value in values)
         raise UserError(
-            f"{problem} {len(values)} informative directions, fewer than --num_components {k}; all further directions "
-            f"have an arbitrary basis. {remedy}{', or drop --center' if config.center else ''}."
-        )
-    if (values.diff().abs() < TIE * values[:-1]).any():
-        raise UserError(
-            f"{problem} equal eigenvalues ({', '.join(f'{value:.7g}' for value in values)}), so its axes are "
-            "arbitrary. Use more texts than the model has dimensions, or another --layer."
+            f"The {name} problem of {config.data.dataset_name} at layer {config.layer} has fewer than {k} positive "
+            f"eigenvalues, or equal ones ({found}), so its axes are arbitrary. Try a smaller --num_components, another "
+            "--layer, no --center, a dataset with more classes, or more texts than the model has dimensions."
         )
     return solved.vectors[:, :k], values[:k]
 
@@ -161,10 +156,9 @@ def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]
     words = [word for listed in categories.values() for word in listed]
     labels = np.repeat(np.arange(len(categories)), [len(listed) for listed in categories.values()])
     groups = {"first_two": labels < 2} | ({"all": labels >= 0} if len(categories) > 2 else {})
-    b, m = moments.pooled_label_cross_moment, moments.pooled_second_moment
-    if config.center:
-        b, m = moments.pooled_label_covariance, moments.pooled_covariance
-    c0, c1 = moments.autoregression(config.center)
+    used = moments.centred() if config.center else moments
+    b, m = used.pooled_label_cross_moment, used.pooled_second_moment
+    c0, c1 = used.prefix_second_moment, used.prefix_next_cross_moment
     # before the model is loaded, so that ties are refused at once
     u, v = top_directions(b, m, config, "perception"), top_directions(c1, c0, config, "autoregression")
     states, num_tokens = word_states(config, words)

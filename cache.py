@@ -193,8 +193,7 @@ def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: i
     """Empty sums of each kept layer k, whose states `devices[k]` holds. Raises UserError if memory is too small."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
-    with_folds = stored.choose(config.output.folds, kept)
-    shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
+    shapes = {k: (d, c, config.num_folds if k in stored.choose(config.output.folds, kept) else 1) for k in kept}
     on_meta = [LayerSums(shape, torch.device("meta"), precision, config.pooling, False) for shape in shapes.values()]
     of_block = 0 if precision == "float64" else 12 * d * d  # a block has at most three float32 matrices
     num_bytes = [of_block + sum(tensor.nbytes for tensor in layer.sums.values()) for layer in on_meta]
@@ -239,6 +238,7 @@ def accumulate(
     num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
 
     def add_batch(rows: np.ndarray, ends_block: bool) -> None:
+        """Adds the texts `rows` to the sums of each layer, and their pooled states to `pooled`."""
         of_batch = (*tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows]))
         input_ids, lengths, y, fold_numbers = (tensor.to(sums[min(sums)].device) for tensor in of_batch)
         finite: dict[int, Tensor] = {}
@@ -278,7 +278,7 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     """
     path = config_path(config)
     if not path.is_file():
-        stored.check_embedded(config, path)
+        stored.require_embedded(config, path)
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])

@@ -31,7 +31,7 @@ import cache
 import K_sweep
 from utils.algebra import features
 from utils.algebra.moments import LayerMoments, load_layer
-from utils.algebra.ridge import check_several, load_folds
+from utils.algebra.ridge import load_folds
 from utils.algebra.scores import SCORES, summarize
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.table import MODELS, model_source
@@ -167,7 +167,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
     with open_tensors(path) as (file, metadata):
         for layer in metadata["layers"]:
             moments = load_layer(file, metadata, layer, device)
-            scores, fits_of_layer = features.feature_scores(moments, None, load_folds(path, layer, device))
+            scores, fits_of_layer = features.feature_scores(moments, None, load_folds(file, layer, device))
             layers.append(scores)
             fits.append(fits_of_layer)
     errors = np.array([[fit.error for fit in folds] for folds in fits])
@@ -206,7 +206,8 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
 
     train = rows["train"]
     folds = cache.assign_folds(train.texts, num_folds)
-    check_several(len(np.unique(folds)), "prescreen.py")
+    if len(np.unique(folds)) < 2:
+        raise UserError("All texts fall into one fold, so prescreen.py cannot cross-validate. Give texts that differ.")
     words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
     return text_baselines(train, rows["test"]) | {"fold_r2": words.tolist()}
 

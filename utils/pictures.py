@@ -60,22 +60,13 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 # ------------------------------------------------------------------ K_sweep.py
-def draw_layer_map(axes: "Axes", result: dict, name: str) -> None:
-    """Draws a map of one score over layers (up) and fractions (right)."""
+def draw_layers(axes: "Axes", result: dict, name: str) -> None:
+    """Draws one score over fractions: every layer in grey, the last with chance and the band under permuted labels."""
+    *others, layer = result["layers"]
     fractions = result["fractions"]
-    values = np.array([layer[name] or [np.nan] * len(fractions) for layer in result["layers"]])
-    half = (fractions[-1] - fractions[0]) / max(1, len(fractions) - 1) / 2 or 0.5
-    extent = (fractions[0] - half, fractions[-1] + half, -0.5, len(values) - 0.5)
-    image = axes.imshow(values, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
-    axes.set(title=LABELS[name], xlabel="K / rank V", ylabel="layer")
-    axes.set_yticks(range(0, len(values), max(1, len(values) // 8)))
-    axes.figure.colorbar(image, ax=axes)
-
-
-def draw_last_layer(axes: "Axes", result: dict, name: str) -> None:
-    """Draws the last layer's score over fractions, chance and, if known, the band under permuted labels."""
-    layer, fractions = result["layers"][-1], result["fractions"]
     axes.set(title="last layer: no score", xlabel="K / rank V", ylabel=LABELS[name], ylim=(0, 1.02))
+    for other in others:
+        axes.plot(fractions, other[name] or [np.nan] * len(fractions), color="0.85", lw=0.7)
     if layer[name] is None:
         return
     if null := layer["null"].get(name):
@@ -90,16 +81,16 @@ def draw_last_layer(axes: "Axes", result: dict, name: str) -> None:
 
 
 def plot_sweep(result: dict) -> "Figure":
-    """The picture of one run of K_sweep.py: maps over layer and fraction above, last-layer curves below."""
+    """The picture of one run of K_sweep.py: three scores over fractions, a curve per layer."""
     config, plt = result["config"], load_pyplot()
     with plt.style.context(PLAIN_TEXT):
-        figure, axes = plt.subplots(2, 3, figsize=(8.3, 5.4))
-        for name, above, below in zip(("ntps", "ntps_whitened", "retained"), *axes, strict=True):
-            draw_layer_map(above, result, name)
-            draw_last_layer(below, result, name)
-        styles = ((BLUE, "-", 2), ("0.5", "--", 1), (ORANGE, "-", 1))
+        figure, axes = plt.subplots(1, 3, figsize=(8.3, 3.2))
+        for panel, name in zip(axes, ("ntps", "ntps_whitened", "retained"), strict=True):
+            draw_layers(panel, result, name)
+        styles = ((BLUE, "-", 2), ("0.85", "-", 1), ("0.5", "--", 1), (ORANGE, "-", 1))
         lines = [plt.Line2D([], [], color=colour, ls=ls, lw=lw) for colour, ls, lw in styles]
-        figure.legend(lines, ["score", "chance K / d", "permuted labels ± 2 sd"], loc="outside lower center", ncols=3)
+        labels = ["last layer", "other layers", "chance K / d", "permuted labels ± 2 sd"]
+        figure.legend(lines, labels, loc="outside lower center", ncols=4)
         rows = f"{config['dataset_name']} ({config['split']}, n = {result['num_samples']})"
         title = f"{title_of(config['model_name'])}, {rows}, {config['eigenvectors']} eigenvalues first"
         figure.suptitle(textwrap.fill(title, 110))

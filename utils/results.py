@@ -6,7 +6,6 @@ means the same result on any machine; a result of another identity at the same p
 
 import contextlib
 import functools
-import glob
 import json
 import os
 import platform
@@ -25,15 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.parallel import rank
-from utils.script import NO_PLACE, UserError
+from utils.script import UserError
 from utils.settings import AnyConfig, Data, Model, Run, is_same_setting, result_settings, with_values
 
 FORMAT_VERSION = 4
-SCRIPTS = {  # folder of results -> script that writes it
-    **{name: f"{name}.py" for name in ("linear_sklearn", "linear_training", "from_scratch", "prescreen")},
-    **{"moments": "cache.py", "ntps": "K_sweep.py", "alignment": "alignment_vis.py"},
-    **{"lora": "lora_finetuning.py", "full_finetuning": "from_scratch.py"},
-}
 DIFFERENCES = {  # part of an identity -> the words for a difference in it; for other parts: from other rows
     "label_names": "with other classes",
     "model_fingerprint": "with other weights of the model",
@@ -41,6 +35,7 @@ DIFFERENCES = {  # part of an identity -> the words for a difference in it; for 
     "held_out": "from other moments of the held-out split",
 }
 MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as part of a file name
+REMEDY = "Delete it, or run the script that writes it with --overwrite."
 
 
 def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "") -> Path:
@@ -48,25 +43,18 @@ def result_path(kind: str, run: Run, model: Model, data: Data, ending: str = "")
     return run.results_dir / kind / model.path_name / f"{data.path_name}{ending}"
 
 
-def remedy(path: Path) -> str:
-    """The sentence with the command that makes a file of results again."""
-    script = next((SCRIPTS[kind] for kind in reversed(path.parts[:-1]) if kind in SCRIPTS), "its script")
-    split = f" --split {path.name.split('.')[0]}" if script == "cache.py" else ""
-    return f"Run {script}{split} with --overwrite, or delete the file."
-
-
 # ------------------------------------------------------------------ atomic writing
-def remove_abandoned(path: Path) -> None:
-    """Removes the temporary folders of `path` that dead processes of this machine left, as after SIGKILL."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*@{MACHINE}.tmp"):
-        process = left.name.removeprefix(f"{path.name}.").partition("@")[0]
+def remove_abandoned(folder: Path) -> None:
+    """Removes the temporary folders in `folder` that dead processes of this machine left, as after SIGKILL."""
+    for left in folder.glob(f"*@{MACHINE}.tmp"):
+        process = left.name.removesuffix(f"@{MACHINE}.tmp").rpartition(".")[2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def temporary_folder(path: Path) -> Path:
     """Makes a folder beside `path` with the number of this process in its name."""
-    remove_abandoned(path)
+    remove_abandoned(path.parent)
     folder = path.with_name(f"{path.name}.{os.getpid()}@{MACHINE}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -92,24 +80,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def without_new_empty_folders(path: Path) -> Iterator[None]:
-    """Removes at the end the folders above `path` that were made meanwhile and are empty, as after a refusal."""
-    missing = [parent for parent in path.parents if not os.path.exists(parent)]
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # the folder is not empty
-            for folder in missing:
-                folder.rmdir()
-
-
 def check_writable(path: Path) -> None:
     """Raises, before the work, the OSError that writing to `path` would raise."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder. Remove it, or set --results_dir.")
-    with without_new_empty_folders(path):
-        temporary_folder(path).rmdir()
+    temporary_folder(path).rmdir()
 
 
 @contextlib.contextmanager
@@ -119,14 +94,10 @@ def one_run_at_a_time(path: Path) -> Iterator[None]:
     Enclose `find_result` and the writing of the result. The first process of a run takes the lock for all of them.
     """
     lock = path.with_name(f".{path.name}.lock")
-    with without_new_empty_folders(path), contextlib.ExitStack() as stack:
-        try:
-            if rank() == 0:
-                stack.enter_context(filelock.FileLock(lock))
-                stack.callback(lock.unlink, missing_ok=True)
-        except OSError as error:  # a finished result can be read from a read-only folder
-            if error.errno not in NO_PLACE:
-                raise
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(filelock.FileLock(lock))
+            stack.callback(lock.unlink, missing_ok=True)
         yield
 
 
@@ -139,7 +110,7 @@ class Stored(dict):
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path} is incomplete: it has no {key!r}. {remedy(self.path)}")
+        raise UserError(f"{self.path} is incomplete: it has no {key!r}. {REMEDY}")
 
 
 def parse_stored(path: Path, text: str | bytes) -> Stored:
@@ -147,9 +118,9 @@ def parse_stored(path: Path, text: str | bytes) -> Stored:
     try:
         content = json.loads(text, object_hook=functools.partial(Stored, path=path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
+        raise UserError(f"{path} is damaged ({error}). {REMEDY}") from None
     if not isinstance(content, Stored):
-        raise UserError(f"{path} was not written by this version. {remedy(path)}")
+        raise UserError(f"{path} was not written by this version. {REMEDY}")
     return content
 
 
@@ -197,12 +168,12 @@ class TensorFile:
     def get_tensor(self, key: str) -> Tensor:
         """One tensor, on the CPU; UserError if it is missing or damaged."""
         if key not in self.checksums:
-            raise UserError(f"{self.path} has no {key}. {remedy(self.path)}")
+            raise UserError(f"{self.path} has no {key}. {REMEDY}")
         with contextlib.suppress(SafetensorError):
             tensor = self.file.get_tensor(key)
             if checksum(tensor) == self.checksums[key]:
                 return tensor
-        raise UserError(f"{self.path} is damaged ({key} has changed). {remedy(self.path)}")
+        raise UserError(f"{self.path} is damaged ({key} has changed). {REMEDY}")
 
 
 @contextlib.contextmanager
@@ -214,10 +185,10 @@ def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}). {remedy(path)}") from None
+            raise UserError(f"{path} is damaged ({error}). {REMEDY}") from None
         metadata = parse_stored(path, (file.metadata() or {}).get("json", "null"))
         if metadata.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path} was not written by this version. {remedy(path)}")
+            raise UserError(f"{path} was not written by this version. {REMEDY}")
         tensors = TensorFile(path, file, metadata["crc32"])
         del metadata["crc32"]
         yield tensors, metadata

@@ -78,7 +78,7 @@ def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
     assert all(torch.equal(moments(tmp_path / "some")[name], value) for name, value in expected.items())
 
 
-def test_who_needs_another_layer_says_how_to_have_it(model_dirs, rows_path, tmp_path):
+def test_a_layer_that_is_not_kept_is_refused_with_the_flag_that_keeps_it(model_dirs, rows_path, tmp_path):
     config = settings(model_dirs, rows_path, tmp_path, layers=(0, 1))
     cache.main(config)
     groups = {"model": config.model, "data": config.data, "run": config.run}

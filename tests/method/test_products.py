@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import cache
 from utils.algebra.products import CentredProducts, Precision, choose_precision, noise_probes, split
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
@@ -32,17 +33,9 @@ def batches(dtype: torch.dtype, mean: float = 3.0) -> list[tuple[torch.Tensor, t
 
 
 def plain(made: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The sums by their definition, prefix by prefix."""
-    names = ("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean")
-    total = dict.fromkeys(names, 0)
-    for x, lengths in made:
-        for text, length in zip(x.double(), lengths.tolist(), strict=True):
-            for t in range(1, length):
-                s, following = text[:t].sum(0), text[t]
-                values = (torch.outer(s, s), torch.outer(s, following), s, following)
-                for name, value in zip(names, values, strict=True):
-                    total[name] = total[name] + value
-    return total
+    """The sums of cache.py's plain formula, in float64."""
+    of_batches = [cache.prefix_moments(x.double(), lengths) for x, lengths in made]
+    return {name: sum(sums[name] for sums in of_batches) for name in of_batches[0]}
 
 
 def products_of(made: list[tuple[torch.Tensor, torch.Tensor]], precision: Precision) -> dict[str, torch.Tensor]:

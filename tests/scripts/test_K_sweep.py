@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
 from utils.models.table import MODELS, models_dir
 from utils.results import open_tensors
-from utils.script import UserError, parse
+from utils.script import UserError
 from utils.settings import with_values
 
 
@@ -161,30 +160,25 @@ def held_out_of(result: dict) -> list:
     return [layer["probe_r2_held_out"] for layer in result["layers"]]
 
 
-def test_held_out_numbers_come_and_go_with_their_moments(names, config, capsys):
-    """A stored result is made again, not refused and not stale, after held-out moments were added or removed."""
+def test_held_out_numbers_come_and_go_with_their_moments(names, config, tmp_path, capsys):
+    """A stored result is made again, and not stale, after held-out moments were added, removed or of other rows."""
+    rows = Path(shutil.copy(names["dataset_name"], tmp_path / "rows.jsonl"))
+    config = with_values(config, dataset_name=str(rows))
     test = next(names["results_dir"].glob("moments/*/*/test.safetensors"))
     away = test.rename(names["results_dir"] / "away.safetensors")
     without = K_sweep.main(config)
     assert held_out_of(without) == [None] * 3 and without["held_out"] is None
     away.rename(test)
     found = K_sweep.main(config)
-    assert None not in held_out_of(found) and "no held-out numbers yet: made again" in capsys.readouterr().out
+    assert None not in held_out_of(found) and "made again" in capsys.readouterr().out
     assert K_sweep.main(config) == found and "made again" not in capsys.readouterr().out
+    changed = [json.loads(line) for line in rows.read_text().splitlines()]
+    write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
+    other = names | {"dataset_name": str(rows), "split": "test", "dtype": "bfloat16", "overwrite": True}
+    cache.main(configure(cache, **other))
+    assert None not in held_out_of(K_sweep.main(config)) and held_out_of(K_sweep.main(config)) != held_out_of(found)
     test.unlink()
     assert held_out_of(K_sweep.main(config)) == [None] * 3
-    assert "held-out numbers of moments that are gone: made again" in capsys.readouterr().out
-
-
-def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
-    """Same settings, same classes, same model: only the fingerprint of the rows tells them apart."""
-    K_sweep.main(config)
-    changed = [json.loads(line) for line in Path(names["dataset_name"]).read_text().splitlines()]
-    rows = write_rows(tmp_path / "rows.jsonl", [row | {"text": row["text"] + " again"} for row in changed])
-    options = {"dataset_name": str(rows), "split": "test", "dtype": "bfloat16", "overwrite": True}
-    cache.main(configure(cache, **names | options))
-    with pytest.raises(UserError, match=r"other moments of the held-out split.*--overwrite"):
-        K_sweep.main(config)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +192,7 @@ def test_held_out_moments_of_other_rows_are_refused(names, config, tmp_path):
 def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(
     names, model_dirs, tmp_path, capsys, change, said
 ):
-    """Scores are those without held-out moments; the command in the sentence makes the right moments."""
+    """Scores are those without held-out moments."""
     old = [json.loads(line) for line in Path(names["dataset_name"]).read_text().splitlines()]
     rows = write_rows(tmp_path / "two.jsonl", [row | {"other": f"kind {i % 4}"} for i, row in enumerate(old)])
     model = shutil.copytree(model_dirs["qwen2"], tmp_path / "model")
@@ -213,24 +207,16 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
-    assert "No held-out numbers: " in told and said in told and "Run: python cache.py " in told
-    command = shlex.split(told.split("Run: python ")[1].splitlines()[0])
-    assert parse(cache.Config, command[1:]).split == "test"
-    cache.main(parse(cache.Config, command[1:]))
+    assert "No held-out numbers: " in told and said in told and "Run cache.py --split test --overwrite." in told
+    cache.main(configure(cache, **names, label_column="label", split="test", overwrite=True))
     assert None not in held_out_of(K_sweep.main(config))
 
 
 # ------------------------------------------------------------------ mistakes
-def test_missing_moments_name_a_command_that_makes_them(tmp_path):
-    """The name of an adapted model is of a folder of results; cache.py takes the model and its adapter."""
-    wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "max_samples": 90, "split": "test"}
-    with pytest.raises(UserError, match=r"No moments at .*Run: python cache\.py ") as raised:
-        K_sweep.main(configure(K_sweep, **wanted, results_dir=tmp_path))
-    adapter = tmp_path / "lora" / "tiny" / "docstrings__kind" / "adapter"
-    expected = wanted | {"model_name": "tiny", "adapter_dir": adapter, "results_dir": tmp_path}
-    parsed = parse(cache.Config, shlex.split(str(raised.value).split("Run: python cache.py ")[1]))
-    assert parsed == configure(cache, **expected)
-    assert str(cache.config_path(parsed)) in str(raised.value)  # the path that K_sweep.py tried
+def test_missing_moments_name_the_script_that_makes_them(tmp_path):
+    wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "results_dir": tmp_path}
+    with pytest.raises(UserError, match=r"No moments at .*train\.safetensors. Run cache\.py .*--adapter_dir"):
+        K_sweep.main(configure(K_sweep, **wanted))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ class shares, D = diag(p) - p p' the covariance of the labels.
 """
 
 import math
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,35 +64,30 @@ def h_score(moments: LayerMoments, sigma: Tensor, shrinkage: float) -> float:
 
 
 # ------------------------------------------------------------------ LogME, CKA
-def log_evidence(eigenvalues: Tensor, projected: Tensor, squares: Tensor, n: int, d: int) -> Tensor:
-    """LogME of each target, (targets,): the evidence of Bayesian linear regression, a text, at its best alpha and beta.
+def log_evidence(eigenvalues: Tensor, projected: Tensor, square: Tensor, n: int, d: int) -> float:
+    """LogME of one target: the evidence of Bayesian linear regression, a text, at its best alpha and beta.
 
-    thuml/LogME's fixed point, constants and stopping rule, each target from alpha = beta = 1, with the term of the
-    d - k directions in which the features do not vary: without it the evidence is too large if n < d.
+    thuml/LogME's fixed point, constants and stopping rule, with the term of the d - k directions in which the features
+    do not vary: without it the evidence is too large if n < d.
 
     Args:
         eigenvalues: the non-zero eigenvalues of the sum of m m', (k,).
-        projected, squares: the sums of m y in that eigenbasis, (k, targets), and of y^2, (targets,).
+        projected, square: the sum of m y in that eigenbasis, (k,), and of y^2, a scalar.
     """
-    sigma = eigenvalues[:, None]
-    explained = projected.square() / sigma
-    rest = squares - explained.sum(0)
-    alpha, beta = torch.ones_like(squares), torch.ones_like(squares)
-    length, residual = torch.zeros_like(squares), torch.zeros_like(squares)
-    running = torch.ones_like(squares, dtype=torch.bool)
+    explained = projected.square() / eigenvalues
+    rest = square - explained.sum()
+    alpha = beta = torch.ones_like(rest)
     for _ in range(11):
         t = alpha / beta
-        gamma = (sigma / (sigma + t)).sum(0)
-        new_length = (sigma * explained / (t + sigma).square()).sum(0)
-        new_residual = (explained / (1 + sigma / t).square()).sum(0) + rest
-        length = torch.where(running, new_length, length)
-        residual = torch.where(running, new_residual, residual)
-        alpha = torch.where(running, gamma / (new_length + 1e-5), alpha)
-        beta = torch.where(running, (n - gamma) / (new_residual + 1e-5), beta)
-        running = running & ((alpha / beta - t).abs() / t > 1e-3)
-    determinant = (alpha + beta * sigma).log().sum(0) + (d - len(eigenvalues)) * alpha.log()
+        gamma = (eigenvalues / (eigenvalues + t)).sum()
+        length = (eigenvalues * explained / (t + eigenvalues).square()).sum()
+        residual = (explained / (1 + eigenvalues / t).square()).sum() + rest
+        alpha, beta = gamma / (length + 1e-5), (n - gamma) / (residual + 1e-5)
+        if (alpha / beta - t).abs() <= 1e-3 * t:
+            break
+    determinant = (alpha + beta * eigenvalues).log().sum() + (d - len(eigenvalues)) * alpha.log()
     evidence = d * alpha.log() + n * beta.log() - determinant - beta * residual - alpha * length
-    return (evidence - n * math.log(2 * math.pi)) / (2 * n)
+    return ((evidence - n * math.log(2 * math.pi)) / (2 * n)).item()
 
 
 def logme(moments: LayerMoments) -> float:
@@ -100,8 +96,8 @@ def logme(moments: LayerMoments) -> float:
     eigenvalues, basis = torch.linalg.eigh(moments.pooled_second_moment)
     kept = eigenvalues > rounding(d) * eigenvalues[-1]
     projected = n * basis[:, kept].T @ moments.pooled_label_cross_moment
-    squares = n * moments.label_second_moment.diagonal()
-    return log_evidence(n * eigenvalues[kept], projected, squares, n, d).mean().item()
+    targets = zip(projected.T, n * moments.label_second_moment.diagonal(), strict=True)
+    return fmean(log_evidence(n * eigenvalues[kept], *target, n, d) for target in targets)
 
 
 def cka(moments: LayerMoments, sigma: Tensor) -> float:
@@ -125,7 +121,7 @@ def feature_scores(
         pairs = [(whole_split(moments), whole_split(held_out))]
     if pairs:
         entries["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
-    whitener = whiten(sigma, noise=moments.pooled_noise(center=True))
+    whitener = whiten(sigma, noise=moments.centred().pooled_rounding)
     if rank := whitener.shape[1]:
         values = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
         values |= {"cka": cka(moments, sigma), "logme": logme(moments)}

@@ -39,9 +39,8 @@ class Noise:
         """Number of smallest eigenvalues of `equilibrated_eigh` that errors of products, or the rank, explain.
 
         In a null space of m directions random errors appear as eigenvalues up to 2 sqrt(m) times their deviation
-        (Wigner's semicircle). The largest m that this explains, with a factor of two to spare, is null; a single larger
-        direction is kept. A row of the error of C Z, divided by the sizes of its coordinate and of all, has the
-        deviation of an equilibrated element.
+        (Wigner's semicircle); the largest m that this explains, with a factor of two to spare, is null. The deviation
+        is that of an error of C Z, divided by the sizes of its coordinate and of all.
         """
         num_null, is_used = max(0, len(eigenvalues) - self.max_rank), basis.any(1)
         if self.error is None or not is_used.any():
@@ -49,8 +48,8 @@ class Noise:
         sizes = matrix.diagonal()[is_used]
         deviation = (self.error[is_used].square() / sizes[:, None] / sizes.sum()).mean().sqrt()
         count = torch.arange(1, len(eigenvalues) + 1).to(eigenvalues)
-        explained = (eigenvalues <= 4 * deviation * count.sqrt()).nonzero()
-        return max(num_null, int(explained.max()) + 1 if len(explained) else 0)
+        is_explained = eigenvalues <= 4 * deviation * count.sqrt()
+        return max(num_null, int((is_explained * count).max()))
 
 
 NO_NOISE = Noise()
@@ -72,8 +71,7 @@ def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise = NO_NOI
     """W, (d, rank), with W' C W = I on the range of the symmetric, positive semi-definite C, (d, d) float64.
 
     C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
-    massive coordinate; then eigenvalues above `tolerance` (None: d * eps, as `numpy.linalg.matrix_rank` has it) times
-    the largest, and above the noise, are kept. If C is singular, solutions depend on the axes.
+    massive coordinate; eigenvalues above `tolerance` (None: d * eps) times the largest, and above the noise, are kept.
 
     Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
     """
@@ -82,13 +80,6 @@ def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise = NO_NOI
     kept = eigenvalues > floor + (basis.square().T * noise.diagonal).sum(1)
     kept[: noise.num_null_directions(matrix, eigenvalues, basis)] = False
     return basis[:, kept] * eigenvalues[kept].rsqrt()
-
-
-def inverse_root(matrix: Tensor) -> Tensor:
-    """Symmetric inverse square root of each symmetric matrix, (..., b, b); zero on its null space."""
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    kept = eigenvalues > rounding(matrix.shape[-1]) * eigenvalues[..., -1:].clamp(min=0)
-    return (vectors * torch.where(kept, eigenvalues, torch.inf).rsqrt()[..., None, :]) @ vectors.mT
 
 
 def without_constants(covariance: Tensor, mean: Tensor, tolerance: float) -> Tensor:
@@ -127,28 +118,14 @@ class NestedBasis:
         """
         tolerance = math.sqrt(rounding(len(vectors)))
         lengths = vectors.norm(dim=0)
-        is_zero = lengths <= (0 if sizes is None else tolerance * sizes)
-        columns = vectors / torch.where(is_zero, torch.inf, lengths)
-        q, r = torch.linalg.qr(columns, mode="complete")
-        kept = list(range(min(columns.shape)))
-        if (r.diagonal().abs() <= tolerance).any():  # a dependent column must not take a place in Q
-            kept = independent_columns(columns, tolerance)
-            q = torch.linalg.qr(columns[:, kept], mode="complete").Q
-        return cls(q, np.searchsorted(kept, ks).tolist())
+        kept = (lengths > (0 if sizes is None else tolerance * sizes)).nonzero().flatten().tolist()
+        columns = vectors / lengths
+        q, r = torch.linalg.qr(columns[:, kept], mode="complete")
+        while (dependent := (r.diagonal().abs() <= tolerance).nonzero()).numel():
+            del kept[dependent[0]]  # only the first: later ones may depend on its rounding alone
+            q, r = torch.linalg.qr(columns[:, kept], mode="complete")
+        return cls(q, np.searchsorted(kept[: len(vectors)], ks).tolist())
 
     def projected_norms(self, vectors: Tensor) -> Tensor:
         """|P_k x_j|^2 for the projector on each span and each vector x_j, (d, n): (len(ks), n)."""
         return torch.nn.functional.pad((self.q.T @ vectors).square().cumsum(0), (0, 0, 1, 0))[self.dims]
-
-
-def independent_columns(columns: Tensor, tolerance: float) -> list[int]:
-    """Indices of the columns, of norm 1 or 0 each, that lie more than `tolerance` outside the span of earlier ones."""
-    kept: list[int] = []
-    basis = torch.zeros_like(columns.T)  # orthonormal rows
-    for j, column in enumerate(columns.T):
-        for _ in range(2):  # twice is enough: one pass leaves rounding relative to the part that it removes
-            column = column - (basis[: len(kept)] @ column) @ basis[: len(kept)]
-        if (length := column.norm()) > tolerance:
-            basis[len(kept)] = column / length
-            kept.append(j)
-    return kept

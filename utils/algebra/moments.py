@@ -16,7 +16,7 @@ from utils import results
 from utils.algebra.linalg import NO_NOISE, Noise
 from utils.algebra.pooled import has_pooled
 from utils.script import UserError
-from utils.settings import Run, command_line, result_settings, with_values
+from utils.settings import Run
 
 Coordinates = Literal["as_is", "standardized", "prefix_standardized"]
 OF_LAYER = (
@@ -69,24 +69,31 @@ class LayerMoments:
         """True if the labels of these texts differ by more than rounding."""
         return bool(self.label_covariance.trace() > EQUAL_LABELS * self.label_second_moment.trace())
 
-    def autoregression(self, center: bool) -> tuple[Tensor, Tensor]:
-        """C0 and C1; if `center`, centred on the mean prefix and the mean next token."""
-        if not center or not self.num_pairs:
-            return self.prefix_second_moment, self.prefix_next_cross_moment
+    def centred(self) -> "LayerMoments":
+        """The moments about the means of pooled states, prefixes and next tokens: Sigma in place of M, S of B, ..."""
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
-        pairs_per_text = self.num_pairs / self.num_samples
-        second_moment = torch.outer(self.prefix_mean, self.prefix_mean) / pairs_per_text
-        cross_moment = torch.outer(self.prefix_mean, self.next_mean) / pairs_per_text
-        return self.prefix_second_moment - second_moment, self.prefix_next_cross_moment - cross_moment
+        prefix_mean_of_pairs = self.prefix_mean * self.num_samples / max(self.num_pairs, 1)
+        zeros = dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), torch.zeros_like(self.pooled_mean))
+        return dataclasses.replace(
+            self,
+            pooled_second_moment=self.pooled_covariance,
+            pooled_label_cross_moment=self.pooled_label_covariance,
+            prefix_second_moment=self.prefix_second_moment - torch.outer(prefix_mean_of_pairs, self.prefix_mean),
+            prefix_next_cross_moment=self.prefix_next_cross_moment - torch.outer(prefix_mean_of_pairs, self.next_mean),
+            pooled_rounding=self.pooled_rounding.centred(self.pooled_second_moment.diagonal()),
+            prefix_rounding=self.prefix_rounding.centred(self.prefix_second_moment.diagonal()),
+            **zeros,
+        )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:
         """The diagonal of D, (d,): 1 / deviation of each coordinate of the pooled states, or 1 / root of diag C0.
 
         It is 1 for a coordinate that is no more than rounding.
         """
-        of_pooled = self.pooled_covariance.diagonal(), self.pooled_noise(center=True).diagonal
-        of_prefixes = self.prefix_second_moment.diagonal(), self.prefix_rounding.diagonal
-        squares, noise = of_pooled if coordinates == "standardized" else of_prefixes
+        centred = self.centred()
+        squares, noise = self.prefix_second_moment.diagonal(), self.prefix_rounding.diagonal
+        if coordinates == "standardized":
+            squares, noise = centred.pooled_second_moment.diagonal(), centred.pooled_rounding.diagonal
         return torch.where(squares > noise, squares, 1).rsqrt()
 
     def scaled(self, scale: Tensor) -> "LayerMoments":
@@ -100,14 +107,6 @@ class LayerMoments:
             changes[name] = getattr(self, name).scaled(scale, variances)
         changes |= {"pooled_norm_fourth_power": None, "pooled_norm_squared_pooled": None}
         return dataclasses.replace(self, **changes)
-
-    def pooled_noise(self, center: bool) -> Noise:
-        """The rounding in M, or in Sigma."""
-        return self.pooled_rounding.centred(self.pooled_second_moment.diagonal()) if center else self.pooled_rounding
-
-    def prefix_noise(self, center: bool) -> Noise:
-        """The rounding in C0, centred or not."""
-        return self.prefix_rounding.centred(self.prefix_second_moment.diagonal()) if center else self.prefix_rounding
 
 
 # ------------------------------------------------------------------ files
@@ -199,48 +198,37 @@ def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
         return False
 
 
-def check_embedded(config: Any, path: Path) -> None:
-    """Raises UserError with the command that makes missing moments; for the embedded model only prints a sentence."""
+def require_embedded(config: Any, path: Path) -> None:
+    """Raises UserError for missing moments; for the embedded model and data, which take seconds, prints a sentence."""
     if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
-        name, adapted, _ = config.model.model_name.partition("+lora")
-        adapter = config.run.results_dir / "lora" / name / config.data.path_name / "adapter"
-        asked = with_values(config, model_name=name, adapter_dir=adapter) if adapted else config
-        flags = {*result_settings(asked), "results_dir", "trust_remote_code"}
-        raise UserError(f"No moments at {path}. Run: {command_line('cache.py', asked, flags)}")
+        flags = "the same flags (for <model>+lora: --model_name <model> --adapter_dir <folder>)"
+        raise UserError(f"No moments at {path}. Run cache.py with {flags}.")
     print(f"No moments at {path}: making them, as the embedded model takes seconds.")
 
 
-def held_out_path(path: Path, config: Any) -> Path | None:
-    """The path of the other split's moments, made like those of `config` at `path`; None if missing or made otherwise.
+def held_out_path(path: Path, split: str) -> Path | None:
+    """The path of the moments of the other split, made like those of `split` at `path`; None if missing.
 
-    For moments of other settings it prints a sentence.
+    For moments of other settings it prints a sentence and returns None.
     """
-    other = {"train": "test", "test": "train", "all": "none"}[config.split]
+    other = {"train": "test", "test": "train", "all": "none"}[split]
     if not (held_out := path.with_stem(other)).is_file():
         return None
     stored = results.read_identity(path)
     identity = {name: stored[name] for name in ("config", "model_fingerprint", "label_names")}
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
-    if not (how := results.difference(results.read_identity(held_out), identity)):
-        return held_out
-    wanted = with_values(config, split=other, overwrite=True)
-    command = command_line("cache.py", wanted, {*result_settings(config), "results_dir", "overwrite"})
-    print(f"No held-out numbers: {held_out} was made {how}. Run: {command}")
-    return None
+    if how := results.difference(results.read_identity(held_out), identity):
+        print(f"No held-out numbers: {held_out} was made {how}. Run cache.py --split {other} --overwrite.")
+    return None if how else held_out
 
 
 def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The stored scores at `path`; None if missing, or if held-out moments were added or removed since."""
-    held_out = identity["held_out"]
+    """The stored scores at `path`; None if missing, or if held-out moments were added, changed or removed since."""
     stored = results.find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
-    if stored and stored["held_out"] != held_out and None in (stored["held_out"], held_out):
-        change = "has no held-out numbers yet" if held_out else "has held-out numbers of moments that are gone"
-        print(f"{path} {change}: made again.")
-        results.check_writable(path)
+    if stored and stored["held_out"] != identity["held_out"]:
+        print(f"{path} was made with other held-out moments, or without: made again.")
         return None
-    if stored:
-        results.check_identity(stored, identity, path)
     return stored
 
 
@@ -250,16 +238,11 @@ def choose(which: str, layers: Sequence[int]) -> Sequence[int]:
     return {"none": [], "last": layers[-1:], "all": layers}[which]
 
 
-def in_words(layers: Iterable[int]) -> str:
-    """The layer numbers in the form that --layers takes."""
-    return " ".join(map(str, sorted(layers)))
-
-
 def check_has_layer(metadata: dict, layer: int) -> None:
     """Raises UserError if the moments do not hold a layer."""
     if layer not in (kept := metadata["layers"]):
-        more = f"--layers {in_words({*kept, layer})}"
-        raise UserError(f"The moments hold layer {in_words(kept)}, not {layer}. Run cache.py with {more}, or for all.")
+        held, more = (" ".join(map(str, layers)) for layers in (kept, sorted([*kept, layer])))
+        raise UserError(f"The moments hold layer {held}, not {layer}. Run cache.py with --layers {more}, or for all.")
 
 
 def numbers_of_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.algebra.linalg import Eigenspace, NestedBasis, inverse_root, rounding
+from utils.algebra.linalg import Eigenspace, NestedBasis, rounding
 from utils.algebra.moments import LayerMoments
 
 STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1,), "random V": (2,)}
@@ -25,6 +25,13 @@ def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Genera
 
 
 # ------------------------------------------------------------------ permuted labels
+def inverse_root(matrix: Tensor) -> Tensor:
+    """Symmetric inverse square root of each symmetric matrix, (..., b, b); zero on its null space."""
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    kept = eigenvalues > rounding(matrix.shape[-1]) * eigenvalues[..., -1:].clamp(min=0)
+    return (vectors * torch.where(kept, eigenvalues, torch.inf).rsqrt()[..., None, :]) @ vectors.mT
+
+
 def draw_permuted_factors(
     rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -63,14 +70,14 @@ def nested_shares(columns: Tensor, dims: list[int]) -> Tensor:
 def permuted_scores(
     moments: LayerMoments,
     space: tuple[Tensor, Tensor, NestedBasis, NestedBasis],
-    center: bool,
     num_draws: int,
     seed: tuple[int, int],
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
-    `space` has the whiteners of the matrix of the perception problem, (d, rank M), and of Sigma, (d, rank Sigma), and
-    the nested bases of V before and after Sigma is whitened; `seed` is the seed of the run and the number of the layer.
+    `moments` are those of the perception problem, centred or not. `space` has its whitener, (d, rank M), that of
+    Sigma, (d, rank Sigma), and the nested bases of V before and after Sigma is whitened; `seed` is the seed of the run
+    and the number of the layer.
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
@@ -79,7 +86,7 @@ def permuted_scores(
         of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random
     )
     to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
-    offset = (not center) * torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
+    offset = torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
     labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B: permuting leaves mu p' alone
     labels = labels @ inverse_root(labels.mT @ labels)
     directions = torch.einsum("ij,njc->nic", basis.q.T @ of_perception, labels)

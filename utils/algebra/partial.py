@@ -33,8 +33,7 @@ def remove_partial(moments: Path) -> None:
     """Removes the sums and pooled states of unfinished passes, and half-written files of dead processes."""
     for path in (partial_pooled_path(moments), *partial_paths(moments)):
         path.unlink(missing_ok=True)
-    for temporary in moments.parent.glob(f"{moments.stem}.partial-*-of-*.safetensors.*.tmp"):
-        results.remove_abandoned(temporary.with_name(temporary.name.rpartition(".safetensors.")[0] + ".safetensors"))
+    results.remove_abandoned(moments.parent)
 
 
 @dataclass
@@ -49,26 +48,24 @@ class PartialPass:
     @property
     def path(self) -> Path:
         """The file of this process."""
-        name = f"{self.moments.stem}.partial-{rank() + 1}-of-{num_started()}.safetensors"
-        return self.moments.with_name(name)
+        return self.moments.with_suffix(f".partial-{rank() + 1}-of-{num_started()}.safetensors")
 
     def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
-        """Removes the files of a pass that cannot be continued, with a sentence; called by the first process.
+        """Removes a pass that cannot be continued, with a sentence; called by the first process.
 
         Raises:
             UserError: a file is damaged or of another identity; with `overwrite` it is removed.
         """
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
-        lacking = "its pooled states" if has_pooled and not partial_pooled_path(self.moments).is_file() else ""
         paths = partial_paths(self.moments)  # without those that `check_state` removed
-        for path in paths:
-            if results.read_identity(path)["run_settings"] != self.run_settings:
-                lacking = "the same --tokens_per_batch, device, processes and environment"
-        if paths and lacking:
-            print(f"{paths[0]} cannot be continued without {lacking}: starting anew")
-        if lacking or not paths:
-            remove_partial(self.moments)
+        found = {results.read_identity(path)["run_settings"] for path in paths}
+        if found == {self.run_settings} and (not has_pooled or partial_pooled_path(self.moments).is_file()):
+            return
+        if paths:
+            needed = "--tokens_per_batch, device, processes and environment of before, and the pooled states"
+            print(f"{paths[0]} cannot be continued without {needed}: starting anew")
+        remove_partial(self.moments)
 
     def save(self, tensors: dict[str, Tensor], num_batches: int) -> None:
         """Writes the sums as they are after `num_batches` batches."""
@@ -111,8 +108,7 @@ def remaining_batches(
 @contextlib.contextmanager
 def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], overwrite: bool) -> Iterator[Any]:
     """Yields the array for the pooled states of a pass, (layers, n, d), a memory map or empty; then places it."""
-    moments, path = partial.moments, partial_pooled_path(partial.moments)
-    has_pooled = pooled_shape[0] > 0
+    moments, path, has_pooled = partial.moments, partial_pooled_path(partial.moments), pooled_shape[0] > 0
     if has_pooled and not on_one_machine():
         raise UserError("--save_pooled needs all processes on one machine. Start them on one, or start one process.")
     object_of_first(lambda: partial.discard_unusable(has_pooled, overwrite))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.results import read_identity, remedy
+from utils.results import REMEDY, read_identity
 from utils.script import UserError
 
 
@@ -32,10 +32,7 @@ def reserve(path: Path, shape: tuple[int, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def checksums(pooled: np.ndarray) -> list[int]:
@@ -49,14 +46,14 @@ def open_pooled(moments: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or missing ({error}). {remedy(moments)}") from None
+        raise UserError(f"{path} is damaged or missing ({error}). {REMEDY}") from None
 
 
 def load_pooled(moments: Path, layer: int) -> Tensor:
     """The pooled states of one layer (-1: the last), (n, d) float32; UserError if they belong to other moments."""
     pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
-        raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {remedy(moments)}")
+        raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {REMEDY}")
     return torch.from_numpy(pooled)
 
 

@@ -1,16 +1,13 @@
 """Fit linear probes from moments: least squares, and ridge regression judged on held-out texts."""
 
 import math
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from utils.algebra.linalg import equilibrated_eigh, without_constants
-from utils.algebra.moments import LayerMoments, check_has_layer
-from utils.results import open_tensors
-from utils.script import UserError
+from utils.algebra.moments import LayerMoments
 
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
@@ -37,23 +34,15 @@ def whole_split(moments: LayerMoments) -> Moments:
     return Moments(second, cross, moments.pooled_mean, moments.label_mean, square, float(moments.num_samples))
 
 
-def load_folds(path: Path, layer: int, device: torch.device) -> list[Moments]:
-    """The moments of one layer over each fold that has texts; empty if the file at `path` does not keep them."""
-    with open_tensors(path) as (file, metadata):
-        check_has_layer(metadata, layer)
-        if f"layer.{layer}.fold_pooled_mean" not in file.keys():  # noqa: SIM118, no dict
-            return []
-        names = [f"layer.{layer}.fold_pooled_{name}" for name in ("second_moment", "label_cross_moment", "mean")]
-        names += [f"fold_{name}" for name in ("label_mean", "label_second_moment", "num_samples")]
-        *averages, label_seconds, counts = (file.get_tensor(name).to(device) for name in names)
+def load_folds(file: Any, layer: int, device: torch.device) -> list[Moments]:
+    """The moments of one layer over each fold that has texts; empty if the open file of cache.py does not keep them."""
+    if f"layer.{layer}.fold_pooled_mean" not in file.keys():  # noqa: SIM118, no dict
+        return []
+    names = [f"layer.{layer}.fold_pooled_{name}" for name in ("second_moment", "label_cross_moment", "mean")]
+    names += [f"fold_{name}" for name in ("label_mean", "label_second_moment", "num_samples")]
+    *averages, label_seconds, counts = (file.get_tensor(name).to(device) for name in names)
     folds = zip(*averages, label_seconds.diagonal(dim1=1, dim2=2).sum(1), counts.tolist(), strict=True)
     return [Moments(*fold) for fold in folds if fold[-1] > 0]
-
-
-def check_several(num_folds: int, who: str) -> None:
-    """Raises UserError if `num_folds` folds with texts are too few for `who` to cross-validate."""
-    if num_folds < 2:
-        raise UserError(f"All texts fall into one fold, so {who} cannot cross-validate. Give texts that differ.")
 
 
 def fold_pairs(folds: list[Moments]) -> list[Pair]:
@@ -67,7 +56,7 @@ def fold_pairs(folds: list[Moments]) -> list[Pair]:
     return pairs
 
 
-def about_means_of(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def centred_at(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of `test` about the means of `train`: of features (d, d), with labels (d, c), and of |labels|^2."""
     shift, label_shift = test.mean - train.mean, test.label_mean - train.label_mean
     second = test.second - torch.outer(test.mean, test.mean) + torch.outer(shift, shift)
@@ -76,7 +65,7 @@ def about_means_of(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tenso
 
 
 def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Mean of |y - W' m|^2 with an intercept, from the moments of `about_means_of`."""
+    """Mean of |y - W' m|^2 with an intercept, from the moments of `centred_at`."""
     second, cross, label_square = about
     return label_square + (weights * (second @ weights - 2 * cross)).sum()
 
@@ -88,7 +77,7 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
     for suffix, rows in (("", moments), ("_held_out", held_out)):
         scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
         if rows is not None:
-            error = mean_square_error(weights, about_means_of(train, whole_split(rows))).item()
+            error = mean_square_error(weights, centred_at(train, whole_split(rows))).item()
             scores[f"probe_mse{suffix}"] = error / weights.shape[1]
             scores[f"probe_r2{suffix}"] = 1 - error / rows.label_covariance.trace().item() if rows.labels_vary else None
     return scores
@@ -124,7 +113,7 @@ def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
         return (loss / (1 - (1 + (eigenvalues / ridge).sum()) / n).clamp(min=1e-9).square()).item()
 
     ridge = eigenvalues + min(ALPHAS, key=validation_error) / n
-    about = second, _, baseline = about_means_of(train, test)
+    about = second, _, baseline = centred_at(train, test)
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
     spread = ((second @ basis) * basis).sum(0)  # variance of the judging texts in each direction
     null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
