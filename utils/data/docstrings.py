@@ -1,11 +1,8 @@
 """Docstrings of the installed packages as a family of labelled text tasks: the embedded dataset.
 
-    python -m utils.data.docstrings                      # table of the tasks
-    python -m utils.data.docstrings --task raises        # and a few rows of one task
-
 Reads the source files of the standard library and of `PACKAGES` with `ast`; it imports nothing and runs no code. Writes
 demo/cache/docstrings-<key>.jsonl; the key changes with the versions of Python and of the packages, which
-requirements.txt pins. `fingerprint()` identifies the rows and is stored beside every result.
+requirements.txt pins. docs/models_and_data.md lists the tasks.
 
 A text is the first paragraph of a docstring. A label is a fact about the code behind the docstring, taken from the
 syntax tree or from the place in the package, not from the text. A text is on the test side if the SHA-256 of its
@@ -37,7 +34,7 @@ from tqdm import tqdm
 
 from utils.hub import nearest
 from utils.results import write_atomically
-from utils.script import ROOT, UserError, run_script
+from utils.script import ROOT, UserError
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 CACHE_DIR = ROOT / "demo" / "cache"
@@ -58,13 +55,6 @@ MAX_SUBPACKAGES, MIN_SUBPACKAGE_TEXTS = 10, 50
 MIN_WORDS = 3
 
 
-@dataclass(frozen=True)
-class Config:
-    """Edit the defaults here, or override any of them from the shell."""
-
-    task: str | None = None  # also print ten rows of this task
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One docstring and the facts about its owner from the syntax tree; `None` if a fact does not apply."""
@@ -81,16 +71,6 @@ class Row:
     decorated: bool | None = None
     parameters: int | None = None  # without self and cls
     lines: int | None = None  # code lines of the body: no docstring, comment or blank line
-
-
-@dataclass(frozen=True)
-class Task:
-    """One labelling of the rows."""
-
-    name: str
-    question: str  # one line of the table
-    label: Callable[[Row], str | float | None]  # None: the row is not in the task
-    library: str | None = None  # the only library in the task; its ten largest parts are the labels
 
 
 # ------------------------------------------------------------------ source files -> rows
@@ -126,8 +106,7 @@ def source_files(library: str) -> list[tuple[str, Path]]:
         tops = [path for path in root.iterdir() if path.stem in sys.stdlib_module_names - SKIPPED_MODULES]
     else:
         spec = importlib.util.find_spec(library)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"The package {library!r} is not installed: pip install -r requirements.txt")
+        assert spec and spec.submodule_search_locations  # cache_path asks for every package
         root, prefix = Path(next(iter(spec.submodule_search_locations))), f"{library}."
         tops = list(root.iterdir())
     found = []
@@ -212,8 +191,6 @@ def cache_path() -> Path:
 def parse_libraries(libraries: Iterable[str]) -> list[Row]:
     """The rows of several libraries in the order of their text hashes, so that every prefix is a random sample."""
     files = [(library, module, path) for library in libraries for module, path in source_files(library)]
-    # largest first, so that no worker is left with a long one; forked workers need neither torch nor a guarded script
-    files.sort(key=lambda file: (-file[2].stat().st_size, file[1]))
     with ProcessPoolExecutor() as pool:
         parsed = pool.map(parse_file, *zip(*files, strict=True), chunksize=16)
         rows = [row for found in tqdm(parsed, "reading docstrings", len(files), unit="file") for row in found]
@@ -222,10 +199,9 @@ def parse_libraries(libraries: Iterable[str]) -> list[Row]:
 
 @functools.cache
 def load_rows() -> tuple[tuple[Row, ...], str]:
-    """Every row in hash order, and the SHA-256 of them all.
+    """Every row in hash order, and the SHA-256 of them all, which is the first line of the cache.
 
-    The cache holds the SHA-256, and one JSON array a line. An absent or damaged cache is written first, in about half a
-    minute on two cores.
+    Parsing, if the cache is absent or damaged, takes about half a minute on two cores.
     """
     path = cache_path()
     stored = path.read_bytes() if path.exists() else b""
@@ -284,29 +260,25 @@ def parameters(row: Row) -> str | None:
     return None if row.parameters is None else str(row.parameters) if row.parameters < 4 else "4 or more"
 
 
-# fmt: off
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("library", "Which library is it from?", lambda row: row.library),
-        Task("kind", "Module, class, function or method?", lambda row: row.kind),
-        Task("returns", "Does the function return a value?", lambda row: flag(row.returns, "value", "nothing")),
-        Task("raises", "Does the function raise?", lambda row: flag(row.raises, "raises", "never")),
-        Task("private", "Does the name start with an underscore?", private),
-        Task("examples", "Does the docstring go on to show examples?",
-             lambda row: flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None),
-        Task("property", "Is the method a property?",
-             lambda row: flag(row.property, "property", "method") if row.kind == "method" else None),
-        Task("decorated", "Is the function decorated?", lambda row: flag(row.decorated, "decorated", "plain")),
-        Task("parameters", "How many parameters has the function?", parameters),
-        *(Task(library, f"Which part of {library} is it from?", subpackage, library)
-          for library in (STANDARD_LIBRARY, *PACKAGES) if library != "transformers"),
-        Task("transformers", "Which kind of file of transformers is it from?", transformers_role, "transformers"),
-        Task("lines", "How many code lines has the function (natural logarithm)?",
-             lambda row: math.log(row.lines) if row.lines else None),
-    )
+def examples(row: Row) -> str | None:
+    return flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None
+
+
+# name -> label of a row; None: the row is not in the task
+TASKS: dict[str, Callable[[Row], str | float | None]] = {
+    "library": lambda row: row.library,
+    "kind": lambda row: row.kind,
+    "returns": lambda row: flag(row.returns, "value", "nothing"),
+    "raises": lambda row: flag(row.raises, "raises", "never"),
+    "private": private,
+    "examples": examples,
+    "property": lambda row: flag(row.property, "property", "method") if row.kind == "method" else None,
+    "decorated": lambda row: flag(row.decorated, "decorated", "plain"),
+    "parameters": parameters,
+    **dict.fromkeys((STANDARD_LIBRARY, *PACKAGES), subpackage),  # a task with rows of this library alone
+    "transformers": transformers_role,
+    "lines": lambda row: math.log(row.lines) if row.lines else None,
 }
-# fmt: on
 
 
 def most_frequent(counts: Counter, num: int) -> list[Any]:
@@ -314,20 +286,22 @@ def most_frequent(counts: Counter, num: int) -> list[Any]:
     return sorted(counts, key=lambda label: (-counts[label], label))[:num]
 
 
-def label_texts(rows: Iterable[Row], task: Task) -> dict[str, str | float]:
+def label_texts(rows: Iterable[Row], task: str) -> dict[str, str | float]:
     """The distinct texts of a task with their labels, in the order of the rows.
 
-    Texts that differ in case alone are one text: the first one as written, with the most frequent label.
+    A task named after a library has that library's rows alone, and its ten largest parts as labels. Texts that differ
+    in case alone are one text: the first one as written, with the most frequent label.
     """
+    is_part = task in (STANDARD_LIBRARY, *PACKAGES)
     first: dict[str, str] = {}
     votes: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
-        in_task = is_text(row.text) and task.library in (None, row.library)
-        label = task.label(row) if in_task else None
+        in_task = is_text(row.text) and (row.library == task or not is_part)
+        label = TASKS[task](row) if in_task else None
         if label is not None:
             votes[first.setdefault(row.text.casefold(), row.text)][label] += 1
     labels = {text: most_frequent(counts, 1)[0] for text, counts in votes.items()}
-    if task.library is None:
+    if not is_part:
         return labels
     sizes = Counter(labels.values())
     kept = {label for label in most_frequent(sizes, MAX_SUBPACKAGES) if sizes[label] >= MIN_SUBPACKAGE_TEXTS}
@@ -339,34 +313,9 @@ def load_task(name: str) -> dict[str, tuple[list[str], list[str | float]]]:
     """Texts and labels of one task, at most 8,000 of `train` and 2,000 of `test`; every prefix is a random sample."""
     if name not in TASKS:
         raise UserError(f"There is no docstring task {name!r}.{nearest(name, TASKS)} All tasks: {', '.join(TASKS)}.")
-    labels = label_texts(load_rows()[0], TASKS[name])
+    labels = label_texts(load_rows()[0], name)
     sides = {
         "train": [text for text in labels if not is_test_side(text)][:MAX_TRAIN],
         "test": [text for text in labels if is_test_side(text)][:MAX_TEST],
     }
     return {split: (texts, [labels[text] for text in texts]) for split, texts in sides.items()}
-
-
-# ------------------------------------------------------------------ run
-def main(config: Config) -> None:
-    """Prints the table of the tasks and, if asked, the first rows of one task."""
-    rows, _ = load_rows()
-    line = "{:<14}{:>8}{:>8}{:>8}{:>10}  {}".format
-    print(line("task", "classes", "train", "test", "majority", "question"))
-    for task in TASKS.values():
-        train, test = (labels for _, labels in load_task(task.name).values())
-        largest = max(Counter(test).values()) / len(test)
-        is_regression = isinstance(test[0], float)
-        classes, majority = ("-", "-") if is_regression else (str(len({*train, *test})), f"{largest:.3f}")
-        print(line(task.name, classes, len(train), len(test), majority, task.question))
-    num_texts = len({row.text.casefold() for row in rows if is_text(row.text)})
-    print(f"fingerprint {fingerprint()}: {len(rows):,} docstrings, {num_texts:,} distinct texts")
-    if config.task is not None:
-        texts, labels = load_task(config.task)["train"]
-        for text, label in list(zip(texts, labels, strict=True))[:10]:
-            print(f"{label!s:<20} {text[:200]}")
-    print(cache_path())
-
-
-if __name__ == "__main__":
-    run_script(main, Config, __doc__)
