@@ -1,11 +1,7 @@
-"""Time the moments: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
+"""Time the moments: cache.py's pass beside a plain forward pass of the same batches.
 
     python -m benchmarks.bench_cache
-    python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --num_texts 300 \
-        --num_rounds 2 --num_dense_rounds 1 --dtypes float32 bfloat16
-    python -m benchmarks.bench_cache --device cuda --random_models Qwen2-0.5B Qwen2-7B Llama-3-8B --dtypes bfloat16 \
-        --product_dtypes float32 float64 bfloat16x2 --num_texts 1024 --mean_length 128 --tokens_per_batch 16384 \
-        --num_dense_rounds 0
+    python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --dtypes float32 bfloat16
 
 Without --model_name: models of the paper's sizes with random weights, on random texts. With it: that model on a
 stratified sample of the dataset's training texts. Pass and forward pass take turns in every round; ratios are of the
@@ -15,7 +11,6 @@ Writes results/benchmarks/bench_cache.json, or bench_cache.<model>.json.
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache
@@ -50,7 +44,6 @@ class Config:
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts
-    num_dense_rounds: int = 1  # rounds of the dense formula, which takes long; 0: none
     tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
     other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
@@ -64,28 +57,6 @@ def read_texts(config: Config) -> Texts:
     model_config = load_config(model, run)
     tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config, None)
     return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
-
-
-@torch.inference_mode()
-def dense_formula(model: PreTrainedModel, tokens: TokenizedTexts, targets: Tensor) -> list[dict[str, Any]]:
-    """M, B, C0 and C1 of every layer, text by text from their definition with the matrices L1 and L2; batches of 32."""
-    totals: list[dict[str, Any]] = [defaultdict(int) for _ in range(model.config.num_hidden_layers + 1)]
-    for indices in np.array_split(np.arange(len(tokens.lengths)), -(-len(tokens.lengths) // 32)):
-        input_ids, lengths = (tensor.to(model.device) for tensor in tokens.pad(indices))
-        mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-        states = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        for row, (index, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
-            prefix = torch.ones(length, length - 1, device=model.device).triu()  # L1
-            shift = torch.eye(length, device=model.device)[:, 1:]  # L2
-            y = targets[index].float().to(model.device)
-            for total, state in zip(totals, states, strict=True):
-                x = state[row, :length].float().T
-                m = x.mean(1)
-                total["M"] += torch.outer(m, m)
-                total["B"] += torch.outer(m, y)
-                total["C0"] += x @ prefix @ prefix.T @ x.T
-                total["C1"] += x @ prefix @ shift.T @ x.T
-    return totals
 
 
 def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> dict[str, Any]:
@@ -104,9 +75,7 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
         torch.cuda.reset_peak_memory_stats()
     times = alternate(runs, config.num_rounds, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    dense = partial(dense_formula, model, texts[0], cache.one_hot_targets(texts[1]))
-    times |= alternate({"dense": dense}, config.num_dense_rounds, device)
-    fastest = {run: min(rounds) for run, rounds in times.items() if rounds}
+    fastest = {run: min(rounds) for run, rounds in times.items()}
     ratios = {run: seconds / fastest["forward"] for run, seconds in fastest.items()}
     for run, seconds in fastest.items():
         told = f"{seconds:9.2f} s, {ratios[run]:5.2f} of forward, {num_tokens / seconds:10,.0f} tokens/s"

@@ -3,8 +3,8 @@
     python -m benchmarks.bench_k_sweep
     python -m benchmarks.bench_k_sweep --device cuda --hidden_sizes 896 4096
 
-`layer` is NTPS with its variants, bounds and nulls; `with closed form` adds the scores of features (H-score, LogME,
-ridge, ...). The measure is `scipy.linalg.eigh`, on a GPU `torch.linalg.eigh`, of the layer's own matrices.
+A layer is NTPS with its variants, bounds and nulls. The measure is `scipy.linalg.eigh`, on a GPU `torch.linalg.eigh`,
+of the layer's own matrices.
 Writes results/benchmarks/bench_k_sweep.json.
 """
 
@@ -19,7 +19,6 @@ import torch
 import cache
 import K_sweep
 from benchmarks.harness import Bench, alternate, write_result
-from utils.algebra.features import feature_scores
 from utils.algebra.moments import OF_LAYER, LayerMoments
 from utils.script import pick_device, run_script
 
@@ -59,16 +58,12 @@ def main(config: Config) -> None:
         arrays = matrices if device.type == "cuda" else [matrix.numpy() for matrix in matrices]
         runs: dict[str, Any] = {
             "layer": partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0),
-            "closed form": partial(feature_scores, moments, moments),
             "eigh": lambda arrays=arrays: [decompose(array) for array in arrays],
         }
         times = alternate(runs, config.num_rounds, device)
-        layer, closed_form, eigh = (min(times[name]) for name in runs)
-        ratio, with_closed_form = layer / eigh, (layer + closed_form) / eigh
-        row = {"hidden_size": hidden_size, "seconds": times}
-        rows.append(row | {"ratio": ratio, "ratio_with_closed_form": with_closed_form})
-        told = f"ratio {ratio:.2f}, with closed form {with_closed_form:.2f}"
-        print(f"d = {hidden_size}: layer {layer:.3f} s, three eigh {eigh:.3f} s, {told}")
+        layer, eigh = (min(times[name]) for name in runs)
+        rows.append({"hidden_size": hidden_size, "seconds": times, "ratio": layer / eigh})
+        print(f"d = {hidden_size}: layer {layer:.3f} s, three eigh {eigh:.3f} s, ratio {layer / eigh:.2f}")
     write_result(config, "bench_k_sweep", {"rows": rows})
 
 

@@ -1,12 +1,11 @@
 """Measure cache.py with more texts and with longer texts: time linear in tokens, memory flat in texts.
 
     python -m benchmarks.bench_scale
-    python -m benchmarks.bench_scale --num_texts 1000 4000 --lengths 32 32
 
-A random model of two layers reads texts of one-token words. Each pair of --num_texts and --lengths is a run of cache.py
-from the file of texts to the file of moments, in a process of its own: its peak memory is that of this run alone,
-libraries and model included; its seconds are without their start. `microseconds_per_added_token` compares with the line
-above, and so excludes the fixed cost of a run.
+A random model of two layers reads texts of one-token words. Each of `SIZES` is a run of cache.py from the file of texts
+to the file of moments, in a process of its own: its peak memory is that of this run alone, libraries and model
+included; its seconds are without their start. `microseconds_per_added_token` compares with the line above, and so
+excludes the fixed cost of a run.
 Writes results/benchmarks/bench_scale.json.
 """
 
@@ -28,6 +27,8 @@ from utils.results import read_identity
 from utils.script import run_script
 from utils.settings import with_values
 
+# texts of a run, and tokens of each text
+SIZES = ((1_000, 32), (10_000, 32), (100_000, 32), (8_192, 16), (2_048, 64), (512, 256), (128, 1024), (64, 2048))
 # each is one token of `tiny` if a blank precedes it
 WORDS = ("the", "of", "is", "to", "in", "for", "with", "from", "value", "name", "type", "file", "list", "object", "set")
 
@@ -36,13 +37,7 @@ WORDS = ("the", "of", "is", "to", "in", "for", "with", "from", "value", "name", 
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    num_texts: tuple[int, ...] = (1_000, 10_000, 100_000, 8_192, 2_048, 512, 128, 64)  # texts of each run
-    lengths: tuple[int, ...] = (32, 32, 32, 16, 64, 256, 1024, 2048)  # tokens of each text of the run
     bench: Bench = Bench()
-
-    def __post_init__(self) -> None:
-        if len(self.num_texts) != len(self.lengths):
-            raise ValueError("--num_texts and --lengths must have the same number of values")
 
 
 def make_rows(path: Path, num_texts: int, length: int) -> None:
@@ -62,7 +57,7 @@ def measure_all(config: Config) -> pd.DataFrame:
         random_model("small", "float32", torch.device("cpu")).save_pretrained(folder / "model")
         shared = {"model_name": str(folder / "model"), "tokenizer_name": model_source("tiny"), "results_dir": folder}
         shared |= {"split": "all", "device": config.bench.device, "product_dtype": "float32"}
-        for number, (num_texts, length) in enumerate(zip(config.num_texts, config.lengths, strict=True)):
+        for number, (num_texts, length) in enumerate(SIZES):
             data = folder / f"{number}.jsonl"
             make_rows(data, num_texts, length)
             run = with_values(cache.Config(), dataset_name=str(data), max_length=length, **shared)

@@ -1,15 +1,12 @@
 """Compare steps per second and memory of our training loop with a plain loop: same model, optimiser and batch size.
 
     python -m benchmarks.bench_training
-    python -m benchmarks.bench_training --model_name smollm2 --dataset_name rotten_tomatoes --plain_padding batch \
-        --num_steps 5
-    python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --plain_padding batch
-    python -m benchmarks.bench_training --model_name Qwen/Qwen2-0.5B --dataset_name emotion --device cuda
+    python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --dataset_name rotten_tomatoes
 
-The plain loop (PEFT's model for LoRA) takes rows in random order, passes an attention mask and pads every batch to the
-longest text of the dataset or, as a data collator does, of the batch. Ours groups texts of like length. Both run the
-decoder alone and take the same number of texts a step, in turns; ratios are of the fastest rounds. Memory: on a GPU the
-peak of allocated memory, on a CPU the activations that the largest step keeps for its backward pass.
+The plain loop (PEFT's model for LoRA) takes rows in random order, passes an attention mask and, as a data collator
+does, pads every batch to its longest text. Ours groups texts of like length. Both run the decoder alone and take the
+same number of texts a step, in turns; ratios are of the fastest rounds. Memory: on a GPU the peak of allocated memory,
+on a CPU the activations that the largest step keeps for its backward pass.
 Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
@@ -42,7 +39,6 @@ class Config:
     model_name: str = "tiny"  # as in lora_finetuning.py
     dataset_name: str = "docstrings/library"  # as in lora_finetuning.py
     kind: Literal["lora", "full_finetuning"] = "lora"  # weights that are trained
-    plain_padding: Literal["dataset", "batch"] = "dataset"  # the plain loop pads to its longest text
     batch_size: int = 16  # texts per step
     max_length: int = 128  # tokens per text
     dtype: Dtype = "float32"  # dtype of the model; bfloat16 is slow on a CPU without instructions for it
@@ -66,16 +62,12 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     return run, tokenize_splits(settings, data)
 
 
-def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts], padding: str) -> TrainingRun:
-    """Turns the run into the plain loop: padding to the longest text, a mask, random order."""
-    longest = int(max(part.lengths.max() for part in tokens.values()))
-    device = run.targets.device
-    decoder = run.model.decoder.forward
+def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:
+    """Turns the run into the plain loop: a mask, random order."""
+    device, decoder = run.targets.device, run.model.decoder.forward
 
     def inputs(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         input_ids, lengths = tokens["train"].pad(rows)
-        if padding == "dataset":
-            input_ids = torch.nn.functional.pad(input_ids, (0, longest - input_ids.shape[1]))
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(device)
         run.model.decoder.forward = partial(decoder, attention_mask=mask)
         return input_ids.to(device), lengths.to(device)
@@ -115,7 +107,7 @@ def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
 def main(config: Config) -> None:
     """Measures both loops in one run, prints the table and writes it."""
     device = pick_device(config.bench.device)
-    both = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config), config.plain_padding)}
+    both = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config))}
     progress = {name: Progress() for name in both}
     runs: dict[str, Callable[[], object]] = {
         name: partial(steps, run, progress[name], config.num_steps) for name, run in both.items()

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,23 +17,8 @@ def test_ratios_of_a_small_model(monkeypatch, tmp_path, capsys):
     path = tmp_path / "benchmarks" / "bench_cache.json"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
     [row] = json.loads(path.read_text())["rows"]
-    assert list(row["seconds"]) == ["forward", "float32", "bfloat16x2", "batches of 64", "dense"]
+    assert list(row["seconds"]) == ["forward", "float32", "bfloat16x2", "batches of 64"]
     assert row["over_forward"]["forward"] == 1 and 1 <= row["padding"] < 1.5 and 80 * 6 < row["num_tokens"] < 80 * 19
-
-
-def test_dense_formula_is_the_definition(monkeypatch):
-    """One text of three tokens: C0 = s1 s1' + s2 s2', C1 = s1 x2' + s2 x3', M = m m'."""
-    monkeypatch.setitem(harness.DECODERS, "small", ("llama", (16, 1, 2, 1, 32), 8192))
-    model = harness.random_model("small", "float32", torch.device("cpu"))
-    tokens, labels, _ = harness.random_texts(1, 3)
-    totals = bench_cache.dense_formula(model, tokens, torch.eye(6)[labels.labels])
-    with torch.no_grad():
-        states = model(input_ids=tokens.pad(np.array([0]))[0], output_hidden_states=True).hidden_states
-    for total, (x,) in zip(totals, states, strict=True):
-        s = x.cumsum(0)
-        torch.testing.assert_close(total["M"], torch.outer(x.mean(0), x.mean(0)))
-        torch.testing.assert_close(total["C0"], s[:-1].T @ s[:-1])
-        torch.testing.assert_close(total["C1"], s[:-1].T @ x[1:])
 
 
 @pytest.mark.parametrize(
@@ -51,12 +35,12 @@ def test_a_layer_is_compared_with_three_decompositions(tmp_path):
     bench_k_sweep.main(configure(bench_k_sweep, hidden_sizes=(16,), num_rounds=1, results_dir=tmp_path))
     [row] = json.loads((tmp_path / "benchmarks" / "bench_k_sweep.json").read_text())["rows"]
     assert row["ratio"] == pytest.approx(row["seconds"]["layer"][0] / row["seconds"]["eigh"][0])
-    assert row["ratio_with_closed_form"] > row["ratio"]
 
 
 def test_texts_of_the_scale_benchmark_have_as_many_tokens_as_words(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_scale, "in_own_process", harness.measured)
-    table = bench_scale.measure_all(configure(bench_scale, num_texts=(4, 8, 2), lengths=(16, 16, 2048)))
+    monkeypatch.setattr(bench_scale, "SIZES", ((4, 16), (8, 16), (2, 2048)))
+    table = bench_scale.measure_all(configure(bench_scale))
     assert table["num_tokens"].tolist() == [64, 128, 4096] and (table["peak_mb"] > 100).all()
     seconds = table["seconds"]
     assert table["microseconds_per_added_token"][1] == pytest.approx(1e6 * (seconds[1] - seconds[0]) / 64)
