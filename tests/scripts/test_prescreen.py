@@ -189,7 +189,7 @@ def test_moments_of_other_settings_stay(model_dirs, rows_path, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([{"text": f"word {i}", "label": "one"} for i in range(20)], "at least two classes"),
+        ([{"text": f"word {i}", "label": "one"} for i in range(20)], "not of 2 to 5,000 classes"),
         ([{"text": "the red house", "label": "ab"[i % 2]} for i in range(40)], "prescreen.py cannot cross-validate"),
     ],
 )

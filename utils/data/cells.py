@@ -2,9 +2,8 @@
 
 Missing labels, counted and left out: no value, a blank, NaN, -1 (a hidden label, unless it is a regression target), and
 the words of pandas, R and SQL for a missing value: nan, NaN, null, NULL, N/A, n/a, #N/A, <NA>, NaT in any case, `NA`
-and `None` in these letters. A class that is called so needs another name, which the warning says; `none` and `na` in
-other letters are classes, and that is said too. Blanks around a label are taken off, and said; classes that differ by
-case or by blanks within stay two, and are named.
+and `None` in these letters. A class that is called so needs another name, which the warning says. Blanks around a label
+are taken off; classes that differ by case, by blanks within or as spellings of one number stay two, and are named.
 
 A file without types (csv), or one with 1 and "1", gives numbers as strings. They are numbers if every label of the
 column is written as a number is: 7 and 0.25, but not 007, +7, 1e3 or .25; trailing zeros only if all have as many
@@ -21,7 +20,7 @@ import decimal
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from utils.script import UserError, warn
@@ -32,7 +31,6 @@ PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.0|\.[0-9]*[1-9])?")  # no trailing zero
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING_ANY_CASE = {"nan", "+nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "nat"}
 MISSING_AS_WRITTEN = {"NA", "None"}
-KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def listed(items: Iterable[Any]) -> str:
@@ -51,8 +49,8 @@ def is_finite(word: str) -> bool:
     return NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
-def _plain(cell: Any) -> Any:
-    """A parquet cell as the JSON value it stands for. Raises ValueError for bytes and characters that are not UTF-8."""
+def _plain(cell: Any) -> str | int | float | None:
+    """A cell as the string, number, truth value or missing value that it stands for. Raises ValueError otherwise."""
     try:
         if isinstance(cell, str):
             cell.encode()  # JSON can hold half a character, such as \ud800
@@ -62,7 +60,11 @@ def _plain(cell: Any) -> Any:
         raise ValueError(f"text that is not UTF-8 ({error})") from None
     if isinstance(cell, decimal.Decimal):
         return int(cell) if cell.is_finite() and cell == cell.to_integral_value() else float(cell)
-    return cell.isoformat() if isinstance(cell, datetime.date | datetime.time) else cell
+    if isinstance(cell, datetime.date | datetime.time):
+        return cell.isoformat()
+    if cell is None or isinstance(cell, str | int | float):
+        return cell
+    raise ValueError(f"a {type(cell).__name__}: {str(cell)[:60]}")
 
 
 # ------------------------------------------------------------------ labels
@@ -79,23 +81,16 @@ def is_missing(label: Any, regression: bool = False) -> bool:
 def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> tuple[list[Any], bool]:
     """Labels of all splits as regression targets or class values, None if missing; and True for a regression.
 
-    Args:
-        source: name of the dataset, for messages.
-        cells: the cells of the label column.
-        regression: True or False; None: the labels decide.
+    `source` names the dataset in messages. Where `regression` is None the labels decide.
     """
     labels = []
     for number, cell in enumerate(cells, 1):
         try:
-            labels.append(_plain(cell))
-            if isinstance(cell, list | dict):
-                raise ValueError(f"{KINDS[type(cell)]}: {str(cell)[:60]}")
+            label = _plain(cell)
         except ValueError as error:
             raise UserError(f"Label {number} of {source} is {error}. Name another column: --label_column.") from None
-    blanks = sum(isinstance(label, str) and label != label.strip() and bool(label.strip()) for label in labels)
-    if blanks:
-        warn(f"{blanks} labels of {source} have blanks around them; these blanks are removed")
-    labels = typed([label.strip() if isinstance(label, str) else label for label in labels])
+        labels.append(label.strip() if isinstance(label, str) else label)
+    labels = typed(labels)
     kinds = {type(label) for label in labels if not is_missing(label)}
     if bool in kinds and kinds & {int, float}:
         raise UserError(f"The labels of {source} mix true or false with numbers. Write all labels in one form.")
@@ -110,13 +105,8 @@ def typed(labels: list[Any]) -> list[Any]:
     words = {str(label) for label in labels if not is_missing(label, True)}
     if not words or not any(isinstance(label, str) for label in labels):
         return labels
-    if all(map(WHOLE.fullmatch, words)):
-        kind: type = int
-    elif _are_decimals(words):
-        kind = float
-    else:
-        return labels
-    return [None if is_missing(label, True) else kind(label) for label in labels]
+    kind = int if all(map(WHOLE.fullmatch, words)) else float if _are_decimals(words) else None
+    return [None if is_missing(label, True) else kind(label) for label in labels] if kind else labels
 
 
 def _are_decimals(words: set[str]) -> bool:
@@ -124,18 +114,8 @@ def _are_decimals(words: set[str]) -> bool:
     if not all(map(is_finite, words)):
         return False
     aligned = all(map(FRACTION.fullmatch, words)) and len({len(word.partition(".")[2]) for word in words}) == 1
-    if not aligned and not all(PLAIN.fullmatch(word) or word == repr(float(word)) for word in words):
-        return False
-    return len({float(word) for word in words}) == len(words)
-
-
-def describe_missing(labels: Sequence[Any], missing: Sequence[bool]) -> str:
-    """Row numbers and spellings of the missing labels."""
-    rows = [row for row, is_absent in enumerate(missing) if is_absent]
-    words = dict.fromkeys(repr(labels[row].strip()) for row in rows if isinstance(labels[row], str))
-    words.pop("''", None)
-    spelled = f"; written {listed(words)}: a class needs a name other than these" if words else ""
-    return f": rows {listed(row + 1 for row in rows)}{spelled}"
+    canonical = all(PLAIN.fullmatch(word) or word == repr(float(word)) for word in words)
+    return (aligned or canonical) and len({float(word) for word in words}) == len(words)
 
 
 def _are_targets(source: str, labels: list[Any]) -> bool:
@@ -166,45 +146,37 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
         return labels
     names = [None if label is None else str(label) for label in labels]
     near: dict[str, list[str]] = {}
-    for name in sorted({name for name in names if name is not None}):
+    for name in sorted(set(filter(None, names))):
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        number = NUMBER.fullmatch(key) and len(key) <= 15
-        near.setdefault(f"{float(key):g}" if number else key, []).append(name)
-        if key in {"none", "na"}:
-            warn(f"{name!r} is a class of {source}; leave the label empty if it means a missing one")
+        near.setdefault(f"{float(key):g}" if NUMBER.fullmatch(key) and len(key) <= 15 else key, []).append(name)
     groups = [" and ".join(map(repr, group)) for group in near.values() if len(group) > 1]
     if groups:
         warn(f"{source} has classes that differ only in case or spelling: {listed(groups)}; they stay separate classes")
     if any(isinstance(label, str) for label in labels) and all(map(NUMBER.fullmatch, filter(None, names))):
-        warn(
-            f"{source} has labels like numbers in unusual notation: they name classes, unless you set --task regression"
-        )
+        warn(f"{source} has oddly written numbers as labels: they name classes, unless you set --task regression")
     return names
 
 
 # ------------------------------------------------------------------ texts
-def holds_text(cells: Sequence[Any]) -> bool:
-    """True if any cell is a string that is not just a number."""
-    return any(isinstance(cell, str) and cell.strip() and not NUMBER.fullmatch(cell) for cell in cells)
-
-
-def render(cell: Any, in_list: bool = False) -> str:
-    """A cell as text; empty for a missing one (None, NaN). Raises ValueError for a cell of another kind.
-
-    Choices are a list, of strings or of objects with a `text`, or the hub's {label: [...], text: [...]}.
-    """
-    if isinstance(cell, dict) and "text" in cell and cell.keys() <= {"text", "label"}:
-        cell = cell["text"]
+def _as_text(cell: Any) -> str:
     cell = _plain(cell)
-    if isinstance(cell, str):
-        return cell
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    if is_number(cell) and (isinstance(cell, int) or math.isfinite(cell)):
-        return str(cell)
-    if isinstance(cell, list) and not in_list:
-        return " ".join(f"({number}) {render(choice, True)}" for number, choice in enumerate(cell))
-    raise ValueError(f"{KINDS.get(type(cell), type(cell).__name__)}: {str(cell)[:60]}")
+    if isinstance(cell, bool) or cell in (math.inf, -math.inf):
+        raise ValueError(f"a {type(cell).__name__}: {cell}")
+    return str(cell)
+
+
+def render(cell: Any) -> str:
+    """A cell as text; empty for a missing one (None, NaN). Raises ValueError for a cell of another kind.
+
+    Choices are a list of strings, or the hub's {label: [...], text: [...]}.
+    """
+    if isinstance(cell, dict) and cell.keys() == {"label", "text"}:
+        cell = cell["text"]
+    if isinstance(cell, list):
+        return " ".join(f"({number}) {_as_text(choice)}" for number, choice in enumerate(cell))
+    return _as_text(cell)
 
 
 def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> list[str]:
@@ -224,8 +196,6 @@ def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> li
     if filled and all(text.startswith(("b'", 'b"')) for text in filled):
         with contextlib.suppress(ValueError, SyntaxError, AttributeError):  # text of another kind that starts so
             texts = [ast.literal_eval(text).decode() if text.strip() else text for text in texts]
-            print(f"{source}: the {part} texts of {name!r} are written as Python bytes; b'...' is taken off")
     if len(texts) > 1 and all(text.endswith("\n") for text in texts):
-        print(f"{source}: every {part} text of {name!r} ends with a line break, which is taken off")
         texts = [text.removesuffix("\n").removesuffix("\r") for text in texts]
     return texts

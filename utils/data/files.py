@@ -6,8 +6,7 @@ A name is a key of the table of known datasets, an id of the hub, docstrings/<ta
     .csv           a cell with a comma, a quotation mark or a line break stands in double quotes
     .tsv           no quoting: a quotation mark is a character like any other, as in GLUE
     .parquet       columns of any type
-    a folder       such files, named train, test or validation; or the subsets that its README.md names (`configs:`);
-                   or the output of `save_to_disk` of the library datasets
+    a folder       such files, named train, test or validation; or the subsets that its README.md names (`configs:`)
 
 Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. `cells.py` turns the cells into labels and texts.
 """
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.data.table import DATASETS, PARQUET_BRANCH, SPECS, DatasetSpec
+from utils.data.table import DATASETS, SPECS, DatasetSpec, find_spec
 from utils.hub import Repository, hub_errors, nearest, shorten
 from utils.script import UserError
 
@@ -64,26 +63,18 @@ class Source:
 
     name: str
     tables: dict[str, Table]  # by split
-    spec: DatasetSpec | None = None
+    spec: DatasetSpec
     own: bool = False  # the user's own data: faulty rows are errors; in hub data they are left out with a warning
 
 
 # ------------------------------------------------------------------ formats
 def decode(path: Path) -> str:
-    """The text of a file. Raises UserError if it cannot be read, has another encoding or holds zero bytes."""
+    """The text of a file. Raises ValueError if it has another encoding."""
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
-        text = content.decode(json.detect_encoding(content))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+        return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        found = f"{path} is not {error.encoding}: byte {error.start}, line {line}"
-        raise UserError(f"{found}. Convert it: iconv -f latin1 -t utf-8 {path}") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path}, line {line} holds zero bytes: the file is damaged. Write it again.")
-    return text
+        raise ValueError(f"{error}; convert it with: iconv -f latin1 -t utf-8 {path}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,16 +91,12 @@ def _read_json(path: Path) -> Table:
     for number, part in enumerate(parts, 1):
         try:
             found = json.loads(part, object_pairs_hook=_unique) if part.strip() else []
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            fault = f"{path}, line {number} is not readable JSON ({error}): {part.strip()[:60]!r}"
-            raise UserError(f"{fault}. Write one object a line, or one list of objects.") from None
+        except ValueError as error:  # also a number of thousands of digits
+            raise ValueError(f"line {number}, {part.strip()[:60]!r}: {error}") from None
         records += found if isinstance(found, list) else [found]
     for row, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise UserError(f"{path}, row {row}: {str(record)[:40]!r} is not an object. Write one object a row.")
-    if len(records) == 1 and all(isinstance(cell, dict | list) for cell in records[0].values()):
-        fault = f"{path} is one object with the keys {', '.join(map(repr, list(records[0])[:5]))}, not one object a row"
-        raise UserError(f"{fault}. pandas writes one a row with to_json(path, orient='records', lines=True).")
+            raise ValueError(f"row {row}, {str(record)[:40]!r}, is not an object")
     names = dict.fromkeys(name for record in records for name in record)
     return Table({name: [record.get(name) for record in records] for name in names})
 
@@ -120,20 +107,18 @@ def _read_delimited(path: Path) -> Table:
     stream = io.StringIO(decode(path), newline="")
     if path.suffix.lower() == ".tsv":
         reader = csv.reader(stream, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
-        advice = "a .tsv has no quoting: write cells with a tab or a line break as .csv or .jsonl."
     else:
         reader = csv.reader(stream, strict=True)
-        advice = "a cell with a comma, a quotation mark or a line break stands in double quotes."
     try:
         lines = [(reader.line_num, cells) for cells in reader if cells]  # a blank line is no row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not {path.suffix[1:]} ({error}): {advice}") from None
+        raise ValueError(f"line {reader.line_num}: {error}") from None
     header = [name.strip() for name in lines[0][1]] if lines else []
     if len(set(header)) < len(header):
-        raise UserError(f"{path} has two columns of one name: {', '.join(header)}. Rename one.")
+        raise ValueError(f"two columns have one name: {', '.join(header)}")
     for number, cells in lines:
         if len(cells) != len(header):
-            raise UserError(f"{path}, line {number}: {len(cells)} cells under {len(header)} columns {header}; {advice}")
+            raise ValueError(f"line {number} has {len(cells)} cells under {len(header)} columns {header}")
     return Table({name: [cells[i] for _, cells in lines[1:]] for i, name in enumerate(header)})
 
 
@@ -151,53 +136,72 @@ def arrow_table(content: "pyarrow.Table") -> Table:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
+    return arrow_table(pyarrow.parquet.ParquetFile(path).read())
+
+
+JSON_RULE = "Write one object a line, as pandas does with to_json(path, orient='records', lines=True), or one list."
+READERS: dict[str, tuple[Callable[[Path], Table], str]] = {  # suffix -> reader and the format's rule
+    ".jsonl": (_read_json, JSON_RULE),
+    ".json": (_read_json, JSON_RULE),
+    ".csv": (_read_delimited, "A cell with a comma, a quotation mark or a line break stands in double quotes."),
+    ".tsv": (_read_delimited, "A .tsv has no quoting: write cells with a tab or a line break as .csv or .jsonl."),
+    ".parquet": (_read_parquet, "Write it again, with different names for all columns."),
+}
+
+
+def _read_file(path: Path) -> Table:
+    """The rows of one file. Raises UserError with the cause and the format's rule if it cannot be read."""
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path} has no readable format. Readable are {', '.join(READERS)}.")
+    reader, rule = READERS[path.suffix.lower()]
     try:
-        return arrow_table(pyarrow.parquet.ParquetFile(path).read())
-    except (OSError, KeyError, pyarrow.ArrowException) as error:  # KeyError: two columns of one name
-        raise UserError(f"{path} cannot be read as parquet ({shorten(str(error))}).") from None
-
-
-READERS: dict[str, Callable[[Path], Table]] = dict.fromkeys((".jsonl", ".json"), _read_json)
-READERS |= dict.fromkeys((".csv", ".tsv"), _read_delimited) | {".parquet": _read_parquet}
+        return reader(path)
+    except Exception as error:  # each library has errors of its own
+        raise UserError(f"{path} cannot be read: {shorten(str(error))}. {rule}") from error
 
 
 # ------------------------------------------------------------------ files and folders
-def check_class_names(tables: Iterable[Table], where: str) -> None:
+def read_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Table]:
+    """The rows of the files of each split; a file without some column gets missing cells for it."""
+    tables = {split: [_read_file(file) for file in of_split] for split, of_split in files.items()}
+    check_class_names(itertools.chain(*tables.values()))
+    for split, read in tables.items():
+        if not any(map(len, read)):
+            found = f"only the columns {', '.join(read[0].columns)}" if read[0].columns else "it is empty"
+            raise UserError(f"{files[split][0]} has no rows: {found}. Write one labelled text per row.")
+    return {split: read[0] if len(read) == 1 else _joined(read) for split, read in tables.items()}
+
+
+def check_class_names(tables: Iterable[Table]) -> None:
     """Raises UserError if one number means different classes in two of these tables."""
     known: dict[str, list[str]] = {}
     for name, classes in (item for table in tables for item in table.class_names.items()):
         if known.setdefault(name, classes) != classes:
             found = f"{', '.join(known[name][:5])} and {', '.join(classes[:5])}"
-            raise UserError(f"The class names of column {name!r} differ between {where}: {found}. Write them alike.")
+            raise UserError(f"The class names of column {name!r} differ between files: {found}. Write them alike.")
 
 
-def _read(files: Sequence[Path]) -> Table:
-    """The rows of the files of one split; a file without some column gets missing cells for it."""
-    if unknown := [file for file in files if file.suffix.lower() not in READERS]:
-        raise UserError(f"{unknown[0]} has no readable format. Readable are {', '.join(READERS)}.")
-    tables = [READERS[file.suffix.lower()](file) for file in files]
-    check_class_names(tables, "its files")
-    full = [table for table in tables if len(table)]
-    if not full:
-        found = f"only the columns {', '.join(tables[0].columns)}" if tables[0].columns else "it is empty"
-        raise UserError(f"{files[0]} has no rows: {found}. Write one labelled text per row.")
-    if len(full) == 1:
-        return full[0]
-    names = dict.fromkeys(name for table in full for name in table.columns)
-    cells = {name: [t.read(name) if name in t.columns else [None] * len(t) for t in full] for name in names}
-    return Table({name: list(itertools.chain(*found)) for name, found in cells.items()}, full[0].class_names)
+def _joined(tables: Sequence[Table]) -> Table:
+    names = dict.fromkeys(name for table in tables for name in table.columns)
+    cells = {name: [t.read(name) if name in t.columns else [None] * len(t) for t in tables] for name in names}
+    class_names = dict(item for table in tables for item in table.class_names.items())
+    return Table({name: list(itertools.chain(*found)) for name, found in cells.items()}, class_names)
 
 
-def _read_folder(folder: Path) -> dict[str, Table]:
-    """The tables of the data files of a folder; the last word train, test or validation of a path gives the split."""
+def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder; the last word train, test or validation of a path gives the split."""
     by_split: dict[str, list[Path]] = {}
     stems: dict[Path, Path] = {}
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if file.is_dir() and file.is_symlink() and not is_hidden:
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        if file.suffix == ".arrow":
+            convert = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet('train.parquet')"
+            raise UserError(f"{folder} was written by save_to_disk. Write each split elsewhere: {convert}")
+        if file.is_dir() and file.is_symlink():
             raise UserError(f"{file} is a link to a folder; links are not followed. Copy the folder, or name it.")
-        if file.suffix.lower() not in READERS or is_hidden or file.is_dir():
+        if file.suffix.lower() not in READERS or file.is_dir():
             continue
         words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
         splits = [SPLIT_OF[word] for word in words if word in SPLIT_OF]
@@ -209,22 +213,11 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     if "" in by_split and len(by_split) > 1:
         found = f"{by_split[''][0]} belongs to no split, while other files do"
         raise UserError(f"{found}. Put train, test or validation into every file name, or into none.")
-    return {split or "train": _read(files) for split, files in by_split.items()}
+    return {split or "train": files for split, files in by_split.items()}
 
 
-def _read_saved(folder: Path, saved: list[Path]) -> dict[str, Table]:
-    """The tables of splits that `save_to_disk` wrote into these folders."""
-    import datasets
-
-    names = ["train" if path == folder else path.name for path in saved]
-    if len(set(names)) < len(names):
-        raise UserError(f"{folder} holds several saved datasets. Name the folder of one, such as {saved[0].parent}.")
-    rows = [datasets.load_from_disk(str(path)).with_format("arrow")[:] for path in saved]
-    return dict(zip(names, map(arrow_table, rows), strict=True))
-
-
-def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
-    """The tables of a subset that README.md defines."""
+def _files_of_subset(folder: Path, subset: str | None) -> dict[str, list[Path]]:
+    """The files of a subset that README.md defines."""
     import datasets
 
     names = datasets.get_dataset_config_names(str(folder))
@@ -233,79 +226,61 @@ def _read_subset(folder: Path, subset: str | None) -> dict[str, Table]:
         found = f"{folder} has the subsets {', '.join(names)}{f', not {subset!r}' if subset else ''}"
         raise UserError(f"{found}. Name one: --dataset_name {folder}:{names[0]}")
     files = datasets.load_dataset_builder(str(folder), chosen).config.data_files
-    return {str(split): _read([Path(file) for file in of_split]) for split, of_split in files.items()}
+    return {str(split): [Path(file) for file in of_split] for split, of_split in files.items()}
 
 
-def read_files(path: Path, subset: str | None = None) -> dict[str, Table]:
-    """The tables of a file (always one, `train`), of a folder or of a subset of a folder, by split."""
+def find_files(path: Path, subset: str | None = None) -> dict[str, list[Path]]:
+    """A file as `train`, or the files of a folder or of its subset, by split."""
     if path.is_file():
-        return {"train": _read([path])}
+        return {"train": [path]}
     card = path / "README.md"
-    head = card.read_text(encoding="utf-8-sig", errors="replace").split("\n---")[0] if card.is_file() else ""
-    has_subsets = head.startswith("---") and re.search(r"^configs\s*:", head, re.MULTILINE)
+    has_subsets = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
     if subset and not has_subsets:
         raise UserError(f"{path} has no subsets: its README.md has no `configs:`. Leave out :{subset}.")
-    saved = [file.parent for file in sorted(path.rglob("state.json")) if (file.parent / "dataset_info.json").is_file()]
     with hub_errors(Repository(str(path), "Dataset", (), "a file of it")):
-        if has_subsets:
-            return _read_subset(path, subset)
-        return _read_saved(path, saved) if saved else _read_folder(path)
+        return _files_of_subset(path, subset) if has_subsets else _files_of_folder(path)
 
 
 # ------------------------------------------------------------------ names
 def find_source(name: str, revision: str | None = None, datasets_dir: Path | None = None) -> Source:
     """All splits of the dataset called `name`; a key of the table wins over a folder of the same name."""
+    spec = find_spec(name)
     if name.startswith("docstrings/"):
         from utils.data.docstrings import load_task  # it parses the installed packages: only when asked for
 
-        parts = load_task(name.removeprefix("docstrings/"))
-        return Source(name, {part: Table({"text": texts, "label": labels}) for part, (texts, labels) in parts.items()})
-    spec = DATASETS.get(name)
-    copy = datasets_dir / (spec.key if spec else name).replace("/", "__") if datasets_dir else None
-    if copy and (spec or copy.is_dir()):
+        parts = load_task(name.removeprefix("docstrings/")).items()
+        return Source(name, {part: Table({"text": texts, "label": labels}) for part, (texts, labels) in parts}, spec)
+    copy = datasets_dir / spec.key.replace("/", "__") if datasets_dir else None
+    if copy and (spec.is_known or copy.is_dir()):
         if revision is not None:
             raise UserError(f"--dataset_revision {revision} needs the hub; a copy in --datasets_dir has no revisions.")
-        return _copied_source(name, spec, copy)
-    path, (folder, _, subset) = Path(name), name.rpartition(":")
-    if not spec and os.path.exists(name):
-        return Source(name, read_files(path), own=True)
-    if not spec and os.path.isdir(folder):
-        return Source(name, read_files(Path(folder), subset), own=True)
-    if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"The file or folder {path.absolute()} does not exist. Correct --dataset_name.")
-    if not spec and "/" not in name:
+        return Source(name, read_files(_files_of_copy(copy)), spec)
+    folder, _, subset = name.rpartition(":")
+    if not spec.is_known and os.path.exists(name):
+        return Source(name, read_files(find_files(Path(name))), spec, own=True)
+    if not spec.is_known and os.path.isdir(folder):
+        return Source(name, read_files(find_files(Path(folder), subset)), spec, own=True)
+    is_path = Path(name).suffix.lower() in READERS or name.startswith((".", "/", "~"))
+    if not spec.is_known and (is_path or name.count("/") != 1):
         known = [spec.key for spec in SPECS]
-        found = f"No dataset is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}, docstrings/<task>"
-        raise UserError(f"{found}. An id of the hub (user/name), a local file or a folder works too.")
-    return _hub_source(name, spec, revision)
+        found = f"No file, folder or known dataset is called {name!r} (in {Path.cwd()}).{nearest(name, known)}"
+        raise UserError(f"{found} Known: {', '.join(known)}, docstrings/<task>, and ids of the hub (user/name).")
+    return Source(name, _hub_tables(spec, revision or spec.revision), spec)
 
 
-def _hub_source(name: str, spec: DatasetSpec | None, revision: str | None) -> Source:
-    """A dataset of the hub; a `name` outside the table may be `id:config`."""
+def _files_of_copy(copy: Path) -> dict[str, list[Path]]:
+    files = [copy / f"{split}.parquet" for split in ("train", "test", "validation")]
+    found = {path.stem: [path] for path in files if path.is_file()}
+    if not found:
+        fault = f"No copy in --datasets_dir: {files[0].absolute()} is missing"
+        raise UserError(f"{fault}. Put the hub's rows there, or leave out --datasets_dir (NTPS_DATASETS_DIR).")
+    return found
+
+
+def _hub_tables(spec: DatasetSpec, revision: str | None) -> dict[str, Table]:
     import datasets
 
-    hub_id, _, config = (spec.hub_id, "", spec.config) if spec else name.partition(":")
-    revision = revision or (spec.revision if spec else None)
-    instead = "a local file or docstrings/<task>; known: python -m utils.data.load"
-    options = {"name": config or None, "data_files": spec.data_files if spec else None}
-    with hub_errors(Repository(hub_id, "Dataset", tuple(DATASETS), instead, revision)):
-        try:
-            loaded = datasets.load_dataset(hub_id, revision=revision, **options)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error) or revision is not None:
-                raise
-            loaded = datasets.load_dataset(hub_id, revision=PARQUET_BRANCH, **options)
-    return Source(name, {str(split): arrow_table(rows.with_format("arrow")[:]) for split, rows in loaded.items()}, spec)
-
-
-def _copied_source(name: str, spec: DatasetSpec | None, copy: Path) -> Source:
-    """A dataset from `<key with / as __>/{train,test,validation}.parquet`, read as if it came from the hub."""
-    files = [copy / f"{split}.parquet" for split in ("train", "test", "validation")]
-    tables = {path.stem: _read([path]) for path in files if path.is_file()}
-    if not tables:
-        found = f"No copy of {name} in --datasets_dir: {files[0].absolute()} is missing"
-        raise UserError(f"{found}. Put the hub's rows there, or leave out --datasets_dir (NTPS_DATASETS_DIR).")
-    if spec and spec.class_names:  # files without the metadata of `datasets` hold numbers
-        names = {spec.label_column: list(spec.class_names)}
-        tables = {split: Table(rows.columns, {**names, **rows.class_names}) for split, rows in tables.items()}
-    return Source(name, tables, spec)
+    instead = "a local file or docstrings/<task>; known: docs/models_and_data.md"
+    with hub_errors(Repository(spec.hub_id, "Dataset", tuple(DATASETS), instead, revision)):
+        loaded = datasets.load_dataset(spec.hub_id, spec.config, data_files=spec.data_files, revision=revision)
+    return {str(split): arrow_table(rows.with_format("arrow")[:]) for split, rows in loaded.items()}

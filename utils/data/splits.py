@@ -11,10 +11,7 @@ TEST_SHARE = 0.3
 def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Numbers of `num` random rows in random order, each class in proportion and, if `num` allows, none left out.
 
-    Args:
-        classes: class of each row, (n,); constant for a plain random sample.
-        num: size of the sample, at most n.
-        seed: the same seed gives the same rows.
+    `classes` holds the class of each row, (n,); one class gives a plain random sample.
     """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(classes, return_inverse=True, return_counts=True)[1:]
