@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cache
-from benchmarks.harness import NUM_FOLDS, Bench, alternate, plain_forward, random_model, random_texts, write_result
+from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
@@ -44,25 +44,24 @@ class Config:
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts
-    tokens_per_batch: int | None = None  # most padded tokens of a forward pass; None: cache.py's default
-    other_batches: tuple[int, ...] = ()  # further values of it, for the pass alone
+    other_batches: tuple[int, ...] = ()  # further values of --tokens_per_batch, for the pass alone
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
-    bench: Bench = Bench()
+    run: Run = Run(device="cpu")
 
 
 def read_texts(config: Config) -> Texts:
     """Tokens, labels and folds of a sample of the dataset, made as in cache.py."""
-    model, run = Model(str(config.model_name)), Run()
+    model, run = Model(str(config.model_name)), config.run
     data = load_texts(Data(config.dataset_name, max_samples=config.num_texts), run, "train")
     model_config = load_config(model, run)
-    tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config, None)
+    tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config)
     return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
 
 
 def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> dict[str, Any]:
     """Seconds of each run in each round, the ratios of the fastest, and the peak memory of a GPU."""
     device, lengths, num_tokens = model.device, texts[0].lengths, int(texts[0].lengths.sum())
-    size = config.tokens_per_batch or Run().batch_tokens(device)
+    size = config.run.batch_tokens(device)
     padding = sum(int(lengths[batch].max()) * len(batch) for batch in token_batches(lengths, size)) / num_tokens
     runs: dict[str, Callable[[], object]] = {"forward": partial(plain_forward, model, texts[0], size)}
     passes = {str(dtype): (dtype, size) for dtype in config.product_dtypes}
@@ -87,12 +86,12 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
 
 def main(config: Config) -> None:
     """Measures every model in every dtype and prints a line for each run."""
-    device, rows = pick_device(config.bench.device), []
+    device, rows = pick_device(config.run.device), []
     texts = read_texts(config) if config.model_name else random_texts(config.num_texts, config.mean_length)
     for name in (config.model_name,) if config.model_name else config.random_models:
         for dtype in config.dtypes:
             if config.model_name:
-                model = load_base_model(Model(config.model_name, dtype=dtype), Run(), device)
+                model = load_base_model(Model(config.model_name, dtype=dtype), config.run, device)
             else:
                 model = random_model(str(name), dtype, device)
             rows.append(measure(f"{name}, {dtype}", model, texts, config))

@@ -18,9 +18,10 @@ import torch
 
 import cache
 import K_sweep
-from benchmarks.harness import Bench, alternate, write_result
+from benchmarks.harness import alternate, write_result
 from utils.algebra.moments import OF_LAYER, LayerMoments
 from utils.script import pick_device, run_script
+from utils.settings import Run
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Config:
     hidden_sizes: tuple[int, ...] = (512, 896, 2048)  # d
     num_classes: int = 6  # c
     num_rounds: int = 3  # rounds; the fastest counts
-    bench: Bench = Bench()
+    run: Run = Run(device="cpu")
 
 
 def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
@@ -50,7 +51,7 @@ def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
 
 def main(config: Config) -> None:
     """Measures every hidden size and prints the table."""
-    device, rows = pick_device(config.bench.device), []
+    device, rows = pick_device(config.run.device), []
     decompose: Callable = torch.linalg.eigh if device.type == "cuda" else scipy.linalg.eigh
     for hidden_size in config.hidden_sizes:
         moments = make_moments(hidden_size, config.num_classes, device)

@@ -13,17 +13,17 @@ import json
 import site
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Bench, in_own_process, write_result
+from benchmarks.harness import in_own_process, write_result
 from utils.data.load import load_splits
 from utils.models.load import load_causal_lm, load_tokenizer, read_config
 from utils.models.table import model_source
 from utils.results import load_json
 from utils.script import pick_device, run_script
-from utils.settings import Data, Model, Run, with_values
+from utils.settings import Data, Model, Run
 
 PEER = ("transformer-ranker==0.2.0", "torchmetrics==1.8.2", "lightning-utilities==0.15.2")
 
@@ -33,9 +33,8 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     models: tuple[str, ...] = ("tiny", "micro")  # known to prescreen.py
-    dataset_name: str = "docstrings/library"  # a classification dataset
-    max_samples: int = 2000  # training rows
-    bench: Bench = Bench()
+    data: Data = Data(max_samples=2000)  # a classification dataset
+    run: Run = Run(device="cpu")
 
 
 def plain_folder(name: str, folder: Path) -> str:
@@ -44,7 +43,7 @@ def plain_folder(name: str, folder: Path) -> str:
     if source.is_dir():
         return str(source.resolve())
     if not (target / "config.json").is_file():
-        model, run = Model(name), Run(device="cpu")
+        model, run = Model(name), Run()
         load_tokenizer(model, run, read_config(model, run)).save_pretrained(target)
         load_causal_lm(model, run, pick_device("cpu")).save_pretrained(target)
     return str(target.resolve())
@@ -57,7 +56,7 @@ def run_theirs(config: Config, peer: Path, rows: Path, models: list[str]) -> dic
     from transformer_ranker import TransformerRanker
 
     ranker = TransformerRanker(load_dataset("json", data_files=str(rows), split="train"))
-    options = {"estimator": "hscore", "layer_aggregator": "bestlayer", "device": config.bench.device}
+    options = {"estimator": "hscore", "layer_aggregator": "bestlayer", "device": config.run.device}
     result = ranker.run(models, batch_size=32, **options)  # its defaults
     return {name: float(score) for name, score in result.scores.items()}
 
@@ -66,20 +65,19 @@ def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
     """Runs prescreen.py; returns its ranked models."""
     import prescreen
 
-    names = {name: getattr(config, name) for name in ("models", "dataset_name", "max_samples")}
-    ours = with_values(prescreen.Config(), **names, device=config.bench.device, results_dir=folder, overwrite=True)
-    prescreen.main(ours)
-    return load_json(folder / "prescreen" / f"{ours.data.path_name}.json")["models"]
+    run = replace(config.run, results_dir=folder, overwrite=True)
+    prescreen.main(prescreen.Config(models=config.models, data=config.data, run=run))
+    return load_json(folder / "prescreen" / f"{config.data.path_name}.json")["models"]
 
 
 def main(config: Config) -> None:
     """Runs both and prints the table; first makes plain copies of GGUF models, untimed."""
-    folder = config.bench.results_dir.resolve() / "benchmarks" / "bench_prescreen"
+    folder = config.run.results_dir.resolve() / "benchmarks" / "bench_prescreen"
     folder.mkdir(parents=True, exist_ok=True)
     peer, rows = folder.with_name("transformer-ranker"), folder / "rows.jsonl"
     if not (peer / "transformer_ranker").is_dir():
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", peer, *PEER], check=True)
-    train = load_splits(Data(config.dataset_name, max_samples=config.max_samples), Run())["train"]
+    train = load_splits(config.data, config.run)["train"]
     lines = [{"text": text, "label": int(label)} for text, label in zip(train.texts, train.labels, strict=True)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plain = [plain_folder(name, folder / "models") for name in config.models]

@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 
 import cache
-from benchmarks.harness import Bench, in_own_process, random_model, write_result
+from benchmarks.harness import in_own_process, random_model, write_result
 from utils.models.table import model_source
 from utils.results import read_identity
 from utils.script import run_script
-from utils.settings import with_values
+from utils.settings import Run, with_values
 
 # texts of a run, and tokens of each text
 SIZES = ((1_000, 32), (10_000, 32), (100_000, 32), (8_192, 16), (2_048, 64), (512, 256), (128, 1024), (64, 2048))
@@ -37,7 +37,7 @@ WORDS = ("the", "of", "is", "to", "in", "for", "with", "from", "value", "name", 
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    bench: Bench = Bench()
+    run: Run = Run(device="cpu")
 
 
 def make_rows(path: Path, num_texts: int, length: int) -> None:
@@ -56,7 +56,7 @@ def measure_all(config: Config) -> pd.DataFrame:
         folder = Path(name)
         random_model("small", "float32", torch.device("cpu")).save_pretrained(folder / "model")
         shared = {"model_name": str(folder / "model"), "tokenizer_name": model_source("tiny"), "results_dir": folder}
-        shared |= {"split": "all", "device": config.bench.device, "product_dtype": "float32"}
+        shared |= {"split": "all", "device": config.run.device, "product_dtype": "float32"}
         for number, (num_texts, length) in enumerate(SIZES):
             data = folder / f"{number}.jsonl"
             make_rows(data, num_texts, length)

@@ -22,11 +22,11 @@ import torch
 
 import from_scratch
 import lora_finetuning
-from benchmarks.harness import Bench, alternate, write_result
+from benchmarks.harness import alternate, write_result
 from utils.data.load import load_splits
 from utils.models.tokens import TokenizedTexts
 from utils.script import pick_device, run_script
-from utils.settings import Dtype, path_name, with_values
+from utils.settings import Data, Model, Run, with_values
 from utils.training.finetune import build_run, tokenize_splits
 from utils.training.loop import Progress, TrainingRun, start_accelerator, train_step
 from utils.training.objective import BatchOrder
@@ -36,26 +36,22 @@ from utils.training.objective import BatchOrder
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str = "tiny"  # as in lora_finetuning.py
-    dataset_name: str = "docstrings/library"  # as in lora_finetuning.py
     kind: Literal["lora", "full_finetuning"] = "lora"  # weights that are trained
     batch_size: int = 16  # texts per step
-    max_length: int = 128  # tokens per text
-    dtype: Dtype = "float32"  # dtype of the model; bfloat16 is slow on a CPU without instructions for it
     num_steps: int = 20  # steps of a round
     num_rounds: int = 3  # rounds; the fastest counts
-    bench: Bench = Bench()
+    model: Model = Model(max_length=128)  # bfloat16 is slow on a CPU without instructions for it
+    data: Data = Data()
+    run: Run = Run(device="cpu")
 
 
 def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     """Makes a run with the paper's hyperparameters and the batch size asked for; also returns the tokens by split."""
     script: Any = lora_finetuning if config.kind == "lora" else from_scratch
-    names = ("model_name", "dataset_name", "batch_size", "max_length", "dtype")
-    options = {name: getattr(config, name) for name in names} | {"device": config.bench.device}
-    if config.kind == "full_finetuning":
-        options["init"] = "pretrained"
+    options = {"batch_size": config.batch_size} | ({} if config.kind == "lora" else {"init": "pretrained"})
+    groups = {"model": config.model, "data": config.data, "run": config.run}
     with tempfile.TemporaryDirectory() as folder:
-        settings = with_values(script.Config(), **options, results_dir=Path(folder))
+        settings = with_values(script.Config(**groups), **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
         accelerator = start_accelerator(settings, Path(folder))
         run = build_run(settings, script.build, data, accelerator, Path(folder))
@@ -106,7 +102,7 @@ def peak_memory(run: TrainingRun, progress: Progress, num_steps: int) -> int:
 
 def main(config: Config) -> None:
     """Measures both loops in one run, prints the table and writes it."""
-    device = pick_device(config.bench.device)
+    device = pick_device(config.run.device)
     both = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config))}
     progress = {name: Progress() for name in both}
     runs: dict[str, Callable[[], object]] = {
@@ -123,7 +119,7 @@ def main(config: Config) -> None:
     table["ratio"] = {key: value / table["plain"][key] for key, value in table["ours"].items()}
     for name, row in table.items():
         print(f"{name:<6}" + "".join(f"{value:14,.2f} {key.replace('_', ' ')}" for key, value in row.items()))
-    write_result(config, f"bench_training.{path_name(config.model_name)}.{config.kind}", table)
+    write_result(config, f"bench_training.{config.model.path_name}.{config.kind}", table)
 
 
 if __name__ == "__main__":

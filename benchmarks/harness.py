@@ -4,8 +4,6 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,14 +29,6 @@ DECODERS: dict[str, tuple[str, tuple[int, ...], int]] = {
     "Qwen2-7B": ("qwen2", (3584, 28, 28, 4, 18944), 152_064),
     "Llama-3-8B": ("llama", (4096, 32, 32, 8, 14336), 128_256),
 }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Settings of every benchmark."""
-
-    device: str = "cpu"  # cpu or cuda
-    results_dir: Path = Path("results")  # the result goes to its folder benchmarks/
 
 
 # ------------------------------------------------------------------ random models and texts
@@ -102,7 +92,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, 
 
 def write_result(config: Any, name: str, result: dict[str, Any]) -> None:
     """Writes results/benchmarks/<name>.json with settings, environment and device, and prints its path."""
-    path = config.bench.results_dir / "benchmarks" / f"{name}.json"
+    path = config.run.results_dir / "benchmarks" / f"{name}.json"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     head = {"config": all_settings(config), "environment": environment(), "device": device}
     save_json(path, {**head, "threads": torch.get_num_threads(), **result})

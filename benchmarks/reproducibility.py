@@ -33,7 +33,7 @@ from utils.algebra.moments import LayerMoments, load_layer
 from utils.algebra.scores import SCORES
 from utils.results import open_tensors, write_atomically
 from utils.script import run_script
-from utils.settings import check, with_values
+from utils.settings import Run, check, with_values
 
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "baseline": {},  # float32 model and products, float64 sums, 1024 tokens a batch
@@ -52,9 +52,9 @@ class Config:
     model_name: str = "tiny"  # a --model_name of cache.py
     tasks: tuple[str, ...] = ("docstrings/library", "docstrings/returns", "docstrings/torch")  # each a --dataset_name
     max_samples: int = 2000  # stratified sample of the training split
-    device: str = "cpu"  # device of the forward passes
     scores: Path = Path("fig_plot/data/scores.csv")  # the study's scores, for the spread over datasets
     output: Path = Path("fig_plot/data/reproducibility.csv")  # the CSV file written
+    run: Run = Run(device="cpu")
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "max_samples")
@@ -86,9 +86,9 @@ def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
     """Yields score, variant and value for every way to compute the scores of one dataset."""
     for variant, options in RECOMPUTED.items():
         with tempfile.TemporaryDirectory() as folder:
-            shared = {name: getattr(config, name) for name in ("model_name", "max_samples", "device")}
-            shared |= {"dataset_name": task, "layers": (-1,), "results_dir": Path(folder)}
-            made = with_values(cache.Config(), **shared, **options)
+            shared = {"dataset_name": task, "model_name": config.model_name, "max_samples": config.max_samples}
+            shared |= {"layers": (-1,), "results_dir": Path(folder)}
+            made = with_values(cache.Config(run=config.run), **shared, **options)
             cache.main(made)
             with open_tensors(cache.config_path(made)) as (file, metadata):
                 moments = load_layer(file, metadata, metadata["num_layers"] - 1, torch.device("cpu"))
