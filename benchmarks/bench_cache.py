@@ -44,7 +44,6 @@ class Config:
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts
-    other_batches: tuple[int, ...] = ()  # further values of --tokens_per_batch, for the pass alone
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
     run: Run = Run(device="cpu")
 
@@ -64,11 +63,8 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
     size = config.run.batch_tokens(device)
     padding = sum(int(lengths[batch].max()) * len(batch) for batch in token_batches(lengths, size)) / num_tokens
     runs: dict[str, Callable[[], object]] = {"forward": partial(plain_forward, model, texts[0], size)}
-    passes = {str(dtype): (dtype, size) for dtype in config.product_dtypes}
-    passes |= {f"batches of {other}": (config.product_dtypes[0], other) for other in config.other_batches}
-    for run, (dtype, tokens_per_batch) in passes.items():
-        settings = cache.Config(product_dtype=dtype, run=Run(tokens_per_batch=tokens_per_batch))
-        runs[run] = partial(cache.accumulate, model, *texts, settings)
+    for dtype in config.product_dtypes:
+        runs[dtype] = partial(cache.accumulate, model, *texts, cache.Config(product_dtype=dtype, run=config.run))
     runs["forward"]()  # warm-up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

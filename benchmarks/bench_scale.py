@@ -4,8 +4,7 @@
 
 A random model of two layers reads texts of one-token words. Each of `SIZES` is a run of cache.py from the file of texts
 to the file of moments, in a process of its own: its peak memory is that of this run alone, libraries and model
-included; its seconds are without their start. `microseconds_per_added_token` compares with the line above, and so
-excludes the fixed cost of a run.
+included; its seconds are without their start.
 Writes results/benchmarks/bench_scale.json.
 """
 
@@ -67,7 +66,6 @@ def measure_all(config: Config) -> pd.DataFrame:
             rows.append({"num_texts": num_texts, "length": length, "num_tokens": num_tokens, **cost})
     table = pd.DataFrame(rows)
     table["tokens_per_second"] = table["num_tokens"] / table["seconds"]
-    table["microseconds_per_added_token"] = 1e6 * table["seconds"].diff() / table["num_tokens"].diff()
     return table
 
 
@@ -75,7 +73,7 @@ def main(config: Config) -> None:
     """Measures every run and prints the table."""
     table = measure_all(config)
     print(table.to_string(index=False, float_format="%.3g", na_rep=""))
-    write_result(config, "bench_scale", {"rows": table.iloc[:, :-1].to_dict("records")})
+    write_result(config, "bench_scale", {"rows": table.to_dict("records")})
 
 
 if __name__ == "__main__":
