@@ -80,19 +80,17 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
     Raises:
         UserError: another form, a category or word twice, or fewer than two words in one of the first two categories.
     """
-    usage = "Give two or more categories such as --words joy=lovely,amazing sad=horrible,lonely be=is,are"
     categories: dict[str, list[str]] = {}
     for group in groups:
         category, _, listed = group.partition("=")
-        words = [word.strip() for word in listed.split(",")]
-        if not category.strip() or "" in words or category.strip() in categories:
-            raise UserError(f"--words must have a new category=word,word in each part, not {group!r}. {usage}")
-        categories[category.strip()] = words
-    flat = [word for words in categories.values() for word in words]
-    if twice := sorted({word for word in flat if flat.count(word) > 1}):
-        raise UserError(f"--words has {', '.join(twice)} more than once. Remove all but one.")
-    if len(categories) < 2 or min(len(words) for words in [*categories.values()][:2]) < 2:
-        raise UserError(f"--words needs two words or more in each of the first two categories. {usage}")
+        categories[category.strip()] = [word.strip() for word in listed.split(",")]
+    words = [word for listed in categories.values() for word in listed]
+    is_short = len(categories) < 2 or min(len(listed) for listed in [*categories.values()][:2]) < 2
+    if is_short or "" in (*categories, *words) or len(categories) < len(groups) or len({*words}) < len(words):
+        raise UserError(
+            "--words needs two or more categories such as joy=lovely,amazing sad=horrible,lonely be=is,are, each "
+            f"category and word once, and two words or more in each of the first two; not {' '.join(groups)}."
+        )
     return categories
 
 

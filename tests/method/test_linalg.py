@@ -6,12 +6,7 @@ import scipy.linalg
 import torch
 
 from tests.method.toy import tensor
-from utils.algebra.linalg import (
-    NestedBasis,
-    Noise,
-    whiten,
-    without_constants,
-)
+from utils.algebra.linalg import NestedBasis, Noise, whiten, without_constants
 from utils.algebra.products import noise_probes
 
 

@@ -88,6 +88,8 @@ def test_a_layer_that_is_not_kept_is_refused_with_the_flag_that_keeps_it(model_d
         alignment_vis.main(alignment_vis.Config(**groups, layer=2, words=("a=red,small", "b=green,large")))
     with pytest.raises(UserError, match=r"no layer 4: the model has layers 0 to 3"):
         cache.main(with_values(config, layers=(4,)))
+    with pytest.raises(ValueError, match="--save_pooled keeps the last layer, or all of them"):
+        with_values(config, layers=(1,), save_pooled="all")
 
 
 @pytest.mark.parametrize("options", [{"accumulate_on": "cpu"}, {"device_map": "auto"}, {"device_map": "disk"}])
@@ -102,8 +104,3 @@ def test_another_place_changes_no_number(model_dirs, rows_path, tmp_path, monkey
     for name, value in expected.items():
         scale = expected["prefix_second_moment"].abs().amax() if name.endswith("_error") else value.abs().amax()
         assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
-
-
-def test_layers_and_pooled_states_exclude_each_other():
-    with pytest.raises(ValueError, match="--save_pooled keeps the last layer, or all of them"):
-        configure(cache, layers=(1,), save_pooled="all")

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 
 import numpy as np
@@ -139,13 +138,8 @@ def layer_moments(model, texts, data, config: cache.Config, path) -> list[LayerM
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
     tokens = TokenizedTexts(np.concatenate(texts).astype(np.int32), offsets, 512)
     tensors = cache.accumulate(model, tokens, data, np.zeros(len(texts), int), config)
-    counts = {"num_samples": len(texts), "num_tokens": offsets[-1].item(), "num_pairs": offsets[-1].item() - len(texts)}
-    metadata = {
-        "layers": list(range(model.config.num_hidden_layers + 1)),
-        "config": result_settings(config),
-        "class_counts": None,
-        **counts,
-    }
+    layers = list(range(model.config.num_hidden_layers + 1))
+    metadata = {"layers": layers, "config": result_settings(config), "class_counts": None}
     save_tensors(path, tensors, metadata | describe_texts(tokens.token_ids, offsets))
     with open_tensors(path) as (file, metadata):
         return [load_layer(file, metadata, layer, torch.device("cpu")) for layer in metadata["layers"]]
@@ -203,7 +197,6 @@ def test_rank_and_scores_are_those_of_exact_arithmetic(case, dtype, product_dtyp
     ("texts", "pooling", "without_score"),
     [
         ([f"{text} ." for text in make_texts(24)], "last", [0]),  # layer 0 pools to the full stop
-        ([f"{text} ." for text in make_texts(80)], "last", [0]),
         (["the red house"] * 40, "mean", [0, 1, 2, 3]),
         (["e", "a", "t", "o"] * 10, "mean", [0, 1, 2, 3]),  # texts of one token
     ],
@@ -214,9 +207,7 @@ def test_a_layer_whose_states_tell_nothing_has_no_score(model_dirs, tmp_path, ca
     run = Run(results_dir=tmp_path, tokens_per_batch=128)
     groups = {"model": Model(str(model_dirs["llama"])), "data": data, "run": run}
     cache.main(cache.Config(split="all", pooling=pooling, **groups))
-    K_sweep.main(K_sweep.Config(split="all", num_null_draws=3, **groups))
-    [path] = (tmp_path / "ntps").rglob("*.json")
-    result = json.loads(path.read_text(), parse_constant=pytest.fail)
+    result = K_sweep.main(K_sweep.Config(split="all", num_null_draws=3, **groups))
     for layer, name in itertools.product(result["layers"], SCORES):
         if layer["layer"] in without_score:
             assert layer[name] is layer["excess_loss"] is layer["null"] is None

@@ -235,17 +235,18 @@ def test_command_line_writes_table_and_picture(config):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words",
     [
-        (("a=red,green", "small,large"), "a new category=word,word in each part, not 'small,large'"),
-        (("a=red,,green", "b=small,large"), "not 'a=red,,green'"),
-        (("a=red,green", "a=small,large"), "not 'a=small,large'"),
-        (("a=red,green", "b=small"), "two words or more in each of the first two"),
-        (("a=red,green", "b=small, red"), "red more than once"),
+        ("a=red,green", "small,large"),
+        ("a=red,,green", "b=small,large"),
+        ("a=red,green", "a=small,large"),
+        ("a=red,green", "b=small"),
+        ("a=red,green",),
+        ("a=red,green", "b=small, red"),
     ],
 )
-def test_bad_words_are_refused(words, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_words_are_refused(words):
+    with pytest.raises(UserError, match=f"category and word once.*not {' '.join(words)}"):
         alignment_vis.parse_words(words)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from utils.algebra.linalg import rounding, whiten
-from utils.algebra.moments import LayerMoments
-from utils.algebra.ridge import Moments, RidgeFit, fold_pairs, probe_scores, ridge, whole_split
+from utils.algebra.moments import LayerMoments, PooledMoments
+from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 
 LABELS = {  # name -> label of each score, for tables and their readers; larger is better
     "ridge_r2": "ridge R2, cross-validated",
@@ -108,31 +108,27 @@ def cka(moments: LayerMoments, sigma: Tensor) -> float:
 
 # ------------------------------------------------------------------ all of them
 def feature_scores(
-    moments: LayerMoments, held_out: LayerMoments | None = None, folds: list[Moments] | None = None
+    moments: LayerMoments, held_out: LayerMoments | None = None, folds: list[PooledMoments] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[RidgeFit]]:
     """Every score of one layer (no H-scores for a regression; ridge alone if m never varies), and the fits of ridge.
 
     A score has a `value` and is `meaningless` or not; ridge also has `null_mean`, `null_std` and `z`. With fewer than
     two folds, of `load_folds`, ridge is fitted on all texts and judged by those held out, if any.
     """
-    sigma, entries, fits = moments.pooled_covariance, dict[str, dict[str, Any]](), list[RidgeFit]()
-    pairs = fold_pairs(folds) if folds and len(folds) > 1 else []
+    sigma, found, fits = moments.pooled_covariance, dict[str, dict[str, Any]](), list[RidgeFit]()
+    pairs: list[Pair] = fold_pairs(folds) if folds and len(folds) > 1 else []
     if not pairs and held_out is not None:
-        pairs = [(whole_split(moments), whole_split(held_out))]
+        pairs = [(moments, held_out)]
     if pairs:
-        entries["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
+        found["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
     whitener = whiten(sigma, noise=moments.centred().pooled_rounding)
     if rank := whitener.shape[1]:
         values = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
         values |= {"cka": cka(moments, sigma), "logme": logme(moments)}
         if moments.class_counts is not None:
             values |= {name: h_score(moments, sigma, of(moments, sigma)) for name, of in SHRINKAGES.items()}
-        for name, value in values.items():
-            if value is not None:
-                entries[name] = {"value": value if math.isfinite(value) else None}
-    # once n <= d the probe fits any labels on its own rows
-    is_saturated = moments.num_samples <= max(len(sigma), rank + 1)
-    scores = {
-        name: entries[name] | {"meaningless": name == "probe_r2" and is_saturated} for name in NAMES if name in entries
-    }
-    return scores, fits
+        known = {name: value for name, value in values.items() if value is not None}
+        found |= {name: {"value": value if math.isfinite(value) else None} for name, value in known.items()}
+    for name, entry in found.items():  # once n <= d the probe fits any labels on its own rows
+        entry["meaningless"] = name == "probe_r2" and moments.num_samples <= max(len(sigma), rank + 1)
+    return {name: found[name] for name in NAMES if name in found}, fits

@@ -28,26 +28,15 @@ EQUAL_LABELS = 1e-12  # variance of labels beside their mean square that is roun
 
 
 @dataclass(frozen=True)
-class LayerMoments:
-    """The moments of one layer, float64, averaged over texts; names and shapes as in cache.py."""
+class PooledMoments:
+    """The moments of pooled states and labels over some texts: enough to fit or to judge a linear probe."""
 
     pooled_second_moment: Tensor
     pooled_label_cross_moment: Tensor
     pooled_mean: Tensor
-    prefix_second_moment: Tensor
-    prefix_next_cross_moment: Tensor
-    prefix_mean: Tensor
-    next_mean: Tensor
     label_mean: Tensor
     label_second_moment: Tensor
     num_samples: int
-    num_pairs: int
-    class_counts: list[int] | None = None  # texts of each class; None: regression
-    pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
-    pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
-    pooled_rounding: Noise = NO_NOISE  # in M, beyond that of float64
-    prefix_rounding: Noise = NO_NOISE  # in C0
-    next_rounding: Noise = NO_NOISE  # in C1: its error alone
 
     @property
     def pooled_covariance(self) -> Tensor:
@@ -68,6 +57,23 @@ class LayerMoments:
     def labels_vary(self) -> bool:
         """True if the labels of these texts differ by more than rounding."""
         return bool(self.label_covariance.trace() > EQUAL_LABELS * self.label_second_moment.trace())
+
+
+@dataclass(frozen=True)
+class LayerMoments(PooledMoments):
+    """The moments of one layer, float64, averaged over texts; names and shapes as in cache.py."""
+
+    prefix_second_moment: Tensor
+    prefix_next_cross_moment: Tensor
+    prefix_mean: Tensor
+    next_mean: Tensor
+    num_pairs: int
+    class_counts: list[int] | None = None  # texts of each class; None: regression
+    pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
+    pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
+    pooled_rounding: Noise = NO_NOISE  # in M, beyond that of float64
+    prefix_rounding: Noise = NO_NOISE  # in C0
+    next_rounding: Noise = NO_NOISE  # in C1: its error alone
 
     def centred(self) -> "LayerMoments":
         """The moments about the means of pooled states, prefixes and next tokens: Sigma in place of M, S of B, ..."""

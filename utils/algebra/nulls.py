@@ -17,6 +17,7 @@ from utils.algebra.linalg import Eigenspace, NestedBasis, rounding
 from utils.algebra.moments import LayerMoments
 
 STREAMS: dict[str, tuple[int, ...]] = {"permuted labels": (), "control of V": (1,), "random V": (2,)}
+Seed = tuple[int, int]  # seed of the run, number of the layer
 
 
 def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Generator:
@@ -68,16 +69,12 @@ def nested_shares(columns: Tensor, dims: list[int]) -> Tensor:
 
 
 def permuted_scores(
-    moments: LayerMoments,
-    space: tuple[Tensor, Tensor, NestedBasis, NestedBasis],
-    num_draws: int,
-    seed: tuple[int, int],
+    moments: LayerMoments, space: tuple[Tensor, Tensor, NestedBasis, NestedBasis], num_draws: int, seed: Seed
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
     `moments` are those of the perception problem, centred or not. `space` has its whitener, (d, rank M), that of
-    Sigma, (d, rank Sigma), and the nested bases of V before and after Sigma is whitened; `seed` is the seed of the run
-    and the number of the layer.
+    Sigma, (d, rank Sigma), and the nested bases of V before and after Sigma is whitened.
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
@@ -114,12 +111,7 @@ def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]
 
 
 def random_scores(
-    directions: Tensor,
-    to_whitened: Tensor,
-    labels: Eigenspace,
-    ks: list[int],
-    num_draws: int,
-    seed: tuple[int, int],
+    directions: Tensor, to_whitened: Tensor, labels: Eigenspace, ks: list[int], num_draws: int, seed: Seed
 ) -> dict[str, dict[str, float | list[float]]]:
     """Scores of random V that see the labels: mean at each fraction; mean and deviation of the average over fractions.
 

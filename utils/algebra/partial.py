@@ -120,8 +120,6 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], ove
         if rank() == 0:
             if has_pooled:  # after the moments: a process that is killed in between continues from its sums
                 os.replace(path, pooled_path(moments))
-            else:  # left by former moments
-                pooled_path(moments).unlink(missing_ok=True)
             remove_partial(moments)
         synchronize()  # other processes may read the pooled states next
     except BaseException:

@@ -29,7 +29,6 @@ def reserve(path: Path, shape: tuple[int, ...]) -> None:
     """Makes a file of float32 zeros, unless it exists; a full disk fails here, not as a SIGBUS during the pass."""
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

@@ -1,5 +1,6 @@
 """Fit linear probes from moments: least squares, and ridge regression judged on held-out texts."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -7,61 +8,42 @@ import torch
 from torch import Tensor
 
 from utils.algebra.linalg import equilibrated_eigh, without_constants
-from utils.algebra.moments import LayerMoments
+from utils.algebra.moments import LayerMoments, PooledMoments
 
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
 
 
+Pair = tuple[PooledMoments, PooledMoments]  # moments of the texts to fit, and of the texts to judge
+FIELDS = tuple(field.name for field in dataclasses.fields(PooledMoments))
+
+
 # ------------------------------------------------------------------ moments of some of the texts
-class Moments(NamedTuple):
-    """Averages over some texts, and the number of texts: enough to fit or to judge a ridge regression."""
-
-    second: Tensor  # (d, d)
-    cross: Tensor  # (d, c)
-    mean: Tensor  # (d,)
-    label_mean: Tensor  # (c,)
-    label_square: Tensor  # mean of |y|^2, a scalar
-    num: float
-
-
-Pair = tuple[Moments, Moments]  # moments of the texts to fit, and of the texts to judge
-
-
-def whole_split(moments: LayerMoments) -> Moments:
-    """The moments of all texts of a split, for ridge."""
-    second, cross = moments.pooled_second_moment, moments.pooled_label_cross_moment
-    square = moments.label_second_moment.trace()
-    return Moments(second, cross, moments.pooled_mean, moments.label_mean, square, float(moments.num_samples))
-
-
-def load_folds(file: Any, layer: int, device: torch.device) -> list[Moments]:
+def load_folds(file: Any, layer: int, device: torch.device) -> list[PooledMoments]:
     """The moments of one layer over each fold that has texts; empty if the open file of cache.py does not keep them."""
-    if f"layer.{layer}.fold_pooled_mean" not in file.keys():  # noqa: SIM118, no dict
+    names = [f"layer.{layer}.fold_{name}" if name.startswith("pooled_") else f"fold_{name}" for name in FIELDS]
+    if names[0] not in file.keys():  # noqa: SIM118, no dict
         return []
-    names = [f"layer.{layer}.fold_pooled_{name}" for name in ("second_moment", "label_cross_moment", "mean")]
-    names += [f"fold_{name}" for name in ("label_mean", "label_second_moment", "num_samples")]
-    *averages, label_seconds, counts = (file.get_tensor(name).to(device) for name in names)
-    folds = zip(*averages, label_seconds.diagonal(dim1=1, dim2=2).sum(1), counts.tolist(), strict=True)
-    return [Moments(*fold) for fold in folds if fold[-1] > 0]
+    *averages, counts = (file.get_tensor(name).to(device) for name in names)
+    return [PooledMoments(*fold) for fold in zip(*averages, map(int, counts.tolist()), strict=True) if fold[-1]]
 
 
-def fold_pairs(folds: list[Moments]) -> list[Pair]:
+def fold_pairs(folds: list[PooledMoments]) -> list[Pair]:
     """The moments outside each fold (to fit) and inside it (to judge)."""
     pairs = []
     for i, fold in enumerate(folds):
         others = folds[:i] + folds[i + 1 :]
-        num = sum(other.num for other in others)
-        averages = [sum(other.num / num * other[j] for other in others) for j in range(len(fold) - 1)]
-        pairs.append((Moments._make([*averages, num]), fold))
+        num = sum(other.num_samples for other in others)
+        averages = [sum(other.num_samples / num * getattr(other, name) for other in others) for name in FIELDS[:-1]]
+        pairs.append((PooledMoments(*averages, num_samples=num), fold))
     return pairs
 
 
-def centred_at(train: Moments, test: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def centred_at(train: PooledMoments, test: PooledMoments) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of `test` about the means of `train`: of features (d, d), with labels (d, c), and of |labels|^2."""
-    shift, label_shift = test.mean - train.mean, test.label_mean - train.label_mean
-    second = test.second - torch.outer(test.mean, test.mean) + torch.outer(shift, shift)
-    cross = test.cross - torch.outer(test.mean, test.label_mean) + torch.outer(shift, label_shift)
-    return second, cross, test.label_square - test.label_mean.square().sum() + label_shift.square().sum()
+    shift, label_shift = test.pooled_mean - train.pooled_mean, test.label_mean - train.label_mean
+    second = test.pooled_covariance + torch.outer(shift, shift)
+    cross = test.pooled_label_covariance + torch.outer(shift, label_shift)
+    return second, cross, test.label_covariance.trace() + label_shift.square().sum()
 
 
 def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -73,11 +55,11 @@ def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> 
 # ------------------------------------------------------------------ least squares
 def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
     """MSE and R2 of the least-squares probe with intercept, on its own rows and on the held-out ones (None without)."""
-    train, scores = whole_split(moments), dict[str, float | None]()
+    scores: dict[str, float | None] = {}
     for suffix, rows in (("", moments), ("_held_out", held_out)):
         scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
         if rows is not None:
-            error = mean_square_error(weights, centred_at(train, whole_split(rows))).item()
+            error = mean_square_error(weights, centred_at(moments, rows)).item()
             scores[f"probe_mse{suffix}"] = error / weights.shape[1]
             scores[f"probe_r2{suffix}"] = 1 - error / rows.label_covariance.trace().item() if rows.labels_vary else None
     return scores
@@ -93,18 +75,17 @@ class RidgeFit(NamedTuple):
     shrinkage: Tensor  # lambda / (lambda + alpha / n) of each direction, ascending
 
 
-def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
+def fit_ridge(train: PooledMoments, test: PooledMoments) -> RidgeFit:
     """Ridge with an intercept on standardised features, fitted on `train` and judged by `test`.
 
     One decomposition serves every alpha: with the eigenvalues lambda of the correlation matrix and its basis A the
     weights are A diag(1 / (lambda + alpha / n)) A' S. alpha, on the scale of sums as in scikit-learn's `Ridge`, is
     chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
     """
-    n, label_variance = train.num, train.label_square - train.label_mean.square().sum()
-    covariance = train.second - torch.outer(train.mean, train.mean)
-    eigenvalues, basis = equilibrated_eigh(without_constants(covariance, train.mean, 1e-10))
+    n, label_variance = train.num_samples, train.label_covariance.trace()
+    eigenvalues, basis = equilibrated_eigh(without_constants(train.pooled_covariance, train.pooled_mean, 1e-10))
     eigenvalues = eigenvalues.clamp(min=0)
-    cross = basis.T @ (train.cross - torch.outer(train.mean, train.label_mean))
+    cross = basis.T @ train.pooled_label_covariance
     along = cross.square().sum(1)
 
     def validation_error(alpha: float) -> float:
@@ -117,7 +98,7 @@ def fit_ridge(train: Moments, test: Moments) -> RidgeFit:
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
     spread = ((second @ basis) * basis).sum(0)  # variance of the judging texts in each direction
     null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
-    sums = [test.num * mean.item() for mean in (error, baseline, null_error)]
+    sums = [test.num_samples * mean.item() for mean in (error, baseline, null_error)]
     return RidgeFit(sums[0], sums[1], sums[2], shrinkage=eigenvalues / ridge)
 
 
@@ -144,9 +125,9 @@ def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[Pair]) -> floa
     shared = (labels.square().sum() / labels.trace().square()).item()
     if folds == 1:
         (train, test) = pairs[0]
-        variance = (2 * s**4 / train.num**2 + 4 * s**2 / (train.num * test.num)).sum().item()
+        variance = (2 * s**4 / train.num_samples**2 + 4 * s**2 / (train.num_samples * test.num_samples)).sum().item()
     else:
-        total = sum(test.num for _, test in pairs)
+        total = sum(test.num_samples for _, test in pairs)
         between = 4 * s / (folds - 1) - 2 * (folds - 2) * s**2 / (folds - 1) ** 2
         within = s**2 / (folds - 1)
         variance = (folds * (folds - 1) / 2 * between**2 + 2 * folds * within**2).sum().item() / total**2
