@@ -1,7 +1,6 @@
 """The files that a study must produce, and the flags of the commands that make them.
 
-runs/Snakefile imports this file; a `Grid` holds one runs/<study>.yaml. Snakemake runs in an environment of its own,
-without torch, so this file imports none of the scripts.
+runs/Snakefile imports this file. Snakemake runs in an environment without torch, so this file imports no script.
 """
 
 import functools
@@ -19,13 +18,12 @@ SCRIPTS = ("cache", "linear_sklearn", "linear_training", "linear_training_conver
 SETTINGS = {"study", "flags", "scripts", "controls", "controls_after", "models", "datasets", "only", "alignment",
             "dataset_flags", "resources", "after", "results_dir"}  # fmt: skip
 POOLED_SUFFIX = ".pooled.npy"  # suffix of the pooled states beside the moments
-DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"}
 
 
 def folder_name(name: str) -> str:
     """The folder name of a model or dataset under results, the same as `path_name` of utils/settings.py."""
     path = Path(name)
-    if path.suffix in DATA_FILES:
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"):
         found = path.stem
     else:
         is_local = path.is_dir() or name.count("/") > 1
@@ -46,9 +44,9 @@ def to_flags(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """One study, with the content of its yaml file."""
+    """One study."""
 
-    config: dict[str, Any]
+    config: dict[str, Any]  # the content of its yaml file
 
     def __post_init__(self) -> None:
         """Exits with one sentence if the yaml file holds an unknown name, or lacks models or datasets."""
@@ -69,7 +67,7 @@ class Grid:
 
     @property
     def root(self) -> str:
-        """The folder that holds the results of every seed."""
+        """The folder of all its results."""
         return f"{self.config.get('results_dir', 'results')}/study/{self.config['study']}"
 
     @functools.cached_property
@@ -87,14 +85,10 @@ class Grid:
         """Flags of K_sweep.py by the suffix that they add to its file name: `.smallest`, `.random`; "" for none."""
         return {"" if not flags else f".{name}": flags for name, flags in self.config["controls"].items()}
 
-    # -------------------------------------------------------------- commands
     def flags(self, rule: str, cell: Any, **more: Any) -> str:
-        """The flags of a cell's command.
+        """The flags of a cell's command: those of the yaml file for the script of this rule, and `more` of the rule.
 
-        Args:
-            rule: a rule of the Snakefile; the yaml file's settings of its script apply.
-            cell: the wildcards of its files: seed, model, dataset and, for some rules, control or layer.
-            more: flags of this rule alone.
+        `cell` holds the wildcards of the result: seed, model, dataset and, for some rules, control or layer.
         """
         name, dataset = self.models[cell.model], self.datasets[cell.dataset]
         seed_dir = f"{self.root}/seed{cell.seed}"
@@ -103,7 +97,7 @@ class Grid:
         settings |= self.config.get("dataset_flags", {}).get(dataset, {})
         script = {"cache_after": "cache", "K_sweep_after": "K_sweep", "before_after": "lora"}.get(rule, rule)
         settings |= self.config.get("scripts", {}).get(script, {}) | more
-        if rule.startswith("K_sweep"):
+        if script == "K_sweep":
             settings |= self.controls[cell.control]
         if rule == "alignment":
             settings["layer"] = cell.layer
@@ -111,11 +105,9 @@ class Grid:
             settings["adapter_dir"] = f"{seed_dir}/lora/{cell.model}/{cell.dataset}/adapter"
         return to_flags(settings | {"results_dir": seed_dir})
 
-    # -------------------------------------------------------------- results
     def num_seeds(self, kind: str, model: str, dataset: str) -> int:
         """Number of seeds of one kind of result; LoRA also asks for the probes that its gain is measured from."""
         seeds = self.config["models"][self.models[model]]["seeds"]
-
         only, name = self.config.get("only", {}), self.datasets[dataset]
         needs = {"probe": ("probe", "lora"), "closed_form": ("closed_form", "probe", "lora")}.get(kind, (kind,))
         return max(seeds.get(needed, 0) if name in only.get(needed, [name]) else 0 for needed in needs)
@@ -144,10 +136,10 @@ class Grid:
         last = 1 if first_seed else max(self.num_seeds(kind, *cell) for kind in KINDS for cell in cells)
         found = [f"{self.root}/seed{seed}/{result}" for seed in range(last) for cell in cells
                  for result in self.results_of(*cell, seed)]  # fmt: skip
-        return found + [
-            f"{self.root}/seed0/alignment/{folder_name(at['model'])}/{folder_name(at['dataset'])}.layer{at['layer']}.json"
-            for at in self.config.get("alignment", [])
-        ]
+        for figure in self.config.get("alignment", []):
+            folder = f"{self.root}/seed0/alignment/{folder_name(figure['model'])}"
+            found.append(f"{folder}/{folder_name(figure['dataset'])}.layer{figure['layer']}.json")
+        return found
 
     def resources(self, rule: str) -> dict[str, Any]:
         """Resources of a rule for Snakemake; each further attempt gets more memory and time."""
