@@ -6,7 +6,6 @@ A study is a folder with a scores.csv; `title` in study.json beside it is its na
 import csv
 import gzip
 import io
-from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ LABELS = {
     "probe_skill": "probe accuracy above majority",
     "probe_mse": "probe MSE / variance",
     "lora_gain": "LoRA gain",
-    "lora_gain_paper": "LoRA gain over the paper's probe",
     "full_gain": "full fine-tuning gain",
     "full_accuracy": "full fine-tuning accuracy",
     "lora_accuracy": "LoRA accuracy",
@@ -55,7 +53,6 @@ LABELS = {
     "h_oas": "H-score",
     "num_classes": "number of classes",
     "num_parameters": "number of parameters",
-    "held_out_loss": "held-out loss",
     "bag_of_words_accuracy": "bag of words",
     "majority_accuracy": "majority class",
     "headroom": "1 - probe accuracy",
@@ -68,12 +65,8 @@ FEW_TASKS = 8  # with fewer tasks a bootstrap interval says nothing
 # the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
-# table of collect.py -> its required columns; all columns outside TEXTS hold numbers
-REQUIRED = {
-    **dict.fromkeys(("scores", "layers", "features", "probes", "training"), SEED_KEYS),
-    **dict.fromkeys(("alignment", "separability"), CELL_KEYS),
-    **{"datasets": ["dataset", "seed"], "models": ["model"]},
-}
+# the tables of collect.py; all columns outside TEXTS hold numbers
+COLLECTED = ("scores", "layers", "features", "probes", "datasets", "training", "alignment", "separability", "models")
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 # controls of V, by the suffix that they add to the name of a score
 VARIANTS = {
@@ -93,11 +86,7 @@ METHOD_COLUMNS = {
 
 # ------------------------------------------------------------------ studies and files
 def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
-    """Folder -> title of every study at or below a folder, that of the folder itself first.
-
-    Raises:
-        UserError: the folder holds no study.
-    """
+    """Folder -> title of every study at or below a folder, itself first; raises UserError if it holds none."""
     titles = {}
     for folder in sorted(path.parent for path in tables_dir.rglob("scores.csv")):
         study = folder / "study.json"
@@ -117,42 +106,28 @@ def table_path(name: str, data_dir: Path) -> Path:
     return data_dir / (f"{name}.csv.gz" if name == "layers" else f"{name}.csv")
 
 
-def parse_table(name: str, text: str) -> pd.DataFrame:
-    """Parses a CSV file. Raises ValueError if it was cut off or is not a table of this name."""
-    widths = {len(row) for row in csv.reader(io.StringIO(text, newline=""))}
-    if len(widths) != 1 or not text.endswith("\n"):  # pandas would accept the rest as a whole file
-        raise ValueError("it has been cut off, or its rows differ in length")
-    texts: dict[Hashable, type] = dict.fromkeys(("model", "dataset", "word"), str)
-    table = pd.read_csv(io.StringIO(text), dtype=texts, keep_default_na=False, na_values=[""])
-    if name in REQUIRED:
-        if lacking := [column for column in REQUIRED[name] if column not in table]:
-            raise ValueError(f"it has no column {lacking[0]}")
-        if table.empty:
-            raise ValueError("it has no rows")
-        words = [column for column in table.select_dtypes(exclude=("number", "bool")) if column not in TEXTS]
-        if words:
-            raise ValueError(f"its column {words[0]} is not of numbers")
-    return table
-
-
 def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Reads a table of collect.py or of the findings; names stay text, even a dataset called 2024 or NA.
 
-    Raises:
-        UserError: it is missing, damaged, or another table than its name says.
+    Raises UserError if the file is missing, damaged, or another table than its name says.
     """
     path, module = table_path(name, data_dir), "findings" if name.startswith("findings_") else "collect"
     if not path.is_file():
         raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
     try:
         content = path.read_bytes()
-        table = parse_table(name, (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8"))
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        widths = {len(row) for row in csv.reader(io.StringIO(text, newline=""))}
+        if len(widths) != 1 or not text.endswith("\n"):  # pandas would accept the rest as a whole file
+            raise ValueError("it has been cut off, or its rows differ in length")
+        names = {"model": str, "dataset": str, "word": str}
+        table = pd.read_csv(io.StringIO(text), dtype=names, keep_default_na=False, na_values=[""])
+        words = [column for column in table.select_dtypes(exclude=("number", "bool")) if column not in TEXTS]
+        if name in COLLECTED and (table.empty or words or not {"model", "dataset"} & {*table}):
+            raise ValueError("it has no rows, neither a column model nor dataset, or words in "
+                             f"{', '.join(words) or 'a column of numbers'}")  # fmt: skip
     except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
         raise UserError(f"{path} is no complete table ({error}). Make it again: python -m fig_plot.{module}") from None
-    if name in ("scores", "layers"):  # files of an older version lack these columns
-        for column, value in (("coordinates", "as_is"), ("subspace", "autoregression")):
-            if column not in table:
-                table[column] = value
     return table
 
 
@@ -194,21 +169,17 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
     """Scores of the pooled states of the last layer, and the lead of the best; a row per model, dataset and seed.
 
     The best layer is the one with the highest LogME, which sees training rows only. Its lead is in R2 of the
-    least-squares probe on held-out rows. An older study has the last layer alone, in closed_form.csv.
+    least-squares probe on held-out rows. A study of the last layer alone has no best one.
     """
-    kept = [*SEED_KEYS, *FEATURE_SCORES]
     if not table_path("features", data_dir).is_file():
-        is_older = table_path("closed_form", data_dir).is_file()
-        return read_table("closed_form", data_dir)[kept] if is_older else pd.DataFrame(columns=kept)
+        return pd.DataFrame(columns=[*SEED_KEYS, *FEATURE_SCORES])
     table = read_table("features", data_dir).merge(probes[[*SEED_KEYS, "layer", "test_accuracy"]], how="left")
-    last, best = (
-        table.loc[table.groupby(SEED_KEYS)[name].idxmax()].set_index(SEED_KEYS) for name in ("layer", "logme")
-    )
-    columns = last.reindex(columns=FEATURE_SCORES).assign(
-        best_layer=best["layer"],
-        best_layer_lead=best[HELD_OUT] - last[HELD_OUT],
-        best_layer_accuracy=best["test_accuracy"],
-    )
+    of_cells = table.groupby(SEED_KEYS)
+    last, best = (table.loc[of_cells[name].idxmax()].set_index(SEED_KEYS) for name in ("layer", "logme"))
+    columns = last.reindex(columns=FEATURE_SCORES)
+    if of_cells.size().max() > 1:
+        columns["best_layer"], columns["best_layer_accuracy"] = best["layer"], best["test_accuracy"]
+        columns["best_layer_lead"] = best[HELD_OUT] - last[HELD_OUT]
     return columns.reset_index()
 
 
@@ -226,9 +197,6 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
     Differences are between results of the same seed, which share their rows: `lora_gain` and `full_gain` over the
     logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
-
-    Raises:
-        UserError: a file is missing, damaged, or another table than its name says.
     """
     scores, probes, datasets, models = (
         read_table(name, data_dir) for name in ("scores", "probes", "datasets", "models")
@@ -255,14 +223,9 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     )
 
 
-def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `load_seeds` averaged over the seeds of each: one row per model and dataset."""
-    return seeds.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
-
-
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """As `load_seeds`, one row per model and dataset."""
-    return average_seeds(load_seeds(data_dir))
+    """The rows of `load_seeds` averaged over seeds: one row per model and dataset."""
+    return load_seeds(data_dir).groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:

@@ -6,12 +6,10 @@
 Reads the CSV files of collect.py. Writes beside them, for each study, findings_<name>.csv:
 
     like_for_like       question 1: the paper's procedure, and the rest of its correlation step by step
-    selection           the same on test rows, and the choice judged on a task left out
-    sensitivity         correlation at every layer and K
     correlations        question 2: each score and baseline with each measure, across tasks and across models
     leads               question 2: each score beside the best baseline
     partial             correlations with the headroom or the number of classes held fixed
-    controls            question 3: scores of V by PCA, of a random V, of random weights and of permuted labels
+    controls            question 3: scores of V by PCA, of a random V and of random weights
     after_lora          question 4
     calibration         question 5: error of the LoRA gain predicted from a score, in points of accuracy
     decision            question 5: AUC of "LoRA gains more than two points"
@@ -20,19 +18,19 @@ Reads the CSV files of collect.py. Writes beside them, for each study, findings_
     random_weights      asked later: random weights on the same tasks, before and after LoRA
     twin                asked later: the paper's procedure with the scores of random weights
     like_for_like_paper, correlations_paper    asked later: questions 1 and 2 on the paper's own datasets
-    shared_tasks        asked later: tasks shared with the study of --tables_dir itself: do scores follow task or model?
 
 and over the models of all studies, in --tables_dir itself:
 
     which_model         question 7: share of datasets on which a score orders two models as the outcome does
     special             question 9: `retained` minus random V per model, and its sign in two models
     coordinates         question 10: each score in every scaling of the coordinates, at the last two layers
+    first_choice        prescreen.py put to the test: the model and layer that it chooses, and the points that it loses
 
 A correlation across models is computed within each task and averaged over tasks. Models with random weights have tables
 of their own, and rows among the controls and the changes by LoRA; all other tables leave them out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +45,6 @@ from fig_plot.tables import (
     FEATURE_SCORES,
     MEASURES,
     RUN_SCORES,
-    average_seeds,
     find_studies,
     load_after_lora,
     load_cells,
@@ -81,7 +78,7 @@ def train_layers(data_dir: Path) -> pd.DataFrame:
     return layers[(layers["split"] == "train") & ~layers["center"]]
 
 
-def comparison_tables(studies: Iterable[Path], draws: Draws) -> dict[str, pd.DataFrame]:
+def comparison_tables(studies: Collection[Path], draws: Draws) -> dict[str, pd.DataFrame]:
     """The tables over the models of all studies; if two studies share a model and dataset, the first counts."""
     cells, layers, layer_keys = [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
     for data_dir in studies:
@@ -95,15 +92,16 @@ def comparison_tables(studies: Iterable[Path], draws: Draws) -> dict[str, pd.Dat
         "which_model": comparisons.which_model_rows(every, draws),
         "special": comparisons.special_rows(comparisons.lead_of_layers(every, every_layer), draws),
         "coordinates": comparisons.coordinate_rows(every_layer, every, draws),
+        "first_choice": comparisons.first_choices(studies),
     }
     return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
-def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
-    """Every table of a study; `others` are the cells of a study to compare shared tasks with."""
+def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
+    """Every table of a study."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
-    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
+    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), load_cells(data_dir)
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
     of_cells, of_layers, of_probes = (
@@ -111,8 +109,6 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
     )
     rows: dict[str, Iterable] = {
         "like_for_like": procedure.like_for_like_rows(of_cells, of_layers, of_probes, draws),
-        "selection": procedure.selection_rows(cells, layers, draws),
-        "sensitivity": procedure.sensitivity_rows(cells, layers),
         "correlations": questions.correlation_rows(cells, draws),
         "leads": questions.lead_rows(cells, draws),
         "partial": questions.partial_rows(cells, draws, (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES)),
@@ -132,10 +128,8 @@ def study_tables(data_dir: Path, draws: Draws, others: pd.DataFrame | None = Non
         its_cells = cells.loc[cells["dataset"].isin(PAPER_KEYS), columns]
         rows["correlations_paper"] = questions.correlation_rows(its_cells, draws)
     if table_path("features", data_dir).is_file():
-        every_layer = questions.of_every_layer(layers, read_table("features", data_dir), probes)
-        rows["layer_choice"] = questions.layer_choice_rows(every_layer, draws)
-    if others is not None:
-        rows["shared_tasks"] = questions.shared_task_rows(cells, others, draws)
+        by_layer = questions.scores_by_layer(layers, read_table("features", data_dir), probes)
+        rows["layer_choice"] = questions.layer_choice_rows(by_layer, draws)
     return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
@@ -154,11 +148,9 @@ def write_tables(data_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
 def main(config: Config) -> None:
     """Writes the tables of every study, and the tables over all studies."""
     draws = Draws(config.num_draws, config.seed, config.num_permutations)
-    others, studies = None, find_studies(config.tables_dir)
+    studies = find_studies(config.tables_dir)
     for data_dir in studies:
-        write_tables(data_dir, study_tables(data_dir, draws, others))
-        if data_dir == config.tables_dir:
-            others = trained_models(load_cells(data_dir))
+        write_tables(data_dir, study_tables(data_dir, draws))
     write_tables(config.tables_dir, comparison_tables(studies, draws))
 
 

@@ -1,19 +1,30 @@
-"""Questions 7, 9 and 10 of docs/findings.md, of any number of models; question 8 is `layer_choice_rows`.
+"""Questions 7, 9 and 10 of docs/findings.md, and the test of prescreen.py, over the models of all studies.
 
-Each function yields the rows of one CSV file beside the tables of all studies; `cells` has a row per model and dataset
-of every study; `draws` give the intervals over datasets.
+Each function gives the rows of one CSV file; `cells` has a row per model and dataset of every study; `draws` give the
+intervals over datasets.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fig_plot.findings.correlations import Draws, bootstrap_interval, mean_cell, mean_spearman
-from fig_plot.findings.questions import known
-from fig_plot.tables import CELL_KEYS, CONTROLS, FEATURE_SCORES, MEASURES, RUN_SCORES, matrix, without_random_weights
+from fig_plot.findings.questions import known, mean_of_others
+from fig_plot.tables import (
+    CELL_KEYS,
+    CONTROLS,
+    FEATURE_SCORES,
+    MEASURES,
+    RUN_SCORES,
+    matrix,
+    read_table,
+    table_path,
+    without_random_weights,
+)
 from utils.algebra.scores import SCORES
 
 ORDERED = ("best_test_accuracy", "lora_accuracy")  # the outcomes of question 7
@@ -27,24 +38,50 @@ def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
     return accuracy.groupby(CELL_KEYS).max().rename("best_test_accuracy").reset_index()
 
 
+# ------------------------------------------------------------------ prescreen.py put to the test
+def first_choice_rows(probes: pd.DataFrame, features: pd.DataFrame, datasets: pd.DataFrame) -> pd.DataFrame:
+    """The rows of findings_first_choice.csv: the model and layer that prescreen.py chooses on each dataset.
+
+    The rule chooses the largest ridge R2. K_sweep.py cross-validates R2 at the last layer but takes it from test rows
+    at earlier layers, which gives other values; so R2 of last layers chooses the model, and R2 of earlier layers the
+    layer, if a study has them. Points lost are test accuracy of the most accurate probe of any model and layer, which
+    nobody knows beforehand, minus that of the chosen probe.
+    """
+    keys = [*CELL_KEYS, "layer"]
+    accuracy = without_random_weights(probes).dropna(subset="test_accuracy").groupby(keys)["test_accuracy"].mean()
+    r2 = features.dropna(subset="ridge_r2").groupby(keys)["ridge_r2"].mean()
+    judged = pd.concat([accuracy, r2], axis=1, join="inner").reset_index()
+    is_last = judged["layer"] == judged.groupby(CELL_KEYS)["layer"].transform("max")
+    last = judged[is_last]
+    models = last.loc[last.groupby("dataset")["ridge_r2"].idxmax(), CELL_KEYS]
+    of_model = judged.assign(is_last=is_last).merge(models)
+    candidates = of_model.sort_values(["is_last", "ridge_r2"], ascending=[True, False], kind="stable")
+    chosen = candidates.groupby("dataset").first().drop(columns="is_last")
+    probed = accuracy.reset_index()
+    best = probed.loc[probed.groupby("dataset")["test_accuracy"].idxmax()].set_index("dataset").add_prefix("best_")
+    words = datasets.groupby("dataset")["bag_of_words_accuracy"].mean()
+    table = chosen.join(best).assign(bag_of_words=words)
+    table["points_lost"] = 100 * (table["best_test_accuracy"] - table["test_accuracy"])
+    table["over_words"] = 100 * (table["test_accuracy"] - table["bag_of_words"])
+    return table.reset_index()
+
+
+def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
+    """`first_choice_rows` of the tables of these studies; empty if none has scores of pooled states."""
+    names = ("probes", "features", "datasets")
+    found = [[read_table(name, study) for study in studies if table_path(name, study).is_file()] for name in names]
+    return first_choice_rows(*map(pd.concat, found)) if all(found) else pd.DataFrame()
+
+
 # ------------------------------------------------------------------ question 7: which model?
-def is_right(score: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """1 if the score orders two models as the outcome does, 0 if not, 0.5 if the score ties; (datasets,).
+def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:
+    """For each dataset 1 if a score orders two models as the outcome does, 0 if not, 0.5 if the score ties.
 
     Args:
-        score: difference between the models on each dataset, (datasets,).
-        outcome: difference on each dataset; the result is nan if the outcome ties or if either is missing.
+        score: difference between the models by dataset.
+        outcome: difference by dataset; the result is nan if the outcome ties or if either is missing.
     """
-    agreement = np.sign(score) * np.sign(outcome) / 2 + 0.5
-    return np.where(np.isfinite(agreement) & (outcome != 0), agreement, np.nan)
-
-
-def elsewhere(difference: np.ndarray) -> np.ndarray:
-    """For each dataset the mean difference over the other datasets; nan without any other."""
-    present = np.isfinite(difference)
-    others = present.sum() - present
-    total = np.nansum(difference) - np.where(present, difference, 0)
-    return np.divide(total, others, where=others > 0, out=np.full(len(difference), np.nan))
+    return (np.sign(score) * np.sign(outcome) / 2 + 0.5).where(outcome != 0)
 
 
 def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
@@ -53,18 +90,17 @@ def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     For each pair of models with a dataset in common, and over all pairs (`all`): the mean over the pairs of a dataset,
     then over datasets. `lead` is over the better of the two baselines.
     """
-    cells = without_random_weights(cells)
     scores = {name: matrix(cells, name) for name in known(cells, (LARGER, *RUN_SCORES, *CONTROLS, *FEATURE_SCORES))}
     for outcome in known(cells, ORDERED):
         target, of_pairs = matrix(cells, outcome), dict[str, pd.DataFrame]()
         for first, second in itertools.combinations(target.index, 2):
-            difference = (target.loc[first] - target.loc[second]).to_numpy(float)
-            if not np.nansum(np.abs(difference)):
+            difference = target.loc[first] - target.loc[second]
+            if not difference.abs().sum():
                 continue
             of_scores = {name: table.loc[first] - table.loc[second] for name, table in scores.items()}
-            guesses = {BETTER_ELSEWHERE: elsewhere(difference), **of_scores}
-            right = {name: is_right(np.asarray(guess, float), difference) for name, guess in guesses.items()}
-            of_pairs[f"{first}, {second}"] = pd.DataFrame(right, index=target.columns)
+            guesses = {BETTER_ELSEWHERE: mean_of_others(difference), **of_scores}
+            right = {name: agreement(guess, difference) for name, guess in guesses.items()}
+            of_pairs[f"{first}, {second}"] = pd.DataFrame(right)
         if len(of_pairs) > 1:
             of_pairs["all"] = pd.concat(of_pairs).groupby(level=1).mean()[[*scores, BETTER_ELSEWHERE]]
         for models, right in of_pairs.items():
@@ -83,11 +119,8 @@ def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_special.csv: `retained` minus that of random V, per model and for each pair of models.
 
     A model's row has the mean lead over datasets and the number of positive leads; a pair's row the share of datasets
-    with leads of the same sign, and Spearman's correlation of the leads over datasets.
-
-    Args:
-        leads: model, dataset, place (last or middle layer) and lead.
-        draws: bootstrap samples for the intervals over datasets.
+    with leads of the same sign, and Spearman's correlation of the leads over datasets. `leads` has columns model,
+    dataset, place (last or middle layer) and lead.
     """
     for place, rows in leads.groupby("place", sort=False):
         table = matrix(rows, "lead")
@@ -109,9 +142,7 @@ def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
 def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     """`retained` minus that of random V: model, dataset, place, lead.
 
-    Args:
-        cells: gives the last layer, for which K_sweep.py draws many random V.
-        layers: rows of layers.csv.gz; the middle layer also needs rows with `subspace` random.
+    `cells` give the last layer, for which K_sweep.py draws many random V; `layers` the middle one, if it has random V.
     """
     last = cells[[*CELL_KEYS, "retained_lead"]].rename(columns={"retained_lead": "lead"}).assign(place="last")
     layers = without_random_weights(layers[layers["coordinates"] == "as_is"])
@@ -129,11 +160,6 @@ def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> 
 
     Over the datasets that have all scalings: mean and spread in one scaling, the spread over scalings (mean over
     datasets), and as `<measure>` Spearman's correlation with the accuracies and the error of question 2.
-
-    Args:
-        layers: rows of layers.csv.gz.
-        cells: a row per model and dataset, for the measures.
-        draws: bootstrap samples for the intervals over datasets.
     """
     layers = without_random_weights(layers[layers["subspace"] == "autoregression"])
     for model, rows in layers.groupby("model"):

@@ -1,8 +1,7 @@
 """Rank correlations over tasks, and their intervals.
 
-Pure functions of numpy arrays; nothing is read or written. Ranks count from 1 = smallest, ties share their mean rank.
-NaN and infinite values are missing; a pair is missing if either side is. An undefined statistic (fewer than three
-pairs, or one side constant) is nan, never 0.
+Pure functions of numpy arrays. Tied values share their mean rank. NaN and infinite values are missing; a pair is
+missing if either side is. An undefined statistic (fewer than three pairs, or one side constant) is nan, never 0.
 """
 
 import functools
@@ -11,11 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import kendalltau, rankdata, spearmanr, weightedtau
 
 TOLERANCE = 1e-9  # two rank correlations nearer than this are equal: they differ by rounding only
-
-CORRELATIONS = {"spearman": spearmanr, "kendall": kendalltau, "weighted_tau": weightedtau}
 
 
 class Draws(NamedTuple):
@@ -36,69 +32,6 @@ class Interval(NamedTuple):
     def columns(self, value: str, ends: str = "") -> dict[str, float]:
         """The row's columns `value`, `<ends>low` and `<ends>high`."""
         return {value: self.value, f"{ends}low": self.low, f"{ends}high": self.high}
-
-
-# ------------------------------------------------------------------ correlations of one pair of vectors
-def rank(values: ArrayLike) -> np.ndarray:
-    """Ranks along the last axis, 1 = smallest, ties averaged, nan for missing values."""
-    values = np.asarray(values, float)
-    present = np.isfinite(values)
-    # missing values rank behind all others, so that they push no rank up
-    return np.where(present, rankdata(np.where(present, values, np.inf), axis=-1), np.nan)
-
-
-def standardize(values: np.ndarray) -> np.ndarray:
-    """Shifts and scales to mean 0 and length 1 along the last axis; a constant row becomes nan."""
-    values = values - values.mean(-1, keepdims=True)
-    length = np.linalg.norm(values, axis=-1, keepdims=True)
-    return np.divide(values, length, where=length > TOLERANCE, out=np.full_like(values, np.nan))
-
-
-def spearman_rows(x: ArrayLike, y: ArrayLike) -> np.ndarray:
-    """Spearman's correlation along the last axis of two arrays that broadcast, each row over its own complete pairs.
-
-    Args:
-        x: (..., n).
-        y: (..., n).
-
-    Returns:
-        (...), nan if undefined.
-    """
-    x, y = np.broadcast_arrays(np.asarray(x, float), np.asarray(y, float))
-    complete = np.isfinite(x) & np.isfinite(y)
-    count = complete.sum(-1)
-    centre = (count[..., None] + 1) / 2  # the mean rank, ties or not
-    a, b = (np.where(complete, rank(np.where(complete, side, np.nan)) - centre, 0) for side in (x, y))
-    spread = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    defined = (count > 2) & (spread > TOLERANCE)
-    return np.divide((a * b).sum(-1), spread, where=defined, out=np.full(spread.shape, np.nan))
-
-
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rank correlation of two vectors (n,) over their complete pairs."""
-    return float(spearman_rows(x, y))
-
-
-def correlation(x: ArrayLike, y: ArrayLike, kind: str) -> float:
-    """Correlation of the complete pairs of x and y, (n,): Spearman's, Kendall's tau-b or scipy's weighted tau."""
-    pairs = np.array([x, y], float)
-    a, b = pairs[:, np.isfinite(pairs).all(0)]
-    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
-        return float("nan")
-    return float(CORRELATIONS[kind](a, b).statistic)
-
-
-def mean_correlation(x: ArrayLike, y: ArrayLike, kind: str = "spearman") -> float:
-    """Mean over models of the correlation over tasks within a model; leaves out models with an undefined one.
-
-    Args:
-        x: (models, tasks), missing cells nan.
-        y: (models, tasks).
-        kind: one of CORRELATIONS.
-    """
-    rows = np.array([correlation(*model, kind) for model in zip(np.asarray(x), np.asarray(y), strict=True)])
-    defined = rows[np.isfinite(rows)]
-    return float(defined.mean()) if len(defined) else float("nan")
 
 
 # ------------------------------------------------------------------ statistics of resampled tasks
@@ -187,6 +120,11 @@ def value_of(statistic: Statistic, *tables: ArrayLike) -> float:
     return float(statistic(np.ones((1, whole[0].shape[1])), *whole)[0])
 
 
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of two vectors (tasks,); of tables (models, tasks) the mean over models."""
+    return value_of(mean_spearman, x, y)
+
+
 @functools.cache  # every score and measure uses the same few
 def draw_tasks(num_tasks: int, num_draws: int, seed: int) -> np.ndarray:
     """Draws samples of the tasks with replacement; returns how often each sample holds each task, (draws, tasks)."""
@@ -206,10 +144,7 @@ def bootstrap_interval(statistic: Statistic, *tables: ArrayLike, draws: Draws) -
     0: at 12 tasks the middle of the interval lies about .05 nearer to 0 than the value, and nominal 95 % covered 96 to
     99 % (normal pairs, correlation 0, .6, .9). Draws with a nan statistic (all tasks alike) are left out.
 
-    Args:
-        statistic: called with the counts of the draws and the tables.
-        tables: (models, tasks), missing cells nan; or (tasks,).
-        draws: the number of samples and their seed.
+    `tables` are (models, tasks), missing cells nan; or (tasks,).
     """
     whole = [np.atleast_2d(np.asarray(table, float)) for table in tables]
     value = value_of(statistic, *whole)

@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md and README.md, written from the CSV files of fig_plot.findings.
+"""The tables of README.md, docs/findings.md and docs/scores.md, written from the CSV files of fig_plot.findings.
 
     python -m fig_plot.findings.page            # rewrites the tables between <!-- table: ... --> and <!-- end -->
     python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page is not what the CSV files say
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from fig_plot.findings.comparisons import first_choices
 from fig_plot.findings.procedure import STEPS
 from fig_plot.findings.questions import GAINS, OF_THE_OUTCOME, known, rivals_of
 from fig_plot.tables import (
@@ -35,11 +36,11 @@ from fig_plot.tables import (
 from utils.results import write_atomically
 from utils.script import ROOT, UserError, run_script
 
-PAGES = (Path("README.md"), Path("docs/findings.md"))
+PAGES = (Path("README.md"), Path("docs/findings.md"), Path("docs/scores.md"))
 BLOCK = re.compile(r"(<!-- table: (\w+) of ([\w -]+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 # rows of question 2, from top to bottom
-ASKED = [name for name in LABELS if name not in (*MEASURES, "ntps_whitened", "majority_accuracy", "num_parameters",
-                                                 "held_out_loss", "lora_accuracy")]  # fmt: skip
+UNASKED = (*MEASURES, "ntps_whitened", "majority_accuracy", "num_parameters", "lora_accuracy")
+ASKED = [name for name in LABELS if name not in UNASKED]
 # a claim -> the measure on training rows, the one on test rows
 CLAIMS = {
     "more accurate probe": ("train_accuracy", "probe_accuracy"),
@@ -84,7 +85,7 @@ def read_findings(name: str, data_dir: Path) -> pd.DataFrame:
 def spearmans(data_dir: Path, of: str = "") -> pd.DataFrame:
     """Spearman across tasks under the fixed rule, a row per measure and score; `of="_paper"`: the paper's datasets."""
     table = read_findings(f"correlations{of}", data_dir)
-    return table[(table["correlation"] == "spearman") & (table["direction"] == "across tasks")]
+    return table[table["direction"] == "across tasks"]
 
 
 def published_range() -> pd.DataFrame:
@@ -272,10 +273,20 @@ def coordinates(data_dir: Path) -> Table:
     )  # fmt: skip
 
 
+def first_choice(data_dir: Path) -> Table:
+    """The choices of prescreen.py on every dataset, beside the best one."""
+    return Table(
+        first_choices(find_studies(data_dir)),
+        {"dataset": "`{dataset}`", "first choice, layer": "`{model}`, {layer}", "its probe": "{test_accuracy:.3f}",
+         "best model, layer": "`{best_model}`, {best_layer}", "points lost": "{points_lost:.1f}",
+         "bag of words": "{bag_of_words:.3f}"},
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Path], Table]] = {
     table.__name__: table
     for table in (claims, tasks, like_for_like_paper, correlations, controls, after_lora, which_model, layer_choice,
-                  coordinates)
+                  coordinates, first_choice)
 }  # fmt: skip
 
 

@@ -13,18 +13,15 @@ import pandas as pd
 from scipy.stats import f
 
 from fig_plot.findings.correlations import (
-    CORRELATIONS,
     Draws,
-    Interval,
     bootstrap_interval,
     drawn_auc,
     mean_cell,
-    mean_correlation,
     mean_over_models,
     mean_partial_spearman,
     mean_spearman,
+    spearman,
     spearman_lead,
-    spearman_rows,
 )
 from fig_plot.tables import (
     CELL_KEYS,
@@ -54,14 +51,9 @@ LAYER_CHOOSERS = (*FEATURE_SCORES, *SCORES)  # they use training rows alone
 Rows = Iterator[dict[str, Any]]
 
 
-def is_known(cells: pd.DataFrame, name: str) -> bool:
-    """True if a column exists and has any value."""
-    return name in cells and bool(cells[name].notna().any())
-
-
 def known(cells: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
     """The columns that exist and have any value, each once."""
-    return [name for name in dict.fromkeys(names) if is_known(cells, name)]
+    return [name for name in dict.fromkeys(names) if name in cells and cells[name].notna().any()]
 
 
 def tables_of(cells: pd.DataFrame, *names: str) -> list[np.ndarray]:
@@ -87,34 +79,21 @@ def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         scores = {name: (matrix(cells, name), matrix(cells, name).T) for name in known(cells, names) if name != measure}
         scores["mean of the others"] = mean_of_others(target), mean_of_others(target.T)
         for name, (in_models, in_tasks) in scores.items():
-            yield from direction_rows("tasks", name, measure, in_models, target, draws)
-            yield from direction_rows("models", name, measure, in_tasks, target.T, draws)
+            for direction, score, outcome in (("tasks", in_models, target), ("models", in_tasks, target.T)):
+                x, y = score.to_numpy(float), outcome.to_numpy(float)
+                of_groups = np.array([spearman(*group) for group in zip(x, y, strict=True)])
+                if not np.isfinite(of_groups).any():
+                    continue
+                # across models the groups are the tasks, which the bootstrap draws
+                statistic, tables = (mean_spearman, (x, y)) if direction == "tasks" else (mean_cell, (of_groups,))
+                interval = bootstrap_interval(statistic, *tables, draws=draws)
+                yield {"direction": f"across {direction}", "measure": measure, "score": name, **interval._asdict(),
+                       "groups": int(np.isfinite(of_groups).sum()),
+                       "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
 
 
-def direction_rows(
-    direction: str, name: str, measure: str, score: pd.DataFrame, target: pd.DataFrame, draws: Draws
-) -> Rows:
-    """One row per kind of correlation; `score` and `target` are (groups, members), correlated within each group.
-
-    Only Spearman's correlation has an interval.
-    """
-    score, target = score.align(target, join="inner")
-    x, y = score.to_numpy(float), target.to_numpy(float)
-    of_groups = spearman_rows(x, y)
-    if not np.isfinite(of_groups).any():
-        return
-    # across models the groups are the tasks, which the bootstrap draws
-    statistic, tables = (mean_spearman, (x, y)) if direction == "tasks" else (mean_cell, (of_groups,))
-    interval = bootstrap_interval(statistic, *tables, draws=draws)
-    for kind in CORRELATIONS:
-        found = interval if kind == "spearman" else Interval(mean_correlation(x, y, kind), np.nan, np.nan)
-        yield {"direction": f"across {direction}", "measure": measure, "score": name, "correlation": kind,
-               **found._asdict(), "groups": int(np.isfinite(of_groups).sum()),
-               "members": int(np.isfinite(x * y).sum(1).max())}  # fmt: skip
-
-
-def mean_of_others(table: pd.DataFrame) -> pd.DataFrame:
-    """For each cell (model, dataset) the mean over the other models on that dataset."""
+def mean_of_others(table: Any) -> Any:
+    """For each value of a series the mean of its other values, for each cell of a table that of its column's others."""
     present = table.notna()
     count = present.sum() - present
     return (table.sum() - table.fillna(0)) / count.where(count > 0)
@@ -126,9 +105,9 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         rivals = known(cells, (*rivals_of(measure), f"{name}_random"))
         rows = cells.dropna(subset=[measure, name])
         target, score, *others = tables_of(rows, measure, name, *rivals)
-        sizes = {rival: abs(mean_correlation(table, target)) for rival, table in zip(rivals, others, strict=True)}
+        sizes = {rival: abs(spearman(table, target)) for rival, table in zip(rivals, others, strict=True)}
         sizes = {rival: size for rival, size in sizes.items() if np.isfinite(size)}
-        if not sizes or not np.isfinite(mean_correlation(score, target)):
+        if not sizes or not np.isfinite(spearman(score, target)):
             continue
         best = max(sizes, key=lambda rival: sizes[rival])
         interval = bootstrap_interval(spearman_lead, score, others[rivals.index(best)], target, draws=draws)
@@ -142,7 +121,7 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
     Held fixed: the headroom for gains; the number of classes for the probe's error and its accuracy above the majority.
     """
     pairs = [(measure, "headroom") for measure in known(cells, GAINS)]
-    if is_known(cells, "num_classes"):
+    if known(cells, ("num_classes",)):
         pairs += [(measure, "num_classes") for measure in known(cells, ("probe_skill", "probe_mse"))]
     for (measure, given), name in itertools.product(pairs, known(cells, scores)):
         interval = bootstrap_interval(mean_partial_spearman, *tables_of(cells, name, measure, given), draws=draws)
@@ -153,7 +132,7 @@ def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> 
 def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_controls.csv: mean over tasks of each score for each V, and its lead over a random V.
 
-    z is against permuted labels, `random_z` against random V, if K_sweep.py drew several.
+    `random_z` is z against random V, if K_sweep.py drew several.
     """
     for (model, rows), score in itertools.product(cells.groupby("model"), SCORES):
         for v in ("", "_smallest", "_pca", "_random"):
@@ -164,21 +143,11 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
             row = {"model": model, "score": score, "v": v.removeprefix("_") or "autoregression",
                    "value": rows[score + v].mean(), **interval.columns("lead_over_random"),
                    "tasks": len(lead)}  # fmt: skip
-            yield row | ({} if v else z_columns(rows, score))
-
-
-def z_columns(rows: pd.DataFrame, score: str) -> dict[str, Any]:
-    """z of a score against permuted labels and against random V, over the tasks of a model."""
-    columns: dict[str, Any] = {}
-    if f"{score}_z" in rows:
-        z = rows[f"{score}_z"]
-        columns |= {"permuted_labels": rows[f"{score}_null_mean"].mean(), "mean_z": z.mean()}
-        columns["tasks_above_2_z"] = int((z > 2).sum())
-    if is_known(rows, f"{score}_random_z"):
-        z = rows[f"{score}_random_z"]
-        columns |= {"mean_random_z": z.mean(), "tasks_above_2_random_z": int((z > 2).sum())}
-        columns["tasks_below_minus_2_random_z"] = int((z < -2).sum())
-    return columns
+            if not v and known(rows, (f"{score}_random_z",)):
+                z = rows[f"{score}_random_z"]
+                row["tasks_above_2_random_z"] = int((z > 2).sum())
+                row["tasks_below_minus_2_random_z"] = int((z < -2).sum())
+            yield row
 
 
 def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
@@ -281,10 +250,7 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     `nothing` predicts the mean gain of the other tasks. `lead` is its mean absolute error minus the predictor's, on the
     same cells, with an interval over tasks: a predictor is better than nothing if the interval is above 0.
     """
-    single = {name: [name] for name in known(cells, (*CANDIDATES, *RUN_SCORES))}
-    pairs = (("headroom", "ntps"), ("headroom", "retained_z"))
-    both = {" and ".join(pair): list(pair) for pair in pairs if all(name in single for name in pair)}
-    predictors: dict[str, list[str]] = {"nothing": [], **single, **both}
+    predictors = {"nothing": [], **{name: [name] for name in known(cells, (*CANDIDATES, *RUN_SCORES))}}
     for measure, (name, columns) in itertools.product(known(cells, GAINS), predictors.items()):
         rows = cells.dropna(subset=[measure, *columns])
         if rows["dataset"].nunique() < 4:
@@ -293,10 +259,8 @@ def calibration_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
         lead = pd.Series(np.abs(of_mean) - np.abs(errors)).groupby(rows["dataset"].to_numpy()).mean().to_numpy()
         interval = bootstrap_interval(mean_cell, lead, draws=draws)
         yield {"measure": measure, "predictors": name, "error_points": np.abs(errors).mean(),
-               "error_of_mean_points": np.abs(of_mean).mean(), **interval.columns("lead"),
-               "rmse_points": np.sqrt(np.mean(errors**2)),
-               "within_95_percent_points": np.quantile(np.abs(errors), 0.95), "cells": len(rows),
-               "tasks": rows["dataset"].nunique()}  # fmt: skip
+               **interval.columns("lead"), "within_95_percent_points": np.quantile(np.abs(errors), 0.95),
+               "cells": len(rows), "tasks": rows["dataset"].nunique()}  # fmt: skip
 
 
 # ------------------------------------------------------------------ question 6: spread between seeds
@@ -318,35 +282,11 @@ def seed_rows(seeds: pd.DataFrame) -> Rows:
                        "tasks": len(table)}  # fmt: skip
 
 
-# ------------------------------------------------------------------ asked later: tasks that two studies share
-def shared_task_rows(cells: pd.DataFrame, others: pd.DataFrame, draws: Draws) -> Rows:
-    """Rows of findings_shared_tasks.csv, one per score and measure; none if two studies share fewer than three tasks.
-
-    `value` is Spearman's correlation over the shared tasks of a model here with one of the other study, averaged over
-    all such pairs; `between_others` is the same for pairs within the other study, without models that are also here.
-    """
-    others = others[~others["model"].isin(cells["model"])]
-    shared = sorted(set(cells["dataset"]) & set(others["dataset"]))
-    for name in known(cells, (*MEASURES, *RUN_SCORES, *FEATURE_SCORES)):
-        if len(shared) < 3 or not is_known(others, name):
-            continue
-        here, elsewhere = (matrix(table, name).reindex(columns=shared).to_numpy(float) for table in (cells, others))
-        here, elsewhere = (table[np.isfinite(table).any(1)] for table in (here, elsewhere))
-        x, y = (np.array(side) for side in zip(*itertools.product(here, elsewhere), strict=True))
-        first, second = np.array(list(itertools.combinations(range(len(elsewhere)), 2)), int).reshape(-1, 2).T
-        interval = bootstrap_interval(mean_spearman, x, y, draws=draws)
-        between = mean_correlation(elsewhere[first], elsewhere[second])
-        yield {"name": name, **interval._asdict(), "between_others": between, "pairs": len(x), "tasks": len(shared)}
-
-
 # ------------------------------------------------------------------ question 8: the layer that a score chooses
-def of_every_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
+def scores_by_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
     """Every score of training rows and the probe's test accuracy, a row per model, dataset, seed and layer.
 
-    Args:
-        layers: rows of layers.csv.gz; scores are averaged over K.
-        features: rows of features.csv.
-        probes: rows of probes.csv.
+    The arguments are tables of collect.py; scores of `layers` are averaged over K.
     """
     keys = [*SEED_KEYS, "layer"]
     swept = layers[layers["eigenvectors"] == "largest"].groupby(keys, as_index=False)[list(SCORES)].mean()

@@ -8,12 +8,13 @@ from scipy.stats import spearmanr
 from fig_plot.findings.comparisons import (
     best_test_accuracy,
     coordinate_rows,
-    elsewhere,
+    first_choice_rows,
     lead_of_layers,
     special_rows,
     which_model_rows,
 )
 from fig_plot.findings.correlations import Draws
+from fig_plot.findings.questions import mean_of_others
 from utils.algebra.scores import SCORES
 
 DRAWS = Draws(200, 0)
@@ -46,19 +47,17 @@ def test_share_of_datasets_on_which_a_score_orders_the_models(num_models):
         assert found.low["retained"] <= 6 / 8 <= found.high["retained"] and (found.datasets == 8).all()
 
 
-def test_ties_of_a_score_count_one_half_those_of_the_outcome_nothing_and_random_twins_take_no_part():
+def test_ties_of_a_score_count_one_half_and_those_of_the_outcome_nothing():
     cells = made_up_cells(2)
     cells.loc[cells.dataset == "data0", "retained"] = 1.0
     cells.loc[cells.dataset == "data7", "best_test_accuracy"] = 0.5
-    cells = pd.concat([cells, cells[cells.model == "m0"].assign(model="tiny-random", best_test_accuracy=0.9)])
     found = pd.DataFrame(which_model_rows(cells, DRAWS)).set_index("score")
-    assert set(found.models) == {"m0, m1"}
     assert found.share["retained"] == pytest.approx((0.5 + 5) / 7) and found.datasets["retained"] == 7
 
 
-def test_the_mean_elsewhere_leaves_the_dataset_itself_out():
-    np.testing.assert_allclose(elsewhere(np.array([1.0, 2, np.nan, 6])), [4, 3.5, 3, 1.5])
-    assert np.isnan(elsewhere(np.array([1.0, np.nan]))[0])
+def test_the_mean_of_the_others_leaves_the_value_itself_out():
+    assert mean_of_others(pd.Series([1.0, 2, np.nan, 6])).tolist() == [4, 3.5, 3, 1.5]
+    assert np.isnan(mean_of_others(pd.Series([1.0, np.nan]))[0])
 
 
 def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
@@ -66,6 +65,26 @@ def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
                            for seed, of_seed in enumerate([(0.1, 0.9, 0.5), (0.3, 0.1, 0.7)])
                            for layer, accuracy in enumerate(of_seed)])  # fmt: skip
     assert best_test_accuracy(probes).best_test_accuracy.tolist() == pytest.approx([0.6])
+
+
+def test_the_largest_r2_is_chosen_and_its_points_are_lost_against_the_best_probe():
+    """Last layers decide the model, earlier ones the layer; the best probe may be of a layer without R2."""
+    columns = ["model", "dataset", "seed", "layer", "test_accuracy", "ridge_r2"]
+    rows = [
+        *[("a", "x", seed, 0, 0.80, r2) for seed, r2 in ((0, 0.9), (1, 0.1))],  # seeds are averaged first
+        *[("a", "x", seed, 1, accuracy, 0.6) for seed, accuracy in ((0, 0.70), (1, 0.74))],
+        ("a", "x", 0, 2, 0.60, 0.7),
+        ("b", "x", 0, 3, 0.50, 0.65),
+        ("b", "x", 0, 2, 0.92, None),
+        ("b", "x", 0, 1, 0.70, 0.95),
+        ("smollm2-random", "x", 0, 1, 0.99, 0.99),
+    ]
+    table = pd.DataFrame(rows, columns=columns)
+    words = pd.DataFrame({"dataset": ["x", "x"], "bag_of_words_accuracy": [0.6, 0.8]})
+    [row] = first_choice_rows(table, table, words).itertuples()
+    assert (row.model, row.layer, row.best_model, row.best_layer) == ("a", 1, "b", 2)
+    assert row.test_accuracy == pytest.approx(0.72) and row.points_lost == pytest.approx(20)
+    assert row.over_words == pytest.approx(2)
 
 
 def test_leads_over_random_subspaces_and_their_sign_in_two_models():
