@@ -4,9 +4,8 @@
     make figures TABLES=results/tables FIGURES=results/figures            # draws them
     python -m fig_plot.collect --results_dir results/study/smollm2 --output_dir fig_plot/data/smollm2 --keep
 
-Reads the JSON files of K_sweep.py, linear_sklearn.py, alignment_vis.py and the training scripts, at any depth; those
-below results/study/ and results/benchmarks/ only if --results_dir names such a folder. It names, skips and
-counts unfinished, damaged and foreign files, and deletes nothing. Writes, a row each:
+Reads the JSON results of the scripts at any depth; those below results/study/ and results/benchmarks/ only if
+--results_dir names such a folder. Names and skips unfinished, damaged and foreign files, and deletes nothing. Writes:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
     layers.csv.gz   the same, layer and fraction: scores of that pair (before LoRA; random V: the middle layer only)
@@ -19,16 +18,15 @@ counts unfinished, damaged and foreign files, and deletes nothing. Writes, a row
     sources.json    the command, library versions, commits
 """
 
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fig_plot.tables import ADAPTED, REQUIRED, TEXTS, read_table, save_csv, table_path
+from fig_plot.tables import ADAPTED, COLLECTED, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
 from utils.results import load_json, save_json
 from utils.script import ROOT, UserError, run_script
@@ -40,6 +38,7 @@ ROW_KEYS = (  # tell the rows of a table apart, and sort them
 METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
 LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir that are not searched
 Row = dict[str, Any]
+NamedRows = Iterator[tuple[str, Row]]  # the name of a table, and a row of it
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def shown_name(name: str) -> str:
     return name.replace("__", "/")
 
 
-def ntps_rows(path: Path, result: Row) -> dict[str, list[Row]]:
-    """Rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py.
+def ntps_rows(path: Path, result: Row) -> NamedRows:
+    """Yields rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py.
 
     layers.csv.gz gets every layer for V by autoregression, the middle layer for a random V, and none after LoRA.
     features.csv gets the scores that need neither U nor V, on training rows, unless they are meaningless.
@@ -72,38 +71,35 @@ def ntps_rows(path: Path, result: Row) -> dict[str, list[Row]]:
     for name in SCORES:
         score = result["score"][name]
         row |= {name if key == "value" else f"{name}_{key}": value for key, value in score.items()}
-    row |= {name: value for name, value in layers[-1].items() if name.startswith("probe_")}
-    rows: dict[str, list[Row]] = {"scores": [row], "layers": [], "features": []}
+    yield "scores", row | {name: value for name, value in layers[-1].items() if name.startswith("probe_")}
     if keys["model"].endswith(ADAPTED):
-        return rows
+        return
     for layer in {"autoregression": layers, "random": [layers[len(layers) // 2]]}.get(config["subspace"], []):
         for index, fraction in enumerate(result["fractions"]):
             scores = {name: layer[name] and layer[name][index] for name in (*SCORES, "chance")}
-            rows["layers"].append({**keys, **options, "layer": layer["layer"], "fraction": fraction, **scores})
+            yield "layers", {**keys, **options, "layer": layer["layer"], "fraction": fraction, **scores}
     for layer in layers if config["split"] == "train" else ():
         if found := layer.get("closed_form"):
             values = {name: score["value"] for name, score in found.items() if not score["meaningless"]}
-            rows["features"].append({**keys, "layer": layer["layer"], **values})
-    return rows
+            yield "features", {**keys, "layer": layer["layer"], **values}
 
 
-def sklearn_rows(path: Path, result: Row) -> dict[str, list[Row]]:
-    """Rows of probes.csv, and a row of datasets.csv, from a result of linear_sklearn.py."""
+def sklearn_rows(path: Path, result: Row) -> NamedRows:
+    """Yields rows of probes.csv, and a row of datasets.csv, from a result of linear_sklearn.py."""
     of_dataset = {"dataset": shown_name(path.stem), "seed": result["config"]["seed"]}
-    probes = []
     for layer in result["layers"]:
         scores = {f"{split}_{name}": value for split in ("train", "test") for name, value in layer[split].items()}
-        probes.append({"model": shown_name(path.parent.name), **of_dataset, "layer": layer["layer"], **scores})
+        yield "probes", {"model": shown_name(path.parent.name), **of_dataset, "layer": layer["layer"], **scores}
     row = {**of_dataset, "num_classes": result["num_classes"]}
     row |= {f"num_{split}": number for split, number in result["num_samples"].items()}
     for name, scores in result["baselines"].items():
         kept = [score for score in ("accuracy", "balanced_accuracy", "r2") if score in scores]
         row |= {f"{name}_{score}": scores[score] for score in kept}
-    return {"probes": probes, "datasets": [row]}
+    yield "datasets", row
 
 
-def training_rows(path: Path, result: Row) -> dict[str, list[Row]]:
-    """A row of training.csv."""
+def training_rows(path: Path, result: Row) -> NamedRows:
+    """Yields a row of training.csv."""
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
     row |= {"method": folder.parent.parent.name, "learning_rate": config["learning_rate"]}
@@ -111,30 +107,23 @@ def training_rows(path: Path, result: Row) -> dict[str, list[Row]]:
         row |= {"dataset": row["dataset"].removesuffix(".standardized"), "method": "linear_training_converged"}
     row |= {name: result[name] for name in ("num_train", "num_steps", "texts_per_step", "num_trained_parameters")}
     row |= {name: value for name, value in result["last"].items() if name.startswith("test_")}
-    row |= {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
-    return {"training": [row]}
+    yield "training", row | {"train_loss": result["last"]["train_loss"], "seconds": round(result["seconds"], 1)}
 
 
-def alignment_rows(path: Path, result: Row) -> dict[str, list[Row]]:
-    """Rows of alignment.csv and of separability.csv."""
+def alignment_rows(path: Path, result: Row) -> NamedRows:
+    """Yields rows of alignment.csv and of separability.csv."""
     config = result["config"]
     keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.split(".layer")[0])}
     keys |= {name: config[name] for name in ("split", "center", "num_components", "layer")}
-    separability = []
+    yield from (("alignment", {**keys, **word}) for word in result["words"])
     for space, described in result["subspaces"].items():
         for group, measures in described["separability"].items():
             numbers = {f"{name}_{key}": value for name, found in measures.items() for key, value in found.items()}
-            separability.append({**keys, "space": space, "group": group, **numbers})
-    return {"alignment": [{**keys, **word} for word in result["words"]], "separability": separability}
+            yield "separability", {**keys, "space": space, "group": group, **numbers}
 
 
 def model_row(name: str, model_name: str) -> Row:
-    """A row of models.csv, read from pretraining.json if the model has one, else from the table of known models.
-
-    Args:
-        name: as shown.
-        model_name: as given to the scripts.
-    """
+    """A row of models.csv, from pretraining.json if the model has one, else from the table of known models."""
     from utils.models.table import MODELS
 
     spec = MODELS.get(model_name)
@@ -143,13 +132,12 @@ def model_row(name: str, model_name: str) -> Row:
         report = load_json(report_path)
         fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds")
         return {"model": name, **{field: report[field] for field in fields}}
-    if spec is None:
-        return {"model": name, "num_parameters": None}
-    return {"model": name, "num_parameters": float(spec.parameters[:-1]) * {"M": 1e6, "B": 1e9}[spec.parameters[-1]]}
+    size = spec and float(spec.parameters[:-1]) * {"M": 1e6, "B": 1e9}[spec.parameters[-1]]
+    return {"model": name, "num_parameters": size}
 
 
 # ------------------------------------------------------------------ all results -> tables
-READERS: dict[str, Callable[[Path, Row], dict[str, list[Row]]]] = {
+READERS: dict[str, Callable[[Path, Row], NamedRows]] = {
     "ntps": ntps_rows,
     "linear_sklearn": sklearn_rows,
     "alignment": alignment_rows,
@@ -158,56 +146,40 @@ READERS: dict[str, Callable[[Path, Row], dict[str, list[Row]]]] = {
 
 
 def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the kind and path of each expected result: a JSON file, or metrics.json of a training run."""
+    """Yields the kind and path of each result: a JSON file, or metrics.json of a finished training run."""
     for kind in READERS:
         folders = (path for path in results_dir.rglob(kind) if path.is_dir())
         for folder in sorted(path for path in folders if path.relative_to(results_dir).parts[0] not in LEFT_OUT):
-            for path in sorted(folder.glob("*/*" if kind in METHODS else "*/*.json")):
-                yield kind, path / "metrics.json" if kind in METHODS else path
-
-
-def check_cells(rows: Iterable[Row]) -> None:
-    """Raises TypeError if a cell does not fit its column: a list, an object, or a word in a column of numbers."""
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, list | dict) or (isinstance(value, str) and name not in TEXTS):
-                raise TypeError(f"{name} is {str(value)[:40]!r}")
+            for path in sorted(folder.glob("*/*/metrics.json" if kind in METHODS else "*/*.json")):
+                yield kind, path
 
 
 def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
     """The rows of each table, with their file as `path`; each result's environment; and a sentence per skipped file."""
-    tables: dict[str, list[Row]] = {name: [] for name in REQUIRED}
+    tables: dict[str, list[Row]] = {name: [] for name in COLLECTED}
     environments, skipped, model_names = [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
-        if not path.is_file():
-            skipped.append(f"partial: {path.parent} has no {path.name}")
-            continue
         try:
             result = load_json(path)
-            rows = READERS[kind](path, result)
-            provenance = {"model": result["config"]["model_name"], "word": result["environment"]["git_commit"]}
-            check_cells([provenance, *itertools.chain(*rows.values())])
+            added = list(READERS[kind](path, result))
+            model_names[added[0][1]["model"]] = result["config"]["model_name"]
+            environments.append(result["environment"])
         except UserError as error:
             skipped.append(f"skipped: {error}")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             skipped.append(f"skipped: {path} is not a result of {kind} ({type(error).__name__}: {error})")
         else:
-            environments.append(result["environment"])
-            for table, added in rows.items():
-                tables[table] += [{**row, "path": path} for row in added]
-                model_names |= {row["model"]: provenance["model"] for row in added if "model" in row}
+            for table, row in added:
+                tables[table].append({**row, "path": path})
     known = sorted(names for names in model_names.items() if not names[0].endswith(ADAPTED))
     tables["models"] = [{**model_row(*names), "path": results_dir} for names in known]
     return tables, environments, skipped
 
 
 def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
-    """The rows of `read_all` in the order of their keys, each once.
+    """The rows of `read_all` in the order of their keys, each once; raises UserError if two of the same keys differ.
 
     Every model's result repeats the baselines of its dataset; if machines round these differently, the first counts.
-
-    Raises:
-        UserError: two rows of the same keys differ.
     """
     table = pd.DataFrame(rows)
     keys = [key for key in ROW_KEYS if key in table]
@@ -225,16 +197,11 @@ def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """The rows sorted by their keys; rows that differ in the word alone keep their order."""
-    order = [key for key in ROW_KEYS if key in table and key != "word"]
-    return table.sort_values(order, kind="stable") if order else table
+    return table.sort_values([key for key in ROW_KEYS if key in table and key != "word"], kind="stable")
 
 
 def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table, and rows of its old file whose keys are not in the table, sorted by their keys.
-
-    Raises:
-        UserError: that file is damaged, or another table than its name says.
-    """
+    """The rows of a table, and rows of its old file whose keys are not in the table, sorted by their keys."""
     if not table_path(name, data_dir).is_file():
         return table
     both = pd.concat([table, read_table(name, data_dir)], ignore_index=True)
@@ -244,24 +211,17 @@ def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame
 
 
 def save_sources(path: Path, environments: list[Row], config: Config) -> None:
-    """Writes the sources of the numbers: command, library versions and commits, each once."""
-    command = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' if config.keep else ''}"
-    before = load_json(path) if config.keep and path.is_file() else {"git_commits": [], "environments": []}
-    commits = sorted({environment["git_commit"] or "unknown" for environment in environments})
-    versions = [{name: value for name, value in found.items() if name != "git_commit"} for found in environments]
-    origin: Row = {"command": command}
-    for key, values in (("git_commits", commits), ("environments", versions)):
-        origin[key] = list(before[key])
-        origin[key] += [value for i, value in enumerate(values) if value not in before[key] + values[:i]]
-    save_json(path, origin)
+    """Writes the sources of the numbers: the command, and each environment once, with its commit."""
+    sources: Row = load_json(path) if config.keep and path.is_file() else {"environments": []}
+    sources["command"] = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' * config.keep}"
+    for environment in environments:
+        if environment not in sources["environments"]:
+            sources["environments"].append(environment)
+    save_json(path, sources)
 
 
 def main(config: Config) -> None:
-    """Writes the tables, and prints a line for each skipped file.
-
-    Raises:
-        UserError: no result at all, two results of the same keys, or a damaged table with --keep.
-    """
+    """Writes the tables, and prints a line for each skipped file; raises UserError if no result is found."""
     output_dir = config.output_dir or config.results_dir / "tables"
     rows, environments, skipped = read_all(config.results_dir)
     if not environments:
@@ -270,13 +230,14 @@ def main(config: Config) -> None:
     tables = {name: to_table(name, of_table) for name, of_table in rows.items() if of_table}
     if config.keep:  # reads all old files before it writes one: a damaged file leaves the others unchanged
         tables = {name: with_rows_of(name, output_dir, table) for name, table in tables.items()}
-    for name, table in tables.items():
-        save_csv(table_path(name, output_dir), table)
-        print(f"{len(table):7,} rows  {table_path(name, output_dir)}")
+    for name in rows:
+        path = table_path(name, output_dir)
+        if name in tables:
+            save_csv(path, tables[name])
+            print(f"{len(tables[name]):7,} rows  {path}")
+        elif path.is_file():
+            print(f"older: {path} is of an earlier run; no result found now has such rows", file=sys.stderr)
     save_sources(output_dir / "sources.json", environments, config)
-    if not config.keep:
-        stale = [path for name in rows if name not in tables and (path := table_path(name, output_dir)).is_file()]
-        skipped += [f"older: {path} is of an earlier run; no result found now has such rows" for path in stale]
     for line in skipped:
         print(line, file=sys.stderr)
     print(f"{len(environments)} results, {len(skipped)} skipped")

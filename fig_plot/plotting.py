@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,20 +21,10 @@ def shown(name: str) -> str:
     return LABELS.get(name, name.replace("_", " ")).replace("`", "")
 
 
-def short_name(name: str) -> str:
-    """`legacy-datasets/banking77` -> `banking77`."""
-    return name.rsplit("/")[-1]
+def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str) -> dict[int, Artist]:
+    """Draws ranks of y over ranks of x, (n,) each, 1 = lowest, with their Spearman and least-squares line.
 
-
-def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, is_numbered: bool) -> dict[int, Artist]:
-    """Dots by position: ranks of y over ranks of x, 1 = lowest, with their Spearman and least-squares line.
-
-    Args:
-        axes: the panel.
-        x: (n,).
-        y: (n,). Pairs with a missing side are left out before ranking.
-        title: stands above the correlation.
-        is_numbered: each dot is drawn as its position, from 1.
+    Pairs with a missing side are left out. Returns the dots by position, as which each is drawn, counted from 1.
     """
     complete = np.isfinite(x) & np.isfinite(y)
     rank_x, rank_y = rankdata(x[complete]), rankdata(y[complete])
@@ -44,13 +33,11 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, is_n
         ends = np.array([rank_x.min(), rank_x.max()])
         axes.plot(ends, np.polyval(np.polyfit(rank_x, rank_y, 1), ends), color="tab:red", lw=1, ls="--", alpha=0.8)
     dots: dict[int, Artist] = {}
-    for position, *at in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
-        number, style = int(position) + 1, dict[str, Any](marker="o", s=8)
-        if is_numbered:
-            # markers fill a square, so two digits side by side need a larger one
-            with plt.rc_context({"text.parse_math": True}):
-                style = {"marker": MarkerStyle(f"${number}$"), "s": 28 if number < 10 else 60, "lw": 0.2}
-        dots[number - 1] = axes.scatter(*at, color="black", zorder=2, **style)
+    for position, *ranks in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
+        with plt.rc_context({"text.parse_math": True}):
+            marker = MarkerStyle(f"${position + 1}$")
+        size = 28 if position < 9 else 60  # markers fill a square, so two digits side by side need a larger one
+        dots[int(position)] = axes.scatter(*ranks, color="black", zorder=2, marker=marker, s=size, lw=0.2)
     limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     r = f"r = {spearmanr(rank_x, rank_y).statistic:.2f}" if is_defined else "r undefined"
@@ -58,48 +45,43 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, is_n
     return dots
 
 
-def plot_rank_grid(data: pd.DataFrame, x: str, y: str, names: bool = False) -> Figure:
+def plot_rank_grid(data: pd.DataFrame, x: str, y: str) -> Figure:
     """The paper's Figures 2 and 3: one panel per model, ranks of its datasets in x and in y, neither reversed.
 
     Args:
         data: a row per model and dataset, with columns model, dataset and those of x and y. Panels and dots follow the
-            order of the rows.
+            order of the rows; datasets without x or y are left out.
         x: column of the horizontal axis; named after LABELS if they have it.
         y: column of the vertical axis.
-        names: draw each dot as a number, and list the datasets beside the panels.
     """
-    models, datasets = list(dict.fromkeys(data.model)), list(dict.fromkeys(data.dataset))
+    models, datasets = list(dict.fromkeys(data.model)), list(dict.fromkeys(data.dropna(subset=[x, y]).dataset))
     cells = data.set_index(["model", "dataset"])
     num_columns = min(4, len(models))
     num_rows = -(-len(models) // num_columns)
     with plt.style.context(PLAIN_TEXT):
-        legend_height = 0.17 * len(datasets) + 0.3 if names else 0
-        # inches; the note needs 3.8
-        size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8 * names, max(1.8 * num_rows + 0.6, legend_height))
+        # inches; the note needs 3.8, a line of the legend 0.17
+        size = (max(3.9, 1.5 * num_columns + 0.4) + 1.8, max(1.8 * num_rows + 0.6, 0.17 * len(datasets) + 0.3))
         figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, sharex=True, sharey=True)
         for panel in axes.flat[len(models) :]:
             panel.set_axis_off()
         dots: dict[int, Artist] = {}
         for panel, model in zip(axes.flat, models, strict=False):
             values_x, values_y = cells.loc[model].reindex(datasets)[[x, y]].to_numpy(float).T
-            dots |= draw_rank_scatter(panel, values_x, values_y, title_of(model), names)
+            dots |= draw_rank_scatter(panel, values_x, values_y, title_of(model))
         for panel in axes.flat[max(0, len(models) - num_columns) : len(models)]:
             panel.tick_params(labelbottom=True)  # the lowest panel of its column, even above an empty cell
         figure.supxlabel(f"{shown(x)} (rank, 1 = lowest)", fontsize=9)
         figure.supylabel(f"{shown(y)} (rank, 1 = lowest)", fontsize=9)
         figure.suptitle("a dot is one dataset; r: Spearman; dashed: least-squares fit of the ranks", fontsize=7)
-        if names:
-            labels = [short_name(datasets[position]) for position in sorted(dots)]
-            figure.legend([dots[position] for position in sorted(dots)], labels, loc="outside right center", fontsize=7)
+        labels = [datasets[position].rsplit("/")[-1] for position in sorted(dots)]
+        figure.legend([dots[position] for position in sorted(dots)], labels, loc="outside right center", fontsize=7)
     return figure
 
 
 def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """The paper's Figure 4, left: scores after LoRA over the same before it, a panel per score, a colour per model.
 
-    Args:
-        scores: a row per model and dataset, with columns model, `<score>_before` and `<score>`.
-        names: the scores.
+    `scores` has a row per model and dataset, with columns model, `<score>_before` and `<score>` for each of `names`.
     """
     with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.2, 2.8), squeeze=False)
@@ -119,9 +101,7 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
 def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
     """The paper's Figure 4, right, and Table 1: test accuracy of every way of training, a panel per model.
 
-    Args:
-        cells: a row per model and dataset, with columns model, dataset, majority_accuracy and those of `methods`.
-        methods: column -> label; missing values leave a gap.
+    `cells` has a row per model and dataset, and the columns of `methods` (column -> label); missing values leave a gap.
     """
     models, datasets = list(dict.fromkeys(cells.model)), sorted(set(cells.dataset), reverse=True)
     heights = np.arange(len(datasets))
@@ -135,7 +115,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
                 panel.scatter(rows[column], heights, marker=marker, s=14, alpha=0.8, label=label)
             panel.set(title=title_of(model), xlabel="test accuracy")
             panel.grid(axis="y", lw=0.3)
-        axes[0, 0].set_yticks(heights, [short_name(name) for name in datasets], parse_math=False)
+        axes[0, 0].set_yticks(heights, [name.rsplit("/")[-1] for name in datasets], parse_math=False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -166,22 +146,4 @@ def plot_overview(rows: pd.DataFrame) -> Figure:
         axes[0].plot([], [], "|", color="tab:red", ms=9, ls="", label="the same procedure in noise")
         title = "positive: as the paper claims. Bars: range of the models (black), 95 % interval; none if chosen"
         figure.legend(loc="outside lower right", fontsize=7, title=title, title_fontsize=7)
-    return figure
-
-
-def plot_idea() -> Figure:
-    """Draws the idea of the score: the part of a direction u, which a task needs, that lies in the subspace V."""
-    with plt.style.context(PLAIN_TEXT):
-        figure, panel = plt.subplots(figsize=(5.2, 2.0))
-        panel.fill([0, 4.6, 6.0, 1.4], [0, 0, 1.5, 1.5], color="tab:blue", alpha=0.15, lw=0)
-        start, inside, tip = (1.6, 0.5), (4.3, 0.9), (4.3, 2.3)
-        for end, colour in ((tip, "tab:orange"), (inside, "tab:blue")):
-            panel.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.6})
-        panel.plot(*zip(inside, tip, strict=True), color="0.5", lw=0.8, ls="--")
-        panel.text(4.4, 2.25, "u, a direction that the labels need (U)", color="tab:orange", va="center")
-        panel.text(4.4, 0.85, "P u, its part inside V", color="tab:blue", va="center")
-        panel.text(0.55, 0.13, "V, which next-token prediction needs", color="tab:blue", fontsize=7)
-        panel.text(6.3, 1.5, r"NTPS = $\sum |P u|^2\ /\ \sum |u|^2$", va="center", parse_math=True)
-        panel.set(xlim=(-0.1, 9.6), ylim=(-0.1, 2.5))
-        panel.set_axis_off()
     return figure

@@ -1,10 +1,14 @@
-"""fig_plot/collect.py: the tables equal the results they were read from; unreadable files are named."""
+"""Figures from one's own results: two models x three tasks by the scripts, collected into tables, and drawn.
+
+The tables equal the results they were read from; unreadable files are named.
+"""
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
-from typing import Any
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -14,10 +18,10 @@ import linear_sklearn
 import linear_training
 import lora_finetuning
 from fig_plot import collect
-from fig_plot.tables import read_table, save_csv
-from tests.conftest import configure, run_in_process
+from fig_plot.plotting import plot_rank_grid
+from fig_plot.tables import find_studies, load_cells, read_table, save_csv, trained_models
+from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
 from utils.algebra.scores import SCORES
-from utils.results import save_json
 from utils.script import UserError
 from utils.settings import result_settings
 
@@ -26,28 +30,33 @@ pytestmark = pytest.mark.slow
 SCRIPT = "fig_plot/collect.py"
 
 
-def run_scripts(model: Path, rows: Path, results_dir: Path, seed: int, is_trained: bool) -> None:
-    """Runs the scripts of a small study for one model and seed."""
-    shared: dict[str, Any] = {"model_name": str(model), "dataset_name": str(rows), "seed": seed}
-    shared["results_dir"] = results_dir
-    for split in ("train", "test"):
-        cache.main(configure(cache, **shared, split=split, save_pooled="all", device="cpu"))
-    for control in ({}, {"subspace": "random"}, {"eigenvectors": "smallest", "center": True}):
-        K_sweep.main(configure(K_sweep, **shared, **control, picture=False, num_null_draws=5))
-    linear_sklearn.main(configure(linear_sklearn, **shared, device="cpu", num_workers=1, picture=False))
-    if is_trained:
-        linear_training.main(configure(linear_training, **shared, device="cpu", num_epochs=2))
-        steps = {"num_steps": 2, "steps_per_evaluation": 1, "batch_size": 4, "dtype": "float32"}
-        lora_finetuning.main(configure(lora_finetuning, **shared, **steps, device="cpu"))
-
-
 @pytest.fixture(scope="module")
-def made_once(model_dirs, rows_path, tmp_path_factory) -> Path:
-    """Two models and two seeds in nested folders, the second model not trained."""
-    results_dir = tmp_path_factory.mktemp("made") / "study"
-    run_scripts(model_dirs["qwen2"], rows_path, results_dir / "seed0", 0, is_trained=True)
-    run_scripts(model_dirs["qwen2"], rows_path, results_dir / "seed1", 1, is_trained=True)
-    run_scripts(model_dirs["llama"], rows_path, results_dir / "seed0", 0, is_trained=False)
+def made_once(model_dirs, tmp_path_factory) -> Path:
+    """Results of two models on three tasks in seed0, of which one cell is trained; the same in seed1, as of seed 1."""
+    folder = tmp_path_factory.mktemp("made")
+    results_dir = folder / "results"
+    for number in range(3):
+        rows = [{"text": text, "label": (i // (number + 1)) % 2} for i, text in enumerate(make_texts(60, number))]
+        path = write_rows(folder / f"task{number}.jsonl", rows)
+        for model in ("qwen2", "llama"):
+            shared = {"model_name": str(model_dirs[model]), "dataset_name": str(path)}
+            shared |= {"results_dir": results_dir / "seed0", "device": "cpu"}
+            for split in ("train", "test"):
+                cache.main(configure(cache, **shared, split=split, save_pooled="all"))
+            for control in ({}, {"subspace": "random"}, {"eigenvectors": "smallest", "center": True})[: 3 - number]:
+                K_sweep.main(configure(K_sweep, **shared, **control, picture=False, num_null_draws=3))
+            linear_sklearn.main(configure(linear_sklearn, **shared, num_workers=1, picture=False))
+            if (number, model) == (0, "qwen2"):
+                linear_training.main(configure(linear_training, **shared, num_epochs=2))
+                steps = {"num_steps": 2, "steps_per_evaluation": 1, "batch_size": 4, "dtype": "float32"}
+                lora_finetuning.main(configure(lora_finetuning, **shared, **steps))
+    shutil.rmtree(results_dir / "seed0" / "moments")
+    for path in (results_dir / "seed0").rglob("*.json"):
+        content = json.loads(path.read_text())
+        if "config" in content:
+            copy = results_dir / "seed1" / path.relative_to(results_dir / "seed0")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(json.dumps(content | {"config": content["config"] | {"seed": 1}}))
     return results_dir
 
 
@@ -82,19 +91,20 @@ def six_digits(value: float) -> float:
 def test_scores_and_layers_equal_the_results(results_dir):
     """A random V has rows for the middle layer alone."""
     data, results = collected(results_dir), read_results(results_dir, "ntps/*/*.json")
-    keys = ["model", "seed", "subspace", "eigenvectors"]
+    keys = ["model", "dataset", "seed", "subspace", "eigenvectors"]
     scores, layers = (pd.read_csv(data / name) for name in ("scores.csv", "layers.csv.gz"))
-    assert len(scores) == len(results) == 9 and set(scores["dataset"]) == {"rows"}
+    assert len(scores) == len(results) == 24
     scores, layers = scores.set_index(keys).sort_index(), layers.set_index([*keys, "layer", "fraction"]).sort_index()
     num_layers = 0
     for path, result in results.items():
         config, last = result["config"], result["layers"][-1]
         order = "smallest" if ".smallest" in path.name else "largest"
         subspace = "random" if ".random" in path.name else "autoregression"
-        key = (path.parent.name, int(path.parents[2].name.removeprefix("seed")), subspace, order)
+        seed = int(path.parents[2].name.removeprefix("seed"))
+        key = (path.parent.name, path.name.split(".")[0], seed, subspace, order)
         row = scores.loc[key]
         assert row["center"] == config["center"] == (".centered" in path.name)
-        assert row["split"] == "train" and row["num_samples"] == result["num_samples"] == 168
+        assert row["split"] == "train" and row["num_samples"] == result["num_samples"]
         for name in SCORES:
             for entry, expected in result["score"][name].items():
                 assert row[name if entry == "value" else f"{name}_{entry}"] == six_digits(expected)
@@ -104,34 +114,31 @@ def test_scores_and_layers_equal_the_results(results_dir):
         num_layers += len(kept)
         for layer in kept:
             for index, fraction in enumerate(result["fractions"]):
-                for name in (*SCORES, "chance"):
-                    assert layers.loc[(*key, layer["layer"], six_digits(fraction)), name] == six_digits(
-                        layer[name][index]
-                    )
+                found = layers.loc[(*key, layer["layer"], six_digits(fraction))]
+                assert all(found[name] == six_digits(layer[name][index]) for name in (*SCORES, "chance"))
     assert len(layers) == num_layers * len(result["fractions"])
 
 
 def test_probes_training_and_datasets_equal_the_results(results_dir, model_dirs):
     data = collected(results_dir)
-    probes = pd.read_csv(data / "probes.csv").set_index(["model", "seed", "layer"])
-    for path, result in read_results(results_dir, "linear_sklearn/*/*.json").items():
-        for layer in result["layers"]:
-            row = probes.loc[(path.parent.name, result["config"]["seed"], layer["layer"])]
-            for split in ("train", "test"):
-                for name, value in layer[split].items():
-                    assert row[f"{split}_{name}"] == six_digits(value)
-    training = pd.read_csv(data / "training.csv").set_index(["method", "seed"])
-    results = read_results(results_dir, "metrics.json")
-    assert len(training) == len(results) == 4 and set(training["dataset"]) == {"rows"}
+    probes = pd.read_csv(data / "probes.csv").set_index(["model", "dataset", "seed", "layer"])
+    results = read_results(results_dir, "linear_sklearn/*/*.json")
     for path, result in results.items():
-        row = training.loc[(path.parents[2].name, result["config"]["seed"])]
-        assert row["num_steps"] == result["num_steps"] and row["num_train"] == 168
+        for layer in result["layers"]:
+            row = probes.loc[(path.parent.name, path.stem, result["config"]["seed"], layer["layer"])]
+            for split in ("train", "test"):
+                assert all(row[f"{split}_{name}"] == six_digits(value) for name, value in layer[split].items())
+    training = pd.read_csv(data / "training.csv").set_index(["method", "seed"])
+    trained = read_results(results_dir, "metrics.json")
+    assert len(training) == len(trained) == 4 and set(training["dataset"]) == {"task0"}
+    for path, metrics in trained.items():
+        row = training.loc[(path.parents[2].name, metrics["config"]["seed"])]
+        assert row["num_steps"] == metrics["num_steps"] and row["num_train"] == metrics["num_train"]
         for name in ("test_accuracy", "test_loss", "train_loss"):
-            assert row[name] == six_digits(result["last"][name])
+            assert row[name] == six_digits(metrics["last"][name])
     datasets = pd.read_csv(data / "datasets.csv")
-    assert datasets["seed"].tolist() == [0, 1] and datasets["num_train"].tolist() == [168, 168]  # once, not per model
-    baselines = read_results(results_dir / "seed1", "linear_sklearn/*/*.json").popitem()[1]["baselines"]
-    assert datasets["majority_accuracy"].iloc[1] == six_digits(baselines["majority"]["accuracy"])
+    assert datasets["seed"].tolist() == [0, 1] * 3  # once, not per model
+    assert datasets["majority_accuracy"].iloc[-1] == six_digits(result["baselines"]["majority"]["accuracy"])
     assert set(pd.read_csv(data / "models.csv")["model"]) == {path.name for path in model_dirs.values()}
 
 
@@ -141,7 +148,6 @@ def test_a_second_run_is_the_same_to_the_byte_and_deletes_nothing(results_dir, c
     first = {path.name: path.read_bytes() for path in data.iterdir()}
     collected(results_dir)
     assert first == {path.name: path.read_bytes() for path in data.iterdir()}
-    assert {Path(name).suffix for name in first} == {".csv", ".gz", ".json"}
     assert len(json.loads(first["sources.json"])["environments"]) == 1
     for folder in [*results_dir.rglob("lora"), *results_dir.rglob("linear_training")]:
         shutil.rmtree(folder)
@@ -161,7 +167,7 @@ def test_by_default_the_tables_are_beside_the_results_without_studies_and_benchm
     assert set(pd.read_csv(results_dir / "study" / "tables" / "scores.csv")["seed"]) == {1}
 
 
-def test_a_study_in_two_pieces_has_the_tables_of_the_whole(results_dir):
+def test_a_study_in_two_pieces_has_the_tables_of_the_whole_and_a_damaged_table_stops_it(results_dir):
     whole = collected(results_dir)
     expected = {path.name: path.read_bytes() for path in whole.glob("*.csv*")}
     shutil.rmtree(whole)
@@ -169,36 +175,58 @@ def test_a_study_in_two_pieces_has_the_tables_of_the_whole(results_dir):
         collect.main(collect.Config(results_dir / piece, whole, keep=True))
     assert {path.name: path.read_bytes() for path in whole.glob("*.csv*")} == expected
     assert json.loads((whole / "sources.json").read_text())["command"].endswith("--keep")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "why"),
-    [
-        ("scores", b"a,b\n1,2\n", "it has no column model"),
-        ("training", b"model,dataset,seed,method\na,b,0,lora\na,b", "it has been cut off"),
-        ("probes", b"model,dataset,seed,layer\na,b,zero,1\n", "its column seed is not of numbers"),
-    ],
-)
-def test_a_damaged_table_is_not_kept_and_no_other_is_touched(results_dir, name, content, why):
-    data = collected(results_dir)
-    (data / f"{name}.csv").write_bytes(content)
+    (whole / "training.csv").write_bytes(b"model,dataset,seed,method\na,b,0,lora\na,b")
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
     shutil.rmtree(results_dir / "seed1")  # rows that a table written anew would lose
-    before = {path.name: path.read_bytes() for path in data.iterdir()}
-    with pytest.raises(UserError, match=rf"{name}\.csv is no complete table \({why}.*python -m fig_plot\.collect$"):
+    with pytest.raises(UserError, match=r"training\.csv is no complete table .*python -m fig_plot\.collect$"):
         collected(results_dir, keep=True)
-    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+# ------------------------------------------------------------------ figures from one's own results
+def test_two_models_by_three_tasks_become_two_panels_and_the_repository_stays_as_it_is(results_dir, monkeypatch):
+    status = ("git", "status", "--short")
+    before = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
+    shutil.rmtree(results_dir / "seed1")
+    shutil.rmtree(results_dir / "seed0" / "lora")
+    own_tables, figures = collected(results_dir), results_dir.parent / "figures"
+    assert list(find_studies(own_tables)) == [own_tables]
+    options = ("--tables_dir", own_tables, "--num_draws", "20", "--num_permutations", "20")
+    assert run_in_process(monkeypatch, "fig_plot/findings/__main__.py", *options) == 0
+    monkeypatch.setenv("TABLES", str(own_tables))
+    monkeypatch.setenv("FIGURES", str(figures))
+    monkeypatch.chdir(ROOT)
+    # the cells run in this process, as a kernel takes seconds to start; test_notebooks.py executes the notebooks
+    for name in ("Fig1", "Fig2", "Fig3", "Fig4", "Findings"):
+        notebook = nbformat.read(f"fig_plot/{name}.ipynb", as_version=4)
+        exec("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"), {})
+    drawn = {path.name for path in figures.iterdir()}
+    assert {"Fig2_ntps_probe_accuracy.png", "Fig2_retained_probe_mse.pdf", "Findings_idea.png"} <= drawn
+    assert not {name for name in drawn if name.startswith(("Fig1", "Fig3", "Fig4"))}  # nothing was trained or drawn
+    cells = trained_models(load_cells(own_tables))
+    # names are no formulas, and none is left out of the legend for its leading underscore
+    cells["dataset"] = cells["dataset"].map({"task0": "_hidden", "task1": "pay $5$_{x", "task2": "plain"})
+    figure = plot_rank_grid(cells, "ntps", "probe_accuracy")
+    figure.canvas.draw()
+    panels = [panel for panel in figure.axes if panel.axison]
+    assert len(panels) == 2 and all(len(panel.collections) == 3 for panel in panels)
+    texts = figure.legends[0].get_texts()
+    assert [text.get_text() for text in texts] == sorted(set(cells["dataset"]))
+    assert not any(text.get_parse_math() for text in texts)
+    assert subprocess.run(status, cwd=ROOT, capture_output=True).stdout == before
 
 
 # ------------------------------------------------------------------ rows and names
-def test_names_that_pandas_would_take_for_something_else_are_kept_once(tmp_path):
-    rows = [{"model": "a", "dataset": name, "seed": 0, "layer": 0, "word": word}
+def test_names_that_pandas_would_take_for_something_else_are_kept_once_and_whole_numbers_with_all_digits(tmp_path):
+    """Whole numbers keep their digits even in a column with empty cells."""
+    rows = [{"model": "a", "dataset": name, "layer": 0, "word": word, "size": 1378944 if word else None}
             for name in ("2024", "NA", "1e3") for word in ("null", "None", "nan", "")]  # fmt: skip
     table = collect.to_table("alignment", placed(rows))
     save_csv(tmp_path / "alignment.csv", table)
     written = (tmp_path / "alignment.csv").read_text()
     save_csv(tmp_path / "alignment.csv", collect.with_rows_of("alignment", tmp_path, table))
     assert (tmp_path / "alignment.csv").read_text() == written and written.count("\n") == 13
-    assert set(read_table("alignment", tmp_path)["dataset"]) == {"2024", "NA", "1e3"}
+    assert set(read_table("alignment", tmp_path)["dataset"]) == {"2024", "NA", "1e3"} and ",1378944\n" in written
 
 
 def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_not():
@@ -209,20 +237,15 @@ def test_baselines_that_machines_round_differently_are_one_row_other_rows_are_no
         collect.to_table("datasets", placed([row, row | {"num_train": 99}]))
 
 
-def test_whole_numbers_keep_all_their_digits(tmp_path):
-    """Whole numbers keep their digits even in a column that is empty for another model."""
-    rows = [{"model": "a", "num_parameters": 1378944, "loss": 2.123456789}, {"model": "b", "num_parameters": None}]
-    save_csv(tmp_path / "models.csv", collect.to_table("models", placed(rows)))
-    assert (tmp_path / "models.csv").read_text().splitlines()[1:] == ["a,1378944,2.12346", "b,,"]
-
-
-def ntps_result(found: dict | None = None, **options) -> dict:
-    """A result of K_sweep.py with two layers, of which the last has closed forms."""
+def ntps_rows(path: str, found: dict | None = None, **options) -> dict[str, list[dict]]:
+    """The rows, by table, of a result of K_sweep.py with two layers, of which the last has closed forms."""
     layer = {"rank_u": 1, "rank_v": 1, "rank_label": 1, **{name: [0.5] for name in (*SCORES, "chance")}}
     layers = [{"layer": 0, **layer, "closed_form": None}, {"layer": 1, **layer, "closed_form": found}]
-    score = {name: {"value": 0.5} for name in SCORES}
-    counts = {"num_samples": 9, "num_classes": 2, "hidden_size": 4, "fractions": [0.1]}
-    return {"config": result_settings(configure(K_sweep, **options)), "layers": layers, "score": score, **counts}
+    result = {"config": result_settings(configure(K_sweep, **options)), "layers": layers, "fractions": [0.1],
+              "num_samples": 9, "num_classes": 2, "hidden_size": 4,
+              "score": {name: {"value": 0.5} for name in SCORES}}  # fmt: skip
+    rows = list(collect.ntps_rows(Path(path), result))
+    return {table: [row for name, row in rows if name == table] for table in ("scores", "layers", "features")}
 
 
 @pytest.mark.parametrize(
@@ -235,60 +258,52 @@ def ntps_result(found: dict | None = None, **options) -> dict:
     ],
 )
 def test_options_are_not_part_of_the_datasets_name(name, dataset, options):
-    path = Path(f"ntps/tiny/{name}.json")
-    assert K_sweep.output_path(configure(K_sweep, dataset_name=dataset, **options)).name == path.name
-    [row] = collect.ntps_rows(path, ntps_result(**options))["scores"]
+    assert K_sweep.output_path(configure(K_sweep, dataset_name=dataset, **options)).name == f"{name}.json"
+    [row] = ntps_rows(f"ntps/tiny/{name}.json", **options)["scores"]
     assert row["dataset"] == dataset and row["model"] == "tiny"
 
 
 def test_a_closed_form_score_without_a_meaning_is_left_out_and_so_are_those_of_test_rows_and_after_lora():
     found = {"ridge_r2": {"value": 0.5, "meaningless": False}, "h_oas": {"value": 9.0, "meaningless": True}}
-    rows = collect.ntps_rows(Path("ntps/org__model/emotion.json"), ntps_result(found, seed=3))
+    rows = ntps_rows("ntps/org__model/emotion.json", found, seed=3)
     assert rows["features"] == [{"model": "org/model", "dataset": "emotion", "seed": 3, "layer": 1, "ridge_r2": 0.5}]
     assert [row["layer"] for row in rows["layers"]] == [0, 1]
-    after = collect.ntps_rows(Path("ntps/org__model+lora/emotion.json"), ntps_result(found))
+    after = ntps_rows("ntps/org__model+lora/emotion.json", found)
     assert not after["features"] and not after["layers"] and len(after["scores"]) == 1
-    of_test = collect.ntps_rows(Path("ntps/org__model/emotion.test.json"), ntps_result(found, split="test"))
-    assert not of_test["features"]
+    assert not ntps_rows("ntps/org__model/emotion.test.json", found, split="test")["features"]
 
 
 def test_the_converged_probe_is_a_method_of_its_own_on_the_same_dataset():
     config = {"seed": 1, "learning_rate": 1e-3, "standardize": True}
     result = {"config": config, "last": {"test_accuracy": 0.75, "train_loss": 0.5}, "seconds": 1.26}
     result |= dict.fromkeys(("num_train", "num_steps", "texts_per_step", "num_trained_parameters"), 7)
-    path = Path("seed1/linear_training/tiny/emotion.standardized/metrics.json")
-    [row] = collect.training_rows(path, result)["training"]
-    assert (row["dataset"], row["method"], row["model"]) == ("emotion", "linear_training_converged", "tiny")
+    [(table, row)] = collect.training_rows(Path("linear_training/tiny/emotion.standardized/metrics.json"), result)
+    assert (table, row["dataset"], row["model"]) == ("training", "emotion", "tiny")
+    assert row["method"] == "linear_training_converged"
     assert (row["test_accuracy"], row["train_loss"], row["seconds"]) == (0.75, 0.5, 1.3)
 
 
 # ------------------------------------------------------------------ results that are not
 def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, model_dirs, capsys):
-    model = model_dirs["qwen2"].name
-    partial = results_dir / "seed0" / "lora" / model / "rows"
-    (partial / "metrics.json").rename(partial / "state.safetensors")
-    ntps = results_dir / "seed1" / "ntps" / model
-    damaged, foreign = ntps / "rows.random.json", ntps / "notes.json"
+    ntps = results_dir / "seed1" / "ntps" / model_dirs["qwen2"].name
+    damaged, foreign, other = ntps / "task0.random.json", ntps / "notes.json", ntps / "task1.json"
     damaged.write_text(damaged.read_text()[:1000])
     foreign.write_text('{"title": "not a result"}')
-    stray = results_dir / "seed1" / "linear_sklearn" / model / "numbers.json"
+    stray = results_dir / "seed1" / "linear_sklearn" / model_dirs["qwen2"].name / "numbers.json"
     stray.write_text("[1, 2]")
-    wrong = ntps / "rows.json"
-    save_json(wrong, json.loads(wrong.read_text()) | {"hidden_size": "wide"})
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"score": "high"}))
     expected = [
-        f"partial: {partial} has no metrics.json",
         f"skipped: {damaged} is damaged",
         f"skipped: {foreign} is incomplete",
         f"skipped: {stray} was not written",
-        f"skipped: {wrong} is not a result of ntps (TypeError: hidden_size is 'wide')",
+        f"skipped: {other} is not a result of ntps (TypeError",
     ]
     assert run_in_process(monkeypatch, SCRIPT, "--results_dir", results_dir) == 0
     printed = capsys.readouterr()
-    assert "13 results, 5 skipped" in printed.out
+    assert "38 results, 4 skipped" in printed.out
     named = printed.err.strip().splitlines()
-    for start in expected:
-        assert len([line for line in named if line.startswith(start)]) == 1, (start, named)
-    assert len(named) == len(expected) and len(pd.read_csv(results_dir / "tables" / "scores.csv")) == 7
+    assert all(len([line for line in named if line.startswith(start)]) == 1 for start in expected), named
+    assert len(named) == 4 and len(pd.read_csv(results_dir / "tables" / "scores.csv")) == 22
 
 
 def test_no_results_is_a_users_mistake(tmp_path):

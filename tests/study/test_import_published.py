@@ -7,23 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fig_plot.import_published import NUM_DATASETS, NUM_MODELS, WORDS, Config, main
-from tests.conftest import PUBLISHED, needs_published, run_command
+from fig_plot.import_published import WORDS, Config, main
+from tests.conftest import run_command
 from utils.script import UserError
-
-FILES = {
-    "fig2.csv": (("Fig2_1.pkl", "train_accuracy"), ("Fig2_2.pkl", "train_mse")),
-    "fig3.csv": (("Fig3.pkl", None),),
-}
 
 
 def made_up_cells(*fields: str, number=np.float64) -> dict:
     """{model: {dataset: {field: number}}} of noise."""
     random = np.random.default_rng(len(fields))
-    datasets = [f"dataset {i}" for i in range(NUM_DATASETS)]
+    datasets = [f"dataset {i}" for i in range(12)]
     return {
         f"org/model-{i}": {name: {field: number(random.normal()) for field in fields} for name in datasets}
-        for i in range(NUM_MODELS)
+        for i in range(8)
     }
 
 
@@ -67,66 +62,44 @@ def of_numpy_1(content: dict) -> bytes:
     return old[:frame] + length.to_bytes(8, "little") + old[frame + 8 :]
 
 
-@pytest.mark.parametrize("to_pickle", [None, of_numpy_1])
-def test_made_up_files_are_read_to_the_last_digit(tmp_path, to_pickle):
+def test_made_up_files_are_read_to_the_last_digit(tmp_path):
     contents, output = made_up_files(), tmp_path / "out"
-    gains = {"Fig3": to_pickle(contents["Fig3.pkl"])} if to_pickle else {}
-    done = run_command("-m", "fig_plot.import_published", write_files(tmp_path, **gains), "--output_dir", output)
+    folder = write_files(tmp_path, Fig3=of_numpy_1(contents["Fig3.pkl"]))
+    done = run_command("-m", "fig_plot.import_published", folder, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(output)
     words = pd.read_csv(output / "fig1.csv")
     assert words.iloc[0].tolist() == ["U", "Joy", "lovely", float(np.float32(0.1)), -2.5] and len(words) == 26
-    for csv, files in FILES.items():
-        table = pd.read_csv(output / csv, float_precision="round_trip")
-        for file, metric in files:
-            rows = table[table.metric == metric].drop(columns="metric") if metric else table
-            assert len(rows) == 96
-            for model, dataset, *values in rows.itertuples(index=False):
-                assert values == [*contents[file][model][dataset].values()]
-
-
-@needs_published
-def test_published_files_equal_their_csv(tmp_path):
-    main(Config(path=PUBLISHED, output_dir=tmp_path))
-    for name, num_names in (("fig1.csv", 3), ("fig2.csv", 3), ("fig3.csv", 2)):
-        if (PUBLISHED / name).is_file():
-            ours, theirs = (pd.read_csv(folder / name) for folder in (tmp_path, PUBLISHED))
-            assert list(ours) == list(theirs)
-            ours, theirs = (table.set_index([*table.columns[:num_names]]).sort_index() for table in (ours, theirs))
-            pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-12)
+    scores = pd.read_csv(output / "fig2.csv", float_precision="round_trip").groupby("metric")
+    gains = pd.read_csv(output / "fig3.csv", float_precision="round_trip")
+    accuracy, mse = (scores.get_group(name).drop(columns="metric") for name in ("train_accuracy", "train_mse"))
+    for file, rows in (("Fig2_1.pkl", accuracy), ("Fig2_2.pkl", mse), ("Fig3.pkl", gains)):
+        assert len(rows) == 96
+        for model, dataset, *values in rows.itertuples(index=False):
+            assert values == [*contents[file][model][dataset].values()]
 
 
 # ------------------------------------------------------------------ files that are refused
-def hostile(kind: str, marker) -> object:
-    """A content that writes the marker file if it is executed."""
-    touch = f"open({str(marker)!r}, 'w')"
-    return {
-        "os.system": Call(os.system, f"touch {marker}"),
-        "eval": Call(eval, touch),
-        "inside an array": np.array([[Call(eval, touch), 0]], object),
-        "old protocol": f"cbuiltins\neval\n(V{touch}\ntR.".encode(),
-        "dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.",
-    }[kind]
+def evaluate(marker) -> Call:
+    return Call(eval, f"open({str(marker)!r}, 'w')")
 
 
 @pytest.mark.parametrize(
-    ("kind", "named"),
+    ("make_content", "named"),
     [
-        ("os.system", "posix.system"),
-        ("eval", "builtins.eval"),
-        ("inside an array", "'O8'"),
-        ("old protocol", "builtins.eval"),
-        ("dotted name", "numpy.dtype.__init__"),
+        (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
+        (lambda marker: np.array([[evaluate(marker), 0]], object), "'O8'"),
+        (lambda marker: pickle.dumps(evaluate(marker), protocol=0), "builtin"),
+        (lambda marker: b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.", "numpy.dtype.__init__"),
     ],
 )
-def test_hostile_file_is_refused_and_nothing_runs(kind, named, tmp_path):
-    content = hostile(kind, tmp_path / "marker")
-    folder = write_files(tmp_path, Fig3=content)  # the last one read
+def test_hostile_file_is_refused_and_nothing_runs(make_content, named, tmp_path):
+    folder = write_files(tmp_path, Fig3=make_content(tmp_path / "marker"))  # the last one read
     with pytest.raises(UserError) as refused:
         main(Config(path=folder, output_dir=tmp_path / "out"))
     assert str(folder / "Fig3.pkl") in str(refused.value) and named in str(refused.value)
     assert not (tmp_path / "marker").exists() and not (tmp_path / "out").exists()
-    if kind != "dotted name":  # in a plain unpickler it would run: else this test proves nothing
+    if named != "numpy.dtype.__init__":  # in a plain unpickler it would run: else this test proves nothing
         pickle.loads((folder / "Fig3.pkl").read_bytes())  # noqa: S301, made just above
         assert (tmp_path / "marker").exists()
 
@@ -135,17 +108,12 @@ def test_hostile_file_is_refused_and_nothing_runs(kind, named, tmp_path):
     ("name", "change", "named"),
     [
         ("Fig3", lambda content: pickle.dumps(content, protocol=4)[:-40], "truncated"),
-        ("Fig3", lambda content: b"", "EOFError"),
         ("Fig3", lambda content: [content], "AttributeError"),
-        ("Fig3", lambda content: dict([*content.items()][1:]), "8 models"),
-        ("Fig3", lambda content: content | {"org/model-1": content["org/model-0"] | {"x": {}}}, "12 datasets"),
         ("Fig2_1", lambda content: made_up_cells("align_score", "lora_acc"), "metric_data"),
-        ("Fig2_1", lambda content: made_up_cells("align_score", "metric_data", number=str), "TypeError"),
         ("Fig2_2", lambda content: made_up_cells("align_score", "metric_data", number=np.int64), "'i8'"),
         ("Fig2_2", lambda content: made_up_cells("align_score", "metric_data", number=lambda x: np.nan), "finite"),
-        ("Fig1", lambda content: {"U": content["U"]}, "'V'"),
         ("Fig1", lambda content: {s: c | {"Be": c["Be"][1:]} for s, c in content.items()}, "shorter"),
-        ("Fig1", lambda content: {s: c | {"Be": [np.ones(3)] * 5} for s, c in content.items()}, "reshape"),
+        ("Fig1", lambda content: {s: c | {"Be": [np.ones(3)] * 5} for s, c in content.items()}, "6 columns"),
         ("Fig1", lambda content: {s: c | {"Be": [np.ones((1, 2), ">f4")] * 5} for s, c in content.items()}, "'>'"),
     ],
 )
@@ -167,5 +135,5 @@ def test_missing_ambiguous_and_wrong_paths_are_named(tmp_path):
     found.unlink()
     with pytest.raises(UserError, match=f"{folder.parent} must hold one Fig2_2.pkl, but holds none"):
         main(Config(path=folder.parent))
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match=r"nowhere must hold one Fig2_1\.pkl, but holds none"):
         main(Config(path=tmp_path / "nowhere"))
