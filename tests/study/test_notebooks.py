@@ -52,7 +52,8 @@ def executed(data, tmp_path_factory):
     shutil.copytree(data, folder / "tables", ignore=shutil.ignore_patterns("smollm2*"))
     if "NTPS_PUBLISHED" in os.environ:
         import_published.main(import_published.Config(path=PUBLISHED, output_dir=data.parent / "published"))
-    every = nbformat.v4.new_notebook(cells=[cell for notebook in NOTEBOOKS.values() for cell in notebook.cells])
+    cells = [cell for notebook in NOTEBOOKS.values() for cell in notebook.cells if cell.cell_type == "code"]
+    every = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.source) for cell in cells])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TABLES", str(folder / "tables"))
         patch.setenv("FIGURES", str(folder / "figures"))
@@ -70,8 +71,7 @@ def test_notebook_draws_the_committed_figures_and_those_of_a_new_study(executed,
 
 
 def test_every_cell_that_draws_shows_its_pictures(executed, data):
-    cells = [cell for cell in executed[0].cells if cell.cell_type == "code"]
-    shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
+    shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in executed[0].cells]
     assert sum(shown) == (10 if (data.parent / "published").exists() else 7)
 
 
