@@ -94,6 +94,21 @@ def test_dtype_is_of_the_frozen_weights_and_what_is_trained_is_float32(settings)
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
+def test_gradient_checkpointing_runs_a_layer_twice_and_changes_no_loss(settings):
+    """Each of three steps runs the first decoder layer once, or twice with checkpointing."""
+    losses, num_runs = [], []
+    for is_on in (False, True):
+        config = configure(lora_finetuning, **settings, gradient_checkpointing=is_on, dropout=0.0, lora_dropout=0.0)
+        run, calls = make_run(lora_finetuning, config), []
+        projection = next(module for name, module in run.model.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+        projection.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        run.model.train()
+        losses.append(take_steps(run, 3))
+        num_runs.append(len(calls))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert num_runs == [3, 6]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
