@@ -1,6 +1,5 @@
 """alignment_vis.py: directions equal scipy's, coordinates transformers', scores the formulas; its command line."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,6 +9,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import alignment_vis
@@ -17,7 +17,7 @@ import cache
 from tests.conftest import configure, make_texts, run_command, write_rows
 from utils import separability
 from utils.pictures import plot_alignment
-from utils.results import open_tensors
+from utils.results import read_identity
 from utils.script import UserError
 from utils.settings import all_settings, with_values
 
@@ -52,25 +52,17 @@ def result_of(config, name="rows.layer0") -> tuple[dict, pd.DataFrame]:
 def dense_solutions(config, layer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """All eigenvalues and eigenvectors of both problems by scipy, largest first, from the matrices as they are."""
     [path] = config.run.results_dir.glob("moments/*/*/train.safetensors")
-    with open_tensors(path) as (file, metadata):
-        mu, b, m, c0, c1, prefix, following = (
-            file.get_tensor(f"layer.{layer}.{name}").numpy()
-            for name in (
-                *("pooled_mean", "pooled_label_cross_moment", "pooled_second_moment"),
-                *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
-            )
-        )
-        label_mean, pairs = file.get_tensor("label_mean").numpy(), metadata["num_pairs"] / metadata["num_samples"]
+    found = {name.removeprefix(f"layer.{layer}."): tensor.numpy() for name, tensor in load_file(path).items()}
+    b, m = found["pooled_label_cross_moment"], found["pooled_second_moment"]
+    c0, c1 = found["prefix_second_moment"], found["prefix_next_cross_moment"]
     if config.center:
-        b, m = b - np.outer(mu, label_mean), m - np.outer(mu, mu)
-        c0, c1 = c0 - np.outer(prefix, prefix) / pairs, c1 - np.outer(prefix, following) / pairs
-    solved = {}
-    for name, factor, denominator in (("U", b, m), ("V", c1, c0)):
-        variances, axes = np.linalg.eigh(denominator)
-        axes = axes[:, variances > 1e-10 * variances[-1]]
-        values, vectors = scipy.linalg.eigh(axes.T @ factor @ factor.T @ axes, axes.T @ denominator @ axes)
-        solved[name] = values[::-1], axes @ vectors[:, ::-1]
-    return solved
+        metadata = read_identity(path)
+        pairs = metadata["num_pairs"] / metadata["num_samples"]
+        mean, prefix = found["pooled_mean"], found["prefix_mean"]
+        b, m = b - np.outer(mean, found["label_mean"]), m - np.outer(mean, mean)
+        c0, c1 = c0 - np.outer(prefix, prefix) / pairs, c1 - np.outer(prefix, found["next_mean"]) / pairs
+    solved = {"U": scipy.linalg.eigh(b @ b.T, m), "V": scipy.linalg.eigh(c1 @ c1.T, c0)}
+    return {subspace: (values[::-1], vectors[:, ::-1]) for subspace, (values, vectors) in solved.items()}
 
 
 def states_by_transformers(folder, layer) -> np.ndarray:
@@ -94,7 +86,7 @@ def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, ce
         assert list(rows.word) == GROUPED and list(rows.category) == ["colour"] * 3 + ["size"] * 3 + ["rest"] * 2
         expected = states @ vectors[:, :2]
         gap = expected[:3].mean(0) - expected[3:6].mean(0)
-        expected *= np.where(gap < 0, -1, 1)
+        expected *= np.where(gap < 0, -1, 1)  # the solver's signs do not count
         np.testing.assert_allclose(rows[COMPONENTS], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
         described = result["subspaces"][subspace]
         np.testing.assert_allclose(described["eigenvalues"], values[:2], rtol=1e-5)  # float32 products
@@ -103,22 +95,6 @@ def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, ce
             x, labels = rows[COMPONENTS].to_numpy()[:num], np.array([0, 0, 0, 1, 1, 1, 2, 2])[:num]
             value = silhouette_by_hand((x - x.mean(0)) / x.std(0), labels)
             assert described["separability"][group]["silhouette"]["value"] == pytest.approx(value)
-
-
-def test_signs_do_not_depend_on_the_solver_and_more_components_only_add_columns(config, monkeypatch):
-    alignment_vis.main(config)
-    (_, expected), solve = result_of(config), alignment_vis.solve_generalized_eigenproblem
-
-    def flipped(factor, denominator):
-        solved = solve(factor, denominator)
-        signs = 2.0 * (torch.arange(len(solved.eigenvalues)) % 2) - 1  # -1, 1, -1, ...
-        return dataclasses.replace(solved, coordinates=solved.coordinates * signs)
-
-    monkeypatch.setattr(alignment_vis, "solve_generalized_eigenproblem", flipped)
-    alignment_vis.main(with_values(config, num_components=3, overwrite=True))
-    _, table = result_of(config)
-    assert list(table.columns) == ["subspace", "category", "word", *COMPONENTS, "component_3"]
-    pd.testing.assert_frame_equal(table.drop(columns="component_3"), expected)
 
 
 # ------------------------------------------------------------------ separability
@@ -204,8 +180,6 @@ def test_picture_shows_every_word_and_the_line():
         [dashed] = [drawn for drawn in panel.lines if drawn.get_linestyle() == "--"]
         for point in (dashed.get_xy1(), dashed.get_xy2()):
             assert weights @ point == pytest.approx(-intercept, abs=1e-9 * (np.abs(weights) @ np.abs(point) + 1))
-        for low, high, values in ((*panel.get_xlim(), rows.component_1), (*panel.get_ylim(), rows.component_2)):
-            assert low < values.min() and high > values.max() and high - low < 1.5 * np.ptp(values)
     shown = figure.legends[0].get_texts()
     assert [text.get_text() for text in shown] == [
         *("_joy $x_$", "_joy $x_$0", "_joy $x_$1", "_joy $x_$2", "sad", "_cost$", "sad1", "be", "be0", "be1"),
@@ -239,9 +213,7 @@ def test_command_line_writes_table_and_picture(config):
     [
         ("a=red,green", "small,large"),
         ("a=red,,green", "b=small,large"),
-        ("a=red,green", "a=small,large"),
         ("a=red,green", "b=small"),
-        ("a=red,green",),
         ("a=red,green", "b=small, red"),
     ],
 )
@@ -256,7 +228,6 @@ def test_bad_words_are_refused(words):
         ({"layer": 3}, "no layer 3.* 0 to 2, or -3 to -1"),
         ({"num_components": 4}, "perception .*fewer than 4 positive eigenvalues.*smaller --num_components"),
         ({"num_components": 3, "center": True}, "fewer than 3 .*no --center"),
-        ({"dtype": "bfloat16"}, "dtype: 'float32' there, 'bfloat16' now.*--overwrite"),
     ],
 )
 def test_impossible_requests_end_in_one_sentence(made, options, message):

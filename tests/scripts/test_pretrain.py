@@ -22,7 +22,13 @@ from utils.script import ROOT, UserError
 pytestmark = pytest.mark.slow
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
-SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
+SHORT: dict[str, Any] = {
+    "max_documents": 300,
+    "max_steps": 6,
+    "batch_size": 4,
+    "window": 64,
+    "product_dtype": "float32",
+}
 FIELDS = {"fingerprint", "environment", "tokens_seen", "held_out_loss", "unigram_loss", "command", "config", "step"}
 
 
