@@ -35,9 +35,8 @@ def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tupl
     return torch.tensor(StandardScaler().fit_transform(features)).float(), logits.argmax(1)
 
 
-def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, seed=0, inverse_penalty=1.0):
-    """The fit of linear_sklearn.py."""
-    return fit_logistic(features, labels, solver, inverse_penalty, max_iter, tolerance, seed)
+def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, inverse_penalty=1.0):
+    return fit_logistic(features, labels, solver, inverse_penalty, max_iter, tolerance, seed=3)
 
 
 # ------------------------------------------------------------------ solvers
@@ -55,7 +54,7 @@ def test_lbfgs_finds_what_scikit_learn_finds_from_zero_in_fewer_iterations(num_c
 
 def test_saga_equals_scikit_learn_and_is_never_silently_capped():
     features, labels = make_features(200, 10, 3)
-    model, solver = fit(features, labels, "saga", 1000, 0.01, seed=3)
+    model, solver = fit(features, labels, "saga", 1000, 0.01)
     paper = LogisticRegression(max_iter=1000, solver="saga", tol=0.01, random_state=3).fit(features.numpy(), labels)
     np.testing.assert_array_equal(model.coef_, paper.coef_)
     assert solver == {"num_iterations": paper.n_iter_[0], "converged": True}
@@ -137,10 +136,8 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
 
 
 def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsys):
-    names = {"model_name": config.model.model_name, "dataset_name": config.data.dataset_name}
-    names |= {"results_dir": config.run.results_dir}
-    call = ["linear_sklearn.py", *(word for name, value in names.items() for word in (f"--{name}", value))]
-    assert run_in_process(monkeypatch, *call) == 0
+    names = ["--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
+    assert run_in_process(monkeypatch, "linear_sklearn.py", *names, "--results_dir", config.run.results_dir) == 0
     [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
     printed = capsys.readouterr().out
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
@@ -184,14 +181,6 @@ def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
     assert "has not converged" in capsys.readouterr().out  # a reused result warns too
 
 
-def test_few_texts_are_warned_of(config, capsys, tmp_path):
-    few = with_values(config, max_samples=20, results_dir=tmp_path / "few")
-    linear_sklearn.main(few)
-    assert "n / d = 20 / 32 < 1: least squares interpolates" in capsys.readouterr().out
-    for layer in result_of(few)["layers"][1:]:
-        assert layer["train"]["mse"] < 1e-6 and layer["test"]["mse"] > 1e-3
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -216,7 +205,7 @@ def test_regression(model_dirs, tmp_path, capsys):
     train, test = (load_pooled_states(config.run.results_dir, split) for split in ("train", "test"))
     states, scores = test["pooled"][2].astype(np.float64), entry["test"]
     reference = LinearRegression().fit(train["pooled"][2].astype(np.float64), train["labels"])
-    assert set(scores) == {"mse", "mse_over_variance", "r2", "pearson"} and "solver" not in entry
+    assert set(scores) == {"mse", "mse_over_variance", "r2", "pearson"}
     assert scores["r2"] == pytest.approx(reference.score(states, test["labels"]), abs=1e-3)
     correlation = np.corrcoef(reference.predict(states), test["labels"])[0, 1]
     assert scores["pearson"] == pytest.approx(correlation, abs=1e-4)

@@ -120,6 +120,9 @@ def test_models_are_ordered_by_r2_and_ties_are_with_the_first():
     assert [model["above_words"] for model in ranked] == [True, True, False]
     assert [model["lead_over_words"] for model in ranked] == pytest.approx([0.2, 0.194, -0.1])
     assert [model["verdict"] for model in ranked] == ["first choice", "as good as the first", "no better than words"]
+    said = prescreen.recommendation({"models": ranked, "baselines": {"fold_r2": [0.3] * 5}})
+    assert said.endswith("bag of words 30%. The folds do not separate it from near.")
+    assert prescreen.rank_models(models, np.full(5, 0.1))[2]["verdict"] == "behind the first"
 
 
 @pytest.mark.parametrize(
@@ -138,14 +141,6 @@ def test_verdict_and_recommendation(changes, words, verdict, advice):
     assert model["verdict"] == verdict
     said = prescreen.recommendation({"models": [model], "baselines": {"fold_r2": folds.tolist()}})
     assert said.startswith(advice)
-
-
-def test_ties_are_named_in_the_recommendation():
-    names = {"first": FIRST, "near": NEAR, "far": [r2 + 0.15 for r2 in FAR]}
-    models = prescreen.rank_models([screened_model(*item) for item in names.items()], np.full(5, 0.1))
-    assert models[2]["verdict"] == "behind the first"
-    said = prescreen.recommendation({"models": models, "baselines": {"fold_r2": [0.1] * 5}})
-    assert said.endswith("bag of words 10%. The folds do not separate it from near.")
 
 
 def test_random_v_has_the_rank_of_the_next_token_subspace():

@@ -1,7 +1,5 @@
 """demo/pretrain.py: a short run through the command line, resuming, and the committed checkpoint."""
 
-import contextlib
-import io
 import json
 import shutil
 from typing import Any
@@ -14,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo import pretrain
-from demo.pretrain import Config, cut_windows, learning_rate_at, split_documents
+from demo.pretrain import Config, learning_rate_at, split_documents
 from tests.conftest import configure, run_in_process
 from utils.data.docstrings import pretraining_corpus
 from utils.script import ROOT, UserError
@@ -22,13 +20,8 @@ from utils.script import ROOT, UserError
 pytestmark = pytest.mark.slow
 
 CHECKPOINT = ROOT / "demo" / "tiny-lm"
-SHORT: dict[str, Any] = {
-    "max_documents": 300,
-    "max_steps": 6,
-    "batch_size": 4,
-    "window": 64,
-    "product_dtype": "float32",
-}
+SHORT: dict[str, Any] = {"max_documents": 300, "max_steps": 6, "batch_size": 4, "window": 64}
+SHORT |= {"product_dtype": "float32"}  # faster on a CPU without bfloat16 instructions
 FIELDS = {"fingerprint", "environment", "tokens_seen", "held_out_loss", "unigram_loss", "command", "config", "step"}
 
 
@@ -41,11 +34,9 @@ def finished_run(tmp_path_factory):
     """The folder of a short uninterrupted run through the command line."""
     folder = tmp_path_factory.mktemp("pretrain")
     flags = [f"--{name}={value}" for name, value in SHORT.items()]
-    places = [f"--output_dir={folder / 'model'}", f"--results_dir={folder / 'runs'}"]
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch:
+        places = (f"--output_dir={folder / 'model'}", f"--results_dir={folder / 'runs'}")
         assert run_in_process(patch, "demo/pretrain.py", *flags, *places) == 0
-    assert printed.getvalue().splitlines()[-1] == str(folder / "model")
     return folder
 
 
@@ -80,8 +71,6 @@ def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path, monkey
     assert not (tmp_path / "model").exists() and (tmp_path / "runs" / "tiny" / "state.safetensors").exists()
     pretrain.main(short_config(tmp_path))
     assert len(rates) == 4 + 3 and rates[3] == rates[4]
-    resumed, whole = report_of(tmp_path / "model"), report_of(finished_run / "model")
-    assert resumed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-4)
     expected = load_file(finished_run / "model" / "model.safetensors")
     for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
         torch.testing.assert_close(weight, expected[name], atol=2e-3, rtol=2e-2)  # one step of bfloat16
@@ -93,13 +82,12 @@ def test_a_finished_model_is_kept_refused_or_replaced(finished_run, tmp_path, ca
         pretrain.main(short_config(folder, seed=7))
     pretrain.main(short_config(folder, minutes_per_state=9.0))  # changes only speed: the finished model is kept
     assert "already complete" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "fingerprint", lambda: "0123456789abcdef")
-        with pytest.raises(UserError, match=r"pretraining\.json was made from other rows"):
-            pretrain.main(short_config(folder))
     pretrain.main(short_config(folder, seed=7, max_steps=1, overwrite=True))
     report = report_of(folder / "model")
     assert (report["config"]["seed"], report["step"]) == (7, 1)
+    monkeypatch.setattr(pretrain, "fingerprint", lambda: "0123456789abcdef")
+    with pytest.raises(UserError, match=r"pretraining\.json was made from other rows"):
+        pretrain.main(short_config(folder, seed=7, max_steps=1))
 
 
 @pytest.mark.parametrize(("name", "value", "remedy"), [("batch_size", 10**5, "Lower"), ("max_documents", 1, "Raise")])
@@ -108,21 +96,14 @@ def test_too_little_text_is_a_users_mistake(tmp_path, name, value, remedy):
         pretrain.main(short_config(tmp_path, **{name: value}))
 
 
-# ------------------------------------------------------------------ parts
-def test_every_token_of_an_epoch_is_seen_once_and_resuming_keeps_the_order():
-    random = np.random.default_rng(0)
-    documents = [random.integers(1, 4096, size, dtype=np.uint16) for size in (40, 7, 61, 33, 90)]
+def test_batches_cover_an_epoch_and_depend_on_seed_and_step_alone():
+    documents = [np.arange(1 + 100 * i, 41 + 100 * i, dtype=np.uint16) for i in range(5)]  # every token once
     config = Config(batch_size=2, window=8)
-    steps = pretrain.steps_per_epoch(documents, config)
-    stream = pretrain.batches(documents, config, 0)
+    steps, stream = pretrain.steps_per_epoch(documents, config), pretrain.batches(documents, config, 0)
     taken = [next(stream) for _ in range(2 * steps + 1)]
     inputs = torch.cat([batch[:, :-1].flatten() for batch in taken[:steps]])
-    counts = np.bincount(inputs, minlength=4096)
-    assert (counts <= np.bincount(np.concatenate(documents), minlength=4096)).all()
-    assert not all(torch.equal(a, b) for a, b in zip(taken[:steps], taken[steps : 2 * steps], strict=True))
-    for first in (1, steps, steps + 3):
-        assert torch.equal(next(pretrain.batches(documents, config, first)), taken[first])
-    assert cut_windows(np.arange(11, dtype=np.uint16), 4).tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    assert len(inputs.unique()) == len(inputs) == steps * 16 > 160
+    assert all(torch.equal(next(pretrain.batches(documents, config, first)), taken[first]) for first in (1, steps + 3))
 
 
 def test_learning_rate_rises_then_falls_to_zero():
