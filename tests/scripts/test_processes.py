@@ -48,16 +48,17 @@ def pad_counted(rows: list[int]):
     return counted
 
 
-def run_cache(config, size: int, counts) -> list[int | None]:
-    """cache.py in so many processes; the texts that each ran are written as <counts>/<rank>.json."""
+def run_cache(config, size: int, folder) -> list[list[int]]:
+    """Runs cache.py in so many processes; returns the rows of the texts that each ran."""
 
     def run(rank: int) -> None:
         rows: list[int] = []
         TokenizedTexts.pad = pad_counted(rows)
         cache.main(config)
-        (counts / f"{rank}.json").write_text(json.dumps(rows))
+        (folder / f"{rank}.json").write_text(json.dumps(rows))
 
-    return exit_codes(start(run, size))
+    assert exit_codes(start(run, size)) == [0] * size
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,13 +71,11 @@ def small_blocks():
 
 @pytest.fixture(scope="module")
 def alone(model_dirs, rows_path, tmp_path_factory):
-    """The config of a result of one process, for either precision of the products."""
-    folder = tmp_path_factory.mktemp("alone")
-    configs = {
-        name: settings(model_dirs, rows_path, folder / name, product_dtype=name) for name in ("float32", "float64")
-    }
-    for config in configs.values():
-        cache.main(config)
+    """The config of a result of one process, by precision of the products."""
+    folder, configs = tmp_path_factory.mktemp("alone"), {}
+    for name in ("float32", "float64"):
+        configs[name] = settings(model_dirs, rows_path, folder / name, product_dtype=name)
+        cache.main(configs[name])
     return configs
 
 
@@ -85,7 +84,8 @@ def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_d
     """Processes get whole blocks, so that each sum in float32 is the same number in every process."""
     one = alone[product_dtype]
     many = with_values(one, results_dir=tmp_path)
-    assert run_cache(many, size, tmp_path) == [0] * size
+    ran = run_cache(many, size, tmp_path)
+    assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
     expected, found = moments(one.run.results_dir), moments(tmp_path)
     assert expected.keys() == found.keys()
     largest = expected["prefix_second_moment"].abs().amax((1, 2), keepdim=True)
@@ -95,8 +95,6 @@ def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_d
         assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
     pooled = [np.load(next(folder.rglob("*.pooled.npy"))) for folder in (one.run.results_dir, tmp_path)]
     assert np.array_equal(*pooled)
-    ran = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
 
 
 @pytest.mark.slow
@@ -119,18 +117,17 @@ def test_a_process_without_texts_changes_nothing(model_dirs, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     one, three = (settings(model_dirs, path, tmp_path / name, split="all") for name in ("one", "three"))
     cache.main(one)
-    assert run_cache(three, 3, tmp_path) == [0, 0, 0]
-    assert sorted(len(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(3)) == [0, 0, 12]
+    assert sorted(map(len, run_cache(three, 3, tmp_path))) == [0, 0, 12]
     expected, found = (load_file(next((tmp_path / name).rglob("all.safetensors"))) for name in ("one", "three"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # ------------------------------------------------------------------ mistakes
 def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_path, tmp_path):
-    def run(rank: int) -> None:
-        def fail(*_):
-            raise UserError("the states of this process are gone")
+    def fail(*_):
+        raise UserError("the states of this process are gone")
 
+    def run(rank: int) -> None:
         if rank == 1:
             cache.visit_hidden_states = fail
         arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--tokens_per_batch", 96]
@@ -182,7 +179,6 @@ def train(script, size: int, folder, *flags, ready=lambda rank: None, **options)
 
 @pytest.fixture(scope="module")
 def names(model_dirs, rows_path):
-    """Model and texts."""
     return {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
 
 
@@ -202,7 +198,7 @@ def read(folder, pattern: str):
     return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
 
-def test_two_processes_train_the_adapter_of_one_and_run_every_text_once(trained):
+def test_two_processes_train_the_adapter_of_one_run_every_text_and_print_every_path_once(trained):
     for name in ("adapter/adapter_model.safetensors", "head.safetensors"):
         expected, found = (read(folder, f"lora/*/*/{name}") for folder in trained)
         for key, value in expected.items():
@@ -210,18 +206,12 @@ def test_two_processes_train_the_adapter_of_one_and_run_every_text_once(trained)
     expected, found = (read(folder, "lora/*/*/metrics.json") for folder in trained)
     assert found["last"] == pytest.approx(expected["last"], rel=1e-4)
     assert (found["num_processes"], found["texts_per_step"], found["num_steps"]) == (2, 4, 7)
+    assert list(read(trained[1], "lora/*/*/before_after.json")["ntps"])  # with --ntps_after
+    printed = (trained[1] / "printed").read_text().splitlines()
+    paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
+    assert len(set(paths)) == len(paths) == 5 and printed[-1].endswith("before_after.json")
     ran = [json.loads((trained[1] / f"{rank}.json").read_text()) for rank in range(2)]
     assert sorted(itertools.chain(*ran)) == sorted([*range(72)] * 2) and all(ran)  # at steps 4 and 7
-
-
-def test_ntps_after_is_made_and_printed_once(trained):
-    table = read(trained[1], "lora/*/*/before_after.json")
-    assert all(0 < row[when]["value"] < 1 for row in table["ntps"].values() for when in ("before", "after"))
-    printed = (trained[1] / "printed").read_text().splitlines()
-    assert printed[-1].endswith("before_after.json")
-    paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
-    assert len(set(paths)) == len(paths) == 5
-    assert not list(trained[1].rglob("*.tmp"))
 
 
 def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained, names, tmp_path):
@@ -239,7 +229,7 @@ def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained,
     assert train(lora_finetuning, 2, tmp_path, ready=fail_at_step_5, **options) == [1, 1]
     said = (tmp_path / "said").read_text()
     assert said.count("error:") == 1 and "had enough" in said and "Traceback" not in said, said
-    assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("metrics.json"))
     assert train(lora_finetuning, 2, tmp_path, **options) == [0, 0]
     assert "going on from step 5 of 7" in (tmp_path / "printed").read_text()
     expected, found = (read(folder, "lora/*/*/adapter/adapter_model.safetensors") for folder in (trained[1], tmp_path))
