@@ -1,12 +1,12 @@
 """Time the moments: cache.py's pass beside a plain forward pass of the same batches.
 
     python -m benchmarks.bench_cache
-    python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --dtypes float32 bfloat16
+    python -m benchmarks.bench_cache --models smollm2 --dataset_name rotten_tomatoes --dtypes float32 bfloat16
 
-Without --model_name: models of the paper's sizes with random weights, on random texts. With it: that model on a
+A name of benchmarks/harness.py is a model of that size with random weights, on random texts; any other model reads a
 stratified sample of the dataset's training texts. Pass and forward pass take turns in every round; ratios are of the
 fastest rounds. `padding` is padded tokens over tokens.
-Writes results/benchmarks/bench_cache.json, or bench_cache.<model>.json.
+Writes results/benchmarks/bench_cache.json.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -21,14 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 import cache
-from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
+from benchmarks.harness import DECODERS, NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
 from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.models.tokens import TokenizedTexts, tokenize
 from utils.script import pick_device, run_script
-from utils.settings import Data, Dtype, Model, Run, path_name
+from utils.settings import Data, Dtype, Model, Run
 
 Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, folds (n,)
 
@@ -37,9 +37,8 @@ Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, fold
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    model_name: str | None = None  # a --model_name of cache.py; None: random models
-    random_models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py
-    dataset_name: str = "docstrings/library"  # texts of a named model
+    models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py, or a --model_name of cache.py
+    dataset_name: str = "docstrings/library"  # texts of a model with its own weights
     num_texts: int = 468  # texts
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
@@ -48,9 +47,9 @@ class Config:
     run: Run = Run(device="cpu")
 
 
-def read_texts(config: Config) -> Texts:
+def read_texts(name: str, config: Config) -> Texts:
     """Tokens, labels and folds of a sample of the dataset, made as in cache.py."""
-    model, run = Model(str(config.model_name)), config.run
+    model, run = Model(name), config.run
     data = load_texts(Data(config.dataset_name, max_samples=config.num_texts), run, "train")
     model_config = load_config(model, run)
     tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config)
@@ -83,16 +82,14 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
 def main(config: Config) -> None:
     """Measures every model in every dtype and prints a line for each run."""
     device, rows = pick_device(config.run.device), []
-    texts = read_texts(config) if config.model_name else random_texts(config.num_texts, config.mean_length)
-    for name in (config.model_name,) if config.model_name else config.random_models:
+    for name in config.models:
+        is_random = name in DECODERS
+        texts = random_texts(config.num_texts, config.mean_length) if is_random else read_texts(name, config)
         for dtype in config.dtypes:
-            if config.model_name:
-                model = load_base_model(Model(config.model_name, dtype=dtype), config.run, device)
-            else:
-                model = random_model(str(name), dtype, device)
+            own = Model(name, dtype=dtype)
+            model = random_model(name, dtype, device) if is_random else load_base_model(own, config.run, device)
             rows.append(measure(f"{name}, {dtype}", model, texts, config))
-    ending = f".{path_name(config.model_name)}" if config.model_name else ""
-    write_result(config, f"bench_cache{ending}", {"rows": rows})
+    write_result(config, "bench_cache", {"rows": rows})
 
 
 if __name__ == "__main__":

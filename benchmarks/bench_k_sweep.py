@@ -1,14 +1,12 @@
 """Time one layer of K_sweep.py, against three symmetric eigendecompositions of that size.
 
     python -m benchmarks.bench_k_sweep
-    python -m benchmarks.bench_k_sweep --device cuda --hidden_sizes 896 4096
 
 A layer is NTPS with its variants, bounds and nulls. The measure is `scipy.linalg.eigh`, on a GPU `torch.linalg.eigh`,
 of the layer's own matrices.
 Writes results/benchmarks/bench_k_sweep.json.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 
 import cache
 import K_sweep
-from benchmarks.harness import alternate, write_result
+from benchmarks.harness import NUM_CLASSES, alternate, write_result
 from utils.algebra.moments import OF_LAYER, LayerMoments
 from utils.script import pick_device, run_script
 from utils.settings import Run
@@ -29,7 +27,6 @@ class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
     hidden_sizes: tuple[int, ...] = (512, 896, 2048)  # d
-    num_classes: int = 6  # c
     num_rounds: int = 3  # rounds; the fastest counts
     run: Run = Run(device="cpu")
 
@@ -52,14 +49,13 @@ def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
 def main(config: Config) -> None:
     """Measures every hidden size and prints the table."""
     device, rows = pick_device(config.run.device), []
-    decompose: Callable = torch.linalg.eigh if device.type == "cuda" else scipy.linalg.eigh
+    decompose: Any = torch.linalg.eigh if device.type == "cuda" else scipy.linalg.eigh
     for hidden_size in config.hidden_sizes:
-        moments = make_moments(hidden_size, config.num_classes, device)
+        moments = make_moments(hidden_size, NUM_CLASSES, device)
         matrices = (moments.pooled_second_moment, moments.prefix_second_moment, moments.pooled_covariance)
-        arrays = matrices if device.type == "cuda" else [matrix.numpy() for matrix in matrices]
         runs: dict[str, Any] = {
             "layer": partial(K_sweep.sweep_layer, moments, None, K_sweep.Config(), 0),
-            "eigh": lambda arrays=arrays: [decompose(array) for array in arrays],
+            "eigh": lambda matrices=matrices: [decompose(matrix) for matrix in matrices],
         }
         times = alternate(runs, config.num_rounds, device)
         layer, eigh = (min(times[name]) for name in runs)

@@ -1,7 +1,6 @@
 """Compare prescreen.py with TransformerRanker 0.2.0 on the same models and rows: time, memory and scores.
 
     python -m benchmarks.bench_prescreen --models smollm2 tiny --dataset_name rotten_tomatoes
-    python -m benchmarks.bench_prescreen --models tiny --dataset_name docstrings/kind --max_samples 300
 
 Each runs in a process of its own on the same texts. TransformerRanker gives one score of all layers (H-score, best
 layer); prescreen.py gives every score of every layer, the baselines and the page. TransformerRanker is installed into
@@ -91,7 +90,6 @@ def main(config: Config) -> None:
     for name, row in result.items():
         cost = f"{row['seconds']:9.1f} s, {row['cpu_seconds']:9.1f} CPU s, {row['peak_mb'] / 1024:6.2f} GiB"
         print(f"{name:<20}{cost}, {row['scores']}")
-    print(f"prescreen.py: the pass {parts['seconds_of_pass']:.1f} s, all scores {parts['seconds_of_scores']:.1f} s")
     write_result(config, "bench_prescreen", {"num_texts": len(train.texts), **result})
 
 

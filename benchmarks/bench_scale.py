@@ -2,15 +2,14 @@
 
     python -m benchmarks.bench_scale
 
-A random model of two layers reads texts of one-token words. Each of `SIZES` is a run of cache.py from the file of texts
-to the file of moments, in a process of its own: its peak memory is that of this run alone, libraries and model
-included; its seconds are without their start.
+A random model of two layers reads texts of one-token words. Each of `SIZES`, texts and tokens of each text, is a run of
+cache.py from the file of texts to the file of moments, in a process of its own: its peak memory is that of this run
+alone, libraries and model included; its seconds are without their start.
 Writes results/benchmarks/bench_scale.json.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from utils.results import read_identity
 from utils.script import run_script
 from utils.settings import Run, with_values
 
-# texts of a run, and tokens of each text
 SIZES = ((1_000, 32), (10_000, 32), (100_000, 32), (8_192, 16), (2_048, 64), (512, 256), (128, 1024), (64, 2048))
 # each is one token of `tiny` if a blank precedes it
 WORDS = ("the", "of", "is", "to", "in", "for", "with", "from", "value", "name", "type", "file", "list", "object", "set")
@@ -42,10 +40,8 @@ class Config:
 def make_rows(path: Path, num_texts: int, length: int) -> None:
     """Writes `num_texts` texts with one of two labels; each has `length` words, with a blank before every word."""
     random = np.random.default_rng(0)
-    with open(path, "w") as file:
-        for row in range(num_texts):
-            text = "".join(f" {word}" for word in random.choice(WORDS, length))
-            file.write(json.dumps({"text": text, "label": "ab"[row % 2]}) + "\n")
+    texts = [" " + " ".join(random.choice(WORDS, length)) for _ in range(num_texts)]
+    pd.DataFrame({"text": texts, "label": [row % 2 for row in range(num_texts)]}).to_csv(path, index=False)
 
 
 def measure_all(config: Config) -> pd.DataFrame:
@@ -57,16 +53,14 @@ def measure_all(config: Config) -> pd.DataFrame:
         shared = {"model_name": str(folder / "model"), "tokenizer_name": model_source("tiny"), "results_dir": folder}
         shared |= {"split": "all", "device": config.run.device, "product_dtype": "float32"}
         for number, (num_texts, length) in enumerate(SIZES):
-            data = folder / f"{number}.jsonl"
+            data = folder / f"{number}.csv"
             make_rows(data, num_texts, length)
             run = with_values(cache.Config(), dataset_name=str(data), max_length=length, **shared)
             _, cost = in_own_process(cache.main, run)
             num_tokens = read_identity(cache.config_path(run))["num_tokens"]
             assert num_tokens == num_texts * length, "a text has as many tokens as words"
             rows.append({"num_texts": num_texts, "length": length, "num_tokens": num_tokens, **cost})
-    table = pd.DataFrame(rows)
-    table["tokens_per_second"] = table["num_tokens"] / table["seconds"]
-    return table
+    return pd.DataFrame(rows)
 
 
 def main(config: Config) -> None:

@@ -1,7 +1,7 @@
 """Compare steps per second and memory of our training loop with a plain loop: same model, optimiser and batch size.
 
     python -m benchmarks.bench_training
-    python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2 --dataset_name rotten_tomatoes
+    python -m benchmarks.bench_training --kind full_finetuning --model_name smollm2
 
 The plain loop (PEFT's model for LoRA) takes rows in random order, passes an attention mask and, as a data collator
 does, pads every batch to its longest text. Ours groups texts of like length. Both run the decoder alone and take the

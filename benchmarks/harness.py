@@ -18,7 +18,7 @@ from utils.results import save_json
 from utils.script import environment
 from utils.settings import all_settings
 
-NUM_CLASSES, NUM_FOLDS = 6, 5  # for random texts
+NUM_CLASSES, NUM_FOLDS = 6, 5
 MAX_LENGTH = 2048  # tokens of a random text
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 # architecture, `SIZES` and vocabulary: from the models' config.json
@@ -48,8 +48,7 @@ def random_texts(num_texts: int, mean_length: int) -> tuple[TokenizedTexts, Labe
     lengths = random.integers(mean_length - half, mean_length + half + 1, num_texts)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = TokenizedTexts(random.integers(0, 8192, offsets[-1]).astype(np.int32), offsets, MAX_LENGTH)
-    names = [f"class {number}" for number in range(NUM_CLASSES)]
-    labels = LabelledTexts([], np.arange(num_texts) % NUM_CLASSES, names, "")
+    labels = LabelledTexts([], np.arange(num_texts) % NUM_CLASSES, list("abcdef"), "")
     return tokens, labels, np.arange(num_texts) % NUM_FOLDS
 
 

@@ -124,21 +124,17 @@ def compare(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     return table.assign(share=table["largest_difference"] / table["sd_over_tasks"])
 
 
-def save(table: pd.DataFrame, path: Path, digits: int) -> None:
-    """Writes a CSV file and prints its path."""
-    with write_atomically(path) as temporary:
-        table.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
-    print(path)
-
-
 def main(config: Config) -> None:
     """Measures every dataset, writes the CSV files and prints the comparison."""
     rows = [(task, *row) for task in config.tasks for row in measure(task, config)]
     table = pd.DataFrame(rows, columns=["dataset", "score", "variant", "value"])
     compared = compare(table, config)
     print(compared.to_string(index=False, float_format="%.3g", na_rep=""))
-    save(compared, config.output.with_name(f"{config.output.stem}_summary.csv"), 3)
-    save(table, config.output, 9)
+    summary = config.output.with_name(f"{config.output.stem}_summary.csv")
+    for written, path, digits in ((compared, summary, 3), (table, config.output, 9)):
+        with write_atomically(path) as temporary:
+            written.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
+        print(path)
 
 
 if __name__ == "__main__":
