@@ -4,8 +4,6 @@ import ast
 import graphlib
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
 
 ROOMS = ("utils", "fig_plot", "demo", "runs", "benchmarks")
@@ -58,21 +56,14 @@ def room(module: str) -> str:
 GRAPH = {module_name(path): imported_modules(ast.parse(path.read_text())) for path in FILES}
 
 
-def test_the_graph_sees_the_imports():
-    """The tests below rest on it."""
-    assert {"utils.models.load", "utils.algebra.moments", "utils.settings"} <= GRAPH["cache"]
-    assert "cache" in GRAPH["K_sweep"] and "utils.data.docstrings" in GRAPH["utils.data.files"]  # in a function
+def test_arrows_between_rooms_point_one_way():
+    assert "utils.data.docstrings" in GRAPH["utils.data.files"]  # the graph sees an import in a function
     assert {room(module) for module in GRAPH} == set(ALLOWED)
-
-
-@pytest.mark.parametrize("name", ALLOWED)
-def test_arrows_between_rooms_point_one_way(name):
-    files = [module for module in GRAPH if room(module) == name]
     assert not {
         f"{module} -> {imported}"
-        for module in files
+        for module in GRAPH
         for imported in GRAPH[module]
-        if room(imported) not in {name, *ALLOWED[name]}
+        if room(imported) not in {room(module), *ALLOWED[room(module)]}
     }
 
 
@@ -88,7 +79,7 @@ def test_no_file_changes_the_search_path():
 def test_docstrings_begin_with_a_noun_or_a_verb():
     """A first line says what a function returns or does: "The rows of ...", not "What ..." or "Of ..."."""
     files = [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
-    assert {ROOT / "cache.py", ROOT / "utils" / "data" / "files.py", Path(__file__).resolve()} <= {*files}
+    assert {ROOT / "cache.py", Path(__file__).resolve()} <= {*files}
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = {
         f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"

@@ -21,8 +21,6 @@ from tests.processes import exit_codes, start
 from utils.results import write_atomically
 from utils.script import environment, git_commit, run_script
 
-INTERRUPTED = "interrupted; nothing half-written is left behind\n"
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -64,7 +62,8 @@ def test_an_ended_program_leaves_no_temporary_file(number, code, tmp_path):
 
     assert exit_codes(start(whole, output=tmp_path / "said", whole=True)) == [code]
     assert [path.name for path in tmp_path.iterdir()] == ["said"]
-    assert (tmp_path / "said").read_text() == ("" if code == 143 else INTERRUPTED)
+    said = "" if code == 143 else "interrupted; nothing half-written is left behind\n"
+    assert (tmp_path / "said").read_text() == said
 
 
 def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
@@ -95,13 +94,12 @@ def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     git("init")
-    (tmp_path / "file").touch()
-    git("add", "file")
-    git("commit", "-m", "a")
+    git("commit", "--allow-empty", "-m", "a")
     (tmp_path / "unpacked").mkdir()
     commit = git_commit(tmp_path)
     assert commit is not None and re.fullmatch("[0-9a-f]{12}", commit)
-    (tmp_path / "file").write_text("changed")
+    (tmp_path / "file").touch()
+    git("add", "file")
     assert git_commit(tmp_path) == f"{commit}-dirty"
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert git_commit(tmp_path / "unpacked") is None
@@ -124,9 +122,10 @@ for script in {scripts}:
     assert run_command("-c", code).stderr.splitlines() == [f"{script} 0" for script in scripts]
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-                                  "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"])  # fmt: skip
-def test_settings_and_not_the_environment_decide_the_precision(name, monkeypatch):
-    monkeypatch.setenv(name, "bf16")
+def test_settings_and_not_the_environment_decide_the_precision(monkeypatch):
+    names = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"}
+    names |= {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"}
+    for name in names:
+        monkeypatch.setenv(name, "bf16")
     runpy.run_path(str(ROOT / "utils" / "__init__.py"))  # before any library is loaded
-    assert name not in os.environ
+    assert not names & set(os.environ)

@@ -19,7 +19,7 @@ from demo import pretrain, random_twin
 from fig_plot.findings import __main__ as findings
 from tests.conftest import configure
 from utils.script import parse, set_seed
-from utils.settings import Data, Model, all_settings, command_line, expand, path_name, result_settings, with_values
+from utils.settings import Data, Model, command_line, expand, result_settings, with_values
 
 
 def test_the_command_of_a_config_gives_that_config():
@@ -36,17 +36,15 @@ def test_a_command_names_only_what_differs_and_what_is_asked_for():
     config = configure(cache, model_name="me/mine", max_samples=5, overwrite=True)
     assert command_line("cache.py", config) == "python cache.py --model_name me/mine --max_samples 5 --overwrite"
     assert command_line("cache.py", config, {"max_samples"}) == "python cache.py --max_samples 5"
-    assert command_line("-m demo.pretrain", configure(cache)) == "python -m demo.pretrain"
 
 
 def test_a_result_stores_what_changes_it_and_nothing_else():
     here = configure(K_sweep, device="cuda", results_dir=Path("there"), overwrite=True, picture=False, split="test")
     stored = result_settings(here)
     assert stored == result_settings(configure(K_sweep, split="test"))
-    assert stored["split"] == "test" and stored["dtype"] == "float32" and stored["seed"] == 0
+    assert stored["split"] == "test" and stored["seed"] == 0
     assert not {"device", "results_dir", "overwrite", "tokens_per_batch", "picture", "trust_remote_code"} & set(stored)
     assert json.loads(json.dumps(stored)) == stored and isinstance(stored["fractions"], list)
-    assert all_settings(here)["results_dir"] == "there"
 
 
 def test_values_go_to_whatever_group_has_them():
@@ -104,22 +102,15 @@ def test_the_home_folder_stands_for_its_sign_everywhere(tmp_path, monkeypatch):
     assert (config.run.results_dir, config.run.datasets_dir) == (tmp_path / "x", tmp_path / "y")
     assert (config.model.model_name, config.data.dataset_name) == (f"{tmp_path}/m", f"{tmp_path}/rows.csv")
     assert config.model.adapter_dir == tmp_path / "a" and config.words == ("~a=b,c",)
-    assert parse(random_twin.Config, ["--output_dir=~/x"]).output_dir == tmp_path / "x"
 
 
 def test_names_that_every_training_gives_are_made_distinct(tmp_path):
-    for own in ("checkpoint-500", "final", "step_10", "model.gguf"):
+    for own in ("checkpoint-500", "model.gguf"):
         for run in ("run1", "run2", "run2/checkpoint-3"):
             path = tmp_path / run / own
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch() if path.suffix else path.mkdir()
             assert Model(str(path)).path_name == f"{run.replace('/', '__')}__{own.removesuffix('.gguf')}"
-
-
-def test_names_of_what_is_not_on_disk():
-    names = {"Qwen/Qwen2-0.5B": "Qwen__Qwen2-0.5B", "gone.gguf": "gone", "/gone/folder-0.5B": "folder-0.5B"}
-    names |= {"tiny": "tiny", "docstrings/kind": "docstrings__kind"}
-    assert {name: path_name(name) for name in names} == names
 
 
 def test_a_line_break_in_a_template_is_one():
