@@ -174,7 +174,7 @@ def write_tables(folder) -> None:
         "scores": rows,
         "probes": [{**keys, "layer": i, "test_accuracy": a, **layer} for i, a in enumerate((0.5, 0.8, 0.7))],
         "features": [{**keys, "layer": i, "ridge_r2": r, "logme": logme, "h_oas": 1.0, "probe_r2_held_out": r / 2}
-                     for i, (r, logme) in enumerate(((0.1, 0.2), (0.3, 0.9), (0.2, 0.4)))],
+                     for i, (r, logme) in enumerate(((0.5, 0.2), (0.3, 0.9), (0.2, 0.4)))],
         "training": [{**keys, "method": method, "test_accuracy": accuracy} for method, accuracy in
                      (("linear_training", 0.65), ("linear_training_converged", 0.72), ("lora", 0.9),
                       ("full_finetuning", 0.95), ("from_scratch", 0.55))]
