@@ -15,7 +15,6 @@ if datasets_dir := os.environ.pop("NTPS_DATASETS_DIR", None):
 
 import json
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -120,11 +119,10 @@ def rows_path(tmp_path_factory) -> Path:
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in the order of layers."""
     found = {key: tensor for key, tensor in tensors.items() if not key.startswith("layer.")}
-    of_layers: dict[str, dict[int, torch.Tensor]] = {}
-    for key in tensors.keys() - found.keys():
-        _, layer, name = key.split(".", 2)
-        of_layers.setdefault(name, {})[int(layer)] = tensors[key]
-    return found | {name: torch.stack([by_layer[k] for k in sorted(by_layer)]) for name, by_layer in of_layers.items()}
+    of_layers: dict[str, list[torch.Tensor]] = {}
+    for key in sorted(tensors.keys() - found.keys(), key=lambda key: int(key.split(".")[1])):
+        of_layers.setdefault(key.split(".", 2)[2], []).append(tensors[key])
+    return found | {name: torch.stack(of_layer) for name, of_layer in of_layers.items()}
 
 
 def load_moments(path: Path) -> dict[str, torch.Tensor]:
@@ -160,5 +158,5 @@ def kill_at(ready: Callable[[], Any], *arguments: str | Path) -> None:
     while not ready():
         assert process.poll() is None, "it ended before"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()

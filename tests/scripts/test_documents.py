@@ -40,11 +40,8 @@ def test_every_file_and_module_that_the_pages_name_exists():
     assert not [path for path in paths if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())]
 
 
-def test_every_script_stands_in_the_readme():
+def test_the_pages_name_every_script_dataset_and_model():
     assert not [script for script in SCRIPTS if f"`{script}`" not in README and f"    {script}" not in README]
-
-
-def test_tables_name_every_dataset_and_model():
     assert not [spec.key for spec in SPECS if f"`{spec.key}`" not in MODELS_AND_DATA]
     for name in MODELS:
         assert f"`{name}`" in MODELS_AND_DATA or f"`-{name.split('-', 1)[1]}`" in MODELS_AND_DATA, name

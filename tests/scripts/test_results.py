@@ -2,7 +2,6 @@
 
 import math
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +19,12 @@ from utils.results import (
     find_result,
     load_json,
     open_tensors,
-    result_path,
     save_json,
     save_tensors,
     settings_from_moments,
 )
 from utils.script import UserError
-from utils.settings import Data, Run, all_settings, result_settings
+from utils.settings import Run, all_settings, result_settings
 
 BOTH = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
 TENSORS = {
@@ -206,14 +204,3 @@ def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_a
     assert "dtype" not in message and "max_length" not in message and str(path) in message
     config = configure(module, seed=4)
     assert settings_from_moments(config, tmp_path / "none.safetensors") is config
-
-
-def test_the_short_name_of_an_adapted_model_stands_for_model_and_adapter(tmp_path):
-    path, adapted = tmp_path / "train.safetensors", {"model_name": "micro", "adapter_dir": Path("a b/adapter")}
-    save_tensors(path, {}, {"config": result_settings(configure(cache, **adapted))})
-    found = settings_from_moments(configure(K_sweep, model_name="micro+lora"), path).model
-    assert (found.model_name, found.adapter_dir, found.path_name) == ("micro", Path("a b/adapter"), "micro+lora")
-    expected = path.parent / "ntps/micro+lora/emotion.json"
-    assert result_path("ntps", Run(results_dir=path.parent), found, Data("emotion"), ".json") == expected
-    with pytest.raises(UserError, match="model_name: 'micro' there, 'other' now"):
-        settings_from_moments(configure(K_sweep, model_name="other"), path)
