@@ -182,6 +182,7 @@ def read(folder, pattern: str):
     return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one_and_print_every_path_once(trained):
     for name in ("adapter/adapter_model.safetensors", "head.safetensors"):
         expected, found = (read(folder, f"lora/*/*/{name}") for folder in trained)
@@ -196,6 +197,7 @@ def test_two_processes_train_the_adapter_of_one_and_print_every_path_once(traine
     assert len(set(paths)) == len(paths) == 5 and printed[-1].endswith("before_after.json")
 
 
+@pytest.mark.slow
 def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained, names, tmp_path):
     def fail_at_step_5(rank: int) -> None:
         step = training.train_step
