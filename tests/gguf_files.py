@@ -9,13 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from utils.models.gguf import ARCHITECTURES, GGUF_ARCHITECTURES
 
-FILE_TYPES = {
-    "F32": gguf.LlamaFileType.ALL_F32,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-}
-
 
 def architecture_of(config: PreTrainedConfig) -> str:
     """The name of a model's architecture in a GGUF file."""
@@ -41,16 +34,8 @@ def write_gguf(
 ) -> Path:
     """A causal LM and its byte-level BPE tokenizer in one file.
 
-    Args:
-        path: the file to write.
-        model: llama, qwen2, qwen3 or gemma3_text.
-        tokenizer: the model's tokenizer.
-        quantisation: type of the matrices with rows that can be cut into blocks.
-        architecture: the name to write instead of the model's.
-        without: settings and weights to leave out.
-        extra: further settings.
-        pre_tokenizer: the name of the rule that cuts a text into words.
-        bos_token_id: the token that the tokenizer puts before each text; None: none.
+    Settings and weights named in `without` are left out, `extra` settings are added; `pre_tokenizer` names the rule
+    that cuts a text into words; the tokenizer puts `bos_token_id` before each text unless it is None.
     """
     config = model.config
     name = architecture or architecture_of(config)
@@ -72,7 +57,8 @@ def write_gguf(
     for key, value in (extra or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)
-    writer.add_file_type(FILE_TYPES[quantisation])
+    prefix = "ALL" if quantisation == "F32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{quantisation}"])
     add_tokenizer(writer, tokenizer, pre_tokenizer, bos_token_id)
     add_weights(writer, model, gguf.GGMLQuantizationType[quantisation], without)
     writer.write_header_to_file()
