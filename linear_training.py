@@ -21,7 +21,7 @@ import utils  # isort: skip  # noqa: F401, before the libraries that read the en
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,10 +37,7 @@ from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, make_head, save_head
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from utils.training.objective import BatchOrder, Objective, save_head
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -117,7 +114,7 @@ def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple
     return {f"{part}_{name}": value for part, scores in found.items() for name, value in scores.items()}
 
 
-def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: "Accelerator", folder: Path) -> TrainingRun:
+def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, folder: Path) -> TrainingRun:
     """Head, optimiser (AdamW) and evaluation over the stored states, which are made if missing."""
     device = accelerator.device
     kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
@@ -131,7 +128,8 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: "Acce
         parts["validation"] = (states["train"][held_out], targets["train"][held_out])
     train_states, identity = states["train"][kept], make_identity(config, data)
     set_seed(config.data.seed)
-    head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
+    linear = torch.nn.Linear(train_states.shape[1], objective.num_labels)
+    head = torch.nn.Sequential(torch.nn.Dropout(config.dropout), linear).to(device)
     order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 
     def has_stalled(history: list[dict]) -> bool:
@@ -155,7 +153,7 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: "Acce
         accelerator=accelerator,
         folder=folder,
         identity=identity,
-        session=config.session,
+        config=config,
         save_weights=lambda: save_head(folder / "head.safetensors", head, objective, identity, mean, spread),
         stop=has_stalled,
     )

@@ -35,8 +35,7 @@ from utils.parallel import object_of_first
 from utils.results import check_identity, read_identity, result_path, save_json, settings_from_moments, write_atomically
 from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check, result_settings, with_values
-from utils.training.before_after import compare, print_comparison
-from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, finetune
+from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, compare, finetune, print_comparison
 from utils.training.loop import find_finished, make_identity
 
 if TYPE_CHECKING:
@@ -189,8 +188,7 @@ def main(config: Config) -> None:
     metrics = finetune(config, "lora", build, data)
     adapted = {"adapter_dir": folder / "adapter"}
     after = sweep_model(with_values(moments, **adapted), with_values(sweep, **adapted), data)
-    defaults = result_settings(linear_training.Config(model=config.model, data=config.data))
-    result = compare(before, after, probe, metrics, defaults)
+    result = compare(before, after, probe, metrics)
     object_of_first(lambda: save_json(folder / "before_after.json", result))
     print_comparison(result)
     print(folder / "before_after.json")

@@ -1,7 +1,6 @@
 """lora_finetuning.py: trained and frozen weights, the saved adapter, resuming, and NTPS before and after."""
 
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -114,8 +113,6 @@ def test_gradient_checkpointing_runs_a_layer_twice_and_changes_no_loss(settings)
     [
         ({"target_modules": ("q_proj", "query")}, r"has no query\. Choose --target_modules among .*q_proj"),
         ({"start_layer": 2}, "has layers 0 to 1"),
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"warmup": -0.1}, "warmup must be in"),
         ({"dtype": "float16"}, "float16 does not train"),
     ],
@@ -123,13 +120,6 @@ def test_gradient_checkpointing_runs_a_layer_twice_and_changes_no_loss(settings)
 def test_mistakes_are_named(settings, change, message):
     with pytest.raises((UserError, ValueError), match=message):
         lora_finetuning.main(configure(lora_finetuning, **settings | change))
-
-
-def test_an_unknown_family_needs_targets(settings, monkeypatch):
-    monkeypatch.delitem(LORA_TARGET_MODULES, "qwen2")
-    known = r"No projections of .* are known\. Choose --target_modules .* down_proj, .*q_proj"
-    with pytest.raises(UserError, match=known):
-        make_run(lora_finetuning, configure(lora_finetuning, **settings))
 
 
 # ------------------------------------------------------------------ command line
@@ -145,11 +135,9 @@ def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypa
     assert sorted(path.name for path in folder.iterdir()) == names
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["bias"]) == (32, 32, "none")
-    rows = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
-    assert [row["step"] for row in rows] == ["6", "12"]
+    assert [line.split(",")[0] for line in (folder / "history.csv").read_text().splitlines()] == ["step", "6", "12"]
     assert metrics["last"]["step"] == 12 and metrics["best"]["step"] in (6, 12) and metrics["texts_per_step"] == 8
     assert {"test_loss", "test_accuracy", "test_balanced_accuracy", "test_macro_f1"} <= set(metrics["last"])
-    assert {"majority", "bag_of_words"} <= set(metrics["baselines"])
 
 
 def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
@@ -177,17 +165,20 @@ def scores_of(results, model) -> dict:
 
 @pytest.fixture(scope="module")
 def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
-    """Settings of a run with --ntps_after; tests work on copies of its results."""
-    settings = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
-    settings |= {"results_dir": tmp_path_factory.mktemp("compared"), "dtype": "float32", "num_steps": 30}
-    settings |= {"batch_size": 4, "learning_rate": 1e-2}
+    """Settings of a run with --ntps_after, behind scores without test moments; tests work on copies of its results."""
+    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
+    shared |= {"results_dir": tmp_path_factory.mktemp("compared")}
+    cache.main(configure(cache, **shared))
+    few_draws = configure(K_sweep, **shared, picture=False, num_null_draws=2, num_random_draws=2)
+    assert not K_sweep.main(few_draws)["held_out"]
+    settings = shared | {"dtype": "float32", "num_steps": 30, "batch_size": 4, "learning_rate": 1e-2}
     reads, find_source, printed = [], data_module.find_source, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(data_module, "find_source", lambda *given: reads.append(given) or find_source(*given))
         lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
-    assert printed.getvalue().strip().splitlines()[-1].endswith("before_after.json")
-    assert "difference" in printed.getvalue() and "retained" in printed.getvalue()
-    assert len(reads) == 1 and printed.getvalue().count("168 train and 72 test texts") == 1  # the splits are read once
+    printed = printed.getvalue()
+    assert printed.strip().splitlines()[-1].endswith("before_after.json") and "difference" in printed
+    assert len(reads) == 1 and printed.count("168 train and 72 test texts") == 1  # the splits are read once
     return settings
 
 
@@ -196,44 +187,37 @@ def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
     folder, metrics = result(results)
     table = json.loads((folder / "before_after.json").read_text())
     for row, model in (("before", folder.parent.name), ("after", f"{folder.parent.name}+lora")):
+        assert scores_of(results, model)["held_out"]
         scores = scores_of(results, model)["score"]
         assert table["ntps"]["retained"][row] == scores["retained"] and table["ntps"]["ntps"][row] == scores["ntps"]
-    assert abs(table["ntps"]["ntps"]["difference"]) > 1e-6
+    assert table["ntps"]["ntps"]["before"] != table["ntps"]["ntps"]["after"]
     [probe] = results.glob("linear_training/*/*/metrics.json")
     assert table["linear_probe"] == json.loads(probe.read_text())["last"]["test_accuracy"]
     assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
 
 
 def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
-    """Another adapter is copied to the same place; then --overwrite trains the first one again: its scores are back."""
     results = tmp_path / "results"
-    settings, other = compared | {"results_dir": results}, compared | {"results_dir": tmp_path / "other"}
-    lora_finetuning.main(configure(lora_finetuning, **other | {"learning_rate": 3e-2}))
     shutil.copytree(compared["results_dir"], results)
     folder, _ = result(results)
     model = folder.parent.name
     before, after = scores_of(results, model), scores_of(results, f"{model}+lora")
     [moments] = results.glob(f"moments/{model}+lora/*/train.safetensors")
-    stale = moments.read_bytes()
-    shutil.copytree(result(tmp_path / "other")[0], folder, dirs_exist_ok=True)
-    lora_finetuning.main(configure(lora_finetuning, **settings | {"learning_rate": 3e-2}, ntps_after=True))
+    stale, settings = moments.read_bytes(), compared | {"results_dir": results, "learning_rate": 3e-2}
+    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True, overwrite=True))
     renewed = scores_of(results, f"{model}+lora")["score"]["ntps"]
     assert moments.read_bytes() != stale and renewed["value"] != after["score"]["ntps"]["value"]
     assert scores_of(results, model) == before
     assert json.loads((folder / "before_after.json").read_text())["ntps"]["ntps"]["after"] == renewed
-    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True, overwrite=True))
-    assert scores_of(results, f"{model}+lora")["score"]["ntps"] == after["score"]["ntps"]
 
 
 @pytest.mark.parametrize(
     ("result_of", "keys", "value", "message"),
     [
         ("linear_training", ["config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
-        ("linear_training", ["config", "seed"], 1, "seed: 1 there, 0 now"),
         ("linear_training", ["test_fingerprint"], "of others", "other rows"),
         ("linear_training", ["label_names"], ["a", "b", "c"], "other classes"),
         ("linear_training", ["model_fingerprint"], "of another", "other weights"),
-        ("ntps", ["moments", "config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
         ("ntps", ["moments", "fingerprint"], "of others", "other rows"),
         ("ntps", ["held_out", "fingerprint"], "of others", "other rows"),
     ],
@@ -255,20 +239,10 @@ def test_results_that_do_not_fit_are_refused_before_the_training(
     assert not (results / "moments").exists()
 
 
-def test_scores_made_before_the_test_moments_get_held_out_numbers_before_the_training(settings, monkeypatch):
-    shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
-    cache.main(configure(cache, **shared))
-    K_sweep.main(configure(K_sweep, **shared, picture=False))
-    monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
-    with pytest.raises(pytest.fail.Exception):
-        lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
-    assert scores_of(settings["results_dir"], "*")["held_out"]
-
-
 def test_ntps_after_has_the_settings_of_the_scores_before(settings):
     """Pooling is that of LoRA; dtype, folds and options come from the stored scores; their moments are deleted."""
-    settings |= {"pooling": "last", "num_steps": 2}
-    shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir")}
+    settings |= {"pooling": "last", "num_steps": 2, "max_samples": 80}
+    shared = {name: settings[name] for name in ("model_name", "dataset_name", "results_dir", "max_samples")}
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split, pooling="last", dtype="bfloat16", num_folds=3))
     options = {"num_null_draws": 7, "num_random_draws": 3, "fractions": (0.3, 0.7)}

@@ -17,10 +17,7 @@ UNDIVIDED_SHARE = 0.05  # share of the letters; a foreign word in a text stays b
 
 
 def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
-    """TF-IDF features of the words of train, sparse (n, words) float32; one column of zeros if train has no word.
-
-    In scripts without blanks between words (Chinese, Japanese, Thai, ...), 1 to 3 neighbouring characters are words.
-    """
+    """TF-IDF features of the words of train, sparse (n, words) float32; one column of zeros if train has no word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     undivided = sum(len(UNDIVIDED.findall(text)) for text in train)
@@ -35,11 +32,7 @@ def tfidf_features(train: list[str], test: list[str]) -> tuple[Any, Any]:
 
 
 def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, Any]]:
-    """Fits two baselines on the texts of `train`; returns their scores on `test`, and on `train` under that key.
-
-    `majority` predicts the class frequencies of train, and so the most frequent class (regression: the mean).
-    `bag_of_words` is scikit-learn's TF-IDF, sublinear, with logistic regression (C = 10) or ridge (alpha = 1).
-    """
+    """Scores of the class frequencies (or the mean) and of a bag of words, fitted on `train`, on both splits."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -59,10 +52,7 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
 
 
 def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """R2 of ridge regression (alpha = 1) on TF-IDF on each fold that has texts, fitted on the others: (folds,).
-
-    `targets` are one-hot labels or targets, (n, c), `folds` the number of the fold of each text, (n,).
-    """
+    """R2 of ridge on TF-IDF on each fold that has texts, fitted on the others; targets (n, c), fold numbers (n,)."""
     from sklearn.linear_model import Ridge
 
     words, r2 = tfidf_features(train.texts, train.texts[:1])[0].astype(np.float64), []

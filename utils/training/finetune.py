@@ -1,18 +1,19 @@
 """Train an LM and a linear head on labelled texts: the shared part of lora_finetuning.py and from_scratch.py.
 
-The two scripts build and save the model each in its own way; this file has settings, data, optimiser, schedule,
-evaluation and results. b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
+The scripts build and save the model. Shapes: b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.check import self_check
@@ -23,10 +24,7 @@ from utils.results import result_path
 from utils.script import set_seed
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, make_head, save_head
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from utils.training.objective import BatchOrder, Objective, save_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +86,17 @@ class Classifier(nn.Module):
         self.decoder, self.head, self.pooling, self.dtype = decoder, head, pooling, dtype
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Outputs (b, c). It needs no mask: the causal mask hides right padding from every valid token."""
+        """Outputs (b, c); the causal mask hides right padding from every valid token."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             states = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return self.head(pool(states.float(), lengths, self.pooling))  # never in half precision: sums over tokens
 
 
 @torch.no_grad()
-def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int,
-            accelerator: "Accelerator") -> Tensor:  # fmt: skip
-    """Outputs of all texts, (n, c) float32 on the CPU, independent of the batches; each text is run once.
-
-    Every process fills in the rows of its batches; the sum over processes holds all rows.
-    """
+def predict(
+    model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_per_batch: int, accelerator: Any
+) -> Tensor:
+    """Outputs of all texts, (n, c) float32 on the CPU; every process fills in the rows of its batches."""
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
     batches = token_batches(tokens.lengths, tokens_per_batch, tokens.rope_limit)
@@ -110,8 +106,7 @@ def predict(model: nn.Module, tokens: TokenizedTexts, num_labels: int, tokens_pe
 
 
 # ------------------------------------------------------------------ run
-# a base model without lm_head, and the function that writes its trained part into the folder of the result
-Trainable = tuple[Any, Callable[[Path], None]]
+Trainable = tuple[Any, Callable[[Path], None]]  # a base model; the function that writes its trained part into a folder
 
 
 def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) -> dict[str, TokenizedTexts]:
@@ -122,7 +117,7 @@ def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) ->
 
 
 def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
-              accelerator: "Accelerator", folder: Path) -> TrainingRun:  # fmt: skip
+              accelerator: Any, folder: Path) -> TrainingRun:  # fmt: skip
     """Makes one run on train and test: classifier, optimiser, order of the rows and evaluation."""
     from transformers import Adafactor
 
@@ -132,7 +127,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
     self_check(decoder.to(device), tokens["train"], config.model.model_name)
     objective = Objective.of(data["train"])
     targets = {split: objective.targets(part.labels) for split, part in data.items()}
-    head = make_head(decoder.config.hidden_size, objective.num_labels, training.dropout)
+    head = nn.Sequential(nn.Dropout(training.dropout), nn.Linear(decoder.config.hidden_size, objective.num_labels))
     if config.session.gradient_checkpointing:
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
@@ -164,7 +159,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
         accelerator=accelerator,
         folder=folder,
         identity=identity,
-        session=config.session,
+        config=config,
         save_weights=save_weights,
         sides=tokens["train"].sides,
     )
@@ -174,3 +169,33 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
     """The metrics of the model that `build` makes, in every process; trained unless `kind` has the result already."""
     folder = result_path(kind, config.run, config.model, config.data)
     return train_once(config, folder, data, lambda accelerator: build_run(config, build, data, accelerator, folder))
+
+
+# ------------------------------------------------------------------ before and after LoRA
+def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any]:
+    """Each score before and after LoRA; accuracy (R2 for regression) of probe and LoRA at the last step, and the gain.
+
+    `before` and `after` are results of K_sweep.py, `probe` and `lora` are metrics.
+    """
+    name = "test_accuracy" if "test_accuracy" in lora["last"] else "test_r2"
+    return {
+        "config": lora["config"],
+        "model_fingerprint": lora["model_fingerprint"],
+        "rule": before["score"]["rule"],
+        "ntps": {score: {"before": before["score"][score], "after": after["score"][score]} for score in SCORES},
+        "score": name,
+        "linear_probe": probe["last"][name],
+        "lora": lora["last"][name],
+        "gain": lora["last"][name] - probe["last"][name],
+        "probe_settings": probe["config"],
+    }
+
+
+def print_comparison(result: dict) -> None:
+    """Prints the table of `compare`."""
+    rows = {name: [row["before"]["value"], row["after"]["value"]] for name, row in result["ntps"].items()}
+    rows["linear probe, LoRA"] = [result["linear_probe"], result["lora"]]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["before", "after"]).astype(float)
+    table["difference"] = table["after"] - table["before"]
+    print("\n" + table.to_string(float_format="{:.4f}".format))
+    print(f"NTPS: {result['rule']}; probe and LoRA: {result['score']} at the last step")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,20 +28,17 @@ from utils.models.check import routes_tokens
 from utils.models.load import model_fingerprint, stored_as
 from utils.parallel import leave, object_of_first
 from utils.script import UserError, environment, pick_device, termination_noted
-from utils.settings import Session, all_settings, result_settings
+from utils.settings import all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
 from utils.training.state import load_state, save_state
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 STATE, METRICS = "state.safetensors", "metrics.json"  # in the folder of a result; a finished run has no state
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training run with all its parts; n training rows, b rows of a batch, c outputs."""
+    """One training run; n training rows, b rows of a batch, c outputs."""
 
     model: Any  # a module, from the results of `inputs` to (b, c); parameters that require a gradient are trained
     inputs: Callable[[np.ndarray], tuple[Tensor, ...]]  # training rows (b,) -> inputs of the model, on its device
@@ -54,10 +51,10 @@ class TrainingRun:
     num_steps: int
     steps_per_evaluation: int
     batch_size: int  # rows of one forward pass; a step has order.rows_per_step of them, over all processes
-    accelerator: "Accelerator"
+    accelerator: Any  # accelerate's
     folder: Path  # folder of the result
     identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
-    session: Session
+    config: Any  # the settings of the script
     save_weights: Callable[[], None]  # writes the trained weights into the folder
     stop: Callable[[list[dict]], bool] = lambda history: False  # asked after each evaluation
     sides: np.ndarray | None = None  # (n,) training rows of different sides never share a forward pass
@@ -89,20 +86,11 @@ def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]
 
 
 def find_finished(config: Any, folder: Path, data: dict[str, LabelledTexts]) -> dict | None:
-    """The metrics of a finished run of this identity; None if the run has to be made.
-
-    With --overwrite an old result stays until the new one replaces it, and a state of this identity is continued.
-    Refuses a result or a state of another identity, and a folder that cannot be written.
-    """
-    identity = make_identity(config, data)
-    metrics = results.find_result(folder / METRICS, identity, config.run)
-    if metrics is None and (folder / STATE).is_file():
-        results.check_state(folder / STATE, identity, config.run.overwrite)
-    return metrics
+    """The metrics of a finished run; None if it has to be made. Raises UserError: it has another identity."""
+    return results.find_result(folder / METRICS, make_identity(config, data), config.run)
 
 
-def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
-               build: Callable[["Accelerator"], TrainingRun]) -> dict:  # fmt: skip
+def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts], build: Callable[[Any], TrainingRun]) -> dict:
     """The metrics of the run that `build` makes, in every process; reused if `folder` has a result of this identity."""
     with results.one_run_at_a_time(folder / METRICS):
         metrics = object_of_first(lambda: find_finished(config, folder, data))
@@ -111,10 +99,10 @@ def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts],
             return metrics
         run = build(start_accelerator(config, folder))
         progress = train(run)
-        return object_of_first(lambda: save_result(config, run, progress, data))
+        return object_of_first(lambda: save_result(run, progress, data))
 
 
-def start_accelerator(config: Any, folder: Path) -> "Accelerator":
+def start_accelerator(config: Any, folder: Path) -> Any:
     """Starts accelerate on the device asked for, with its tracker, in the existing group of processes."""
     from accelerate import Accelerator
 
@@ -123,10 +111,8 @@ def start_accelerator(config: Any, folder: Path) -> "Accelerator":
         raise UserError(f"--track {tracker} needs a package that is not installed. Run: pip install {tracker}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the one that accelerate takes
-    log_with = None if tracker == "none" else tracker
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", log_with=log_with, project_dir=folder / "track"
-    )
+    log = {"log_with": None if tracker == "none" else tracker, "project_dir": folder / "track"}
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", **log)
     simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in all_settings(config).items()}
     accelerator.init_trackers(folder.parent.parent.name, config=simple)
     return accelerator
@@ -135,20 +121,18 @@ def start_accelerator(config: Any, folder: Path) -> "Accelerator":
 # ------------------------------------------------------------------ training
 def load_progress(run: TrainingRun) -> Progress:
     """Loads the state of an interrupted run into model and optimiser; returns its progress, else that of a new run."""
-    stored = load_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity)
-    progress = Progress(**{name: stored[name] for name in vars(Progress())}) if stored else Progress()
-    if object_of_first(lambda: progress.step) != progress.step:
-        raise UserError(f"{run.folder / STATE} differs between machines. Set --results_dir to a folder they share.")
-    if stored:
+    path, overwrite, progress = run.folder / STATE, run.config.run.overwrite, Progress()
+    object_of_first(lambda: path.is_file() and results.check_state(path, run.identity, overwrite))
+    if stored := load_state(path, run.trained_parameters(), run.optimizer, run.identity):
+        progress = Progress(**{name: stored[name] for name in vars(progress)})
         print(f"going on from step {progress.step} of {run.num_steps}")
+    if object_of_first(lambda: progress.step) != progress.step:
+        raise UserError(f"{path} differs between machines. Set --results_dir to a folder they share.")
     return progress
 
 
 def train(run: TrainingRun) -> Progress:
-    """Trains until `num_steps` or until `stop` says so; continues from the state of an interrupted run.
-
-    After SIGTERM it finishes the step, saves a state and exits. Only the main process, by its clock, saves states.
-    """
+    """Trains until `num_steps` or until `stop` says so, from the state of an interrupted run if one exists."""
     from accelerate import DistributedDataParallelKwargs
 
     progress, accelerator = load_progress(run), run.accelerator
@@ -157,25 +141,22 @@ def train(run: TrainingRun) -> Progress:
     model = accelerator.prepare_model(run.model, device_placement=False)
     run.model.train()
     clock, saved = time.monotonic(), progress.seconds
-    bar = tqdm(total=run.num_steps, initial=progress.step, unit="step", desc="train", mininterval=1,
-               disable=not accelerator.is_main_process)  # fmt: skip
+    bar = tqdm(total=run.num_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     with bar, termination_noted() as termination:
         while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
             progress.losses.append(train_step(run, progress, model))
             bar.update()
             is_last = progress.step == run.num_steps
             if progress.step % run.steps_per_evaluation == 0 or is_last:
-                row = add_row(run, progress)
-                bar.set_postfix({name: value for name, value in row.items() if "loss" in name}, refresh=False)
+                add_row(run, progress)
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
             # all processes must end after the same step, or one would wait for another
             asked = torch.tensor(float(termination.is_set()), device=run.targets.device)
             is_ended = accelerator.reduce(asked).item() > 0
-            is_due = progress.seconds - saved >= 60 * run.session.minutes_per_state
+            is_due = progress.seconds - saved >= 60 * run.config.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
-                parameters = run.trained_parameters()
-                save_state(run.folder / STATE, parameters, run.optimizer, run.identity, vars(progress))
+                save_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity, vars(progress))
                 saved = progress.seconds
             if is_ended and not is_last:
                 leave()  # together, now that the state is written
@@ -185,8 +166,8 @@ def train(run: TrainingRun) -> Progress:
     return progress
 
 
-def add_row(run: TrainingRun, progress: Progress) -> dict[str, Any]:
-    """Evaluates, appends a row to the history and returns it; its training loss is the mean since the last row."""
+def add_row(run: TrainingRun, progress: Progress) -> None:
+    """Evaluates and appends a row to the history; its training loss is the mean since the last row."""
     row = {
         "step": progress.step,
         "epoch": progress.step / run.order.steps_per_epoch,
@@ -199,7 +180,6 @@ def add_row(run: TrainingRun, progress: Progress) -> dict[str, Any]:
     progress.history.append(row)
     progress.losses.clear()
     run.accelerator.log(row, step=progress.step)
-    return row
 
 
 def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
@@ -222,13 +202,12 @@ def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
 def accumulate_gradients(run: TrainingRun, step: int, model: nn.Module, rows: np.ndarray) -> float:
     """Adds up the gradient of the mean loss over `rows`, `batch_size` of them at a time; returns that loss.
 
-    Each process takes its share of the rows; DDP averages over processes, hence the factor. A process without a row
-    of its own at the end of an epoch runs one row with weight 0.
+    A process without a row of its own at the end of an epoch runs one row with weight 0.
     """
-    accelerator, num_rows = run.accelerator, len(rows)
+    accelerator = run.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     own = rows[rank::world]
-    weight = world / num_rows if len(own) else 0.0
+    weight = world / len(rows) if len(own) else 0.0  # DDP averages over processes
     parts = split_rows(own, run.batch_size, run.sides) or [rows[:1]]
     torch.manual_seed(int(np.random.SeedSequence((run.order.seed, step, rank)).generate_state(1)[0]))  # dropout
     total = torch.zeros((), device=run.targets.device)
@@ -250,11 +229,8 @@ def best_row(history: list[dict], is_regression: bool) -> dict:
     return min(history, key=lambda row: row["test_loss"] if is_regression else -row["test_accuracy"])
 
 
-def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts]) -> dict:
-    """Writes the weights, history.csv and, last, metrics.json; prints and returns the metrics.
-
-    Everything is computed before anything is written, so that old and new files coexist only briefly.
-    """
+def save_result(run: TrainingRun, progress: Progress, data: dict[str, LabelledTexts]) -> dict:
+    """Writes the weights, history.csv and, last, metrics.json; prints and returns the metrics."""
     history = progress.history
     metrics = {
         **run.identity,
@@ -267,13 +243,13 @@ def save_result(config: Any, run: TrainingRun, progress: Progress, data: dict[st
         "texts_per_step": run.order.rows_per_step,
         "num_processes": run.accelerator.num_processes,
         "seconds": progress.seconds,
-        **stored_as(config.model),
+        **stored_as(run.config.model),
         "last": history[-1],
         "best": best_row(history, run.objective.is_regression),
         "best_rule": "validation loss" if "validation_loss" in history[0] else "test score (flatters)",
         "baselines": text_baselines(data["train"], data["test"]),
     }
-    run.save_weights()
+    run.save_weights()  # now that all is computed: old and new files coexist only briefly
     (run.folder / METRICS).unlink(missing_ok=True)  # left by an earlier run
     with results.write_atomically(run.folder / "history.csv") as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
@@ -288,7 +264,6 @@ def print_scores(metrics: dict) -> None:
     """Prints the test scores of the last and the best step, beside those of the baselines."""
     rows = {name: {f"test_{k}": v for k, v in scores.items()} for name, scores in metrics["baselines"].items()}
     rows |= {"last": metrics["last"], f"best by {metrics['best_rule']}": metrics["best"]}
-    names = [name for name in metrics["last"] if name.startswith("test_")]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["step", *names]).astype({"step": "Int64"})
-    table.columns = table.columns.str.replace("_", " ")
+    names = ["step", *(name for name in metrics["last"] if name.startswith("test_"))]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=names).astype({"step": "Int64"})
     print("\n" + table.to_string(float_format="{:.4f}".format, na_rep=""))

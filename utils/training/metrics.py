@@ -4,10 +4,7 @@ import numpy as np
 
 
 def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
-    """Accuracy, balanced accuracy (mean recall of the classes present), macro-F1 and log-loss (natural logarithm).
-
-    `labels` (n,) are classes 0..c-1; the rows of `probabilities` (n, c) sum to 1 up to rounding.
-    """
+    """Accuracy, balanced accuracy of the classes present, macro-F1, log-loss; labels (n,), probabilities (n, c)."""
     from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
     probabilities = probabilities.astype(np.float64)
@@ -22,10 +19,7 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict
 
 
 def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
-    """Mean squared error over rows and targets (n, c), the same divided by the variance of these targets, and R2.
-
-    The last two are None if all targets are equal.
-    """
+    """Mean squared error of (n, c), that over the targets' variance, and R2; None if all targets are equal."""
     error = float(np.square(targets - predictions).mean())
     constant = bool((targets == targets[:1]).all())  # its computed variance may be a rounding error
     share = None if constant else error / float(targets.var(0).mean())

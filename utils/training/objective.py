@@ -1,4 +1,4 @@
-"""Define the head, the loss and its scores, and the rows of each step; n or b texts, d features, c outputs."""
+"""Define the loss and its scores, the file of the head, and the rows of each step; d features, c outputs."""
 
 import functools
 import math
@@ -19,12 +19,6 @@ from utils.training.metrics import classification_scores, regression_scores
 GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
 
 
-# ------------------------------------------------------------------ head and objective
-def make_head(hidden_size: int, num_labels: int, dropout: float) -> nn.Sequential:
-    """Dropout and a linear layer on the pooled state: (b, d) -> (b, c)."""
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_labels))
-
-
 @dataclass(frozen=True)
 class Objective:
     """Cross-entropy over c classes; for regression the squared error of targets in units of their spread in train."""
@@ -37,9 +31,9 @@ class Objective:
     @classmethod
     def of(cls, train: LabelledTexts) -> "Objective":
         """The objective for these training texts."""
-        if not train.is_regression:
-            return cls(train.num_labels, False)
-        return cls(1, True, float(train.labels.mean()), float(train.labels.std()))
+        if train.is_regression:
+            return cls(1, True, float(train.labels.mean()), float(train.labels.std()))
+        return cls(train.num_labels, False)
 
     def targets(self, labels: np.ndarray) -> Tensor:
         """Labels as the loss takes them: (n,) int64 classes, or float32 scaled targets."""
@@ -69,20 +63,16 @@ class Objective:
 
 def save_head(path: Path, head: nn.Sequential, objective: Objective, metadata: dict, mean: Tensor | float = 0.0,
               spread: Tensor | float = 1.0) -> None:  # fmt: skip
-    """Writes `weight` (c, d) and `bias` (c,), which map the unscaled pooled state to unscaled labels.
-
-    They include the mean and spread (d,) of inputs standardised in training, and those of regression targets.
-    """
+    """Writes `weight` (c, d) and `bias` (c,): they map pooled states to labels, both as they were before scaling."""
     weight, bias = (parameter.detach().double().cpu() for parameter in head[1].parameters())
     weight = weight / spread
     bias = (bias - (weight * mean).sum(1)) * objective.scale + objective.mean
     save_tensors(path, {"weight": (weight * objective.scale).float(), "bias": bias.float()}, metadata)
 
 
-# ------------------------------------------------------------------ order of the rows
 @dataclass(frozen=True, eq=False)
 class BatchOrder:
-    """The rows of each optimiser step; every row once an epoch; a function of seed and step alone."""
+    """The rows of each optimiser step, a function of seed and step alone; every row comes once an epoch."""
 
     num_rows: int
     rows_per_step: int
@@ -91,7 +81,7 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of optimiser steps in which every row comes once."""
+        """Optimiser steps in which every row comes once."""
         return -(-self.num_rows // self.rows_per_step)
 
     def __call__(self, step: int) -> np.ndarray:

@@ -16,11 +16,10 @@ def as_array(features: Tensor) -> Any:
 
 
 def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: float) -> np.ndarray:
-    """Weights and intercepts close to the optimum of softmax regression: a start from which lbfgs has little to do.
+    """Weights and intercepts (c, d + 1), intercept last, close to the optimum of softmax regression: a start for lbfgs.
 
     The same objective, minimised by L-BFGS in the coordinates V of W = D V L^-1, with L L' = X'X/n + penalty and D
-    diagonal, which make the Hessian nearly the identity for any correlations between the features. Arguments as for
-    `fit_logistic`; returns (c, d + 1) float32, the intercept last.
+    diagonal, which make the Hessian nearly the identity for any correlations between the features.
     """
     from scipy.optimize import minimize
 

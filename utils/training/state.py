@@ -21,11 +21,7 @@ def save_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch
 
 def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                identity: dict[str, Any]) -> dict[str, Any] | None:  # fmt: skip
-    """Puts a saved state into parameters and optimiser and returns its progress; None if no state exists.
-
-    Raises:
-        UserError: the state is damaged, or of a run of another identity.
-    """
+    """Puts a saved state into parameters and optimiser; its progress, or None without one. Raises UserError."""
     if not path.is_file():
         return None
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
