@@ -64,11 +64,7 @@ def adapted_module(causal_lm: Any, keys: list[str]) -> nn.Module | None:
 
 
 def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: str) -> Any:
-    """The causal LM with the adapter in `folder` merged into it; `fingerprint` is that of the causal LM.
-
-    Raises:
-        UserError: the adapter is missing, damaged, made for another model, or does not fit.
-    """
+    """The causal LM, whose `fingerprint` is given, with the adapter in `folder` merged into it. Raises UserError."""
     from peft import PeftModel
     from peft.utils.save_and_load import set_peft_model_state_dict
 

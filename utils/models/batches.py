@@ -14,15 +14,9 @@ MAX_PADDED = 1.05  # padded tokens over tokens
 def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    A batch ends where its next text would exceed `tokens_per_batch`, or the padding of all batches so far a twentieth.
-
-    Args:
-        lengths: tokens of each text, (n,).
-        tokens_per_batch: most padded tokens of a batch; a longer text is a batch of its own.
-        rope_limit: texts longer than this and others never share a batch.
-
-    Returns:
-        Arrays of indices; every text is in exactly one.
+    A batch ends where its next text would exceed `tokens_per_batch`, or the padding of all batches so far a twentieth;
+    a longer text is a batch of its own. `lengths` (n,) are tokens of each text; texts longer than `rope_limit` and
+    others never share a batch.
     """
     if rope_limit is not None:
         sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))

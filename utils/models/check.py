@@ -1,11 +1,9 @@
 """Check on a few short texts that a model's states are those of a causal LM, layer by layer.
 
-A list of architectures cannot cover the next one; so the model itself is tested before its states are read:
-
-    one width      every state is (b, t, d), d the configured hidden size
-    a chain        layer k + 1 receives the output of layer k; up to a factor, as RWKV halves its states on the way
-    causality      other tokens behind a position, padding or not, change no state up to it
-    independence   a sequence in a right-padded batch has the states it has alone
+one width      every state is (b, t, d), d the configured hidden size
+a chain        layer k + 1 receives the output of layer k; up to a factor, as RWKV halves its states on the way
+causality      other tokens behind a position, padding or not, change no state up to it
+independence   a sequence in a right-padded batch has the states it has alone
 """
 
 from typing import Any
@@ -56,11 +54,12 @@ def read_layers(model: Any, input_ids: Tensor) -> tuple[list[Tensor], list[Tenso
     return [seen[layer] for layer in sorted(seen)], received
 
 
-def difference(found: Tensor, expected: Tensor) -> Tensor:
-    """Relative difference of each state, (..., d) -> (...); 0 for a state that is not finite: the pass names it."""
+def share_that_differs(found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Share of the states (..., d) that differ by more than a relative tolerance; the pass names non-finite states."""
     found, expected = found.double(), expected.to(found.device).double()  # layers can be on several devices
     relative = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    return torch.where(expected.isfinite().all(-1), relative.nan_to_num(torch.inf), 0.0)
+    relative = torch.where(expected.isfinite().all(-1), relative.nan_to_num(torch.inf), 0.0)
+    return (relative > tolerance).double().mean().item()
 
 
 def routes_tokens(model: nn.Module) -> bool:
@@ -73,9 +72,8 @@ def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
     """The first property that does not hold, as half a sentence; None if all hold."""
     dtype = next(model.parameters()).dtype
     in_one_shape, in_another = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    flipped = 0.0
-    if dtype != torch.float32 and routes_tokens(model):
-        in_one_shape, flipped = in_another, FLIPPED
+    flipped = FLIPPED if dtype != torch.float32 and routes_tokens(model) else 0.0
+    in_one_shape = in_another if flipped else in_one_shape
     limits = (max(LENGTHS), context_length(model.config), rope_limit(model.config))
     input_ids, changed, lengths = make_sequences(tokens, min(limit for limit in limits if limit))
     input_ids, changed = input_ids.to(input_device(model)), changed.to(input_device(model))
@@ -88,29 +86,23 @@ def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
         return f"its {len(states) - 1} layers run {len(received)} times in one pass"
     for layer in range(1, len(received)):
         found, expected = (tensor.double() / tensor.double().norm() for tensor in (received[layer], states[layer]))
-        if found.shape != shape or difference(found, expected).max() > in_one_shape:
+        if found.shape != shape or share_that_differs(found, expected, in_one_shape) > 0:
             return f"layer {layer} is not a decoder layer's output: the next layer receives something else"
     other_states, _ = read_layers(model, changed)
     for row, length in enumerate(lengths):
         half = max(1, length // 2)
         alone, _ = read_layers(model, input_ids[row : row + 1, :length])
         for layer, expected in enumerate(states):
-            relative = difference(other_states[layer][row, :half], expected[row, :half])
-            if (relative > in_one_shape).double().mean() > flipped:
+            if share_that_differs(other_states[layer][row, :half], expected[row, :half], in_one_shape) > flipped:
                 return f"its states change with the tokens and the padding after them (layer {layer})"
-            relative = difference(expected[row, :length], alone[layer][0])
-            if (relative > in_another).double().mean() > flipped:
+            if share_that_differs(expected[row, :length], alone[layer][0], in_another) > flipped:
                 return f"its states change with the padding (layer {layer})"
     return None
 
 
 @torch.inference_mode()
 def self_check(model: Any, tokens: TokenizedTexts, name: str) -> None:
-    """Checks a decoder on a few sequences of the texts' tokens; leaves its training or evaluation mode unchanged.
-
-    Raises:
-        UserError: it is not a causal LM, its states cannot be read, or it cannot be run at all.
-    """
+    """Checks a decoder on a few sequences of the texts' tokens. Raises UserError: it is no causal LM, or cannot run."""
     was_training, name = model.training, f"{name} ({model.config.model_type})"
     model.eval()
     try:

@@ -1,8 +1,7 @@
 """Load a causal LM from one GGUF file, quantised or not: configuration, tokenizer and weights as in transformers.
 
-transformers reads these files too, but parses the vocabulary anew for each of the three and twice for the weights: 47 s
-for SmolLM2-135M instead of 5. This module combines its parts. It de-quantises the weights once a run, into an ordinary
-model that can be trained and saved as a folder; transformers refuses to save a model that it loaded from a GGUF file.
+transformers needs 47 s for SmolLM2-135M instead of 5, and refuses to save the model. This module combines its parts: it
+de-quantises the weights once a run, into an ordinary model that can be trained and saved as a folder.
 """
 
 import math
@@ -42,11 +41,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The settings and the table of weights of a GGUF file.
-
-    Raises:
-        UserError: no such file, not GGUF, cut off, or of another architecture.
-    """
+    """The settings and the table of weights. Raises UserError: no GGUF file, cut off, or of another architecture."""
     if not path.is_file():
         raise UserError(f"No file {path}. python -m demo.real_llm fetches a model; --model_name smollm2 then names it.")
     try:
@@ -83,11 +78,7 @@ def quantisation(path: Path) -> str:
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        UserError: of `read_header`; a setting is missing, has a wrong type, or is one that no configuration expresses.
-    """
+    """The model's configuration. Raises UserError: a setting is missing, wrong, or one that no configuration has."""
     file = read_header(path)
     architecture = file.metadata["general.architecture"]
     mapping: Any = GGUF_CONFIG_MAPPING

@@ -36,10 +36,7 @@ def read_config(model: Model, run: Run) -> "PreTrainedConfig":
     with hub_errors(repository(model.model_name, model.revision)):
         config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=run.trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{model.model_name} ({config.model_type}) is an encoder-decoder; NTPS needs a causal LM, a decoder "
-            f"without an encoder. {TABLE}"
-        )
+        raise UserError(f"{model.model_name} ({config.model_type}) is an encoder-decoder, not a causal LM. {TABLE}")
     return config
 
 
@@ -98,10 +95,10 @@ def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Token
         from utils.models import gguf
 
         return gguf.load_tokenizer(Path(name))
+    options = {"revision": revision, "trust_remote_code": run.trust_remote_code}
     sought = repository(name, revision)
-    sides = {"padding_side": "right", "truncation_side": "right"}
     with hub_errors(dataclasses.replace(sought, kind="Tokenizer of", instead="--tokenizer_name for an open copy")):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.trust_remote_code, **sides)
+        return AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="right", **options)
 
 
 def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
@@ -113,18 +110,13 @@ def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
             return auto_class
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM
-    raise UserError(
-        f"{model.model_name} ({config.model_type}) is not a causal LM of an architecture that transformers knows. "
-        + TABLE
-    )
+    raise UserError(f"{model.model_name} ({config.model_type}) is not a causal LM that transformers knows. {TABLE}")
 
 
 def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreTrainedModel":
     """The causal LM on the CPU, or spread by a device map; of a multi-modal model all of it.
 
-    Raises:
-        UserError: it cannot be loaded, a weight has another shape, or the checkpoint lacks one of the decoder, which
-            the library would fill with random numbers.
+    Raises UserError: it cannot be loaded, or a weight of the decoder is missing or has another shape.
     """
     if is_gguf(source := model_source(model.model_name)):
         from utils.models import gguf
@@ -144,10 +136,8 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set has no fixed order
-        raise UserError(
-            f"{model.model_name}: {name} is {tuple(stored)} in its files and {tuple(wanted)} by its config.json. One "
-            "of the two belongs to another model: download it again."
-        )
+        sizes = f"{tuple(stored)} in its files and {tuple(wanted)} by its config.json"
+        raise UserError(f"{model.model_name}: {name} is {sizes}. Download the model again.")
     decoder = decoder_of(loaded)
     [prefix] = [name for name, module in loaded.named_modules() if module is decoder]
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{prefix}.")):

@@ -12,7 +12,6 @@ Shapes: b batch, t tokens, d `hidden_size`, h `head_dim`, v `vocab_size`.
 """
 
 # ruff: noqa: RUF012 - the library reads these class attributes, and nothing writes them
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,7 +170,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 # ------------------------------------------------------------------ models
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """Holds names that the library looks up, and the initialisation for training from scratch."""
+    """Names that the library looks up, and the initialisation for training from scratch."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
@@ -205,12 +204,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """The states (b, t, d) after the final norm; with `output_hidden_states=True` also those of each layer.
-
-        Args:
-            input_ids: right-padded texts, (b, t).
-            attention_mask: (b, t), 0 at padding; behind right padding the causal mask hides it already.
-        """
+        """The states (b, t, d) after the final norm; with `output_hidden_states=True` also those of each layer."""
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("OpenELM here reads texts that are padded on the right.")
         hidden_states = self.token_embeddings(input_ids)

@@ -78,21 +78,15 @@ def layer_devices(model: Any) -> list[torch.device]:
 
 @torch.inference_mode()
 def run_base_model(model: Any, input_ids: Tensor) -> Tensor:
-    """The last hidden states, (b, t, d), of right-padded `input_ids`.
-
-    No mask tensor: behind right padding the causal mask alone hides the padding from every valid token, and without a
-    mask tensor the fast attention kernels apply. The states of the padding itself are meaningless.
-    """
+    """The last hidden states, (b, t, d), of right-padded `input_ids`; those of the padding are meaningless."""
+    # no mask tensor: the causal mask alone hides the padding, and the fast attention kernels apply
     return model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def pool(hidden_states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """The pooled state m of each text (b, d): "mean" over its tokens, or its "last" token.
 
-    Args:
-        hidden_states: (b, t, d), right-padded.
-        lengths: tokens per text, (b,).
-        pooling: "mean" or "last".
+    `hidden_states` (b, t, d) are right-padded, `lengths` (b,) the tokens of each text.
     """
     if pooling == "last":
         return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]

@@ -37,11 +37,8 @@ class TokenizedTexts:
         return None if self.rope_limit is None else self.lengths > self.rope_limit
 
     def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token.
-
-        No valid token sees the padding; but 0 times a non-finite state is not 0, so the padding must not bring in an
-        embedding that no text uses.
-        """
+        """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token."""
+        # no token sees the padding, but 0 times a non-finite state is not 0: padding must not bring in other embeddings
         lengths = self.lengths[indices]
         positions = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
         input_ids = self.token_ids[self.offsets[indices][:, None] + positions].astype(np.int64)
@@ -56,10 +53,7 @@ def context_length(config: Any) -> int | None:
 
 
 def rope_limit(config: Any) -> int | None:
-    """The length above which LongRoPE (arXiv 2402.13753) rotates every position of a batch by other angles.
-
-    The states of a short text then depend on the longest text of its batch. None for other models.
-    """
+    """The length above which LongRoPE (arXiv 2402.13753) rotates all texts of a batch by other angles; else None."""
     rope = getattr(config, "rope_parameters", None) or {}
     settings = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # own: of one type of layers
     name = "original_max_position_embeddings"
@@ -71,9 +65,7 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
     """All texts as token ids, truncated to `max_length`; prints how many lost their end.
 
     Without `max_length` the limit is the model's context or the tokenizer's own limit, the smaller one.
-
-    Raises:
-        UserError: a text without any token, a tokenizer that is not the model's, or a length that it cannot read.
+    Raises UserError: a text without any token, a tokenizer that is not the model's, or a length that it cannot read.
     """
     limit = context_length(config)
     if max_length and limit and max_length > limit:
