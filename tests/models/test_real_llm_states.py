@@ -13,8 +13,8 @@ import cache
 import K_sweep
 from tests.conftest import ROOT, configure
 from tests.data.test_real_data import DATASETS
-from utils.models.load import load_base_model, load_causal_lm, load_config, load_tokenizer
-from utils.models.states import visit_hidden_states
+from utils.models.load import load_causal_lm, load_config, load_tokenizer
+from utils.models.states import decoder_of, visit_hidden_states
 from utils.models.table import MODELS, models_dir
 from utils.models.tokens import tokenize
 from utils.script import UserError
@@ -42,7 +42,12 @@ def tokenizer(model):
     return load_tokenizer(model, RUN, load_config(model, RUN))
 
 
-def test_hidden_states_of_a_padded_batch_are_those_of_transformers(model, golden, tokenizer):
+@pytest.fixture(scope="module")
+def causal_lm(model):
+    return load_causal_lm(model, RUN, CPU)
+
+
+def test_hidden_states_of_a_padded_batch_are_those_of_transformers(model, causal_lm, golden, tokenizer):
     """The golden states come from each sentence alone; here the shorter two are padded."""
     texts = [sentence["text"] for sentence in golden["sentences"]]
     tokens = tokenize(texts, tokenizer, config := load_config(model, RUN))
@@ -54,7 +59,7 @@ def test_hidden_states_of_a_padded_batch_are_those_of_transformers(model, golden
     def visit(layer: int, states: torch.Tensor) -> None:
         seen[layer] = states[torch.arange(3), lengths - 1].clone()
 
-    visit_hidden_states(load_base_model(model, RUN, CPU), input_ids, visit)
+    visit_hidden_states(decoder_of(causal_lm), input_ids, visit)
     assert sorted(seen) == list(range(config.num_hidden_layers + 1))
     for row, sentence in enumerate(golden["sentences"]):
         for layer, expected in enumerate(sentence["layers"]):
@@ -71,10 +76,10 @@ CONTINUATIONS = {
 }
 
 
-def test_greedy_continuation_is_that_of_transformers(model, golden, tokenizer):
+def test_greedy_continuation_is_that_of_transformers(model, causal_lm, golden, tokenizer):
     prompt = tokenizer(golden["continuation"]["prompt"], return_tensors="pt")
     new_ids = golden["continuation"]["new_ids"]
-    output = load_causal_lm(model, RUN, CPU).generate(**prompt, max_new_tokens=len(new_ids), do_sample=False)[0]
+    output = causal_lm.generate(**prompt, max_new_tokens=len(new_ids), do_sample=False)[0]
     assert output[prompt["input_ids"].shape[1] :].tolist() == new_ids
     assert tokenizer.decode(output).startswith(CONTINUATIONS[model.model_name])
 
@@ -83,24 +88,21 @@ QUANTISATIONS = {"smollm2": "Q4_1 (5.7 bits a weight)", "gemma3-270m": "Q4_K_M (
 
 
 @pytest.mark.skipif(not DATASETS.is_dir(), reason="no copies of hub datasets beside the repository")
-def test_score_of_a_real_llm_on_real_texts(model, tmp_path):
+def test_score_of_a_real_llm_on_real_texts(model, causal_lm, tmp_path, monkeypatch):
     name, config = model.model_name, load_config(model, RUN)
+    monkeypatch.setattr(cache, "load_base_model", lambda *_: decoder_of(causal_lm))
     options = {
-        "model_name": name, "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS, "max_samples": 60,
-        "max_length": 24, "layers": (0, 9, -1), "results_dir": tmp_path, "device": "cpu",
+        "model_name": name, "dataset_name": "rotten_tomatoes", "datasets_dir": DATASETS, "max_samples": 30,
+        "max_length": 16, "results_dir": tmp_path, "device": "cpu",
     }  # fmt: skip
-    for split in ("train", "test"):
-        cache.main(configure(cache, **options, split=split))
-    del options["layers"]
-    K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=20))
-    result = json.loads((tmp_path / "ntps" / name / "rotten_tomatoes.json").read_text())
-    assert result["num_samples"] == 60 and result["hidden_size"] == config.hidden_size
-    assert [layer["layer"] for layer in result["layers"]] == [0, 9, config.num_hidden_layers]
+    cache.main(configure(cache, **options, layers=(0, -1)))
+    result = K_sweep.main(configure(K_sweep, **options, picture=False, num_null_draws=5))
+    assert result["num_samples"] == 30 and result["hidden_size"] == config.hidden_size
+    assert [layer["layer"] for layer in result["layers"]] == [0, config.num_hidden_layers]
     assert result["moments"]["quantisation"] == f"{QUANTISATIONS[name]}, de-quantised once a run to float32"
-    for layer in result["layers"][1:]:
-        assert layer["rank_u"] <= 60  # no more directions than texts
-        assert all(0 <= value <= 1 + 1e-9 for name in ("ntps", "retained") for value in layer[name])
-    assert result["layers"][0]["rank_v"] <= config.hidden_size
+    first, last = result["layers"]
+    assert last["rank_u"] <= 30 and first["rank_v"] <= config.hidden_size  # no more directions than texts
+    assert all(0 <= value <= 1 + 1e-9 for score in ("ntps", "retained") for value in last[score])
 
 
 def test_float16_overflows_in_gemma_and_is_refused(model, rows_path, tmp_path):
