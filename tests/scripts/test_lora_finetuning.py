@@ -84,6 +84,18 @@ def test_start_layer_and_targets(settings):
     assert {parameter.shape[0] for name, parameter in trained.items() if ".lora_A." in name} == {4}
 
 
+def test_gradient_checkpointing_changes_no_number(settings):
+    found = []
+    for checkpointing in (False, True):
+        run = make_run(lora_finetuning, configure(lora_finetuning, **settings, gradient_checkpointing=checkpointing))
+        run.model.train()  # a model that only evaluates stores no activations
+        calls: list[int] = []  # a checkpointed layer is run once more in the backward pass
+        run.model.decoder.layers[0].self_attn.q_proj.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        found.append(take_steps(run, 6))
+        assert len(calls) == 6 * (1 + checkpointing)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 def test_dtype_is_of_the_frozen_weights_and_what_is_trained_is_float32(settings):
     run = make_run(lora_finetuning, configure(lora_finetuning, **settings | {"dtype": "bfloat16"}))
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in run.model.parameters()}
