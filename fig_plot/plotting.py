@@ -33,11 +33,11 @@ def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str) -> d
         ends = np.array([rank_x.min(), rank_x.max()])
         axes.plot(ends, np.polyval(np.polyfit(rank_x, rank_y, 1), ends), color="tab:red", lw=1, ls="--", alpha=0.8)
     dots: dict[int, Artist] = {}
-    for position, *ranks in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
+    for position, of_x, of_y in zip(np.flatnonzero(complete), rank_x, rank_y, strict=True):
         with plt.rc_context({"text.parse_math": True}):
             marker = MarkerStyle(f"${position + 1}$")
         size = 28 if position < 9 else 60  # markers fill a square, so two digits side by side need a larger one
-        dots[int(position)] = axes.scatter(*ranks, color="black", zorder=2, marker=marker, s=size, lw=0.2)
+        dots[int(position)] = axes.scatter(of_x, of_y, color="black", zorder=2, marker=marker, s=size, lw=0.2)
     limits, ticks = (0, len(x) + 1), sorted({1, (len(x) + 1) // 2, len(x)})
     axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, aspect="equal")
     r = f"r = {spearmanr(rank_x, rank_y).statistic:.2f}" if is_defined else "r undefined"
