@@ -5,8 +5,7 @@
 
 Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/<size>-lm/ for
 tiny and micro, demo/runs/<size>/ for the others: model.safetensors in bfloat16, config.json, the tokenizer and
-pretraining.json, all at once. Every few minutes it saves the whole state as demo/runs/<size>/state.safetensors; the
-same command continues from that state, over the same batches.
+pretraining.json, all at once.
 
 Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
 joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends.
@@ -15,6 +14,7 @@ joined with <|endoftext|> behind each, and cut into windows; attention runs acro
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -33,7 +33,6 @@ from utils.data.docstrings import fingerprint, first_paragraph, pretraining_corp
 from utils.results import find_result, save_json, write_atomically
 from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
 from utils.settings import Run, Unrecorded, check, command_line, result_settings
-from utils.training.state import load_state, save_state
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -69,10 +68,8 @@ class Output(Unrecorded):
 
     device: str = "auto"  # auto, cpu, cuda, ...
     compile: bool = False  # torch.compile; needs a C++ compiler on CPU
-    minutes_per_state: float = 3.0  # time between two saved states
-    results_dir: Path = ROOT / "demo" / "runs"  # the state of an unfinished run goes here
-    output_dir: Path | None = None  # by default demo/<size>-lm for tiny and micro, <results_dir>/<size> for the others
-    overwrite: bool = False  # replace a finished or unfinished run
+    output_dir: Path | None = None  # by default demo/<size>-lm for tiny and micro, demo/runs/<size> for the others
+    overwrite: bool = False  # replace a finished run
 
 
 @dataclass(frozen=True)
@@ -138,18 +135,16 @@ def cut_windows(tokens: np.ndarray, window: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[: num_windows * window : window]
 
 
-def batches(documents: list[np.ndarray], config: Config, first_step: int) -> Iterator[Tensor]:
-    """Yields endless batches (batch_size, window + 1) from `first_step` on; each depends on seed and step alone."""
-    epoch_steps = steps_per_epoch(documents, config)
-    epoch, step = divmod(first_step, epoch_steps)
-    while True:
+def batches(documents: list[np.ndarray], config: Config) -> Iterator[Tensor]:
+    """Yields endless batches (batch_size, window + 1)."""
+    num_windows = steps_per_epoch(documents, config) * config.batch_size
+    for epoch in itertools.count():
         random = np.random.default_rng((config.seed, epoch))
         order = random.permutation(len(documents))
         windows = cut_windows(np.concatenate([documents[index] for index in order]), config.window)
         shuffled = random.permutation(len(windows))
-        for start in range(step * config.batch_size, epoch_steps * config.batch_size, config.batch_size):
+        for start in range(0, num_windows, config.batch_size):
             yield torch.from_numpy(windows[shuffled[start : start + config.batch_size]].astype(np.int64))
-        epoch, step = epoch + 1, 0
 
 
 def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
@@ -245,31 +240,21 @@ def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, r
     return value
 
 
-def train(model: Any, documents: list[np.ndarray], config: Config, state_path: Path) -> dict[str, Any]:
-    """Trains in place, from the saved state if one exists; returns step, seconds and loss. Raises UserError."""
+def train(model: Any, documents: list[np.ndarray], config: Config) -> dict[str, Any]:
+    """Trains in place; returns the number of steps, seconds and the loss. Raises UserError."""
     num_steps = config.max_steps or round((config.epochs or 0) * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
     optimizer = build_optimizer(model, config.weight_decay)
-    parameters, identity = dict(model.named_parameters()), make_identity(config)
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "train_loss": None}
-    stored = load_state(state_path, parameters, optimizer, identity) or {}
-    progress |= {name: value for name, value in stored.items() if name in progress}
     run_model = torch.compile(model) if config.output.compile else model
-    started, saved = time.monotonic() - progress["seconds"], time.monotonic()
-    stream = batches(documents, config, progress["step"])
-    bar = tqdm(total=num_steps, initial=progress["step"], desc=f"pretraining {config.size}", mininterval=5)
-    for step in range(progress["step"], num_steps):
+    started = time.monotonic()
+    smoothed: float | None = None
+    bar = tqdm(itertools.islice(batches(documents, config), num_steps), f"pretraining {config.size}", num_steps)
+    for step, windows in enumerate(bar):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
-        loss = train_step(run_model, optimizer, next(stream).to(model.device), rate, config)
-        smoothed = loss if progress["train_loss"] is None else 0.98 * progress["train_loss"] + 0.02 * loss
-        progress = {"step": step + 1, "seconds": time.monotonic() - started, "train_loss": smoothed}
-        bar.update()
+        loss = train_step(run_model, optimizer, windows.to(model.device), rate, config)
+        smoothed = loss if smoothed is None else 0.98 * smoothed + 0.02 * loss
         bar.set_postfix_str(f"loss {smoothed:.3f}", refresh=False)
-        if step + 1 == num_steps or time.monotonic() - saved > 60 * config.output.minutes_per_state:
-            save_state(state_path, parameters, optimizer, identity, progress)
-            saved = time.monotonic()
-    bar.close()
-    return {**identity, **progress, "num_steps": num_steps}
+    return {"step": num_steps, "seconds": time.monotonic() - started, "train_loss": smoothed}
 
 
 # ------------------------------------------------------------------ run
@@ -277,7 +262,7 @@ def complete_settings(config: Config) -> Config:
     """The config with the defaults of its size, and its output folder."""
     size, output = SIZES[config.size], config.output
     is_committed = config.size in ("tiny", "micro")
-    folder = ROOT / "demo" / f"{config.size}-lm" if is_committed else output.results_dir / config.size
+    folder = ROOT / "demo" / (f"{config.size}-lm" if is_committed else f"runs/{config.size}")
     return dataclasses.replace(
         config,
         epochs=size.epochs if config.epochs is None else config.epochs,
@@ -286,20 +271,13 @@ def complete_settings(config: Config) -> Config:
     )
 
 
-def make_identity(config: Config) -> dict[str, Any]:
-    """The identity of a pretraining: its settings and the fingerprint of the docstrings."""
-    return {"config": result_settings(config), "fingerprint": fingerprint()}
-
-
 def main(config: Config) -> None:
     """Trains tokenizer and model, measures the held-out loss and writes the checkpoint."""
     command = command_line("-m demo.pretrain", config, set(result_settings(config)))
     config = complete_settings(config)
     folder = Path(str(config.output.output_dir))
-    state_path = config.output.results_dir / config.size / "state.safetensors"
-    if config.output.overwrite:
-        state_path.unlink(missing_ok=True)
-    if find_result(folder / "pretraining.json", make_identity(config), Run(overwrite=config.output.overwrite)):
+    identity = {"config": result_settings(config), "fingerprint": fingerprint()}
+    if find_result(folder / "pretraining.json", identity, Run(overwrite=config.output.overwrite)):
         print(f"already complete, --overwrite trains it again\n{folder}")
         return
     train_texts, held_out_texts = split_documents(pretraining_corpus()[: config.max_documents])
@@ -311,13 +289,14 @@ def main(config: Config) -> None:
 
     set_seed(config.seed)
     model = build_model(SIZES[config.size], tokenizer).to(pick_device(config.output.device))
-    progress = train(model, documents, config, state_path)
+    trained = train(model, documents, config)
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles
         parameter.data = parameter.data.bfloat16().float()
     report = {
-        **progress,
+        **identity,
+        **trained,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens_seen": progress["num_steps"] * config.batch_size * config.window,
+        "tokens_seen": trained["step"] * config.batch_size * config.window,
         "held_out_loss": evaluate(model, held_out, config),
         "unigram_loss": unigram_loss(documents, held_out),
         "command": command,
@@ -329,7 +308,6 @@ def main(config: Config) -> None:
         # indented it is twice as large
         tokenizer.backend_tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
         save_json(temporary / "pretraining.json", report)
-    state_path.unlink(missing_ok=True)
     print(f"held-out loss {report['held_out_loss']:.4f} nats per token, unigram {report['unigram_loss']:.4f}")
     print(folder)
 

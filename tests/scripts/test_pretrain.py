@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +15,7 @@ from demo.pretrain import Config, learning_rate_at, split_documents
 from tests.conftest import configure, run_in_process
 from utils.data.docstrings import pretraining_corpus
 from utils.script import ROOT, UserError
+from utils.settings import result_settings
 
 pytestmark = pytest.mark.slow
 
@@ -35,52 +35,27 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     flags = [f"--{name}={value}" for name, value in SHORT.items()]
     with pytest.MonkeyPatch.context() as patch:
-        places = (f"--output_dir={folder / 'model'}", f"--results_dir={folder / 'runs'}")
-        assert run_in_process(patch, "demo/pretrain.py", *flags, *places) == 0
+        assert run_in_process(patch, "demo/pretrain.py", *flags, f"--output_dir={folder / 'model'}") == 0
     return folder
 
 
 def short_config(folder, **changes):
-    places = {"output_dir": folder / "model", "results_dir": folder / "runs"}
-    return configure(pretrain, **SHORT | places | changes)
+    return configure(pretrain, **SHORT | {"output_dir": folder / "model"} | changes)
 
 
 def test_short_run_writes_a_model_that_loads(finished_run):
     folder = finished_run / "model"
     report = report_of(folder)
     assert set(report) >= FIELDS and report["step"] == 6 and report["tokens_seen"] == 6 * 4 * 64
-    assert not list((finished_run / "runs").rglob("*.safetensors"))  # nothing is left to resume
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) <= model.config.vocab_size == 4096 and model.dtype == torch.bfloat16
-
-
-def test_resumed_run_equals_the_uninterrupted_one(finished_run, tmp_path, monkeypatch):
-    step, rates = pretrain.train_step, []
-
-    def stopped_after_three(model, optimizer, windows, rate, config):
-        rates.append(rate)
-        if len(rates) == 4:
-            raise KeyboardInterrupt
-        return step(model, optimizer, windows, rate, config)
-
-    monkeypatch.setattr(pretrain, "train_step", stopped_after_three)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.main(short_config(tmp_path, minutes_per_state=0.0))
-    with pytest.raises(UserError, match=r"state\.safetensors was made .*learning_rate: None there, 0\.5 now"):
-        pretrain.main(short_config(tmp_path, learning_rate=0.5))
-    assert not (tmp_path / "model").exists() and (tmp_path / "runs" / "tiny" / "state.safetensors").exists()
-    pretrain.main(short_config(tmp_path))
-    assert len(rates) == 4 + 3 and rates[3] == rates[4]
-    expected = load_file(finished_run / "model" / "model.safetensors")
-    for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], atol=2e-3, rtol=2e-2)  # one step of bfloat16
 
 
 def test_a_finished_model_is_kept_refused_or_replaced(finished_run, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(finished_run, tmp_path / "copy")
     with pytest.raises(UserError, match=r"seed: 0 there, 7 now"):
         pretrain.main(short_config(folder, seed=7))
-    pretrain.main(short_config(folder, minutes_per_state=9.0))  # changes only speed: the finished model is kept
+    pretrain.main(short_config(folder, device="cpu"))  # changes only speed: the finished model is kept
     assert "already complete" in capsys.readouterr().out
     pretrain.main(short_config(folder, seed=7, max_steps=1, overwrite=True))
     report = report_of(folder / "model")
@@ -96,14 +71,15 @@ def test_too_little_text_is_a_users_mistake(tmp_path, name, value, remedy):
         pretrain.main(short_config(tmp_path, **{name: value}))
 
 
-def test_batches_cover_an_epoch_and_depend_on_seed_and_step_alone():
+def test_batches_cover_an_epoch_and_the_next_in_another_order():
     documents = [np.arange(1 + 100 * i, 41 + 100 * i, dtype=np.uint16) for i in range(5)]  # every token once
     config = Config(batch_size=2, window=8)
-    steps, stream = pretrain.steps_per_epoch(documents, config), pretrain.batches(documents, config, 0)
-    taken = [next(stream) for _ in range(2 * steps + 1)]
+    steps, stream = pretrain.steps_per_epoch(documents, config), pretrain.batches(documents, config)
+    taken = [next(stream) for _ in range(2 * steps)]
     inputs = torch.cat([batch[:, :-1].flatten() for batch in taken[:steps]])
     assert len(inputs.unique()) == len(inputs) == steps * 16 > 160
-    assert all(torch.equal(next(pretrain.batches(documents, config, first)), taken[first]) for first in (1, steps + 3))
+    again = torch.cat([batch[:, :-1].flatten() for batch in taken[steps:]])
+    assert len(again.unique()) == len(inputs) and not torch.equal(again, inputs)
 
 
 def test_learning_rate_rises_then_falls_to_zero():
@@ -118,7 +94,7 @@ def test_committed_checkpoint_is_small_and_says_how_it_was_made(size, num_bytes)
     folder = ROOT / "demo" / f"{size}-lm"
     assert sum(path.stat().st_size for path in folder.iterdir()) < num_bytes
     report, settings = report_of(folder), pretrain.complete_settings(configure(pretrain, size=size))
-    assert set(report) >= FIELDS and report["config"] == pretrain.make_identity(settings)["config"]
+    assert set(report) >= FIELDS and report["config"] == result_settings(settings)
     assert report["held_out_loss"] < report["unigram_loss"] - 2
 
 
