@@ -229,7 +229,7 @@ def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, r
     loss = next_token_loss(model, windows, str(config.product_dtype))
     value = loss.item()
     if not math.isfinite(value):
-        raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}), or --overwrite.")
+        raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}).")
     loss.backward()
     for group in optimizer.param_groups:
         group["lr"] = rate
