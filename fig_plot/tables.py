@@ -65,8 +65,11 @@ FEW_TASKS = 8  # with fewer tasks a bootstrap interval says nothing
 # the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
-# the tables of collect.py; all columns outside TEXTS hold numbers
-COLLECTED = ("scores", "layers", "features", "probes", "datasets", "training", "alignment", "separability", "models")
+# the tables of collect.py, with columns that each has; all columns outside TEXTS hold numbers
+COLLECTED = {
+    **dict.fromkeys(("scores", "layers", "features", "probes", "training"), SEED_KEYS),
+    **{"datasets": ["dataset"], "alignment": CELL_KEYS, "separability": CELL_KEYS, "models": ["model"]},
+}
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 # controls of V, by the suffix that they add to the name of a score
 VARIANTS = {
@@ -123,8 +126,9 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
         names = {"model": str, "dataset": str, "word": str}
         table = pd.read_csv(io.StringIO(text), dtype=names, keep_default_na=False, na_values=[""])
         words = [column for column in table.select_dtypes(exclude=("number", "bool")) if column not in TEXTS]
-        if name in COLLECTED and (table.empty or words or not {"model", "dataset"} & {*table}):
-            raise ValueError("it has no rows, neither a column model nor dataset, or words in "
+        keys = COLLECTED.get(name, [])
+        if keys and (table.empty or words or not {*keys} <= {*table}):
+            raise ValueError(f"it has no rows, lacks one of the columns {', '.join(keys)}, or has words in "
                              f"{', '.join(words) or 'a column of numbers'}")  # fmt: skip
     except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
         raise UserError(f"{path} is no complete table ({error}). Make it again: python -m fig_plot.{module}") from None

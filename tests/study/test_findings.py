@@ -35,8 +35,9 @@ def test_a_perfect_score_is_called_perfect_and_noise_is_not():
 DAMAGES = {
     "empty": (lambda content: b"", "it has been cut off"),
     "not text": (lambda content: b"\xff\xfe" + content, "can't decode byte 0xff"),
-    "foreign": (lambda content: b"a,b\n1,2\n", "neither a column model nor dataset"),
-    "word": (lambda content: content.replace(b",0.", b",about 0.", 1), "or words in "),
+    "foreign": (lambda content: b"a,b\n1,2\n", "lacks one of the columns model, dataset, seed"),
+    "without seeds": (lambda content: content.replace(b"seed", b"grain"), "columns model, dataset, seed"),
+    "word": (lambda content: content.replace(b",0.", b",about 0.", 1), "or has words in ntps"),
     "cut within a cell": (lambda content: content[:-2], "it has been cut off"),
     "open quotation": (lambda content: content[: content.rindex(b",") + 1] + b'"1\n', "EOF inside string"),
 }
@@ -46,7 +47,8 @@ DAMAGES = {
 @pytest.mark.parametrize("name", ["scores", "layers"])
 def test_a_damaged_table_is_named_with_the_command_that_makes_it_again(name, damage, tmp_path):
     change, why = DAMAGES[damage]
-    path, content = tables.table_path(name, tmp_path), change(b"model,dataset,ntps,layer\na,b,0.5,10\na,c,0.25,12\n")
+    path = tables.table_path(name, tmp_path)
+    content = change(b"model,dataset,seed,ntps,layer\na,b,0,0.5,10\na,c,0,0.25,12\n")
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     with pytest.raises(UserError, match=rf"table \(.*({why}).*again: python -m fig_plot\.collect$") as of:
         tables.read_table(name, tmp_path)
