@@ -115,10 +115,8 @@ def solve_generalized_eigenproblem(
     Differs from the paper: the released script takes the smallest first (`--eigenvectors smallest`).
 
     Args:
-        factor: F, (d, c), float64.
-        denominator: C, (d, d), symmetric, positive semi-definite, float64.
-        noise: the part of C that is rounding, beyond that of float64.
-        factor_error: the error of F Z for random signs Z, (d, p); None: exact.
+        factor, denominator: F, (d, c), and C, (d, d), symmetric and positive semi-definite, float64.
+        noise, factor_error: rounding in C, beyond that of float64; and the error of F Z for random signs Z, (d, p).
     """
     whitener = whiten(denominator, noise=noise)
     whitened = whitener.T @ factor
@@ -244,8 +242,10 @@ def sweep_layer(
         scale = moments.unit_scale(config.coordinates)  # D: the moments become D M D, D B, D C0 D, D C1 D
         moments, held_out = moments.scaled(scale), held_out and held_out.scaled(scale)
     centred = moments.centred()
-    used, sigma, labels = centred if config.center else moments, centred.pooled_second_moment, perception(centred)
-    u, v = labels if config.center else perception(moments), next_token_subspace(used)
+    used = centred if config.center else moments
+    sigma, labels = centred.pooled_second_moment, perception(centred)
+    u = labels if config.center else perception(moments)
+    v = next_token_subspace(used)
     if config.subspace != "autoregression":
         v = control_subspace(used, config, v.shape[1], layer_index)
     if config.eigenvectors == "smallest":

@@ -2,12 +2,11 @@
 
     python linear_sklearn.py                                         # embedded model and data
     python linear_sklearn.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion
-    python linear_sklearn.py --solver saga --score_split train       # as in the paper's Figure 2
+    python linear_sklearn.py --solver saga                           # as in the paper's Figure 2 (scores on train)
 
 Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy and makes them, by one pass of cache.py each,
 if they are missing. Fits on train, scores on train and test.
-Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf; with --score_split train
-<dataset>.train.png, .pdf), which shows NTPS too if K_sweep.py has run.
+Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf).
 
 Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScaler); y labels, Y (n, c) one-hot.
 
@@ -45,9 +44,8 @@ ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 
 @dataclass(frozen=True)
 class Output(Unrecorded):
-    """Settings of the table, the picture and the processes."""
+    """Settings of the picture and the processes."""
 
-    score_split: Literal["test", "train"] = "test"  # split of table and picture (the paper: train); the file has both
     num_workers: int = 1  # processes on the CPU, each fits one layer at a time
     picture: bool = True  # also draw the picture
 
@@ -169,28 +167,13 @@ def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 
 # ------------------------------------------------------------------ run
-def load_ntps(config: Config, identity: dict, train: LabelledTexts) -> dict | None:
-    """The result of K_sweep.py for these settings, classes, rows and weights; without one prints why, returns None."""
-    path = results.result_path("ntps", config.run, config.model, config.data, ".json")
-    if not path.is_file():
-        print(f"No NTPS at {path}: the picture shows the probes alone. Run K_sweep.py to have both.")
-        return None
-    ntps, settings = results.read_identity(path), result_settings(config)
-    shared = {name: settings[name] for name in result_settings(cache.Config()) if name in settings}
-    expected = {"config": shared, "model_fingerprint": identity["model_fingerprint"]}
-    expected |= {"fingerprint": train.fingerprint, "label_names": train.label_names}
-    if how := results.difference(ntps["moments"], expected):
-        print(f"The picture shows the probes alone: {path} was made {how}.")
-        return None
-    return ntps
-
-
-def print_table(result: dict, split: str) -> None:
-    """Prints the scores of every layer on one split, the baselines, and warnings."""
-    rows = {f"layer {layer['layer']}": layer[split] for layer in result["layers"]}
-    rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(rows["layer 0"])).astype(float)
-    print(f"\nscores on {split}, fitted on train\n{table.to_string(float_format='{:.5g}'.format, na_rep='-')}")
+def print_table(result: dict) -> None:
+    """Prints the scores of every layer on each split, the baselines, and warnings."""
+    for split in SPLITS:
+        rows = {f"layer {layer['layer']}": layer[split] for layer in result["layers"]}
+        rows |= {name: scores["train"] if split == "train" else scores for name, scores in result["baselines"].items()}
+        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(rows["layer 0"])).astype(float)
+        print(f"\nscores on {split}, fitted on train\n{table.to_string(float_format='{:.5g}'.format, na_rep='-')}")
     solvers = {str(layer["layer"]): layer["solver"] for layer in result["layers"] if "solver" in layer}
     if unfinished := [layer for layer, solver in solvers.items() if not solver["converged"]]:
         print(f"warning: {result['config']['solver']} has not converged at layer {', '.join(unfinished)}: --max_iter")
@@ -217,12 +200,10 @@ def main(config: Config) -> None:
         result = results.find_result(path, identity, config.run)
         if result is None:
             result = identity | stored_as(config.model) | probe_layers(config, data)
-        print_table(result, config.output.score_split)
+        print_table(result)
         results.save_json(path, result)  # before the picture: no score is lost if it cannot be drawn
         if config.output.picture:
-            figure = plot_probes(result, load_ntps(config, identity, data["train"]), config.output.score_split)
-            ending = ".train.json" if config.output.score_split == "train" else ".json"
-            save_figure(figure, results.result_path("linear_sklearn", config.run, config.model, config.data, ending))
+            save_figure(plot_probes(result), path)
     print(path)
 
 

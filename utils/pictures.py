@@ -98,40 +98,27 @@ def plot_sweep(result: dict) -> "Figure":
 
 
 # ------------------------------------------------------------------ linear_sklearn.py
-def draw_over_layers(axes: "Axes", layers: list[dict], curves: dict[str, list[float | None]], title: str) -> None:
-    """Draws a curve over layers for each label, and the legend of all curves below."""
-    numbers = [layer["layer"] for layer in layers]
-    for (label, values), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(numbers, np.array(values, float), color=colour, marker="o", ms=3, label=label)
-    axes.set(title=title, xlabel="layer")
-    axes.locator_params(axis="x", integer=True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+def plot_probes(result: dict) -> "Figure":
+    """The picture of one run of linear_sklearn.py: probes and text-only baselines over layers, on train and on test.
 
-
-def plot_probes(result: dict, ntps: dict | None, split: str) -> "Figure":
-    """The picture of one run of linear_sklearn.py: probes and text-only baselines over layers, and NTPS beside them.
-
-    Probes have accuracy (for regression Pearson's correlation) and R2; NTPS, if it exists, is the mean over K.
+    Probes have accuracy (for regression Pearson's correlation) and R2.
     """
     main, layers, plt = "accuracy" if result["num_classes"] else "pearson", result["layers"], load_pyplot()
     with plt.style.context(PLAIN_TEXT):
-        figure, [axes] = plt.subplots(1, 2 if ntps else 1, figsize=(7.2 if ntps else 3.9, 3.6), squeeze=False)
-        for name, style in (("majority", ":"), ("bag_of_words", "--")):
-            baseline = result["baselines"][name]
-            level = (baseline["train"] if split == "train" else baseline)[main]
-            if level is not None:
-                axes[0].axhline(level, color="0.5", lw=1, ls=style, label=f"{name.replace('_', ' ')}, {main}")
-        r2 = [layer[split]["r2"] for layer in layers]
-        curves = {main: [layer[split][main] for layer in layers], "R2, least squares": r2}
-        draw_over_layers(axes[0], layers, curves, f"probes, scored on {split}")
-        axes[0].set_ylim(max(min(0.0, *(value or 0 for value in r2)), -0.5) - 0.02, 1.02)
-        if ntps:
-            curves = {
-                LABELS[name]: [None if layer[name] is None else np.mean(layer[name]) for layer in ntps["layers"]]
-                for name in ("ntps", "ntps_whitened", "retained")
-            }
-            draw_over_layers(axes[1], ntps["layers"], curves, "NTPS, mean over K")
-            axes[1].set_ylim(0, 1.02)
+        figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.6))
+        for axes, split in zip(panels, ("train", "test"), strict=True):
+            for name, style in (("majority", ":"), ("bag_of_words", "--")):
+                baseline = result["baselines"][name]
+                level = (baseline["train"] if split == "train" else baseline)[main]
+                if level is not None:
+                    axes.axhline(level, color="0.5", lw=1, ls=style, label=f"{name.replace('_', ' ')}, {main}")
+            for score, label, colour in ((main, main, BLUE), ("r2", "R2, least squares", ORANGE)):
+                values = np.array([layer[split][score] for layer in layers], float)
+                axes.plot([layer["layer"] for layer in layers], values, color=colour, marker="o", ms=3, label=label)
+            axes.set(title=f"probes, scored on {split}", xlabel="layer")
+            axes.set_ylim(max(min(0.0, np.nan_to_num(values).min()), -0.5) - 0.02, 1.02)  # of R2
+            axes.locator_params(axis="x", integer=True)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         config, num = result["config"], result["num_samples"]
         rows = f"n = {num['train']} train, {num['test']} test, d = {result['num_features']}"
         figure.suptitle(textwrap.fill(f"{title_of(config['model_name'])}, {config['dataset_name']} ({rows})", 90))

@@ -73,6 +73,11 @@ def test_a_nested_basis_spans_what_the_first_columns_span(dependent):
         np.testing.assert_allclose(inside, np.square(expected.T @ points).sum(0), atol=1e-9)
 
 
+def test_a_column_twice_leaves_no_other_out():
+    """QR puts an axis into the place of the copy, here that of the next column."""
+    assert NestedBasis.of(torch.eye(4).double()[:, [0, 0, 1, 2, 3]], [1, 2, 3, 4, 5]).dims == [1, 1, 2, 3, 4]
+
+
 def test_a_column_of_rounding_spans_nothing():
     vectors = np.random.default_rng(0).normal(size=(20, 6)) * [1e-16, 1e-16, 1, 1, 1, 1]
     assert NestedBasis.of(tensor(vectors), [1, 2, 3, 6], torch.ones(6).double()).dims == [0, 0, 1, 4]

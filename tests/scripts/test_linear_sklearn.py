@@ -1,6 +1,5 @@
 """linear_sklearn.py: its solvers equal scikit-learn's and the moments', its scores the formulas; its command line."""
 
-import functools
 import json
 import shutil
 
@@ -17,7 +16,6 @@ import cache
 import K_sweep
 import linear_sklearn
 from tests.conftest import configure, load_pooled_states, make_texts, run_in_process, write_rows
-from utils.results import save_json
 from utils.script import UserError
 from utils.settings import with_values
 from utils.training.probes import fit_logistic
@@ -147,35 +145,12 @@ def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsy
     assert "2 at a time" in capsys.readouterr().out and result_of(config)["layers"] == first["layers"]
 
 
-def test_ntps_of_other_settings_classes_rows_or_weights_is_left_out(config, capsys, monkeypatch):
-    [path] = config.run.results_dir.glob("ntps/*/rows.json")
-    original, drawn, config = path.read_text(), [], with_values(config, picture=True)
-    monkeypatch.setattr(linear_sklearn, "plot_probes", lambda result, ntps, split: drawn.append(ntps))
-    monkeypatch.setattr(linear_sklearn, "save_figure", lambda *_: None)
-    linear_sklearn.main(config)
-    assert drawn.pop() is not None and "The picture shows the probes alone" not in capsys.readouterr().out
-    for keys, words in (
-        (("config", "seed"), "seed: 1 there, 0 now"),
-        (("label_names",), "other classes"),
-        (("model_fingerprint",), "other weights"),
-        (("fingerprint",), "other rows"),
-    ):
-        ntps = json.loads(original)
-        functools.reduce(dict.__getitem__, keys[:-1], ntps["moments"])[keys[-1]] = 1
-        save_json(path, ntps)
-        linear_sklearn.main(config)
-        told = capsys.readouterr().out
-        assert drawn.pop() is None and told.count("The picture shows the probes alone") == 1 and words in told
-
-
-def test_table_tells_split_baselines_and_the_missing_ntps(config, capsys):
-    shutil.rmtree(config.run.results_dir / "ntps")
+def test_table_tells_splits_baselines_and_a_solver_that_has_not_converged(config, capsys):
     config = with_values(config, solver="saga", max_iter=1)
-    linear_sklearn.main(with_values(config, score_split="train", picture=True))
+    linear_sklearn.main(config)
     printed = capsys.readouterr().out
-    assert "scores on train" in printed and "bag_of_words" in printed and "No NTPS at" in printed
+    assert "scores on train" in printed and "scores on test" in printed and "bag_of_words" in printed
     assert "warning: saga has not converged at layer 0, 1, 2" in printed
-    assert list(config.run.results_dir.glob("linear_sklearn/*/rows.train.png"))
     linear_sklearn.main(config)
     assert "has not converged" in capsys.readouterr().out  # a reused result warns too
 
