@@ -298,8 +298,9 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             moments = load_layer(file, metadata, layer_index, device)
             if not moments.labels_vary:
                 raise UserError(f"The labels of {path} are all equal. Change --split, --label_column or --max_samples.")
-            is_held_out = other_metadata and layer_index in other_metadata["layers"]
-            held_out = load_layer(other, other_metadata, layer_index, device) if is_held_out else None
+            held_out = None
+            if other_metadata and layer_index in other_metadata["layers"]:
+                held_out = load_layer(other, other_metadata, layer_index, device)
             # only the run's own V is compared with random V; only default options compute the closed forms
             is_compared = layer_index == last and config.subspace == "autoregression"
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)

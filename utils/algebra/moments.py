@@ -79,7 +79,7 @@ class LayerMoments(PooledMoments):
         """The moments about the means of pooled states, prefixes and next tokens: Sigma in place of M, S of B, ..."""
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
         prefix_mean_of_pairs = self.prefix_mean * self.num_samples / max(self.num_pairs, 1)
-        zeros = dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), torch.zeros_like(self.pooled_mean))
+        zeros = torch.zeros_like(self.pooled_mean)
         return dataclasses.replace(
             self,
             pooled_second_moment=self.pooled_covariance,
@@ -88,7 +88,9 @@ class LayerMoments(PooledMoments):
             prefix_next_cross_moment=self.prefix_next_cross_moment - torch.outer(prefix_mean_of_pairs, self.next_mean),
             pooled_rounding=self.pooled_rounding.centred(self.pooled_second_moment.diagonal()),
             prefix_rounding=self.prefix_rounding.centred(self.prefix_second_moment.diagonal()),
-            **zeros,
+            pooled_mean=zeros,
+            prefix_mean=zeros,
+            next_mean=zeros,
         )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:
