@@ -33,10 +33,10 @@ def fold_pairs(folds: list[PooledMoments]) -> list[Pair]:
     for i, fold in enumerate(folds):
         others = folds[:i] + folds[i + 1 :]
         num = sum(other.num_samples for other in others)
-        averages: list[Any] = [
-            sum(other.num_samples / num * getattr(other, name) for other in others) for name in FIELDS[:-1]
-        ]
-        pairs.append((PooledMoments(*averages, num), fold))
+        averages: dict[str, Any] = {
+            name: sum(other.num_samples / num * getattr(other, name) for other in others) for name in FIELDS[:-1]
+        }
+        pairs.append((PooledMoments(**averages, num_samples=num), fold))
     return pairs
 
 
