@@ -1,9 +1,10 @@
-"""Time the moments: cache.py's pass beside a plain forward pass of the same batches.
+"""Time the moments: cache.py's pass, a plain forward pass of the same batches, and the dense per-text formula.
 
     python -m benchmarks.bench_cache
-    python -m benchmarks.bench_cache --models smollm2 --dataset_name rotten_tomatoes --dtypes float32 bfloat16
+    python -m benchmarks.bench_cache --model_name smollm2 --dataset_name rotten_tomatoes --num_texts 300 \
+        --num_rounds 2 --num_dense_rounds 1 --dtypes float32 bfloat16
 
-A name of benchmarks/harness.py is a model of that size with random weights, on random texts; any other model reads a
+Without --model_name: models of the paper's sizes with random weights, on random texts. With it: that model on a
 stratified sample of the dataset's training texts. Pass and forward pass take turns in every round; ratios are of the
 fastest rounds. `padding` is padded tokens over tokens.
 Writes results/benchmarks/bench_cache.json.
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cache
-from benchmarks.harness import DECODERS, NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
+from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model, random_texts, write_result
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
@@ -37,12 +38,14 @@ Texts = tuple[TokenizedTexts, LabelledTexts, np.ndarray]  # tokens, labels, fold
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py, or a --model_name of cache.py
-    dataset_name: str = "docstrings/library"  # texts of a model with its own weights
+    model_name: str | None = None  # a --model_name of cache.py; None: random models
+    random_models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py
+    dataset_name: str = "docstrings/library"  # texts of a named model
     num_texts: int = 468  # texts
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts
+    num_dense_rounds: int = 0  # rounds of the dense formula, which takes long
     mean_length: int = 35  # tokens per random text, uniform between half and one and a half of it
     run: Run = Run(device="cpu")
 
@@ -54,6 +57,18 @@ def read_texts(name: str, config: Config) -> Texts:
     model_config = load_config(model, run)
     tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config)
     return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
+
+
+@torch.inference_mode()
+def dense_formula(model: PreTrainedModel, tokens: TokenizedTexts) -> None:
+    """C0 and C1 of every layer, text by text, from their definition with the matrices L1 and L2."""
+    for index, length in enumerate(tokens.lengths):
+        input_ids = tokens.pad(np.array([index]))[0].to(model.device)
+        prefix = torch.ones(length, length - 1, device=model.device).triu()  # L1
+        shift = torch.eye(length, device=model.device)[:, 1:]  # L2
+        for states in model(input_ids=input_ids, output_hidden_states=True).hidden_states:
+            x = states[0].float().T
+            _ = x @ prefix @ prefix.T @ x.T, x @ prefix @ shift.T @ x.T
 
 
 def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> dict[str, Any]:
@@ -68,8 +83,9 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = alternate(runs, config.num_rounds, device)
+    times |= alternate({"dense": partial(dense_formula, model, texts[0])}, config.num_dense_rounds, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    fastest = {run: min(rounds) for run, rounds in times.items()}
+    fastest = {run: min(rounds) for run, rounds in times.items() if rounds}
     ratios = {run: seconds / fastest["forward"] for run, seconds in fastest.items()}
     for run, seconds in fastest.items():
         told = f"{seconds:9.2f} s, {ratios[run]:5.2f} of forward, {num_tokens / seconds:10,.0f} tokens/s"
@@ -82,8 +98,8 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
 def main(config: Config) -> None:
     """Measures every model in every dtype and prints a line for each run."""
     device, rows = pick_device(config.run.device), []
-    for name in config.models:
-        is_random = name in DECODERS
+    for name in (config.model_name,) if config.model_name else config.random_models:
+        is_random = config.model_name is None
         texts = random_texts(config.num_texts, config.mean_length) if is_random else read_texts(name, config)
         for dtype in config.dtypes:
             own = Model(name, dtype=dtype)

@@ -72,6 +72,7 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "open quote": ("rows.csv", 'text,label\n"a,0\n', r"line \d: unexpected end"),
     "latin-1": ("rows.jsonl", GOOD.encode() + "é".encode("latin1"), r"'utf-8' .* position 26.*iconv -f latin1"),
     "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"'utf-16.* truncated data"),
+    "zero bytes": ("rows.csv", b"text,label\na\0b,yes\n", "holds zero bytes"),
     "cut parquet": ("rows.parquet", b"PAR1", r"rows\.parquet cannot be read: .*Write it again"),
 }
 # fmt: on

@@ -12,12 +12,12 @@ from tests.conftest import configure
 def test_ratios_of_a_small_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(harness.DECODERS, "Qwen2-0.5B", ("qwen2", (64, 2, 2, 1, 96), 8192))
     options = {"num_texts": 80, "mean_length": 12, "tokens_per_batch": 128, "num_rounds": 1}
-    options |= {"models": ("Qwen2-0.5B",), "product_dtypes": ("float32", "bfloat16x2")}
+    options |= {"random_models": ("Qwen2-0.5B",), "product_dtypes": ("float32", "bfloat16x2"), "num_dense_rounds": 1}
     bench_cache.main(configure(bench_cache, results_dir=tmp_path, **options))
     path = tmp_path / "benchmarks" / "bench_cache.json"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
     [row] = json.loads(path.read_text())["rows"]
-    assert list(row["seconds"]) == ["forward", "float32", "bfloat16x2"]
+    assert list(row["seconds"]) == ["forward", "float32", "bfloat16x2", "dense"]
     assert row["over_forward"]["forward"] == 1 and 1 <= row["padding"] < 1.5 and 80 * 6 < row["num_tokens"] < 80 * 19
 
 

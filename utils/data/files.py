@@ -72,9 +72,12 @@ def decode(path: Path) -> str:
     """The text of a file. Raises ValueError if it has another encoding."""
     content = path.read_bytes()
     try:
-        return content.decode(json.detect_encoding(content))
+        text = content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
         raise ValueError(f"{error}; convert it with: iconv -f latin1 -t utf-8 {path}") from None
+    if "\0" in text:
+        raise ValueError("it holds zero bytes, so it is damaged")
+    return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
