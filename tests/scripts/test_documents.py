@@ -27,7 +27,8 @@ SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")})
 
 def makefile_commands(target: str) -> list[list[str]]:
     """The python commands of a target, as `make` would run them."""
-    printed = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    make = ["make", "--dry-run", "--old-file=.venv/.ready", target]  # in any environment
+    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [shlex.split(line)[1:] for line in printed.splitlines() if re.match(rf"\S*{PROGRAM}", line)]
 
 
