@@ -149,7 +149,7 @@ INEXPRESSIBLE = {  # settings that no configuration has
 }
 for name, value in INEXPRESSIBLE.items():
     architecture, _, _ = name.partition(".")
-    extra = EXTRA.get(architecture, {}) | {name: value}
+    extra = EXTRA.get(architecture, {f"{architecture}.attention.key_length": 8}) | {name: value}
     WRONG[rf"states {name} = .*Take the model's folder"] = (architecture, {"extra": extra})
 
 

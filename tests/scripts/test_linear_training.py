@@ -194,8 +194,13 @@ def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_
     (folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
         linear_training.main(with_values(config, dropout=0.5))
+    state = (folder / "state.safetensors").read_bytes()
     linear_training.main(again)
     assert first_steps[7] == 6 and result(tmp_path)[1]["config"]["learning_rate"] == 1e-2
+    (folder / "state.safetensors").write_bytes(state)  # a state of other settings is no obstacle with --overwrite
+    del first_steps[8:]
+    linear_training.main(with_values(config, dropout=0.5, overwrite=True))
+    assert first_steps[8] == 0 and result(tmp_path)[1]["config"]["dropout"] == 0.5
 
 
 @pytest.mark.parametrize(

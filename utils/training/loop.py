@@ -122,7 +122,7 @@ def start_accelerator(config: Any, folder: Path) -> Any:
 def load_progress(run: TrainingRun) -> Progress:
     """Loads the state of an interrupted run into model and optimiser; returns its progress, else that of a new run."""
     path, overwrite, progress = run.folder / STATE, run.config.run.overwrite, Progress()
-    object_of_first(lambda: path.is_file() and results.check_state(path, run.identity, overwrite))
+    object_of_first(lambda: results.check_state(path, run.identity, overwrite) if path.is_file() else None)
     if stored := load_state(path, run.trained_parameters(), run.optimizer, run.identity):
         progress = Progress(**{name: stored[name] for name in vars(progress)})
         print(f"going on from step {progress.step} of {run.num_steps}")
