@@ -168,6 +168,14 @@ def test_what_is_no_causal_lm_is_refused_by_name_of_the_fault(name, dtype):
         self_check(make().to(dtype), make_tokens(), name)
 
 
+@pytest.mark.parametrize(("model_type", "dtype"), [("llama", torch.float32), ("mixtral", torch.bfloat16)])
+def test_states_that_depend_on_the_length_of_the_batch_are_refused(model_type, dtype):
+    decoder = decoder_of(small_model(model_type)).to(dtype)
+    decoder.layers[0].register_forward_hook(lambda layer, args, output: output * output.shape[1])
+    with pytest.raises(UserError, match=r"its states change with the padding \(layer 1\)"):
+        self_check(decoder, make_tokens(), model_type)
+
+
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2,), (1,), (64, 64)])
 def test_texts_of_any_number_and_length_will_do_and_the_mode_stays(lengths):
     decoder = decoder_of(small_model("qwen2")).train()
