@@ -279,7 +279,11 @@ def output_path(config: Config) -> Path:
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
-    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments."""
+    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments.
+
+    Raises:
+        UserError: the labels are all equal.
+    """
     device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))

@@ -193,7 +193,8 @@ def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: i
     """Empty sums of each kept layer k, whose states `devices[k]` holds. Raises UserError if memory is too small."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
-    shapes = {k: (d, c, config.num_folds if k in stored.choose(config.output.folds, kept) else 1) for k in kept}
+    with_folds = stored.choose(config.output.folds, kept)
+    shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
     on_meta = [LayerSums(shape, torch.device("meta"), precision, config.pooling, False) for shape in shapes.values()]
     of_block = 0 if precision == "float64" else 12 * d * d  # a block has at most three float32 matrices
     num_bytes = [of_block + sum(tensor.nbytes for tensor in layer.sums.values()) for layer in on_meta]
@@ -273,8 +274,7 @@ def config_path(config: Config) -> Path:
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
     """The path of a config's moments, and the config with the settings that you omitted read from that file.
 
-    Raises:
-        UserError: the moments are missing (those of the embedded model are made), or of other settings or weights.
+    Raises UserError: the moments are missing (those of the embedded model are made), or of other settings or weights.
     """
     path = config_path(config)
     if not path.is_file():

@@ -37,7 +37,7 @@ from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script, set_seed
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, save_head
+from utils.training.objective import BatchOrder, Objective, make_head, save_head
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -128,8 +128,7 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, 
         parts["validation"] = (states["train"][held_out], targets["train"][held_out])
     train_states, identity = states["train"][kept], make_identity(config, data)
     set_seed(config.data.seed)
-    linear = torch.nn.Linear(train_states.shape[1], objective.num_labels)
-    head = torch.nn.Sequential(torch.nn.Dropout(config.dropout), linear).to(device)
+    head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
     order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 
     def has_stalled(history: list[dict]) -> bool:

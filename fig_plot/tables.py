@@ -227,9 +227,14 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     )
 
 
+def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_seeds` averaged over the seeds: one row per model and dataset."""
+    return seeds.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
+
+
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """The rows of `load_seeds` averaged over seeds: one row per model and dataset."""
-    return load_seeds(data_dir).groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
+    """As `load_seeds`, one row per model and dataset."""
+    return average_seeds(load_seeds(data_dir))
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:

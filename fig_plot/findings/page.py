@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from fig_plot.findings.comparisons import first_choices
 from fig_plot.findings.procedure import STEPS
 from fig_plot.findings.questions import GAINS, OF_THE_OUTCOME, known, rivals_of
 from fig_plot.tables import (
@@ -276,7 +275,7 @@ def coordinates(data_dir: Path) -> Table:
 def first_choice(data_dir: Path) -> Table:
     """The choices of prescreen.py on every dataset, beside the best one."""
     return Table(
-        first_choices(find_studies(data_dir)),
+        read_table("findings_first_choice", data_dir),
         {"dataset": "`{dataset}`", "first choice, layer": "`{model}`, {layer}", "its probe": "{test_accuracy:.3f}",
          "best model, layer": "`{best_model}`, {best_layer}", "points lost": "{points_lost:.1f}",
          "bag of words": "{bag_of_words:.3f}"},

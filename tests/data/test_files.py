@@ -287,7 +287,7 @@ def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
         load(f"{folder}:fr")
     write(folder / "README.md", SUBSETS.format(default="  default: true\n"))
     assert len(load(folder).texts) == 4
-    write(folder / "README.md", "---\nlicense: mit\n---\n")
+    write(folder / "README.md", "---\nlicense: mit\n---\nconfigs: none\n")
     with pytest.raises(UserError, match=r"own has no subsets.*Leave out :en"):
         load(f"{folder}:en")
     write(folder / "README.md", SUBSETS.format(default="").replace("part-", "none-"))

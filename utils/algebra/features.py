@@ -121,7 +121,7 @@ def feature_scores(
         pairs = [(moments, held_out)]
     if pairs:
         found["ridge_r2"], fits = ridge(pairs, moments.label_covariance)
-    whitener = whiten(sigma, noise=moments.centred().pooled_rounding)
+    whitener = whiten(sigma, noise=moments.covariance_rounding)
     if rank := whitener.shape[1]:
         values = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
         values |= {"cka": cka(moments, sigma), "logme": logme(moments)}

@@ -75,6 +75,11 @@ class LayerMoments(PooledMoments):
     prefix_rounding: Noise = NO_NOISE  # in C0
     next_rounding: Noise = NO_NOISE  # in C1: its error alone
 
+    @property
+    def covariance_rounding(self) -> Noise:
+        """The rounding in Sigma."""
+        return self.pooled_rounding.centred(self.pooled_second_moment.diagonal())
+
     def centred(self) -> "LayerMoments":
         """The moments about the means of pooled states, prefixes and next tokens: Sigma in place of M, S of B, ..."""
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
@@ -86,7 +91,7 @@ class LayerMoments(PooledMoments):
             pooled_label_cross_moment=self.pooled_label_covariance,
             prefix_second_moment=self.prefix_second_moment - torch.outer(prefix_mean_of_pairs, self.prefix_mean),
             prefix_next_cross_moment=self.prefix_next_cross_moment - torch.outer(prefix_mean_of_pairs, self.next_mean),
-            pooled_rounding=self.pooled_rounding.centred(self.pooled_second_moment.diagonal()),
+            pooled_rounding=self.covariance_rounding,
             prefix_rounding=self.prefix_rounding.centred(self.prefix_second_moment.diagonal()),
             pooled_mean=zeros,
             prefix_mean=zeros,
@@ -98,10 +103,9 @@ class LayerMoments(PooledMoments):
 
         It is 1 for a coordinate that is no more than rounding.
         """
-        centred = self.centred()
         squares, noise = self.prefix_second_moment.diagonal(), self.prefix_rounding.diagonal
         if coordinates == "standardized":
-            squares, noise = centred.pooled_second_moment.diagonal(), centred.pooled_rounding.diagonal
+            squares, noise = self.pooled_covariance.diagonal(), self.covariance_rounding.diagonal
         return torch.where(squares > noise, squares, 1).rsqrt()
 
     def scaled(self, scale: Tensor) -> "LayerMoments":

@@ -237,7 +237,8 @@ def find_files(path: Path, subset: str | None = None) -> dict[str, list[Path]]:
     if path.is_file():
         return {"train": [path]}
     card = path / "README.md"
-    has_subsets = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+    head = card.read_text(encoding="utf-8-sig", errors="replace").split("\n---")[0] if card.is_file() else ""
+    has_subsets = head.startswith("---") and "\nconfigs:" in head  # not in the words below the settings
     if subset and not has_subsets:
         raise UserError(f"{path} has no subsets: its README.md has no `configs:`. Leave out :{subset}.")
     with hub_errors(Repository(str(path), "Dataset", (), "a file of it")):

@@ -236,7 +236,10 @@ def _sample(settings: Data, source: Source, part: str, rows: list[Row], label_na
         texts, labels = [texts[row] for row in chosen], labels[chosen]
     if not label_names:
         _check_targets(source.name, part, labels)
-    digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts) + labels.tobytes())
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    digest.update(labels.tobytes())
     return LabelledTexts(texts, labels, label_names, digest.hexdigest()[:16])
 
 

@@ -1,4 +1,4 @@
-"""Define the loss and its scores, the file of the head, and the rows of each step; d features, c outputs."""
+"""Define the head and its file, the loss and its scores, and the rows of each step; d features, c outputs."""
 
 import functools
 import math
@@ -17,6 +17,11 @@ from utils.script import UserError
 from utils.training.metrics import classification_scores, regression_scores
 
 GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
+
+
+def make_head(hidden_size: int, num_labels: int, dropout: float) -> nn.Sequential:
+    """Dropout and a linear layer on the pooled state: (b, d) -> (b, c)."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_labels))
 
 
 @dataclass(frozen=True)
