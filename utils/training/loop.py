@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,6 @@ from utils.script import UserError, environment, pick_device, termination_noted
 from utils.settings import all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
-from utils.training.state import load_state, save_state
 
 STATE, METRICS = "state.safetensors", "metrics.json"  # in the folder of a result; a finished run has no state
 
@@ -116,6 +116,34 @@ def start_accelerator(config: Any, folder: Path) -> Any:
     simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in all_settings(config).items()}
     accelerator.init_trackers(folder.parent.parent.name, config=simple)
     return accelerator
+
+
+# ------------------------------------------------------------------ state of an unfinished run
+def save_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+               identity: dict[str, Any], progress: dict[str, Any]) -> None:  # fmt: skip
+    """Writes weights, optimiser, identity and progress of a run."""
+    tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in parameters.items()}
+    for index, state in optimizer.state_dict()["state"].items():  # with numbers, such as the count of steps
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    results.save_tensors(path, tensors, {**identity, **progress})
+
+
+def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+               identity: dict[str, Any]) -> dict[str, Any] | None:  # fmt: skip
+    """Puts a saved state into parameters and optimiser; its progress, or None without one. Raises UserError."""
+    if not path.is_file():
+        return None
+    states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    with results.open_tensors(path) as (file, progress), torch.no_grad():
+        results.check_identity(progress, identity, path)
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
+        for key in file.keys():  # noqa: SIM118, no dict
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                states[int(index)][name] = file.get_tensor(key)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
+    return progress
 
 
 # ------------------------------------------------------------------ training
