@@ -45,7 +45,7 @@ from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
-TOKENS_PER_BLOCK = 8192  # tokens whose low-precision products are added up before the sum moves to float64
+TOKENS_PER_BLOCK = 4096  # tokens whose low-precision products are added up before the sum moves to float64
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
 Pooling = Literal["mean", "last"]
 

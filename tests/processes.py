@@ -62,11 +62,11 @@ def start(
 
 
 def exit_codes(started: list[BaseProcess], seconds: float = 60) -> list[int | None]:
-    """Waits for the processes; None for one that hangs, which is then killed."""
-    codes = []
+    """Waits for the processes; one that hangs fails the test, after all are killed."""
     for process in started:
         process.join(seconds)
-        codes.append(process.exitcode)
-        if process.exitcode is None:
-            process.kill()
-    return codes
+    hanging = [process for process in started if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a process hangs; its traceback is on stderr"
+    return [process.exitcode for process in started]

@@ -93,15 +93,16 @@ def test_a_run_killed_at_random_gives_the_uninterrupted_result(model_dirs, rows_
     random, kills, finished = np.random.default_rng(size), 0, 0
     while kills < num_kills:
         folder = tmp_path / str(finished)
-        killed = settings(model_dirs, rows_path, folder)
-        codes = [1]
+        killed, codes = settings(model_dirs, rows_path, folder), [1]
         while any(codes):
             started = start(lambda rank, killed=killed: cache.main(killed), size)
-            if kills < num_kills:  # then to the end
+            is_killed = kills < num_kills  # else it runs to the end
+            if is_killed:
                 time.sleep(random.uniform(0.2, 1) * usual)
                 for process in started:
                     process.kill()
             codes = exit_codes(started)
+            assert is_killed or not any(codes)
             kills += any(codes)
         finished += 1
         assert results(folder) == results(tmp_path / "whole")

@@ -140,7 +140,7 @@ def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsy
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
     first = result_of(config)
-    with joblib.parallel_config("multiprocessing"):  # forks start at once
+    with joblib.parallel_config("threading"):  # new processes would import torch first
         linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
     assert "2 at a time" in capsys.readouterr().out and result_of(config)["layers"] == first["layers"]
 
