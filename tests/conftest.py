@@ -17,8 +17,6 @@ import json
 import runpy
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,18 +57,6 @@ def run_command(*arguments: str | Path, **options) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
-MODEL_CONFIGS = {
-    "qwen2": lambda vocab: Qwen2Config(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0,
-    ),
-    "llama": lambda vocab: LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, pad_token_id=None, bos_token_id=None,
-    ),
-}  # fmt: skip
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens without a pad token, as most causal LMs have it."""
     tokenizer = Tokenizer(models.BPE())
@@ -85,15 +71,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory) -> dict[str, Path]:
     """Folders with a random model and its tokenizer, one per architecture."""
-    tokenizer = make_tokenizer()
-    folders = {}
-    for name, make_config in MODEL_CONFIGS.items():
+    tokenizer, folders = make_tokenizer(), {}
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 0}
+    for config in (
+        Qwen2Config(**size, num_hidden_layers=2, tie_word_embeddings=True, pad_token_id=0),
+        LlamaConfig(**size, num_hidden_layers=3, pad_token_id=None, bos_token_id=None),
+    ):
         torch.manual_seed(0)
-        folders[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
-        AutoModelForCausalLM.from_config(make_config(len(tokenizer)), dtype=torch.float32).save_pretrained(
-            folders[name]
-        )
-        tokenizer.save_pretrained(folders[name])
+        folders[config.model_type] = folder = tmp_path_factory.mktemp("models") / f"random-{config.model_type}"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folders
 
 
@@ -116,6 +104,12 @@ def rows_path(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
 
+@pytest.fixture(scope="session")
+def names(model_dirs, rows_path) -> dict[str, Any]:
+    """The settings that name the model and the rows of most tests."""
+    return {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
+
+
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Moments by name, those of layers (`layer.<k>.<name>`) along a first axis in the order of layers."""
     found = {key: tensor for key, tensor in tensors.items() if not key.startswith("layer.")}
@@ -130,16 +124,20 @@ def load_moments(path: Path) -> dict[str, torch.Tensor]:
     return stacked(load_file(path))
 
 
-def load_pooled_states(folder: Path, split: str) -> dict[str, np.ndarray]:
-    """Pooled states (layers, n, d) and labels (n,) of the only moments of this split below a folder, as written."""
-    [path] = folder.glob(f"moments/*/*/{split}.pooled.npy")
-    labels = load_file(path.with_name(f"{split}.safetensors"))["labels"]
-    return {"pooled": np.load(path), "labels": labels.numpy()}
+def only_result(folder: Path, pattern: str) -> tuple[Path, dict[str, Any]]:
+    """The only JSON result of this name below a folder, and its content."""
+    [path] = folder.glob(pattern)
+    return path, json.loads(path.read_text())
 
 
 def configure(module: ModuleType, **values: Any) -> Any:
     """The config of a script with settings by name, in any group."""
     return with_values(module.Config(), **values)
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as the flags of a command line."""
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
 
 def run_in_process(monkeypatch, script: str, *arguments: str | Path) -> int | str | None:
@@ -150,13 +148,3 @@ def run_in_process(monkeypatch, script: str, *arguments: str | Path) -> int | st
     except SystemExit as exit:
         return exit.code
     return 0
-
-
-def kill_at(ready: Callable[[], Any], *arguments: str | Path) -> None:
-    """Runs a command line in a process of its own, and kills it as soon as `ready()` says so."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not ready():
-        assert process.poll() is None, "it ended before"
-        time.sleep(0.01)
-    process.kill()
-    process.wait()

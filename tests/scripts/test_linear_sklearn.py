@@ -1,6 +1,5 @@
 """linear_sklearn.py: its solvers equal scikit-learn's and the moments', its scores the formulas; its command line."""
 
-import json
 import shutil
 
 import joblib
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from safetensors.torch import load_file
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 import cache
 import K_sweep
 import linear_sklearn
-from tests.conftest import configure, load_pooled_states, make_texts, run_in_process, write_rows
+from tests.conftest import configure, flags, make_texts, only_result, run_in_process, write_rows
 from utils.script import UserError
 from utils.settings import with_values
 from utils.training.probes import fit_logistic
@@ -85,10 +85,9 @@ def test_array_api_gives_the_same_fit():
 
 # ------------------------------------------------------------------ the script
 @pytest.fixture(scope="module")
-def made(model_dirs, rows_path, tmp_path_factory):
+def made(names, tmp_path_factory):
     """Settings of a folder with moments and features of both splits, and those of K_sweep.py; tests work on copies."""
-    base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-    base |= {"results_dir": tmp_path_factory.mktemp("made")}
+    base = names | {"results_dir": tmp_path_factory.mktemp("made")}
     for split in ("train", "test"):
         cache.main(configure(cache, **base, split=split, save_pooled="all"))
     K_sweep.main(configure(K_sweep, **base, picture=False))
@@ -102,22 +101,26 @@ def config(made, tmp_path):
 
 
 def result_of(config) -> dict:
-    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
-    return json.loads(path.read_text())
+    return only_result(config.run.results_dir, "linear_sklearn/*/rows.json")[1]
+
+
+def states_and_labels(config, layer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The stored pooled states (n, d) of a layer and the labels (n,), by split."""
+    paths = {path.stem: path for path in config.run.results_dir.glob("moments/*/*/*.safetensors")}
+    x = {split: np.load(path.with_suffix(".pooled.npy"))[layer].astype(np.float64) for split, path in paths.items()}
+    return x, {split: load_file(path)["labels"].numpy() for split, path in paths.items()}
 
 
 def test_result_equals_scikit_learn_and_k_sweep(config):
     linear_sklearn.main(config)
     result = result_of(config)
-    parts = {split: load_pooled_states(config.run.results_dir, split) for split in ("train", "test")}
-    [ntps_path] = config.run.results_dir.glob("ntps/*/rows.json")
-    for entry, swept in zip(result["layers"], json.loads(ntps_path.read_text())["layers"], strict=True):
-        x = {split: part["pooled"][entry["layer"]].astype(np.float64) for split, part in parts.items()}
-        y = {split: part["labels"].astype(int) for split, part in parts.items()}
+    _, swept_layers = only_result(config.run.results_dir, "ntps/*/rows.json")
+    for entry, swept in zip(result["layers"], swept_layers["layers"], strict=True):
+        x, y = states_and_labels(config, entry["layer"])
         logistic, linear = LogisticRegression(tol=1e-9, max_iter=10_000), LinearRegression()
         logistic = make_pipeline(StandardScaler(), logistic).fit(x["train"], y["train"])
         linear = make_pipeline(StandardScaler(), linear).fit(x["train"], np.eye(3)[y["train"]])
-        for split in parts:
+        for split in ("train", "test"):
             shares = logistic.predict_proba(x[split])
             log_loss = -np.log(shares[np.arange(len(shares)), y[split]]).mean()
             assert entry[split]["log_loss"] == pytest.approx(log_loss, abs=2e-3)
@@ -132,14 +135,13 @@ def test_result_equals_scikit_learn_and_k_sweep(config):
     assert 0.3 < result["baselines"]["majority"]["accuracy"] < 0.4 < result["baselines"]["bag_of_words"]["accuracy"]
 
 
-def test_command_line_writes_and_shows_a_result_again(config, monkeypatch, capsys):
-    names = ["--model_name", config.model.model_name, "--dataset_name", config.data.dataset_name]
-    assert run_in_process(monkeypatch, "linear_sklearn.py", *names, "--results_dir", config.run.results_dir) == 0
-    [path] = config.run.results_dir.glob("linear_sklearn/*/rows.json")
+def test_command_line_writes_and_shows_a_result_again(made, config, monkeypatch, capsys):
+    options = flags(made | {"results_dir": config.run.results_dir})
+    assert run_in_process(monkeypatch, "linear_sklearn.py", *options) == 0
+    path, first = only_result(config.run.results_dir, "linear_sklearn/*/rows.json")
     printed = capsys.readouterr().out
     assert printed.strip().splitlines()[-1] == str(path) and "1 at a time" in printed
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.pdf", "rows.png"]
-    first = result_of(config)
     with joblib.parallel_config("threading"):  # new processes would import torch first
         linear_sklearn.main(with_values(config, num_workers=2, overwrite=True))
     assert "2 at a time" in capsys.readouterr().out and result_of(config)["layers"] == first["layers"]
@@ -161,17 +163,16 @@ def test_a_class_without_training_texts_is_refused(config, tmp_path):
     assert not list(tmp_path.rglob("linear_sklearn"))
 
 
-def test_regression(model_dirs, tmp_path, capsys):
+def test_regression(names, tmp_path, capsys):
     rows = [{"text": text, "label": len(text) / 7} for text in make_texts(150)]
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    names = names | {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
     config = configure(linear_sklearn, **names, results_dir=tmp_path / "results", picture=False)
     linear_sklearn.main(config)
     entry = result_of(config)["layers"][2]
-    train, test = (load_pooled_states(config.run.results_dir, split) for split in ("train", "test"))
-    states, scores = test["pooled"][2].astype(np.float64), entry["test"]
-    reference = LinearRegression().fit(train["pooled"][2].astype(np.float64), train["labels"])
+    scores, (x, y) = entry["test"], states_and_labels(config, 2)
+    reference = LinearRegression().fit(x["train"], y["train"])
     assert set(scores) == {"mse", "mse_over_variance", "r2", "pearson"}
-    assert scores["r2"] == pytest.approx(reference.score(states, test["labels"]), abs=1e-3)
-    correlation = np.corrcoef(reference.predict(states), test["labels"])[0, 1]
+    assert scores["r2"] == pytest.approx(reference.score(x["test"], y["test"]), abs=1e-3)
+    correlation = np.corrcoef(reference.predict(x["test"]), y["test"])[0, 1]
     assert scores["pearson"] == pytest.approx(correlation, abs=1e-4)
     assert "pearson" in capsys.readouterr().out

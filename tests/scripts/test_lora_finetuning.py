@@ -1,10 +1,11 @@
 """lora_finetuning.py: trained and frozen weights, the saved adapter, resuming, and NTPS before and after."""
 
 import contextlib
-import functools
 import io
 import json
 import shutil
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import cache
 import K_sweep
 import lora_finetuning
-from tests.conftest import configure, kill_at, run_in_process
+from tests.conftest import configure, flags, only_result, run_in_process
+from tests.processes import exit_codes, start
 from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps, tokens_of_test
 from utils.data import load as data_module
 from utils.models.load import load_base_model
@@ -30,15 +32,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def settings(model_dirs, rows_path, tmp_path) -> dict:
+def settings(names, tmp_path) -> dict:
     """A few steps on made-up rows, in float32."""
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-    return names | {"device": "cpu", "dtype": "float32", "num_steps": 12, "steps_per_evaluation": 6, "batch_size": 4}
+    short = {"dtype": "float32", "num_steps": 12, "steps_per_evaluation": 6, "batch_size": 4}
+    return names | short | {"device": "cpu", "results_dir": tmp_path}
 
 
 def result(results_dir):
-    [path] = results_dir.glob("lora/*/*/metrics.json")
-    return path.parent, json.loads(path.read_text())
+    """Folder and metrics of the only run below a folder."""
+    path, metrics = only_result(results_dir, "lora/*/*/metrics.json")
+    return path.parent, metrics
 
 
 # ------------------------------------------------------------------ trained weights
@@ -105,21 +108,6 @@ def test_dtype_is_of_the_frozen_weights_and_what_is_trained_is_float32(settings)
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-def test_gradient_checkpointing_runs_a_layer_twice_and_changes_no_loss(settings):
-    """Each of three steps runs the first decoder layer once, or twice with checkpointing."""
-    losses, num_runs = [], []
-    for is_on in (False, True):
-        config = configure(lora_finetuning, **settings, gradient_checkpointing=is_on, dropout=0.0, lora_dropout=0.0)
-        run, calls = make_run(lora_finetuning, config), []
-        projection = next(module for name, module in run.model.named_modules() if name.endswith("layers.0.mlp.up_proj"))
-        projection.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        run.model.train()
-        losses.append(take_steps(run, 3))
-        num_runs.append(len(calls))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert num_runs == [3, 6]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,12 +123,8 @@ def test_mistakes_are_named(settings, change, message):
 
 
 # ------------------------------------------------------------------ command line
-def arguments(settings, *more):
-    return ["lora_finetuning.py", *(word for name, value in settings.items() for word in (f"--{name}", value)), *more]
-
-
 def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypatch, capsys):
-    assert run_in_process(monkeypatch, *arguments(settings, "--gradient_accumulation", "2")) == 0
+    assert run_in_process(monkeypatch, "lora_finetuning.py", *flags(settings | {"gradient_accumulation": 2})) == 0
     folder, metrics = result(settings["results_dir"])
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     names = ["adapter", "head.safetensors", "history.csv", "metrics.json"]
@@ -155,9 +139,12 @@ def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypa
 def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
     settings |= {"num_steps": 60, "steps_per_evaluation": 15}
     killed, whole = settings["results_dir"] / "killed", settings["results_dir"] / "whole"
-    call = arguments(settings | {"results_dir": killed}, "--minutes_per_state", "0.003")
-    kill_at(lambda: list(killed.glob("lora/*/*/state.safetensors")), *call)
-    assert not list(killed.glob("lora/*/*/metrics.json"))
+    config = configure(lora_finetuning, **settings | {"results_dir": killed}, minutes_per_state=0.003)
+    [process] = started = start(lambda _: lora_finetuning.main(config))
+    while process.is_alive() and not list(killed.glob("lora/*/*/state.safetensors")):
+        time.sleep(0.01)
+    process.kill()
+    assert exit_codes(started) == [-signal.SIGKILL] and not list(killed.glob("lora/*/*/metrics.json"))
     for results_dir in (killed, whole):
         lora_finetuning.main(configure(lora_finetuning, **settings | {"results_dir": results_dir}))
         assert ("going on from step" in capsys.readouterr().out) == (results_dir == killed)
@@ -171,15 +158,13 @@ def test_a_killed_run_goes_on_with_the_same_history(settings, capsys):
 # ------------------------------------------------------------------ NTPS before and after
 def scores_of(results, model) -> dict:
     """The result of K_sweep.py for a model."""
-    [path] = results.glob(f"ntps/{model}/*.json")
-    return json.loads(path.read_text())
+    return only_result(results, f"ntps/{model}/*.json")[1]
 
 
 @pytest.fixture(scope="module")
-def compared(model_dirs, rows_path, tmp_path_factory) -> dict:
+def compared(names, tmp_path_factory) -> dict:
     """Settings of a run with --ntps_after, behind scores without test moments; tests work on copies of its results."""
-    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
-    shared |= {"results_dir": tmp_path_factory.mktemp("compared")}
+    shared = names | {"device": "cpu", "results_dir": tmp_path_factory.mktemp("compared")}
     cache.main(configure(cache, **shared))
     few_draws = configure(K_sweep, **shared, picture=False, num_null_draws=2, num_random_draws=2)
     assert not K_sweep.main(few_draws)["held_out"]
@@ -203,8 +188,8 @@ def test_ntps_before_and_after_equals_the_results_of_the_scripts(compared):
         scores = scores_of(results, model)["score"]
         assert table["ntps"]["retained"][row] == scores["retained"] and table["ntps"]["ntps"][row] == scores["ntps"]
     assert table["ntps"]["ntps"]["before"] != table["ntps"]["ntps"]["after"]
-    [probe] = results.glob("linear_training/*/*/metrics.json")
-    assert table["linear_probe"] == json.loads(probe.read_text())["last"]["test_accuracy"]
+    _, probe = only_result(results, "linear_training/*/*/metrics.json")
+    assert table["linear_probe"] == probe["last"]["test_accuracy"]
     assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
 
 
@@ -224,26 +209,21 @@ def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("result_of", "keys", "value", "message"),
+    ("result_of", "part", "name", "value", "message"),
     [
-        ("linear_training", ["config", "pooling"], "last", "pooling: 'last' there, 'mean' now"),
-        ("linear_training", ["test_fingerprint"], "of others", "other rows"),
-        ("linear_training", ["label_names"], ["a", "b", "c"], "other classes"),
-        ("linear_training", ["model_fingerprint"], "of another", "other weights"),
-        ("ntps", ["moments", "fingerprint"], "of others", "other rows"),
-        ("ntps", ["held_out", "fingerprint"], "of others", "other rows"),
+        ("linear_training", "config", "pooling", "last", "pooling: 'last' there, 'mean' now"),
+        ("ntps", "moments", "fingerprint", "of others", "other rows"),
+        ("ntps", "held_out", "fingerprint", "of others", "other rows"),
     ],
 )
 def test_results_that_do_not_fit_are_refused_before_the_training(
-    compared, tmp_path, monkeypatch, result_of, keys, value, message
+    compared, tmp_path, monkeypatch, result_of, part, name, value, message
 ):
     """Moments are deleted once they are read, as in a study."""
     results = tmp_path / "results"
     shutil.copytree(compared["results_dir"], results, ignore=shutil.ignore_patterns("lora", "moments", "*+lora"))
-    [path] = (results / result_of).rglob("*.json")
-    content = json.loads(path.read_text())
-    part = functools.reduce(dict.__getitem__, keys[:-1], content)
-    part[keys[-1]] = value
+    path, content = only_result(results / result_of, "**/*.json")
+    content[part][name] = value
     save_json(path, content)
     monkeypatch.setattr(lora_finetuning, "finetune", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=message):
@@ -264,9 +244,9 @@ def test_ntps_after_has_the_settings_of_the_scores_before(settings):
     lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
     folder, metrics = result(results)
     before, after = (scores_of(results, folder.parent.name + ending) for ending in ("", "+lora"))
-    [probe] = results.glob("linear_training/*/*/metrics.json")
+    _, probe = only_result(results, "linear_training/*/*/metrics.json")
     assert (metrics["config"]["dtype"], metrics["config"]["pooling"]) == ("float32", "last")
-    made = [before["moments"]["config"], after["moments"]["config"], json.loads(probe.read_text())["config"]]
+    made = [before["moments"]["config"], after["moments"]["config"], probe["config"]]
     assert [(config["dtype"], config["pooling"]) for config in made] == [("bfloat16", "last")] * 3
     assert [config["num_folds"] for config in made[:2]] == [3, 3]
     for option, value in json.loads(json.dumps(options)).items():
