@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
@@ -19,9 +18,8 @@ def labelled(texts, labels, names=("no", "yes")) -> LabelledTexts:
 
 def divided(texts, labels, num_train, names=("no", "yes")) -> tuple[LabelledTexts, LabelledTexts]:
     """The first texts to train on, the others to test on."""
-    return labelled(texts[:num_train], labels[:num_train], names), labelled(
-        texts[num_train:], labels[num_train:], names
-    )
+    train, test = slice(num_train), slice(num_train, None)
+    return labelled(texts[train], labels[train], names), labelled(texts[test], labels[test], names)
 
 
 def test_scores_equal_their_formulas():
@@ -46,8 +44,7 @@ def test_baselines_of_classes():
     train = labelled(["good fine", "good nice", "bad awful", "good nice"] * 5, [1, 1, 0, 1] * 5, names)
     test = labelled(["bad", "fine good", "awful bad"], [0, 1, 0], names)
     baselines = text_baselines(train, test)
-    prior = DummyClassifier(strategy="prior").fit(np.zeros((20, 1)), train.labels)
-    assert baselines["majority"]["accuracy"] == prior.score(np.zeros((3, 1)), test.labels) == pytest.approx(1 / 3)
+    assert baselines["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert baselines["majority"]["train"]["accuracy"] == 0.75
     assert baselines["majority"]["log_loss"] == pytest.approx(-np.log([0.25, 0.75, 0.25]).mean())
     assert baselines["bag_of_words"]["accuracy"] == 1.0 and baselines["bag_of_words"]["train"]["accuracy"] == 1.0
