@@ -70,10 +70,12 @@ CHOSEN_ON = ["train_accuracy", "train_mse", "lora_gain_paper"]
 SIGNED = r"([+-]\d*\.\d+)"
 INTERVAL = rf"{SIGNED} \[{SIGNED}, {SIGNED}\]"
 QUOTES = [
-    (README, r"gives a probe that is (\d\.\d) points more", lambda: [layers("smollm2").lead["ridge_r2"]]),
-    (README, rf"gives no better one \({INTERVAL}\)", lambda: layers("smollm2").loc["ntps"]),
+    (README, r"layer of the highest R2 is (\d\.\d) points more", lambda: [layers("smollm2").lead["ridge_r2"]]),
+    (README, rf"layer of the highest NTPS this difference is {INTERVAL}", lambda: layers("smollm2").loc["ntps"]),
     (README, rf"SmolLM2's error \({SIGNED}\), and so does the number of classes \({SIGNED}\)",
      lambda: rule("smollm2-docstrings").loc["probe_mse"].value[["ntps", "num_classes"]]),
+    (README, r"raises `retained` by (\.\d+), and by (\.\d+) in a model with random weights",
+     lambda: twin("retained_change", ["trained", "random_weights"])),
     (FINDINGS, rf"is not reproduced \({SIGNED} on ten, {SIGNED} on all\)",
      lambda: [chosen("smollm2", of).spearman["lora_gain"] for of in ("_paper", "")]),
     (FINDINGS, r"accuracy \(p (\.\d+)\) and error \(p (\.\d+)\) exceed noise",
