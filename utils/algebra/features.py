@@ -1,7 +1,7 @@
-"""Scores of pooled features for labels in closed form, from the moments of one layer: ridge, H-score, LogME, CKA, R2.
+"""Score pooled features for labels in closed form, from the moments of one layer: ridge, H-score, LogME, CKA, R2.
 
-Symbols: n texts, d features, c classes; Sigma the covariance of the features, S that with the one-hot labels, p the
-class shares, D = diag(p) - p p' the covariance of the labels.
+Symbols: n texts, d features, c classes; Sigma the covariance of the features, S their covariance with the one-hot
+labels, p the class shares, D = diag(p) - p p' the covariance of the labels.
 """
 
 import math
@@ -15,7 +15,7 @@ from utils.algebra.linalg import rounding, whiten
 from utils.algebra.moments import LayerMoments, PooledMoments
 from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 
-LABELS = {  # name -> label of each score, for tables and their readers; larger is better
+LABELS = {  # name -> label of each score in tables; larger is better
     "ridge_r2": "ridge R2, cross-validated",
     "h_oas": "H-score, OAS shrinkage",
     "h_ledoit_wolf": "H-score, Ledoit-Wolf",
@@ -29,7 +29,7 @@ NAMES = tuple(LABELS)
 
 # ------------------------------------------------------------------ H-score
 def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
-    """Ledoit and Wolf's shrinkage intensity: scikit-learn's, from the means of |m|^4 and |m|^2 m."""
+    """Ledoit and Wolf's shrinkage intensity, as in scikit-learn, from the means of |m|^4 and |m|^2 m."""
     q, v = moments.pooled_norm_fourth_power, moments.pooled_norm_squared_pooled
     assert q is not None and v is not None
     n, d, mean = moments.num_samples, len(sigma), moments.pooled_mean
@@ -42,7 +42,7 @@ def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
 
 
 def oas(moments: LayerMoments, sigma: Tensor) -> float:
-    """The shrinkage intensity of Chen et al.'s oracle approximating shrinkage: scikit-learn's."""
+    """Chen et al.'s shrinkage intensity (oracle approximating shrinkage), as in scikit-learn."""
     mean_square, level = sigma.square().mean(), sigma.trace() / len(sigma)
     rest = mean_square - level**2 / len(sigma)
     shrinkage = (mean_square + level**2) / ((moments.num_samples + 1) * rest)
@@ -53,9 +53,9 @@ SHRINKAGES = {"h_oas": oas, "h_ledoit_wolf": ledoit_wolf}
 
 
 def h_score(moments: LayerMoments, sigma: Tensor, shrinkage: float) -> float:
-    """(1-a) n/(n-1) tr(Sigma_a^-1 S_b) for the shrinkage a, Sigma_a = (1-a) Sigma + a (tr Sigma / d) I.
+    """The H-score (1-a) n/(n-1) tr(Sigma_a^-1 S_b) with shrinkage a.
 
-    S_b = S diag(p)^-1 S' is the covariance between classes.
+    S_b = S diag(p)^-1 S' is the covariance between classes, Sigma_a = (1-a) Sigma + a (tr Sigma / d) I.
     """
     n, present = moments.num_samples, moments.label_mean > 0
     root = moments.pooled_label_covariance[:, present] * moments.label_mean[present].rsqrt()
@@ -65,10 +65,10 @@ def h_score(moments: LayerMoments, sigma: Tensor, shrinkage: float) -> float:
 
 # ------------------------------------------------------------------ LogME, CKA
 def log_evidence(eigenvalues: Tensor, projected: Tensor, square: Tensor, n: int, d: int) -> float:
-    """LogME of one target: the evidence of Bayesian linear regression, a text, at its best alpha and beta.
+    """LogME of one target: log evidence per text of Bayesian linear regression, at the best alpha and beta.
 
-    thuml/LogME's fixed point, constants and stopping rule, with the term of the d - k directions in which the features
-    do not vary: without it the evidence is too large if n < d.
+    Fixed point, constants and stopping rule are those of thuml/LogME. The last term, of the d - k directions in which
+    features do not vary, is new; without it the evidence is too large if n < d.
 
     Args:
         eigenvalues: the non-zero eigenvalues of the sum of m m', (k,).
@@ -91,7 +91,7 @@ def log_evidence(eigenvalues: Tensor, projected: Tensor, square: Tensor, n: int,
 
 
 def logme(moments: LayerMoments) -> float:
-    """LogME, the mean over classes."""
+    """LogME of the labels: the mean over classes."""
     n, d = moments.num_samples, len(moments.pooled_mean)
     eigenvalues, basis = torch.linalg.eigh(moments.pooled_second_moment)
     kept = eigenvalues > rounding(d) * eigenvalues[-1]
@@ -112,8 +112,8 @@ def feature_scores(
 ) -> tuple[dict[str, dict[str, Any]], list[RidgeFit]]:
     """Every score of one layer (no H-scores for a regression; ridge alone if m never varies), and the fits of ridge.
 
-    A score has a `value` and is `meaningless` or not; ridge also has `null_mean`, `null_std` and `z`. With fewer than
-    two folds, of `load_folds`, ridge is fitted on all texts and judged by those held out, if any.
+    A score has a `value` and a truth value `meaningless`; ridge also has `null_mean`, `null_std` and `z`. With fewer
+    than two `folds` (from `load_folds`), ridge fits all texts and predicts the held-out ones, if any.
     """
     sigma, found, fits = moments.pooled_covariance, dict[str, dict[str, Any]](), list[RidgeFit]()
     pairs: list[Pair] = fold_pairs(folds) if folds and len(folds) > 1 else []

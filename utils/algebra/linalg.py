@@ -11,36 +11,36 @@ from torch import Tensor
 
 
 def rounding(size: int) -> float:
-    """The relative cut of `numpy.linalg.matrix_rank` for a symmetric float64 matrix of this size: d * eps."""
+    """The relative tolerance d * eps of `numpy.linalg.matrix_rank` for a float64 matrix of this size."""
     return size * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The size of rounding in a positive semi-definite matrix C; directions no larger than it are cut off."""
+    """Rounding errors in a positive semi-definite matrix C, (d, d); `whiten` drops directions that are no larger."""
 
     diagonal: Tensor | float = 0.0  # (d,), the most that rounding of the states adds to each diagonal element
     error: Tensor | None = None  # (d, p), the error of C Z for random signs Z; None: none
     max_rank: int = sys.maxsize  # largest rank that the number of texts or tokens allows
 
     def centred(self, diagonal: Tensor) -> "Noise":
-        """The noise after the mean is subtracted from C; `diagonal`, that of the difference, can be far smaller."""
+        """The noise of C minus an outer product of means, whose rounding the `diagonal` of C before it sets."""
         lost = rounding(len(diagonal)) * diagonal
         return dataclasses.replace(self, diagonal=self.diagonal + lost, max_rank=max(0, self.max_rank - 1))
 
     def scaled(self, scale: Tensor, diagonal: Tensor) -> "Noise":
-        """The noise of D C D for a diagonal matrix D of elements `scale`, (d,), and C of this diagonal."""
+        """The noise of D C D, with D = diag(`scale`) and `diagonal` that of C, (d,) each."""
         error, squares = self.error, scale.square()
         if error is not None:  # an element's error is proportional to the sizes of its two coordinates
             error = error * scale[:, None] * (diagonal @ squares / diagonal.sum()).sqrt()
         return dataclasses.replace(self, diagonal=self.diagonal * squares, error=error)
 
     def num_null_directions(self, matrix: Tensor, eigenvalues: Tensor, basis: Tensor) -> int:
-        """Number of smallest eigenvalues of `equilibrated_eigh` that errors of products, or the rank, explain.
+        """Number of eigenvalues of `equilibrated_eigh` that are zero but for errors of the products, or by `max_rank`.
 
-        In a null space of m directions random errors appear as eigenvalues up to 2 sqrt(m) times their deviation
-        (Wigner's semicircle); the largest m that this explains, with a factor of two to spare, is null. The deviation
-        is that of an error of C Z, divided by the sizes of its coordinate and of all.
+        Random errors of deviation s give a null space of m directions eigenvalues up to 2 s sqrt(m) (Wigner's
+        semicircle). The number is the largest m with an m-th smallest eigenvalue of at most twice that; s^2 is the mean
+        square of the errors of C Z, each divided by C_ii tr C.
         """
         num_null, is_used = max(0, len(eigenvalues) - self.max_rank), basis.any(1)
         if self.error is None or not is_used.any():
@@ -56,9 +56,9 @@ NO_NOISE = Noise()
 
 
 def equilibrated_eigh(matrix: Tensor, noise: Noise = NO_NOISE) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of D^-1/2 C D^-1/2, D the diagonal of C, ascending, (d,), and A = D^-1/2 E: A' C A is diagonal.
+    """Eigenvalues of D^-1/2 C D^-1/2, ascending, (d,), and A = D^-1/2 E, (d, d), with its eigenvectors E.
 
-    A coordinate that is always zero, or not more than rounding, has zeros in A.
+    D is the diagonal of C; A' C A is diagonal. A coordinate that is zero, or no more than rounding, has zeros in A.
     """
     diagonal = matrix.diagonal()
     scale = torch.where(diagonal > noise.diagonal, diagonal, torch.inf).rsqrt()
@@ -68,10 +68,10 @@ def equilibrated_eigh(matrix: Tensor, noise: Noise = NO_NOISE) -> tuple[Tensor, 
 
 
 def whiten(matrix: Tensor, tolerance: float | None = None, noise: Noise = NO_NOISE) -> Tensor:
-    """W, (d, rank), with W' C W = I on the range of the symmetric, positive semi-definite C, (d, d) float64.
+    """The whitener W, (d, rank), of the symmetric, positive semi-definite C, (d, d) float64: W' C W = I.
 
-    C is scaled to unit diagonal before the cut, so that the rank depends neither on the unit of the data nor on one
-    massive coordinate; eigenvalues above `tolerance` (None: d * eps) times the largest, and above the noise, are kept.
+    W spans the eigenvectors with eigenvalues above `tolerance` (None: d * eps) times the largest, and above the noise,
+    of C scaled to unit diagonal: the rank depends neither on the unit of the data nor on one massive coordinate.
 
     Differs from the paper: the released script keeps eigenvalues above 1e-8 of the matrix as it is, in float32.
     """
@@ -90,7 +90,7 @@ def without_constants(covariance: Tensor, mean: Tensor, tolerance: float) -> Ten
 
 @dataclass(frozen=True)
 class Eigenspace:
-    """Eigenvectors of F F' u = lambda C u with lambda > 0, and the space that these and the tied ones (0) span."""
+    """Eigenvectors of F F' u = lambda C u with lambda > 0, and the span of all eigenvectors, tied ones (0) included."""
 
     whitener: Tensor  # W, (d, rank): W' C W = I; its columns span all eigenvectors
     coordinates: Tensor  # (rank, r), orthonormal: the eigenvectors are W times these, largest eigenvalue first
@@ -104,7 +104,7 @@ class Eigenspace:
 
 @dataclass(frozen=True)
 class NestedBasis:
-    """An orthogonal matrix; for every k, its first columns span the first k of some vectors."""
+    """An orthogonal matrix with nested spans: for every k, its first columns span the first k vectors."""
 
     q: Tensor  # Q, (d, d)
     dims: list[int]  # for each k, the number of columns of Q that span the first k vectors
@@ -113,8 +113,8 @@ class NestedBasis:
     def of(cls, vectors: Tensor, ks: list[int], sizes: Tensor | None = None) -> "NestedBasis":
         """The basis of the columns of `vectors`, (d, k), in order, without columns that depend on earlier ones.
 
-        A column depends on earlier ones within sqrt(d * eps) of their span. It counts as zero below that share of its
-        entry of `sizes`, (k,), the scale of its rounding; None: only a column of zeros is zero.
+        A column depends on earlier ones if it is within sqrt(d * eps) of their span. It is zero if its length is below
+        that share of its entry of `sizes`, (k,), the scale of its rounding; None: only zeros are zero.
         """
         tolerance = math.sqrt(rounding(len(vectors)))
         lengths = vectors.norm(dim=0)
@@ -127,5 +127,5 @@ class NestedBasis:
         return cls(q, np.searchsorted(kept[: len(vectors)], ks).tolist())
 
     def projected_norms(self, vectors: Tensor) -> Tensor:
-        """|P_k x_j|^2 for the projector on each span and each vector x_j, (d, n): (len(ks), n)."""
+        """Squared lengths |P_k x_j|^2, (len(ks), n), of vectors x_j, (d, n), projected on the span of each k."""
         return torch.nn.functional.pad((self.q.T @ vectors).square().cumsum(0), (0, 0, 1, 0))[self.dims]

@@ -17,9 +17,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
-    """True if main memory keeps the sums of each layer: if asked for, or with "auto" if they do not fit a GPU.
+    """True if main memory keeps the sums of each layer: with "cpu", or with "auto" if they do not fit the GPU.
 
-    Raises UserError if they do not fit.
+    Raises UserError if they do not fit the memory that `accumulate_on` allows.
     """
     for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
         needed = Counter[torch.device]()

@@ -24,7 +24,7 @@ OF_LAYER = (
     *("prefix_second_moment", "prefix_next_cross_moment", "prefix_mean", "next_mean"),
     *("pooled_norm_fourth_power", "pooled_norm_squared_pooled"),
 )
-EQUAL_LABELS = 1e-12  # variance of labels beside their mean square that is rounding
+EQUAL_LABELS = 1e-12  # labels are equal if their variance is at most this share of their mean square
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class LayerMoments(PooledMoments):
     class_counts: list[int] | None = None  # texts of each class; None: regression
     pooled_norm_fourth_power: Tensor | None = None  # mean of |m|^4
     pooled_norm_squared_pooled: Tensor | None = None  # mean of |m|^2 m, (d,)
-    pooled_rounding: Noise = NO_NOISE  # in M, beyond that of float64
-    prefix_rounding: Noise = NO_NOISE  # in C0
-    next_rounding: Noise = NO_NOISE  # in C1: its error alone
+    pooled_rounding: Noise = NO_NOISE  # rounding in M, beyond that of float64
+    prefix_rounding: Noise = NO_NOISE  # rounding in C0
+    next_rounding: Noise = NO_NOISE  # rounding in C1: its error alone
 
     @property
     def covariance_rounding(self) -> Noise:
@@ -81,7 +81,7 @@ class LayerMoments(PooledMoments):
         return self.pooled_rounding.centred(self.pooled_second_moment.diagonal())
 
     def centred(self) -> "LayerMoments":
-        """The moments about the means of pooled states, prefixes and next tokens: Sigma in place of M, S of B, ..."""
+        """The moments about the means of pooled states, prefixes and next tokens: Sigma for M, S for B, and so on."""
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
         prefix_mean_of_pairs = self.prefix_mean * self.num_samples / max(self.num_pairs, 1)
         zeros = torch.zeros_like(self.pooled_mean)
@@ -99,7 +99,7 @@ class LayerMoments(PooledMoments):
         )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:
-        """The diagonal of D, (d,): 1 / deviation of each coordinate of the pooled states, or 1 / root of diag C0.
+        """The scale of `coordinates`, (d,): 1 / deviation of each coordinate of pooled states, or 1 / root of diag C0.
 
         It is 1 for a coordinate that is no more than rounding.
         """
@@ -109,7 +109,7 @@ class LayerMoments(PooledMoments):
         return torch.where(squares > noise, squares, 1).rsqrt()
 
     def scaled(self, scale: Tensor) -> "LayerMoments":
-        """The moments of states with coordinates multiplied by `scale`, (d,), the diagonal of D: D M D, D B, ..."""
+        """The moments of states multiplied by `scale`, (d,), per coordinate: D M D, D B, ... with D = diag(`scale`)."""
         both, variances = scale * scale[:, None], self.prefix_second_moment.diagonal()
         factors = dict.fromkeys(("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"), both)
         factors |= dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), scale)
@@ -125,10 +125,10 @@ class LayerMoments(PooledMoments):
 def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -> dict[str, Any]:
     """The fields of `LayerMoments` that describe rounding: variance of the states, and errors of the products.
 
-    A state in the model's dtype is off by up to half of its spacing, eps 2^e for |x| in 2^e [1, 2): a variance of
-    eps^2 4^e / 12, on average over mantissas eps^2 x^2 / 12 times 3 / (8 log 2), as their logarithm is uniform. Errors
-    of tokens are independent: a mean of T tokens has 1/T of the variance, a prefix sum of t tokens t times it. The
-    result is four times that variance, to allow for mantissas that are less evenly spread.
+    The model's dtype rounds x to multiples of eps 2^e, for |x| in 2^e [1, 2). This error has variance eps^2 4^e / 12,
+    or eps^2 x^2 / 12 times 3 / (8 log 2) on average over mantissas with a uniform logarithm. Errors of tokens are
+    independent: a mean of T tokens has 1/T of that variance, a prefix sum of t tokens t times it. The function returns
+    four times the variance, because real mantissas can be less evenly spread.
     """
     square, second_error, next_error = (
         file.get_tensor(f"layer.{layer}.{name}").to(device)
@@ -149,7 +149,7 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
     """The moments of one layer from an open file of cache.py; no other layer is read.
 
     Raises:
-        UserError: the layer is not kept.
+        UserError: the file does not hold the layer.
     """
     check_has_layer(metadata, layer)
     tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_LAYER}
@@ -173,7 +173,7 @@ def describe_texts(token_ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]
 
 
 def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Averages of the labels (n, c) of each fold, over all texts and over each fold; the same at every layer."""
+    """Averages of labels over all texts and over each fold, from the labels (n, c) of each fold; layers share them."""
     found = [(y.sum(0), y.T @ y, torch.tensor(len(y), dtype=torch.float64)) for y in labels_of_folds]
     mean, second, sizes = map(torch.stack, zip(*found, strict=True))
     return {
@@ -215,13 +215,13 @@ def require_embedded(config: Any, path: Path) -> None:
     if config.model.path_name != "tiny" or not config.data.dataset_name.startswith("docstrings/"):
         flags = "the same flags (for <model>+lora: --model_name <model> --adapter_dir <folder>)"
         raise UserError(f"No moments at {path}. Run cache.py with {flags}.")
-    print(f"No moments at {path}: making them, as the embedded model takes seconds.")
+    print(f"No moments at {path}. cache.py makes them now; the embedded model takes seconds.")
 
 
 def held_out_path(path: Path, split: str) -> Path | None:
-    """The path of the moments of the other split, made like those of `split` at `path`; None if missing.
+    """The path of the other split's moments, made like those of `split` at `path`; None if missing.
 
-    For moments of other settings it prints a sentence and returns None.
+    If their settings differ, it prints the difference and returns None.
     """
     other = {"train": "test", "test": "train", "all": "none"}[split]
     if not (held_out := path.with_stem(other)).is_file():
@@ -239,22 +239,22 @@ def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
     """The stored scores at `path`; None if missing, or if held-out moments were added, changed or removed since."""
     stored = results.find_result(path, {name: value for name, value in identity.items() if name != "held_out"}, run)
     if stored and stored["held_out"] != identity["held_out"]:
-        print(f"{path} was made with other held-out moments, or without: made again.")
+        print(f"{path} was made with other held-out moments, or without any. It is made again.")
         return None
     return stored
 
 
 # ------------------------------------------------------------------ layers
 def choose(which: str, layers: Sequence[int]) -> Sequence[int]:
-    """The layers that "none", "last" or "all" stands for."""
+    """The layers selected by "none", "last" or "all"."""
     return {"none": [], "last": layers[-1:], "all": layers}[which]
 
 
 def check_has_layer(metadata: dict, layer: int) -> None:
-    """Raises UserError if the moments do not hold a layer."""
+    """Raises UserError if the moments do not hold this layer."""
     if layer not in (kept := metadata["layers"]):
         held, more = (" ".join(map(str, layers)) for layers in (kept, sorted([*kept, layer])))
-        raise UserError(f"The moments hold layer {held}, not {layer}. Run cache.py with --layers {more}, or for all.")
+        raise UserError(f"The moments hold layer {held}, not {layer}. Run cache.py with --layers {more}, or without.")
 
 
 def numbers_of_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

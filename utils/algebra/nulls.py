@@ -1,10 +1,10 @@
-"""Compute scores without a signal, under permuted labels and with a random V, from the moments alone.
+"""Compute the scores that chance gives, under permuted labels and with a random V, from the moments alone.
 
 Permuted labels, in closed form: after whitening by the covariance of the features, permuting the labels turns the label
 cross-covariance into a random matrix of known law (a matrix-variate beta with the label covariance on its right).
 
-A random V, of a rotation-invariant law: the Euclidean overlap has its mean and deviation in closed form. The whitened
-overlaps do not, as whitening stretches V: they are drawn in the coordinates of the eigenvectors of Sigma; there a
+Random V, of a rotation-invariant law: the mean and deviation of the Euclidean overlap have closed forms. The whitened
+overlaps have none, because whitening stretches V; `random_scores` draws them in the eigenbasis of Sigma, in which a
 random V has Gaussian rows, each times its deviation.
 """
 
@@ -36,11 +36,11 @@ def inverse_root(matrix: Tensor) -> Tensor:
 def draw_permuted_factors(
     rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draws W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of the span of each draw.
+    """Draws of W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of the span of each draw.
 
     W' S = G (G'G + R)^{-1/2} L': G (rank Sigma, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
-    (c, b) a root of the label covariance. The draws are rotation invariant: any orthonormal basis of the whitened
-    space will do.
+    (c, b) a root of the label covariance. The law is rotation invariant, so that any orthonormal basis of the
+    whitened space serves.
 
     Returns:
         (num_draws, rank, c) and (num_draws, rank, b).
@@ -73,8 +73,8 @@ def permuted_scores(
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
-    `moments` are those of the perception problem, centred or not. `space` has its whitener, (d, rank M), that of
-    Sigma, (d, rank Sigma), and the nested bases of V before and after Sigma is whitened.
+    `moments` are those of the perception problem, centred or not. `space` has the whiteners of M, (d, rank M), and of
+    Sigma, (d, rank Sigma), and the nested bases of V before and after whitening by Sigma.
     """
     of_perception, of_sigma, basis, whitened = space
     random = random_stream("permuted labels", *seed)
@@ -84,7 +84,7 @@ def permuted_scores(
     )
     to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
     offset = torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
-    labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B: permuting leaves mu p' alone
+    labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B; mu p' stays the same
     labels = labels @ inverse_root(labels.mT @ labels)
     directions = torch.einsum("ij,njc->nic", basis.q.T @ of_perception, labels)
     return {
@@ -113,7 +113,7 @@ def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]
 def random_scores(
     directions: Tensor, to_whitened: Tensor, labels: Eigenspace, ks: list[int], num_draws: int, seed: Seed
 ) -> dict[str, dict[str, float | list[float]]]:
-    """Scores of random V that see the labels: mean at each fraction; mean and deviation of the average over fractions.
+    """The scores of random V that depend on labels: mean at each fraction; mean and deviation of the average over them.
 
     `directions` are U_r, (d, r); `to_whitened`, W' Sigma, takes V to the space that Sigma whitens, (rank, d), in which
     `labels` are the directions that explain variance of the labels. Without draws the result is empty.

@@ -1,7 +1,7 @@
-"""An unfinished pass of cache.py on disk, so that the same command continues it after the process was killed.
+"""Save an unfinished pass of cache.py, so that the same command continues it after the process was killed.
 
 Each process writes its sums now and then, between blocks, and adds the same numbers in the same order when it
-continues: the result is the same, bit for bit. Pooled states are filled in place under a partial name.
+continues: the result is the same, bit for bit. The file of pooled states has a partial name until the pass ends.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from utils.script import UserError, termination_noted
 
 
 def partial_paths(moments: Path) -> list[Path]:
-    """The sums of unfinished passes, of any number of processes."""
+    """Files of the sums of unfinished passes, made by any number of processes."""
     return sorted(moments.parent.glob(f"{moments.stem}.partial-*-of-*.safetensors"))
 
 
@@ -38,11 +38,11 @@ def remove_partial(moments: Path) -> None:
 
 @dataclass
 class PartialPass:
-    """The sums of one process of a pass on disk."""
+    """The saved sums of one process of an unfinished pass."""
 
     moments: Path  # the file that the pass is to write
     identity: dict[str, Any]  # identity of the result
-    run_settings: str  # settings that change the sums of half a pass, though no result
+    run_settings: str  # settings that change the sums of half a pass, but no result
     minutes_per_state: float
 
     @property
@@ -51,7 +51,7 @@ class PartialPass:
         return self.moments.with_suffix(f".partial-{rank() + 1}-of-{num_started()}.safetensors")
 
     def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
-        """Removes a pass that cannot be continued, with a sentence; called by the first process.
+        """Removes a pass that this run cannot continue, and prints the reason; only the first process calls it.
 
         Raises:
             UserError: a file is damaged or of another identity; with `overwrite` it is removed.
@@ -63,12 +63,12 @@ class PartialPass:
         if found == {self.run_settings} and (not has_pooled or partial_pooled_path(self.moments).is_file()):
             return
         if paths:
-            needed = "--tokens_per_batch, device, processes and environment of before, and the pooled states"
-            print(f"{paths[0]} cannot be continued without {needed}: starting anew")
+            needed = "the same --tokens_per_batch, device, processes, environment and pooled states"
+            print(f"{paths[0]} needs {needed} to continue: starting anew")
         remove_partial(self.moments)
 
     def save(self, tensors: dict[str, Tensor], num_batches: int) -> None:
-        """Writes the sums as they are after `num_batches` batches."""
+        """Writes the sums over the first `num_batches` batches."""
         own = {"run_settings": self.run_settings, "num_batches": num_batches}
         results.save_tensors(self.path, tensors, self.identity | own)
 
@@ -76,10 +76,10 @@ class PartialPass:
 def remaining_batches(
     partial: PartialPass | None, tensors: dict[str, Tensor], num_tokens: list[int], ends_block: list[bool]
 ) -> Iterator[int]:
-    """Yields the number of each batch that is still to be added to `tensors`, and shows a bar.
+    """Yields the number of each batch that the caller must still add to `tensors`, and shows a progress bar.
 
-    Between blocks, with complete sums, it writes them when it is time, and at SIGTERM, which ends the process.
-    Writing takes at most a twentieth of the time.
+    Between blocks, when the sums are complete, it saves them every `minutes_per_state` (or less often, so that writing
+    takes at most a twentieth of the time), and on SIGTERM, before it ends the process.
     """
     done, saved, seconds_between = 0, time.monotonic(), 60 * partial.minutes_per_state if partial else 0.0
     if partial and partial.path.is_file():
@@ -107,7 +107,7 @@ def remaining_batches(
 
 @contextlib.contextmanager
 def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], overwrite: bool) -> Iterator[Any]:
-    """Yields the array for the pooled states of a pass, (layers, n, d), a memory map or empty; then places it."""
+    """Yields the array for the pooled states of a pass, (layers, n, d), mapped or empty; then renames its file."""
     moments, path, has_pooled = partial.moments, partial_pooled_path(partial.moments), pooled_shape[0] > 0
     if has_pooled and not on_one_machine():
         raise UserError("--save_pooled needs all processes on one machine. Start them on one, or start one process.")

@@ -1,4 +1,4 @@
-"""The pooled states of all texts beside the moments, `<split>.pooled.npy`: (layers saved, n, d) float32.
+"""Store the pooled states of all texts beside the moments, in `<split>.pooled.npy`: (layers saved, n, d) float32.
 
 All processes fill the file in place, under a partial name; the moments keep the CRC-32 of each layer.
 """
@@ -16,12 +16,12 @@ from utils.script import UserError
 
 
 def pooled_path(moments: Path) -> Path:
-    """The file of the pooled states that belong to a file of moments."""
+    """The path of the pooled states that belong to a file of moments."""
     return moments.with_suffix(".pooled.npy")
 
 
 def partial_pooled_path(moments: Path) -> Path:
-    """The name of that file until all states are filled in."""
+    """The path of the same file until the pass has filled in all states."""
     return moments.with_suffix(".pooled.partial.npy")
 
 
@@ -40,7 +40,7 @@ def checksums(pooled: np.ndarray) -> list[int]:
 
 
 def open_pooled(moments: Path) -> np.ndarray:
-    """The pooled states beside a file of moments as a memory map; UserError if they are missing or damaged."""
+    """The pooled states beside a file of moments as a memory map. Raises UserError if missing or damaged."""
     path = pooled_path(moments)
     try:
         return np.load(path, mmap_mode="r")
@@ -49,7 +49,7 @@ def open_pooled(moments: Path) -> np.ndarray:
 
 
 def load_pooled(moments: Path, layer: int) -> Tensor:
-    """The pooled states of one layer (-1: the last), (n, d) float32; UserError if they belong to other moments."""
+    """The pooled states of one layer (-1: the last), (n, d) float32. Raises UserError for states of other moments."""
     pooled, written = open_pooled(moments)[layer].copy(), read_identity(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {REMEDY}")

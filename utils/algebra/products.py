@@ -4,14 +4,14 @@ The products s_t s_t' and s_t x_{t+1}' are most of the work of a pass; float64 t
 on a CPU, and on a GPU far longer than bfloat16. Adding up the prefix sums in float32 would not do: s_t grows with t,
 its rounding with it, and the errors fill all d coordinates. If the states span fewer than d directions, such errors
 look like further directions: the rank of C0 comes out too high, and V changes, because its number of columns is a
-fraction of that rank. Prefix sums are therefore added up in float64, and rounded once, for the product. They are also
-taken around a centre c near the mean state: with s_t = q_t + t c, the part t c dwarfs q_t, but it is known and needs
-no large product. Only q_t is rounded, so that errors are relative to the spread of the states and not to their mean.
-The products of a block of batches are added up in float32; then the block, with the terms of the centre, is added to
-float64 sums. The cost of rounding is measured: for a few fixed random signs z, the exact C0 z and C1 z are thin
-float64 products, and their difference from the rounded C0 and C1 times z is kept. K_sweep.py cuts the spectrum of C0
-above this error, so that no direction of rounding passes for one of the data. Prefix sums, conversion and measurement
-together take about a quarter of the time of the large products at d = 576, and less for a larger d.
+fraction of that rank. This module therefore adds up prefix sums in float64 and rounds them once, for the product. It
+also takes them around a centre c near the mean state: with s_t = q_t + t c, the part t c dwarfs q_t, but it is known
+and needs no large product. Only q_t is rounded, so that errors are relative to the spread of the states and not to
+their mean. A block of batches adds up its products in float32; float64 sums then take the block and the terms of the
+centre. The module also measures its rounding: for a few fixed random signs z, the exact C0 z and C1 z are thin float64
+products, and it keeps their difference from the rounded C0 and C1 times z. K_sweep.py cuts the spectrum of C0 above
+this error, so that no direction of rounding passes for one of the data. Prefix sums, conversion and measurement take
+about a quarter of the time of the large products at d = 576, and less for a larger d.
 
     float32     q and x in float32
     bfloat16x2  q = q1 + q2 in two bfloat16 numbers, 16 bits: C0 = q1'q1 + q1'q2 + q2'q1, with the diagonal of q2'q2,
@@ -45,18 +45,18 @@ def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: 
 
 
 def noise_probes(size: int) -> Tensor:
-    """Z, (d, p): fixed random signs. The error of C Z is measured, because the error of C would cost another C."""
+    """Fixed random signs Z, (d, p), to measure the error of C Z: measuring that of C would cost another C."""
     return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_PROBES)))
 
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors that add up to `numbers` to 2^-16 of each."""
+    """Two bfloat16 tensors whose sum is `numbers`, with a relative error of 2^-16."""
     high = numbers.bfloat16()
     return high, (numbers - high).bfloat16()
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left' right, for float32 `total`; products of bfloat16 numbers are exact and added up in float32."""
+    """Adds left' right to the float32 `total`; products of bfloat16 numbers are exact, and their sums are float32."""
     if total.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
@@ -64,7 +64,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_square(total: Tensor, rows: Tensor) -> None:
-    """total += rows' rows, on and above the diagonal; some elements below it are not computed."""
+    """Adds rows' rows to `total` on and above its diagonal; elements below it become meaningless."""
     size = len(total)
     step = -(-size // NUM_STRIPES)
     for start in range(0, size, step):
@@ -116,7 +116,7 @@ class CentredProducts:
         return totals
 
     def add_vectors(self, q: Tensor, x: Tensor, t: Tensor, totals: Tensor, c: Tensor) -> None:
-        """Adds to everything but the large products, in float64.
+        """Adds a batch to all sums except the large products, in float64.
 
         x_{t+1}'z needs no product: it is the step from q_t'z to q_{t+1}'z, plus c'z.
         """

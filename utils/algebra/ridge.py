@@ -1,4 +1,4 @@
-"""Fit linear probes from moments: least squares, and ridge regression judged on held-out texts."""
+"""Fit linear probes from moments: least squares, and ridge regression evaluated on held-out texts."""
 
 import dataclasses
 import math
@@ -10,16 +10,16 @@ from torch import Tensor
 from utils.algebra.linalg import equilibrated_eigh, without_constants
 from utils.algebra.moments import LayerMoments, PooledMoments
 
-ALPHAS = tuple(10.0**power for power in range(-1, 6))  # on the scale of sums
+ALPHAS = tuple(10.0**power for power in range(-1, 6))  # penalties on the scale of sums
 
 
-Pair = tuple[PooledMoments, PooledMoments]  # moments of the texts to fit, and of the texts to judge
+Pair = tuple[PooledMoments, PooledMoments]  # moments of the texts to fit, and of the texts to evaluate
 FIELDS = tuple(field.name for field in dataclasses.fields(PooledMoments))
 
 
 # ------------------------------------------------------------------ moments of some of the texts
 def load_folds(file: Any, layer: int, device: torch.device) -> list[PooledMoments]:
-    """The moments of one layer over each fold that has texts; empty if the open file of cache.py does not keep them."""
+    """The moments of one layer over each fold that has texts; empty if the open file of cache.py lacks them."""
     names = [f"layer.{layer}.fold_{name}" if name.startswith("pooled_") else f"fold_{name}" for name in FIELDS]
     if names[0] not in file.keys():  # noqa: SIM118, no dict
         return []
@@ -28,7 +28,7 @@ def load_folds(file: Any, layer: int, device: torch.device) -> list[PooledMoment
 
 
 def fold_pairs(folds: list[PooledMoments]) -> list[Pair]:
-    """The moments outside each fold (to fit) and inside it (to judge)."""
+    """A pair per fold: the moments of the other folds, to fit, and its own, to evaluate."""
     pairs = []
     for i, fold in enumerate(folds):
         others = folds[:i] + folds[i + 1 :]
@@ -41,7 +41,7 @@ def fold_pairs(folds: list[PooledMoments]) -> list[Pair]:
 
 
 def centred_at(train: PooledMoments, test: PooledMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of `test` about the means of `train`: of features (d, d), with labels (d, c), and of |labels|^2."""
+    """Moments of `test` about the means of `train`: features (d, d), features with labels (d, c), mean |labels|^2."""
     shift, label_shift = test.pooled_mean - train.pooled_mean, test.label_mean - train.label_mean
     second = test.pooled_covariance + torch.outer(shift, shift)
     cross = test.pooled_label_covariance + torch.outer(shift, label_shift)
@@ -56,7 +56,7 @@ def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> 
 
 # ------------------------------------------------------------------ least squares
 def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
-    """MSE and R2 of the least-squares probe with intercept, on its own rows and on the held-out ones (None without)."""
+    """MSE and R2 of the least-squares probe with intercept, on its own rows and on held-out ones (None if missing)."""
     scores: dict[str, float | None] = {}
     for suffix, rows in (("", moments), ("_held_out", held_out)):
         scores[f"probe_mse{suffix}"] = scores[f"probe_r2{suffix}"] = None
@@ -69,20 +69,20 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
 
 # ------------------------------------------------------------------ ridge
 class RidgeFit(NamedTuple):
-    """A ridge regression judged on held-out texts: sums of squares over these."""
+    """Sums of squares of a ridge regression over held-out texts, and its shrinkage."""
 
     error: float  # sum |y - prediction|^2
     baseline: float  # sum |y - mean y of the training texts|^2
-    null_error: float  # the mean that permuted labels add to the baseline
+    null_error: float  # mean error under permuted labels, minus the baseline
     shrinkage: Tensor  # lambda / (lambda + alpha / n) of each direction, ascending
 
 
 def fit_ridge(train: PooledMoments, test: PooledMoments) -> RidgeFit:
-    """Ridge with an intercept on standardised features, fitted on `train` and judged by `test`.
+    """Ridge with an intercept on standardised features, fitted on `train` and evaluated on `test`.
 
     One decomposition serves every alpha: with the eigenvalues lambda of the correlation matrix and its basis A the
-    weights are A diag(1 / (lambda + alpha / n)) A' S. alpha, on the scale of sums as in scikit-learn's `Ridge`, is
-    chosen by generalised cross-validation within `train`: the texts that judge have no say in it.
+    weights are A diag(1 / (lambda + alpha / n)) A' S. Generalised cross-validation on `train` alone chooses alpha, on
+    the scale of sums as in scikit-learn's `Ridge`.
     """
     n, label_variance = train.num_samples, train.label_covariance.trace()
     eigenvalues, basis = equilibrated_eigh(without_constants(train.pooled_covariance, train.pooled_mean, 1e-10))
@@ -98,17 +98,17 @@ def fit_ridge(train: PooledMoments, test: PooledMoments) -> RidgeFit:
     ridge = eigenvalues + min(ALPHAS, key=validation_error) / n
     about = second, _, baseline = centred_at(train, test)
     error = mean_square_error(basis @ (cross / ridge[:, None]), about)
-    spread = ((second @ basis) * basis).sum(0)  # variance of the judging texts in each direction
+    spread = ((second @ basis) * basis).sum(0)  # variance of the test texts in each direction
     null_error = label_variance * (spread * eigenvalues / ridge.square()).sum() / n
     sums = [test.num_samples * mean.item() for mean in (error, baseline, null_error)]
     return RidgeFit(sums[0], sums[1], sums[2], shrinkage=eigenvalues / ridge)
 
 
 def ridge(pairs: list[Pair], labels: Tensor) -> tuple[dict[str, float | None], list[RidgeFit]]:
-    """R2 over all judging texts; its mean, deviation and z if labels, of covariance (c, c), are permuted; the fits."""
+    """R2 over all held-out texts, its mean, deviation and z under permuted `labels`, (c, c); and the fits."""
     fits = [fit_ridge(*pair) for pair in pairs]
     baseline = sum(fit.baseline for fit in fits)
-    if not baseline > 0:  # the judging texts have equal labels
+    if not baseline > 0:  # the held-out texts have equal labels
         return dict.fromkeys(("value", "null_mean", "null_std", "z")), fits
     value = 1 - sum(fit.error for fit in fits) / baseline
     null_mean = -sum(fit.null_error for fit in fits) / baseline
@@ -118,10 +118,10 @@ def ridge(pairs: list[Pair], labels: Tensor) -> tuple[dict[str, float | None], l
 
 
 def ridge_null_std(shrinkage: Tensor, labels: Tensor, pairs: list[Pair]) -> float:
-    """Standard deviation of the R2 of `ridge` under permuted labels, one part or all folds together.
+    """Standard deviation of the R2 of `ridge` under permuted labels, for one held-out part or for all folds.
 
-    The sums over folds of (m - mu)(y - p)' are then independent and nearly normal; their products, which the errors
-    of the folds share, are counted once.
+    Permuted, the sums of (m - mu)(y - p)' over each fold are independent and nearly normal. The errors of two folds
+    share the product of their sums, which counts once.
     """
     s, folds = shrinkage, len(pairs)
     shared = (labels.square().sum() / labels.trace().square()).item()

@@ -1,4 +1,4 @@
-"""The scores of K_sweep.py: labels, those of a layer, the score of a run, JSON and table."""
+"""Name the scores of K_sweep.py, hold those of a layer, summarise a run, and print its table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def option_suffix(config: Mapping[str, Any]) -> str:
 
 
 def z_score(value: float, mean: float, spread: float) -> float | None:
-    """(value - mean) / spread; None without spread, as when V spans everything at every K."""
+    """The z score (value - mean) / spread; None if the spread is 0, as when V spans everything at every K."""
     return (value - mean) / spread if spread > 1e-12 else None
 
 
