@@ -1,16 +1,16 @@
-"""Cells of a table as labels and as texts.
+"""Turn the cells of a table into labels and texts.
 
-Missing labels, counted and left out: no value, a blank, NaN, -1 (a hidden label, unless it is a regression target), and
-the words of pandas, R and SQL for a missing value: nan, NaN, null, NULL, N/A, n/a, #N/A, <NA>, NaT in any case, `NA`
-and `None` in these letters. A class that is called so needs another name, which the warning says. Blanks around a label
-are taken off; classes that differ by case, by blanks within or as spellings of one number stay two, and are named.
+Missing labels are: no value, a blank, NaN, -1 (a hidden label, unless it is a regression target), and the words of
+pandas, R and SQL for a missing value: nan, null, N/A, #N/A, <NA> and NaT in any case, `NA` and `None` in these letters.
+The loader leaves them out, with a warning that counts them; a class with such a name needs another one. It strips
+blanks around labels, and warns of classes that differ only in case, inner blanks or the spelling of one number.
 
-A file without types (csv), or one with 1 and "1", gives numbers as strings. They are numbers if every label of the
-column is written as a number is: 7 and 0.25, but not 007, +7, 1e3 or .25; trailing zeros only if all have as many
-decimals (0.50, 0.75). Else they are classes; so are labels of which two are the same number (versions 1.1 and 1.10).
+A file without types (csv), or one with 1 and "1", gives numbers as strings. They become numbers if every label of the
+column is a plain number: 7 and 0.25, but not 007, +7, 1e3 or .25; trailing zeros only if all labels have equally many
+decimals (0.50, 0.75). Otherwise they are classes, also if two labels are the same number (versions 1.1 and 1.10).
 
-Texts are strings, bytes of UTF-8, numbers and dates; choices become "(0) first (1) second", as in the paper. A cell of
-another kind is refused by column and row.
+Texts are strings, bytes of UTF-8, numbers and dates; choices become "(0) first (1) second", as in the paper. For a cell
+of another kind the error names its column and row.
 """
 
 import ast
@@ -69,7 +69,7 @@ def _plain(cell: Any) -> str | int | float | None:
 
 # ------------------------------------------------------------------ labels
 def is_missing(label: Any, regression: bool = False) -> bool:
-    """True if a cell is no label, as the head of this file defines it; in a regression -1 is an ordinary target."""
+    """True if a cell is a missing label, as defined at the top of this file; in a regression -1 is a target."""
     if isinstance(label, str):
         word = label.strip()
         return not word or word in MISSING_AS_WRITTEN or word.lower() in MISSING_ANY_CASE
@@ -81,7 +81,7 @@ def is_missing(label: Any, regression: bool = False) -> bool:
 def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> tuple[list[Any], bool]:
     """Labels of all splits as regression targets or class values, None if missing; and True for a regression.
 
-    `source` names the dataset in messages. Where `regression` is None the labels decide.
+    `source` names the dataset in messages. If `regression` is None, the labels decide.
     """
     labels = []
     for number, cell in enumerate(cells, 1):
@@ -101,7 +101,7 @@ def label_values(source: str, cells: Iterable[Any], regression: bool | None) -> 
 
 
 def typed(labels: list[Any]) -> list[Any]:
-    """Strings as numbers, if every label that is not missing is written as a number is; else the labels unchanged."""
+    """Strings as numbers, if every label that is not missing is a plain number; else the labels unchanged."""
     words = {str(label) for label in labels if not is_missing(label, True)}
     if not words or not any(isinstance(label, str) for label in labels):
         return labels
@@ -110,7 +110,7 @@ def typed(labels: list[Any]) -> list[Any]:
 
 
 def _are_decimals(words: set[str]) -> bool:
-    """True if different words are different finite numbers, each written as a number is."""
+    """True if all words are plain, finite numbers, and different words are different numbers."""
     if not all(map(is_finite, words)):
         return False
     aligned = all(map(FRACTION.fullmatch, words)) and len({len(word.partition(".")[2]) for word in words}) == 1
@@ -119,7 +119,7 @@ def _are_decimals(words: set[str]) -> bool:
 
 
 def _are_targets(source: str, labels: list[Any]) -> bool:
-    """True for numbers of which some have decimals. Raises UserError if a few words stand among such numbers."""
+    """True if all labels are numbers and some have decimals. Raises UserError for such numbers with a few words."""
     if all(map(is_number, labels)):
         return any(isinstance(label, float) and not label.is_integer() for label in labels)
     spelled = list(map(str, labels))
@@ -135,12 +135,12 @@ def _targets(source: str, labels: list[Any]) -> list[float | None]:
     for number, label in enumerate(labels, 1):
         if label is not None and not is_finite(str(label)):
             found = f"Target {number} of {source} is no finite number: {str(label)[:40]!r}"
-            raise UserError(f"{found}. Correct it, or take --task classification.")
+            raise UserError(f"{found}. Correct it, or set --task classification.")
     return [None if label is None else float(label) for label in labels]
 
 
 def _classes(source: str, labels: list[Any]) -> list[Any]:
-    """Class values that sort and compare: whole numbers as int, all else as str; warns of classes with near names."""
+    """Class values of one type, int if all are whole numbers, else str; warns of classes with similar names."""
     labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
     if all(label is None or type(label) is int for label in labels):
         return labels
@@ -168,7 +168,7 @@ def _as_text(cell: Any) -> str:
 
 
 def render(cell: Any) -> str:
-    """A cell as text; empty for a missing one (None, NaN). Raises ValueError for a cell of another kind.
+    """A cell as text; empty for a missing one (None, NaN). Raises ValueError for a cell that is no text.
 
     Choices are a list of strings, or the hub's {label: [...], text: [...]}.
     """
@@ -182,8 +182,8 @@ def render(cell: Any) -> str:
 def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> list[str]:
     """The cells of one column as texts; `source`, `part` (the split) and `name` (the column) are for messages.
 
-    If every text has them, removes Python's b'...' (toxigen) and a final line break (sms_spam). Differs from the paper:
-    a line break as the last token of every text would be all that `--pooling last` sees.
+    Removes Python's b'...' (toxigen) and a final line break (sms_spam) if every text has them. Differs from the paper:
+    otherwise `--pooling last` would see the same line break in every text.
     """
     texts = []
     for row, cell in enumerate(cells, 1):
@@ -194,7 +194,7 @@ def render_column(source: str, part: str, name: str, cells: Iterable[Any]) -> li
             raise UserError(f"{found}. Write a string, or a list of strings; or see --text_template.") from None
     filled = [text for text in texts if text.strip()]
     if filled and all(text.startswith(("b'", 'b"')) for text in filled):
-        with contextlib.suppress(ValueError, SyntaxError, AttributeError):  # text of another kind that starts so
+        with contextlib.suppress(ValueError, SyntaxError, AttributeError):  # a text that only looks like bytes
             texts = [ast.literal_eval(text).decode() if text.strip() else text for text in texts]
     if len(texts) > 1 and all(text.endswith("\n") for text in texts):
         texts = [text.removesuffix("\n").removesuffix("\r") for text in texts]

@@ -6,7 +6,7 @@ requirements.txt pins. docs/models_and_data.md lists the tasks.
 
 A text is the first paragraph of a docstring. A label is a fact about the code behind the docstring, taken from the
 syntax tree or from the place in the package, not from the text. A text is on the test side if the SHA-256 of its
-case-folded form is divisible by five: the same side in every task, and outside `pretraining_corpus()`.
+case-folded form is divisible by five: on the same side in every task, and outside `pretraining_corpus()`.
 """
 
 import ast
@@ -89,7 +89,7 @@ def is_text(text: str) -> bool:
 
 @functools.cache
 def text_hash(text: str) -> int:
-    """SHA-256 of the case-folded text, which decides its side and its place in the order."""
+    """SHA-256 of the case-folded text: it decides the side of the text and its place in the order."""
     normalised = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.sha256(normalised.encode("utf-8", "surrogatepass")).digest(), "big")
 
@@ -124,7 +124,7 @@ def function_facts(function: Function, source: list[str], in_class: bool) -> dic
     nodes, waiting = [], list[ast.AST](function.body)
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, Function | ast.ClassDef | ast.Lambda):  # these have returns and raises of their own
+        if not isinstance(node, Function | ast.ClassDef | ast.Lambda):  # their returns and raises are their own
             nodes.append(node)
             waiting.extend(ast.iter_child_nodes(node))
     values = [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
@@ -157,13 +157,13 @@ def parse_file(library: str, module: str, path: Path) -> list[Row]:
     source, rows = content.split("\n"), []
 
     def visit(node: Any, kind: str, name: str, in_class: bool) -> None:
-        """Adds the rows of a node (`kind` empty: one without a docstring of its own) and of the nodes inside it."""
+        """Adds the rows of a node (none of its own if `kind` is empty) and of the nodes inside it."""
         docstring = ast.get_docstring(node) if kind else None
         if docstring:
             facts = function_facts(node, source, in_class) if kind in ("function", "method") else {}
             rows.append(Row(library, module, kind, name, first_paragraph(docstring), docstring, **facts))
         if kind in ("function", "method"):
-            return  # functions inside a function are no interface
+            return  # functions inside a function are not part of the interface
         for child in ast.iter_child_nodes(node):
             qualified = f"{name}.{getattr(child, 'name', '')}".lstrip(".")
             if isinstance(child, ast.ClassDef):
@@ -275,22 +275,22 @@ TASKS: dict[str, Callable[[Row], str | float | None]] = {
     "property": lambda row: flag(row.property, "property", "method") if row.kind == "method" else None,
     "decorated": lambda row: flag(row.decorated, "decorated", "plain"),
     "parameters": parameters,
-    **dict.fromkeys((STANDARD_LIBRARY, *PACKAGES), subpackage),  # a task with rows of this library alone
+    **dict.fromkeys((STANDARD_LIBRARY, *PACKAGES), subpackage),  # a task with rows of this library only
     "transformers": transformers_role,
     "lines": lambda row: math.log(row.lines) if row.lines else None,
 }
 
 
 def most_frequent(counts: Counter, num: int) -> list[Any]:
-    """The `num` labels with the highest counts; of equal ones the first in their order."""
+    """The `num` labels with the highest counts; labels with equal counts in sorted order."""
     return sorted(counts, key=lambda label: (-counts[label], label))[:num]
 
 
 def label_texts(rows: Iterable[Row], task: str) -> dict[str, str | float]:
     """The distinct texts of a task with their labels, in the order of the rows.
 
-    A task named after a library has that library's rows alone, and its ten largest parts as labels. Texts that differ
-    in case alone are one text: the first one as written, with the most frequent label.
+    A task named after a library has only the rows of that library, and its ten largest parts as labels. Texts that
+    differ only in case count as one: the first one as written, with the most frequent label.
     """
     is_part = task in (STANDARD_LIBRARY, *PACKAGES)
     first: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Read the rows of a dataset by its name; every cell stays as it is written.
+"""Read the rows of a dataset by its name, with every cell as written.
 
 A name is a key of the table of known datasets, an id of the hub, docstrings/<task>, or a local file or folder:
 
@@ -46,7 +46,7 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def read(self, name: str) -> list[Any]:
-        """The cells of a column as Python objects. Raises UserError if the column is missing or cannot be read."""
+        """The cells of a column as Python objects. Raises UserError if the column is missing or unreadable."""
         if name not in self.columns:
             found = f"no column {name!r}; columns: {', '.join(self.columns) or 'none'}"
             raise UserError(f"The data have {found}. Name one: --text_column, --text_template, --label_column.")
@@ -81,14 +81,14 @@ def decode(path: Path) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; refuses two equal keys, of which Python would silently keep the last."""
+    """A JSON object as a dict. Raises ValueError for two equal keys; Python would silently keep the last."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"an object with the keys {', '.join(repr(name) for name, _ in pairs)}, two of them equal")
     return dict(pairs)
 
 
 def _read_json(path: Path) -> Table:
-    """Reads a list of objects, or one object a line; a key that an object lacks is a missing cell."""
+    """Reads a list of objects, or one object a line; where an object lacks a key, the cell is missing."""
     text, records = decode(path), list[Any]()
     parts = [text] if text.lstrip().startswith("[") else io.StringIO(text, newline=None)  # a raw U+2028 ends no line
     for number, part in enumerate(parts, 1):
@@ -105,7 +105,7 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_delimited(path: Path) -> Table:
-    """Reads a header and rows with as many cells; every cell stays the written string."""
+    """Reads a header and rows with as many cells; cells stay strings."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
     stream = io.StringIO(decode(path), newline="")
     if path.suffix.lower() == ".tsv":
@@ -155,7 +155,7 @@ READERS: dict[str, tuple[Callable[[Path], Table], str]] = {  # suffix -> reader 
 def _read_file(path: Path) -> Table:
     """The rows of one file. Raises UserError with the cause and the format's rule if it cannot be read."""
     if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} has no readable format. Readable are {', '.join(READERS)}.")
+        raise UserError(f"{path} is not in a readable format. Save it as {', '.join(READERS)}.")
     reader, rule = READERS[path.suffix.lower()]
     try:
         return reader(path)
@@ -165,7 +165,7 @@ def _read_file(path: Path) -> Table:
 
 # ------------------------------------------------------------------ files and folders
 def read_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Table]:
-    """The rows of the files of each split; a file without some column gets missing cells for it."""
+    """The rows of each split from its files; a file that lacks a column of the others gets missing cells."""
     tables = {split: [_read_file(file) for file in of_split] for split, of_split in files.items()}
     check_class_names(itertools.chain(*tables.values()))
     for split, read in tables.items():
@@ -176,7 +176,7 @@ def read_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Table]:
 
 
 def check_class_names(tables: Iterable[Table]) -> None:
-    """Raises UserError if one number means different classes in two of these tables."""
+    """Raises UserError if a number stands for different classes in two of these tables."""
     known: dict[str, list[str]] = {}
     for name, classes in (item for table in tables for item in table.class_names.items()):
         if known.setdefault(name, classes) != classes:
@@ -192,7 +192,7 @@ def _joined(tables: Sequence[Table]) -> Table:
 
 
 def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder; the last word train, test or validation of a path gives the split."""
+    """The data files of a folder by split: the last word train, test or validation in the path."""
     by_split: dict[str, list[Path]] = {}
     stems: dict[Path, Path] = {}
     for file in sorted(folder.rglob("*")):
@@ -203,7 +203,7 @@ def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
             convert = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet('train.parquet')"
             raise UserError(f"{folder} was written by save_to_disk. Write each split elsewhere: {convert}")
         if file.is_dir() and file.is_symlink():
-            raise UserError(f"{file} is a link to a folder; links are not followed. Copy the folder, or name it.")
+            raise UserError(f"{file} is a link to a folder, and the loader follows none. Copy the folder, or name it.")
         if file.suffix.lower() not in READERS or file.is_dir():
             continue
         words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
@@ -220,7 +220,7 @@ def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _files_of_subset(folder: Path, subset: str | None) -> dict[str, list[Path]]:
-    """The files of a subset that README.md defines."""
+    """The files, by split, of a subset that README.md defines."""
     import datasets
 
     names = datasets.get_dataset_config_names(str(folder))
@@ -233,7 +233,7 @@ def _files_of_subset(folder: Path, subset: str | None) -> dict[str, list[Path]]:
 
 
 def find_files(path: Path, subset: str | None = None) -> dict[str, list[Path]]:
-    """A file as `train`, or the files of a folder or of its subset, by split."""
+    """The files by split: of a folder, of its subset, or a single file as `train`."""
     if path.is_file():
         return {"train": [path]}
     card = path / "README.md"

@@ -1,4 +1,4 @@
-"""Load labelled texts by name: known datasets, any other of the hub, the user's own files, the docstring tasks.
+"""Load labelled texts by name: known datasets, other datasets of the hub, your own files, docstring tasks.
 
     python cache.py --dataset_name emotion                      # a key of utils/data/table.py, or its hub id
     python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
@@ -6,8 +6,8 @@
     python cache.py --dataset_name folder:subset                # a folder whose README.md names subsets
     python cache.py --dataset_name docstrings/raises            # see utils/data/docstrings.py
 
-Data without a held-out split is split 70/30. Rows without a text or of an unknown class are errors in the user's own
-data; in a dataset of the hub they are left out with a warning. Code of a dataset is never executed.
+The loader splits data without a held-out split 70/30. Rows without a text or of an unknown class are errors in your own
+data; in a dataset of the hub it leaves them out, with a warning. It executes no code of a dataset.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from utils.script import UserError, warn
 from utils.settings import Data, Run
 
 LEAK_WARNING = 0.01  # warn if at least this share of the test texts is also in train
-MAX_MEAN = 1e5  # largest mean of targets, in standard deviations: it costs 10 of the 16 digits of float64
-SPREADS = (1e-15, 1e15)  # standard deviations of targets: float64 and float32 hold their powers
+MAX_MEAN = 1e5  # largest mean of targets, in standard deviations; squared, it costs 10 of the 16 digits of float64
+SPREADS = (1e-15, 1e15)  # allowed standard deviations of targets: float64 and float32 hold their powers
 MAX_CLASSES = 5000  # the label moments of cache.py are c x c in float64, for each fold: 1 GB
 
 
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 # ------------------------------------------------------------------ tables -> rows
 def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) -> dict[str, Table]:
-    """The tables that serve as `train` and `test` (which may be missing), or, for `all`, every table with labels."""
+    """The tables of `train` and `test` (either may be missing) or, if `all` is wanted, every table with labels."""
     tables, spec, known = source.tables, source.spec, source.spec.is_known
     labelled = {name: rows for name, rows in tables.items() if _has_labels(rows, label)}
     if wanted == "all":
@@ -87,7 +87,7 @@ def _has_labels(rows: Table, label: str) -> bool:
 
 
 def _text_pieces(settings: Data, spec: DatasetSpec) -> list[tuple[str, str | None]]:
-    """A text as pieces (literal, next column), from the template or the one column."""
+    """Pieces (literal, next column) that make a text, from the template or the one column."""
     template, column = settings.text_template, settings.text_column
     if column and template:
         raise UserError("--text_column and --text_template exclude each other. Give one of them.")
@@ -105,7 +105,7 @@ def _text_pieces(settings: Data, spec: DatasetSpec) -> list[tuple[str, str | Non
 
 
 def _join_texts(source: Source, part: str, rows: Table, pieces: list[tuple[str, str | None]]) -> list[str]:
-    """One text per row; empty if every column is blank, even if the template has words around them."""
+    """One text per row; empty if every column is blank, even if the template adds words."""
     names = [name for _, name in pieces if name is not None]
     columns = {name: cells.render_column(source.name, part, name, rows.read(name)) for name in names}
     texts = []
@@ -163,7 +163,7 @@ def _divide(settings: Data, source: Source, rows: list[Row], regression: bool) -
 def _leave_out(
     source: Source, part: str, rows: list[Row], faulty: list[bool], fault: str, remedy: str, refuse: bool = False
 ) -> list[Row]:
-    """The rows without the faulty ones, with a warning. Raises UserError if none remains, or at once if `refuse`."""
+    """The rows without faulty ones, with a warning. Raises UserError if no row remains; if `refuse`, for any fault."""
     kept = [row for row, is_faulty in zip(rows, faulty, strict=True) if not is_faulty]
     found = f"{len(rows) - len(kept)} of {len(rows)} {part} rows of {source.name} {fault}"
     if not kept or (refuse and any(faulty)):
@@ -192,14 +192,14 @@ def _encode(source: Source, parts: dict[str, list[Row]], label: str) -> tuple[di
         absent = [row.label not in index for row in rows]
         unseen = sorted(spelled[value] for value in {row.label for row in rows} - set(classes))
         fault = f"have classes that train lacks: {cells.listed(unseen)}"
-        remedy = "Correct them, add rows of these classes to train, or take --split all."
+        remedy = "Correct them, add rows of these classes to train, or set --split all."
         kept = _leave_out(source, part, rows, absent, fault, remedy, refuse=source.own)
         encoded[part] = [row._replace(label=index[row.label]) for row in kept]
     return encoded, [spelled[value] for value in classes]
 
 
 def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
-    """Raises UserError for regression targets that are all equal, or whose sums of squares would lose digits."""
+    """Raises UserError if regression targets are all equal, or if their sums of squares would lose digits."""
     if part == "test" and targets.min() == targets.max():
         return
     with np.errstate(all="ignore"):  # sums of squares may overflow
@@ -246,9 +246,9 @@ def _sample(settings: Data, source: Source, part: str, rows: list[Row], label_na
 def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, LabelledTexts]:
     """The texts and labels of `train` and `test`, or of `all`: every labelled row, undivided.
 
-    Classes are those of train in every split. `seed` draws the split of data that has none, and the rows of
-    `max_samples` and `max_test_samples`; the splits of the known datasets are fixed. `wanted` is "both", or the one
-    split that is needed: "train", "test" or "all".
+    Train defines the classes of every split. `seed` draws the split of data that has none, and the rows of
+    `max_samples` and `max_test_samples`; known datasets have fixed splits. `wanted` is "both", or the one split that
+    the caller needs: "train", "test" or "all".
     """
     source = find_source(settings.dataset_name, settings.dataset_revision, run.datasets_dir)
     label = settings.label_column or source.spec.label_column
@@ -276,7 +276,7 @@ def load_texts(settings: Data, run: Run, split: str) -> LabelledTexts:
 
 
 def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None)) -> Tensor:
-    """Labels of some rows as y, (b, c) float64: one-hot rows of classes, or the regression target as it is."""
+    """Labels y of some rows, (b, c) float64: one-hot for classes, the unchanged target for a regression."""
     labels = torch.from_numpy(np.asarray(data.labels)[rows])
     if data.is_regression:
         return labels.double().reshape(len(labels), -1)

@@ -1,4 +1,4 @@
-"""Choose the rows of train and test, and of a sample."""
+"""Choose the rows of train, of test and of a sample."""
 
 import math
 
@@ -9,7 +9,7 @@ TEST_SHARE = 0.3
 
 
 def stratified_rows(classes: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """Numbers of `num` random rows in random order, each class in proportion and, if `num` allows, none left out.
+    """Numbers of `num` random rows in random order: each class in proportion and, if `num` allows, with a row.
 
     `classes` holds the class of each row, (n,); one class gives a plain random sample.
     """
@@ -35,21 +35,21 @@ def seeded_split(classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def paper_split(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test in the paper's order: those of `datasets.Dataset.train_test_split`."""
+    """Row numbers of train and test as in the paper: those of `datasets.Dataset.train_test_split`."""
     order = np.random.default_rng(PAPER_SEED).permutation(num_rows)
     num_test = math.ceil(TEST_SHARE * num_rows)
     return order[num_test:], order[:num_test]
 
 
 def grouped_split(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and test in the rows' order; the groups, (n,), are divided as the paper divides rows."""
+    """Row numbers of train and test in order; divides the groups, (n,), as the paper divides rows."""
     names = np.unique(groups)
     in_train = np.isin(groups, names[paper_split(len(names))[0]])
     return np.flatnonzero(in_train), np.flatnonzero(~in_train)
 
 
 def linked_groups(columns: list[list[str]]) -> np.ndarray:
-    """Group of each row, (n,): rows that share a text, up to case and spacing, are in one group."""
+    """Group number of each row, (n,): rows that share a text, up to case and spacing, share a group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,11 +1,11 @@
 """The known datasets of the hub: template of a text, label column, held-out split.
 
-Twelve rows are the paper's; its released loader knows seven more. Ids, columns and sizes were read on the dataset
-pages, not measured on a download: `load_texts` compares the sizes and warns if the hub differs. Notes and licences are
-in docs/models_and_data.md.
+Twelve rows are the paper's; its released loader knows seven more. Ids, columns and sizes come from the dataset pages,
+not from downloads: `load_texts` compares the sizes and warns if the hub differs. docs/models_and_data.md has notes and
+licences.
 
-Differs from the paper: pairs are joined for every row. The released code returns from inside its loop, so that only the
-first of every thousand rows gets its second sentence, and a `medical` text is its first question alone.
+Differs from the paper: every row joins its pair of sentences. The released code returns from inside its loop, so that
+only the first of every thousand rows gets its second sentence, and a `medical` text is its first question alone.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion of repositor
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of the hub; nothing in it is executed."""
+    """One dataset of the hub; the loader executes no code of it."""
 
     key: str  # the paper's name, if it has one
     hub_id: str
@@ -85,7 +85,7 @@ DATASETS: dict[str, DatasetSpec] = {name: spec for spec in SPECS for name in (sp
 
 
 def find_spec(name: str) -> DatasetSpec:
-    """The row of the table with this name; for any other name, which may be `id:config`, a row without particulars."""
+    """The row of the table with this name; for any other name, such as `id:config`, a row of defaults."""
     hub_id, _, config = name.partition(":")
     other = DatasetSpec(name, hub_id, "", "label", None, None, config=config or None, is_known=False)
     return DATASETS.get(name, other)
