@@ -76,7 +76,7 @@ QUOTES = [
      lambda: rule("smollm2-docstrings").loc["probe_mse"].value[["ntps", "num_classes"]]),
     (README, r"raises `retained` by (\.\d+), and by (\.\d+) in a model with random weights",
      lambda: twin("retained_change", ["trained", "random_weights"])),
-    (FINDINGS, rf"is not reproduced \({SIGNED} on ten, {SIGNED} on all\)",
+    (FINDINGS, rf"we do not reproduce the correlation with the gain \({SIGNED} on ten, {SIGNED} on all\)",
      lambda: [chosen("smollm2", of).spearman["lora_gain"] for of in ("_paper", "")]),
     (FINDINGS, r"accuracy \(p (\.\d+)\) and error \(p (\.\d+)\) exceed noise",
      lambda: chosen("").p[["train_accuracy", "train_mse"]]),
@@ -112,7 +112,7 @@ QUOTES = [
     (FINDINGS, rf"training accuracy {SIGNED} and error {SIGNED} lie within the published range, and noise "
                rf"reaches {SIGNED} and {SIGNED} \(p (\.\d+) and (\.\d+)\)",
      lambda: chosen("gemma3-270m", "_paper").loc[CHOSEN_ON[:2], ["spearman", "noise", "p"]].to_numpy().T.ravel()),
-    (FINDINGS, rf"On Gemma `ntps` also has the opposite sign: {INTERVAL} with accuracy and, outside 0, {INTERVAL}",
+    (FINDINGS, rf"On Gemma the signs are opposite to the claims: {INTERVAL} with accuracy and, outside 0, {INTERVAL}",
      lambda: [rule("gemma3-270m").loc[(name, "ntps"), end] for name in ("probe_accuracy", "probe_mse")
               for end in ("value", "low", "high")]),
     (FINDINGS, rf"on Gemma V leads random V by (\.\d+) \[{SIGNED}, {SIGNED}\]",
@@ -178,12 +178,12 @@ def shares(names: list[str]) -> pd.Series:
 
 
 ANSWERS = [
-    ("No correlation exceeds the same choice among permuted tasks",
+    ("No correlation of SmolLM2 is significant against the same choice among permuted tasks",
      lambda: all((chosen("smollm2", of).p[[*CHOSEN_ON, "lora_gain"]] > 0.05).all() for of in ("", "_paper"))),
     ("`ntps` lies on the claimed side for no outcome", lambda: all(
         sign * (low if sign > 0 else high) < 0 for sign, (low, high) in
         ((CLAIMED[name], ends("smollm2", name, "ntps")) for name in rule("smollm2").index.unique("measure")))),
-    ("no score leads the best baseline", lambda: not any(
+    ("No score has an interval above 0 for its lead over the best baseline", lambda: not any(
         (read(study, "leads", "score in ['ntps', 'retained', 'ridge_r2', 'logme']").low > 0).any()
         for study in STUDIES)),
     ("PCA keeps more on average in every trained model", lambda: all(
@@ -193,7 +193,7 @@ ANSWERS = [
     ("In neither study does the interval of a line's lead over the mean lie above 0", lambda: not any(
         (read(study, "calibration", "measure == 'lora_gain'").low > 0).any() for study in ("", "smollm2"))),
     ("by less than a tenth of their spread", lambda: shares(["ntps", "ridge_r2", "probe_accuracy"]).max() < 0.1),
-    ("For the best layer's accuracy no score leads",
+    ("For the best layer's accuracy no score's lead has an interval above 0",
      lambda: (of_pairs().lead_low["best_test_accuracy"].drop("better on the others") <= 0).all()),
 ]  # fmt: skip
 
