@@ -16,7 +16,7 @@ class Repository:
     name: str
     kind: str  # "Model" or "Dataset"
     known: tuple[str, ...]  # names that a wrong one may have meant
-    instead: str  # an alternative that needs no hub
+    instead: str  # an alternative that does not need the hub
     revision: str | None = None
 
 
@@ -32,9 +32,9 @@ CAUSES = (
      "Connect once to download it (and unset HF_HUB_OFFLINE), or use {instead}.{nearest}"),
     (r"RepositoryNotFoundError|DatasetNotFoundError", "is not local, and does not exist on the hub or is private",
      "If it is private, log in: hf auth login.{nearest}"),
-    (r"scripts are no longer supported", "holds a loading script, which is never executed",
+    (r"scripts are no longer supported", "needs its loading script, which this program never executes",
      "Try the hub's conversion: {revision_flag} refs/convert/parquet."),
-    (r"ValueError.*trust_remote_code", "wants to run its own code", "Read it; then add --trust_remote_code."),
+    (r"ValueError.*trust_remote_code", "needs to run its own code", "Read that code; then add --trust_remote_code."),
     (r"ValueError.*(builderconfig|config name is)", "needs another configuration",
      "Name it: --dataset_name {name}:<config>. {message}."),
     (r"SafetensorError|PytorchStreamReader|pickle data|line \d+ column \d+|valid json", "has weights or settings that "
@@ -73,7 +73,7 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
         for cause in chain:
-            if isinstance(cause, OSError) and cause.errno in NO_PLACE:  # not the hub's fault
+            if isinstance(cause, OSError) and cause.errno in NO_PLACE:  # a fault of the disk, not of the hub
                 raise cause from None
         said = " ".join([*(base.__name__ for cause in chain for base in type(cause).__mro__), ":", str(error)])
         _, fault, remedy = next(row for row in CAUSES if re.search(row[0], said, re.IGNORECASE | re.DOTALL))

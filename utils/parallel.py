@@ -1,7 +1,7 @@
 """Connect the processes of one run, which torchrun or accelerate launch starts; without either the run has one.
 
-Every process must call each function that exchanges data. A process that fails closes its connections, which ends the
-others at their next exchange: a mistake in one process ends all of them, with one sentence.
+Every process must call each function that exchanges data. A process that fails closes its connections, and the others
+end at their next exchange: a mistake in one process ends all of them, with one sentence.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 
 def num_started() -> int:
-    """Number of processes that were started together."""
+    """Number of processes that torchrun or accelerate started together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

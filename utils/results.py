@@ -28,7 +28,7 @@ from utils.script import UserError
 from utils.settings import AnyConfig, Data, Model, Run, is_same_setting, result_settings, with_values
 
 FORMAT_VERSION = 4
-DIFFERENCES = {  # part of an identity -> the words for a difference in it; for other parts: from other rows
+DIFFERENCES = {  # part of an identity -> words for a difference in it; any other part is about rows
     "label_names": "with other classes",
     "model_fingerprint": "with other weights of the model",
     "moments": "from other moments",
@@ -204,7 +204,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The settings asked for whose stored value differs or is missing, in words; empty if all agree."""
+    """The settings with a different or missing stored value, in words; empty if all agree."""
     return "; ".join(
         f"{name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in asked.items()
@@ -233,11 +233,11 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path)
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path` (for a file of tensors its metadata); None if it has to be made.
+    """The finished result at `path` (for a file of tensors its metadata); None if the caller must make it.
 
     Raises:
         UserError: the result is damaged, or of another identity.
-        OSError: it has to be made and cannot be written.
+        OSError: the caller must make it and cannot write to `path`.
     """
     if run.overwrite or not path.is_file():
         check_writable(path)
@@ -248,7 +248,7 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
 
 
 def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Refuses a state that is damaged or of another identity, before the work; with `overwrite` removes it instead."""
+    """Raises UserError if a saved state is damaged or of another identity; with `overwrite` removes it instead."""
     try:
         with open_tensors(path) as (file, metadata):
             check_identity(metadata, identity, path)
@@ -263,8 +263,8 @@ def check_state(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
 def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[str] | None = None) -> AnyConfig:
     """The config of a script that starts from moments, with settings left at their default read from the file.
 
-    A setting that is given and differs raises UserError. Without the file the config is returned unchanged; with
-    `names` only these settings are read.
+    A setting that you give and that differs raises UserError. The config stays unchanged if the file is missing; if
+    `names` is given, only these settings come from the file.
     """
     if not moments.is_file():
         return config

@@ -53,7 +53,7 @@ def run_script(
 ) -> None:
     """Parses the command line and runs `main`; a user's mistake ends in one line and exit code 1, not a traceback.
 
-    Without `share_work` several processes, as torchrun starts them, are refused.
+    Without `share_work` it refuses to run in several processes, such as those of torchrun.
     """
     debug = False
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # runs `finally` blocks
@@ -99,7 +99,7 @@ def message_of(error: Exception) -> str:
 
 # ------------------------------------------------------------------ provenance
 def git_commit(folder: Path) -> str | None:
-    """The commit of the repository in `folder`, `-dirty` behind it after changes; None without git or a repository."""
+    """The commit of the repository in `folder`, with `-dirty` after changes; None without git or a repository."""
     git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]
     try:
         described = subprocess.run([*git, "--abbrev=12"], capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named; `auto` takes a GPU if one exists, and in several processes one GPU each."""
+    """The device of this name; `auto` takes a GPU if one exists; each of several processes takes its own."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -142,7 +142,7 @@ def pick_device(device: str) -> torch.device:
 
 @contextmanager
 def termination_noted() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM, a cluster's notice of the end, sets instead of ending the body."""
+    """Yields an event; SIGTERM, which a cluster sends before it ends a job, sets it and does not end the body."""
     noted = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
     try:

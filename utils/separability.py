@@ -33,7 +33,7 @@ def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.n
 
 
 def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Silhouette of labels (n,) in standardised coordinates, and leave-one-out accuracy of logistic regression."""
+    """Silhouette of labels (n,) in standardised coordinates (n, k); leave-one-out accuracy of logistic regression."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import silhouette_score
 
@@ -46,7 +46,7 @@ def measure(coordinates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def separability(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int, seed: int) -> dict[str, Any]:
-    """Each score of `measure`: `value`, mean over shuffled labels, `p` = (1 + as good shuffles) / (1 + shuffles).
+    """Each score of `measure`: `value`, mean over shuffles, `p` = (1 + shuffles at least as good) / (1 + shuffles).
 
     Coordinates are (n, k), labels (n,); the same seed gives the same shuffles in both subspaces.
     """

@@ -57,8 +57,8 @@ def is_same_setting(name: str, stored: Any, asked: Any) -> bool:
 def path_name(name: str) -> str:
     """The name of a model or dataset under results: `Qwen/Qwen2-0.5B` -> `Qwen__Qwen2-0.5B`, a file -> its stem.
 
-    A generic name such as `checkpoint-500` gets the names of its parents in front. Braces, which Snakemake would
-    expand, become parentheses.
+    The names of its parents precede a generic name such as `checkpoint-500`. Braces, which Snakemake would expand,
+    become parentheses.
     """
     path = Path(resolve(name))
     if not path.is_absolute() and path.suffix != ".gguf":  # a deleted .gguf file keeps its name
@@ -106,7 +106,7 @@ class Model:
 
     @property
     def path_name(self) -> str:
-        """The model's folder under results: its name, with `+lora` behind it if an adapter is merged."""
+        """The model's folder under results: its name, with `+lora` appended if it has an adapter."""
         return path_name(self.model_name) + ("+lora" if self.adapter_dir else "")
 
 
@@ -120,7 +120,7 @@ class Data:
     label_column: str | None = None  # column of the labels, in your own data
     text_template: str | None = None  # joins columns of your own data: "{question} {choices}"
     task: Literal["auto", "classification", "regression"] = "auto"  # auto: regression if the labels are fractions
-    ungrouped_split: bool = False  # `medical` split as in the paper, with questions on both sides
+    ungrouped_split: bool = False  # split `medical` as in the paper: a question can be in train and in test
     divide_train: bool = False  # take 30 % of train as test rows, for a copy without a test split
     max_samples: int | None = None  # stratified sample of each split; None: all rows
     max_test_samples: int | None = None  # sample of the test split; None: as max_samples
@@ -155,7 +155,7 @@ class Run(Unrecorded):
         check(self, "at least 1", "tokens_per_batch")
 
     def batch_tokens(self, device: Any) -> int:
-        """Most padded tokens of a forward pass on `device`; on a CPU more are slower, as they leave its caches."""
+        """Most padded tokens of a forward pass on `device`; few on a CPU, whose caches larger batches exceed."""
         return self.tokens_per_batch or (1024 if device.type == "cpu" else 8192)
 
 
@@ -172,7 +172,7 @@ class Session(Unrecorded):
     """Saved states and tracker of a training run. Settings that cannot affect results; not stored or compared."""
 
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
-    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # also send the history to a tracker
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # also send the history to this tracker
 
 
 # ------------------------------------------------------------------ a Config as one flat dictionary
@@ -213,7 +213,7 @@ def with_values(config: AnyConfig, **values: Any) -> AnyConfig:
 
 
 def command_line(script: str, config: Any, names: set[str] | None = None) -> str:
-    """The command that gives this config: the flags that differ from the script's defaults, of `names` if given."""
+    """The command that gives this config: its flags that differ from the defaults (only `names`, if given)."""
     default, words = all_settings(type(config)()), ["python", *script.split()]
     for name, value in all_settings(config).items():
         if value != default[name] and (names is None or name in names):

@@ -1,4 +1,4 @@
-"""Merge an adapter in PEFT format, with all its weights, into the model that it was made for; refuse any other."""
+"""Merge an adapter in PEFT format, with all its weights, into its own base model; refuse any other model."""
 
 import warnings
 from pathlib import Path
@@ -31,7 +31,7 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def is_base_model(folder: Path, named: str | None, model_name: str, fingerprint: str) -> bool:
-    """True if the adapter was made for this model: by fingerprint or, for a foreign adapter, by name."""
+    """True if this model is the adapter's base: by fingerprint or, for an adapter of another program, by name."""
     if (folder / BASE_MODEL_FILE).is_file():
         return load_json(folder / BASE_MODEL_FILE)["fingerprint"] == fingerprint
     source = model_source(model_name)
@@ -53,7 +53,7 @@ def without_head(causal_lm: nn.Module, config: Any, weights: dict[str, Tensor], 
 
 
 def adapted_module(causal_lm: Any, keys: list[str]) -> nn.Module | None:
-    """The module that was trained: the causal LM, its base model or its decoder; None if the decoder has no key."""
+    """The trained module: the causal LM, its base model or its decoder; None if no key is in the decoder."""
     decoder = decoder_of(causal_lm)
     for module in (causal_lm, causal_lm.base_model, decoder):
         [prefix] = [name for name, part in module.named_modules() if part is decoder]
@@ -64,7 +64,7 @@ def adapted_module(causal_lm: Any, keys: list[str]) -> nn.Module | None:
 
 
 def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: str) -> Any:
-    """The causal LM, whose `fingerprint` is given, with the adapter in `folder` merged into it. Raises UserError."""
+    """The causal LM, of this `fingerprint`, with the adapter in `folder` merged into it. Raises UserError."""
     from peft import PeftModel
     from peft.utils.save_and_load import set_peft_model_state_dict
 
@@ -85,7 +85,7 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
         raise UserError(f"{misfit}: it changes {parts}, not the decoder of this model. {remedy}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the keys they name are checked below
+            warnings.simplefilter("ignore")  # the code below checks the keys that they name
             peft_model: Any = PeftModel(target, config)
             result: Any = set_peft_model_state_dict(peft_model, weights)
             own = {name for name, _ in peft_model.named_parameters() if peft_model.base_model.prefix in name}

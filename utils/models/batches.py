@@ -1,7 +1,7 @@
 """Form batches of texts of like length, so that little of them is padding, and share them among processes.
 
-Processes get whole blocks, the units in which products are added up in their own dtype: a sum over a block is then the
-same number in every process.
+Each process takes whole blocks, within which products add up in low precision: the sum of a block is the same number
+in every process.
 """
 
 import zlib
@@ -14,9 +14,9 @@ MAX_PADDED = 1.05  # padded tokens over tokens
 def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    A batch ends where its next text would exceed `tokens_per_batch`, or the padding of all batches so far a twentieth;
-    a longer text is a batch of its own. `lengths` (n,) are tokens of each text; texts longer than `rope_limit` and
-    others never share a batch.
+    A batch ends before a text that would take it above `tokens_per_batch`, or the padding of all batches so far above
+    a twentieth; a longer text is a batch of its own. `lengths` (n,) are tokens of each text; texts longer than
+    `rope_limit` and others never share a batch.
     """
     if rope_limit is not None:
         sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))
@@ -70,5 +70,5 @@ def share_of(
 
 
 def assign_folds(texts: list[str], num_folds: int) -> np.ndarray:
-    """Number of the fold of each text, (n,) int64, by a hash of the text: equal texts share a fold in any order."""
+    """Fold number of each text, (n,) int64, from a hash of the text: equal texts share a fold, in any order."""
     return np.fromiter((zlib.crc32(text.encode()) % num_folds for text in texts), np.int64)

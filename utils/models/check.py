@@ -55,7 +55,7 @@ def read_layers(model: Any, input_ids: Tensor) -> tuple[list[Tensor], list[Tenso
 
 
 def share_that_differs(found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Share of the states (..., d) that differ by more than a relative tolerance; the pass names non-finite states."""
+    """Share of states (..., d) that differ by more than a relative tolerance; the pass reports non-finite ones."""
     found, expected = found.double(), expected.to(found.device).double()  # layers can be on several devices
     relative = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
     relative = torch.where(expected.isfinite().all(-1), relative.nan_to_num(torch.inf), 0.0)
@@ -69,7 +69,7 @@ def routes_tokens(model: nn.Module) -> bool:
 
 
 def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
-    """The first property that does not hold, as half a sentence; None if all hold."""
+    """The first property that the model lacks, as half a sentence; None if it has all."""
     dtype = next(model.parameters()).dtype
     in_one_shape, in_another = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
     flipped = FLIPPED if dtype != torch.float32 and routes_tokens(model) else 0.0

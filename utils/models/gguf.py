@@ -28,7 +28,7 @@ GGUF_ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 NEEDED_BY = {"qwen3": ("head_dim",), "gemma3": ("head_dim", "sliding_window")}
 NOT_IN_THE_STATES = ("vocab_size", "tensor_data_layout", "final_logit_softcapping")  # settings that change no state
-# Settings that the configurations made here cannot express; any other value is refused.
+# Settings that no configuration made here can express; `load_config` refuses any other value.
 ASSUMED = {"attention.causal": True, "rope.scaling.type": "none"}
 ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "rope.local.freq_base": 1e4}}
 
@@ -43,7 +43,7 @@ class Header(NamedTuple):
 def read_header(path: Path) -> Header:
     """The settings and the table of weights. Raises UserError: no GGUF file, cut off, or of another architecture."""
     if not path.is_file():
-        raise UserError(f"No file {path}. python -m demo.real_llm fetches a model; --model_name smollm2 then names it.")
+        raise UserError(f"No file {path}. Correct --model_name, or fetch a model: python -m demo.real_llm smollm2")
     try:
         blob = np.memmap(path, mode="r")
         metadata, num_tensors, position = reader._read_metadata(blob, str(path))
@@ -78,7 +78,7 @@ def quantisation(path: Path) -> str:
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The model's configuration. Raises UserError: a setting is missing, wrong, or one that no configuration has."""
+    """The model's configuration. Raises UserError: a setting is missing, wrong or unsupported."""
     file = read_header(path)
     architecture = file.metadata["general.architecture"]
     mapping: Any = GGUF_CONFIG_MAPPING

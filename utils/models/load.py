@@ -50,7 +50,7 @@ def load_config(model: Model, run: Run) -> "PreTrainedConfig":
 
 
 def model_fingerprint(model: Model, run: Run) -> str:
-    """SHA-256 of a local model, commit of a hub model; then `+` and that of a separate tokenizer or adapter."""
+    """SHA-256 of a local model, commit of a hub model; then `+` and the SHA-256 of a separate tokenizer or adapter."""
     source = model_source(model.model_name)
     if Path(source).exists():
         parts = [local_fingerprint(Path(source))]
@@ -61,7 +61,7 @@ def model_fingerprint(model: Model, run: Run) -> str:
 
 
 def known_fingerprint(model: Model, run: Run) -> str | None:
-    """As `model_fingerprint`, but None if the model is not on this machine: moments can be solved without it."""
+    """The `model_fingerprint`, or None if the model is not on this machine: K_sweep.py needs only its moments."""
     if model.adapter_dir is not None and not model.adapter_dir.is_dir():
         return None
     try:
@@ -81,7 +81,7 @@ def stored_as(model: Model) -> dict[str, str]:
 
 # ------------------------------------------------------------------ tokenizer and weights
 def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Tokenizer":
-    """The tokenizer, set to cut long texts at their end, against its own settings if need be. Raises UserError."""
+    """The tokenizer, set to pad and cut texts at their end even if its own settings differ. Raises UserError."""
     from transformers import AutoTokenizer
 
     name, revision = model_source(model.model_name), model.revision
@@ -114,9 +114,9 @@ def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
 
 
 def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreTrainedModel":
-    """The causal LM on the CPU, or spread by a device map; of a multi-modal model all of it.
+    """The causal LM on the CPU, or spread by a device map; a multi-modal model with all its parts.
 
-    Raises UserError: it cannot be loaded, or a weight of the decoder is missing or has another shape.
+    Raises UserError: it fails to load, or a weight of the decoder is missing or has another shape.
     """
     if is_gguf(source := model_source(model.model_name)):
         from utils.models import gguf
@@ -146,7 +146,7 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
 
 
 def load_causal_lm(model: Model, run: Run, device: torch.device) -> "PreTrainedModel":
-    """The causal LM in evaluation mode, an adapter merged if one is named. Raises UserError."""
+    """The causal LM in evaluation mode, with its adapter, if any, merged. Raises UserError."""
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
         from utils.models.adapters import merge_adapter

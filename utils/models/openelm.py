@@ -45,7 +45,7 @@ class OpenELMConfig(PreTrainedConfig):
     num_transformer_layers: int = 12
     model_dim: int = 2048
     head_dim: int = 128
-    qkv_multipliers: tuple[float, ...] | list[float] = (1.0, 1.0)  # query heads times h / d; as the next
+    qkv_multipliers: tuple[float, ...] | list[float] = (1.0, 1.0)  # query heads times h / d; form: see ffn_multipliers
     num_gqa_groups: int = 1  # query heads per key/value head, despite the name
     ffn_multipliers: tuple[float, ...] | list[float] = (4.0, 4.0)  # width / d: first and last layer, or one per layer
     ffn_dim_divisor: int = 256

@@ -10,14 +10,14 @@ from utils.script import UserError
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The decoder inside a causal LM, from which its head reads. Raises UserError if none is separate."""
+    """The decoder of a causal LM, without the head. Raises UserError if no module separates them."""
     from transformers import PreTrainedModel
 
     base = causal_lm.base_model
     if base is causal_lm:
         parts = [module for module in causal_lm.children() if isinstance(module, PreTrainedModel)]
         if len(parts) != 1:
-            raise UserError(f"{type(causal_lm).__name__} has no decoder apart from its head; it cannot be used.")
+            raise UserError(f"{type(causal_lm).__name__} has no decoder apart from its head. Change --model_name.")
         base = parts[0]
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     if num_layers := getattr(decoder.config, "decoder_layers", None):  # BART: `num_hidden_layers` is the encoder's
@@ -33,7 +33,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     num_layers = model.config.num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {num_layers} decoder layers to read states from.")
+        raise UserError(f"{type(model).__name__} has no list of {num_layers} decoder layers. Change --model_name.")
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
@@ -63,7 +63,7 @@ def visit_hidden_states(model: Any, input_ids: Tensor, visit: Callable[[int, Ten
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device for the input tokens: that of the first weights not on disk."""
+    """The device for input tokens: that of the first weights that are not on disk."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 

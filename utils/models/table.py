@@ -1,4 +1,4 @@
-"""The models the repository knows by name, settings of their architectures, and the source of a name."""
+"""List the models that the repository knows by name, settings of their architectures, and find their files."""
 
 import functools
 import hashlib
@@ -12,11 +12,11 @@ from utils.script import ROOT, UserError
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One row of the table of models the repository knows by name."""
+    """One row of the table of models that the repository knows by name."""
 
     path: str  # hub id, folder relative to the repository root, or .gguf file below `models_dir()`
     parameters: str
-    command: str = ""  # makes or fetches a model that is neither in the repository nor on the hub
+    command: str = ""  # command that makes or fetches a model that is neither in the repository nor on the hub
 
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
@@ -42,7 +42,7 @@ MODELS = {
     **{name: ModelSpec(name, parameters) for name, parameters in PAPER.items()},
 }
 
-# Files of a folder that decide the states: weights, architecture, tokens, code. Other files do not matter.
+# Files of a folder that decide the states: weights, architecture, tokens, code.
 DECIDING_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.py")
 OTHER_FILES = {
     "pretraining.json", "generation_config.json", "training_args.bin", "metrics.json", "README.txt", "base_model.json",

@@ -1,4 +1,4 @@
-"""Baselines without a language model: the majority class and a bag of words (the mean and ridge, for regression)."""
+"""Fit baselines without a language model: the majority class and a bag of words (for regression mean and ridge)."""
 
 import re
 from typing import Any

@@ -1,6 +1,6 @@
-"""Train an LM and a linear head on labelled texts: the shared part of lora_finetuning.py and from_scratch.py.
+"""Train an LM and a linear head on labelled texts, for lora_finetuning.py and from_scratch.py.
 
-The scripts build and save the model. Shapes: b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
+They build and save the model. Shapes: b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
 """
 
 import math
@@ -74,7 +74,7 @@ class FinetuningConfig:
 
     def __post_init__(self) -> None:
         if self.model.dtype == "float16":
-            raise ValueError("--dtype float16 does not train: its gradients underflow. Take bfloat16 or float32")
+            raise ValueError("--dtype float16 does not train: its gradients underflow. Set --dtype bfloat16 or float32")
 
 
 # ------------------------------------------------------------------ model
@@ -166,14 +166,14 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
 
 
 def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts]) -> dict:
-    """The metrics of the model that `build` makes, in every process; trained unless `kind` has the result already."""
+    """Trains the model that `build` makes unless `kind` has its result; returns the metrics, in every process."""
     folder = result_path(kind, config.run, config.model, config.data)
     return train_once(config, folder, data, lambda accelerator: build_run(config, build, data, accelerator, folder))
 
 
 # ------------------------------------------------------------------ before and after LoRA
 def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any]:
-    """Each score before and after LoRA; accuracy (R2 for regression) of probe and LoRA at the last step, and the gain.
+    """Each score before and after LoRA; last accuracy (R2 for regression) of probe and LoRA; the gain, LoRA - probe.
 
     `before` and `after` are results of K_sweep.py, `probe` and `lora` are metrics.
     """

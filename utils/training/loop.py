@@ -1,7 +1,7 @@
-"""The training loop of linear_training.py, lora_finetuning.py and from_scratch.py.
+"""Train the models of linear_training.py, lora_finetuning.py and from_scratch.py.
 
 The rows of a step, its dropout masks and its learning rate follow from (seed, step) alone. A state on disk therefore
-needs weights, optimiser and the step: a killed run continues with the numbers of an uninterrupted one.
+needs only weights, optimiser and step, and a killed run continues with the numbers of an uninterrupted one.
 """
 
 import contextlib
@@ -56,11 +56,11 @@ class TrainingRun:
     identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
     config: Any  # the settings of the script
     save_weights: Callable[[], None]  # writes the trained weights into the folder
-    stop: Callable[[list[dict]], bool] = lambda history: False  # asked after each evaluation
+    stop: Callable[[list[dict]], bool] = lambda history: False  # called after each evaluation
     sides: np.ndarray | None = None  # (n,) training rows of different sides never share a forward pass
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
+        """The parameters that require a gradient, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
@@ -86,7 +86,7 @@ def make_identity(config: Any, data: dict[str, LabelledTexts]) -> dict[str, Any]
 
 
 def find_finished(config: Any, folder: Path, data: dict[str, LabelledTexts]) -> dict | None:
-    """The metrics of a finished run; None if it has to be made. Raises UserError: it has another identity."""
+    """The metrics of a finished run; None if the caller must make it. Raises UserError: it has another identity."""
     return results.find_result(folder / METRICS, make_identity(config, data), config.run)
 
 
@@ -130,7 +130,7 @@ def save_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch
 
 def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                identity: dict[str, Any]) -> dict[str, Any] | None:  # fmt: skip
-    """Puts a saved state into parameters and optimiser; its progress, or None without one. Raises UserError."""
+    """Loads a state into parameters and optimiser; returns its progress, or None without a file. Raises UserError."""
     if not path.is_file():
         return None
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -148,7 +148,7 @@ def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch
 
 # ------------------------------------------------------------------ training
 def load_progress(run: TrainingRun) -> Progress:
-    """Loads the state of an interrupted run into model and optimiser; returns its progress, else that of a new run."""
+    """Loads the state of an interrupted run, if any, into model and optimiser; returns the progress of the run."""
     path, overwrite, progress = run.folder / STATE, run.config.run.overwrite, Progress()
     object_of_first(lambda: results.check_state(path, run.identity, overwrite) if path.is_file() else None)
     if stored := load_state(path, run.trained_parameters(), run.optimizer, run.identity):
@@ -160,7 +160,7 @@ def load_progress(run: TrainingRun) -> Progress:
 
 
 def train(run: TrainingRun) -> Progress:
-    """Trains until `num_steps` or until `stop` says so, from the state of an interrupted run if one exists."""
+    """Trains up to `num_steps` or until `stop` is true, from the state of an interrupted run if one exists."""
     from accelerate import DistributedDataParallelKwargs
 
     progress, accelerator = load_progress(run), run.accelerator
@@ -219,7 +219,7 @@ def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
     if not math.isfinite(loss):
         raise UserError(
             f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of the train split. "
-            "Try a smaller --learning_rate or --dtype float32; in the first step, look at those texts and labels."
+            "Try a smaller --learning_rate or --dtype float32; at step 1, check those texts and labels."
         )
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(progress.step)
@@ -253,7 +253,7 @@ def accumulate_gradients(run: TrainingRun, step: int, model: nn.Module, rows: np
 
 # ------------------------------------------------------------------ results
 def best_row(history: list[dict], is_regression: bool) -> dict:
-    """The row with the lowest validation loss; without a validation share the best on test, which flatters."""
+    """The row with the lowest validation loss; without a validation share the best on test, an optimistic choice."""
     if "validation_loss" in history[0]:
         return min(history, key=lambda row: row["validation_loss"])
     return min(history, key=lambda row: row["test_loss"] if is_regression else -row["test_accuracy"])

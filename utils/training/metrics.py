@@ -1,4 +1,4 @@
-"""Scores of predictions, shared by every script that fits a probe or a head."""
+"""Score predictions, for every script that fits a probe or a head."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict
 
 
 def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
-    """Mean squared error of (n, c), that over the targets' variance, and R2; None if all targets are equal."""
+    """Mean squared error of (n, c), error / variance of the targets, and R2; the last two None for equal targets."""
     error = float(np.square(targets - predictions).mean())
     constant = bool((targets == targets[:1]).all())  # its computed variance may be a rounding error
     share = None if constant else error / float(targets.var(0).mean())
@@ -27,7 +27,7 @@ def squared_error_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[s
 
 
 def regression_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float | None]:
-    """As `squared_error_scores`, and the Pearson correlation (None if either is constant); both (n,)."""
+    """The scores of `squared_error_scores` and the Pearson correlation (None if either is constant) of (n,)."""
     # a constant has a spread by rounding alone, small beside its own size
     varies = all(values.std() > 1e-12 * np.abs(values).max() for values in (targets, predictions))
     pearson = float(np.corrcoef(targets, predictions)[0, 1]) if varies else None

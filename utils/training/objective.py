@@ -16,7 +16,7 @@ from utils.results import save_tensors
 from utils.script import UserError
 from utils.training.metrics import classification_scores, regression_scores
 
-GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
+GROUP = 50  # batches sorted by length together: enough to save padding, few enough to stay random
 
 
 def make_head(hidden_size: int, num_labels: int, dropout: float) -> nn.Sequential:
@@ -77,12 +77,12 @@ def save_head(path: Path, head: nn.Sequential, objective: Objective, metadata: d
 
 @dataclass(frozen=True, eq=False)
 class BatchOrder:
-    """The rows of each optimiser step, a function of seed and step alone; every row comes once an epoch."""
+    """The rows of each optimiser step, a function of seed and step alone; every epoch has every row once."""
 
     num_rows: int
     rows_per_step: int
     seed: int
-    lengths: np.ndarray | None = None  # tokens of each row: rows of like length then come together, longest first
+    lengths: np.ndarray | None = None  # tokens of each row; a step then has rows of like length, longest first
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,4 +1,4 @@
-"""scikit-learn's logistic regression with a good start, for linear_sklearn.py."""
+"""Fit scikit-learn's logistic regression from a good start, for linear_sklearn.py."""
 
 import warnings
 from typing import Any
