@@ -53,14 +53,14 @@ class Output(Unrecorded):
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override them from the shell; omitted model and data settings come from moments."""
+    """Edit the defaults here, or override them from the shell; moments give the model and data settings you omit."""
 
     split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as in the released script
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # columns of V; pca and random are controls
     center: bool = False  # subtract the means first; the paper does not
     coordinates: Coordinates = "as_is"  # standardized: unit variance of pooled states; prefix_standardized: unit C0_ii
-    fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K, as shares of the rank that is kept
+    fractions: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # K, as shares of the ranks of M and C0
     num_null_draws: int = 100  # draws of permuted labels, for the null band and z
     num_random_draws: int = 20  # random V at the last layer, for a z of V; 0: none
     model: Model = Model()
@@ -70,14 +70,14 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError("--fractions must be in (0, 1]")
+            raise ValueError(f"--fractions must be in (0, 1], not {self.fractions}")
         if self.num_null_draws < 2 or self.num_random_draws < 0 or self.num_random_draws == 1:
             raise ValueError("--num_null_draws and --num_random_draws must be at least 2; 0 draws no random V")
 
 
 # ------------------------------------------------------------------ the score, from its definition
 def ntps_reference(moments: LayerMoments, fraction: float) -> float:
-    """The score of one layer at one K by a slow, dense formula; the rest of this file computes every K at once."""
+    """NTPS of one layer at one K by a slow, dense formula; the rest of this file computes every K at once."""
 
     def solve(factor: Tensor, denominator: Tensor) -> tuple[Tensor, int]:
         """All eigenvectors of F F' u = lambda C u in the range of C, largest first; and how many have lambda > 0."""
@@ -145,7 +145,7 @@ def complete_by_variance(solved: Eigenspace) -> Tensor:
 
 # ------------------------------------------------------------------ U and V of a layer
 def perception(moments: LayerMoments) -> Eigenspace:
-    """U of a layer, from B and M; of centred moments, those that a probe with intercept sees, from S and Sigma."""
+    """U of a layer, from B and M; if the moments are centred, as for a probe with intercept, from S and Sigma."""
     cross_moment, second_moment = moments.pooled_label_cross_moment, moments.pooled_second_moment
     return solve_generalized_eigenproblem(cross_moment, second_moment, moments.pooled_rounding)
 
@@ -158,7 +158,7 @@ def next_token_subspace(moments: LayerMoments) -> Tensor:
 
 
 def control_subspace(moments: LayerMoments, config: Config, rank: int, layer_index: int) -> Tensor:
-    """Control columns in place of V, (d, rank): directions of largest pooled variance, or random directions."""
+    """A control in place of V, (d, rank): directions of largest pooled variance, or random directions."""
     if config.subspace == "pca":
         return torch.linalg.eigh(moments.pooled_second_moment).eigenvectors.flip(1)[:, :rank]
     random = random_stream("control of V", config.data.seed, layer_index)
@@ -279,10 +279,10 @@ def output_path(config: Config) -> Path:
 
 
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
-    """The scores of all layers, one in memory at a time; the stored result if it was made from the same moments.
+    """The result: scores of all layers, one layer in memory at a time; or the stored result of the same moments.
 
     Raises:
-        UserError: the labels are all equal.
+        UserError: all labels are equal.
     """
     device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
@@ -305,7 +305,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
             held_out = None
             if other_metadata and layer_index in other_metadata["layers"]:
                 held_out = load_layer(other, other_metadata, layer_index, device)
-            # only the run's own V is compared with random V; only default options compute the closed forms
+            # random V is a control for V by autoregression only; only default options compute the closed forms
             is_compared = layer_index == last and config.subspace == "autoregression"
             layer = sweep_layer(moments, held_out, config, layer_index, config.num_random_draws if is_compared else 0)
             if is_default:

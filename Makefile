@@ -9,7 +9,7 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode every start of a script compiles torch and transformers: 23 s, not 9
 .PHONY: help demo test test-fast lint study figures bench clean
 
-help:  ## what can be made here
+help:  ## the list of targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # Real LLMs: smollm2, 135M parameters, 93 MB to download; gemma3-270m, 268M parameters, 238 MB, with
@@ -49,7 +49,7 @@ STUDY_FLAGS ?=
 STUDY_RUN = .venv-snakemake/bin/python -m snakemake -s runs/Snakefile --configfile runs/$(STUDY).yaml --cores $(JOBS) \
     --quiet rules --rerun-triggers mtime params --keep-going --rerun-incomplete $(STUDY_FLAGS)
 
-study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2, smollm2-docstrings or paper
+study: $(READY) $(SNAKEMAKE)  ## models x datasets x every script: STUDY=docstrings, quick, smollm2, gemma3-270m, ...
 	$(STUDY_RUN) first_seed; $(STUDY_RUN) collect
 
 # the committed studies; your own: make figures TABLES=results/tables FIGURES=results/figures

@@ -60,7 +60,7 @@ class Config:
 
     layer: int = 0  # 0: word embeddings, as in the paper; negative: from the end, -1 after the final norm
     split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
-    words: tuple[str, ...] | None = None  # category=a,b,c ...; separability is of the first two; None: our words
+    words: tuple[str, ...] | None = None  # category=a,b,c ...; the line divides the first two; None: the words above
     num_components: int = 2  # eigenvectors of each problem; the picture shows the first two
     center: bool = False  # subtract the means from the moments first; the paper does not
     num_shuffles: int = 40  # shuffles of the word labels, for the separability by chance
@@ -96,7 +96,7 @@ def parse_words(groups: tuple[str, ...]) -> dict[str, list[str]]:
 
 @torch.inference_mode()
 def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
-    """States x of words at `config.layer`, (n, d) float64 on the device; and tokens per word. Raises UserError."""
+    """States x of words at `config.layer`, (n, d) float64 on the device, and tokens per word. Raises UserError."""
     device, model_config = pick_device(config.run.device), load_config(config.model, config.run)
     tokens = tokenize(words, load_tokenizer(config.model, config.run, model_config), model_config)
     model = load_base_model(config.model, config.run, device)
@@ -117,7 +117,7 @@ def word_states(config: Config, words: list[str]) -> tuple[Tensor, list[int]]:
 
 # ------------------------------------------------------------------ directions
 def top_directions(factor: Tensor, denominator: Tensor, config: Config, name: str) -> tuple[Tensor, Tensor]:
-    """The k eigenvectors of F F' u = lambda C u with the largest eigenvalues, (d, k), u' C u = 1; and the latter, (k,).
+    """The k eigenvectors of F F' u = lambda C u with the largest eigenvalues, (d, k), u' C u = 1; and these, (k,).
 
     Raises:
         UserError: fewer than k eigenvalues are positive, or two of them are equal: tied directions have no basis of
@@ -157,7 +157,7 @@ def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]
     used = moments.centred() if config.center else moments
     b, m = used.pooled_label_cross_moment, used.pooled_second_moment
     c0, c1 = used.prefix_second_moment, used.prefix_next_cross_moment
-    # before the model is loaded, so that ties are refused at once
+    # before it loads the model, to refuse ties at once
     u, v = top_directions(b, m, config, "perception"), top_directions(c1, c0, config, "autoregression")
     states, num_tokens = word_states(config, words)
     subspaces, rows = {}, []
@@ -176,7 +176,7 @@ def align(config: Config, moments: LayerMoments, categories: dict[str, list[str]
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Prints the separability of both subspaces, and the one under shuffled labels."""
+    """Prints the separability in both subspaces, beside that under shuffled labels."""
     config, first, second = result["config"], *[*result["categories"]][:2]
     settings = f"layer {config['layer']}, {config['num_components']} components"
     print(f"\nseparability of {len(result['num_tokens'])} words, {settings} (in brackets: mean of shuffled labels, p)")

@@ -15,7 +15,7 @@ comes after the final norm. Each layer k has, averaged over texts, in float64, u
     layer.<k>.prefix_second_moment       C0  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
     layer.<k>.prefix_next_cross_moment   C1  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
 
-K_sweep.py tells rounding from rank by the errors of C0 Z and C1 Z for fixed random signs Z, and by token_square (d,).
+It also has token_square (d,) and the errors of C0 Z and C1 Z for random signs Z: K_sweep.py finds the ranks with them.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -61,7 +61,7 @@ class Output(Unrecorded):
 
     def __post_init__(self) -> None:
         if self.layers == ():
-            raise ValueError("--layers needs the number of a layer, such as -1 for the last")
+            raise ValueError("--layers needs at least one number of a layer, such as -1 for the last")
         if self.layers is not None and self.save_pooled != "none":
             raise ValueError("--layers selects moments only: --save_pooled keeps the last layer, or all of them")
 
@@ -86,7 +86,7 @@ class Config:
 
 # ------------------------------------------------------------------ the moments
 def prefix_moments(x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """C0 and C1 of a batch, and the sums of s_t and x_{t+1}, each summed over its texts and t = 1..T-1.
+    """C0 and C1 of a batch, and s_t and x_{t+1}, each summed (not averaged) over its texts and t = 1..T-1.
 
     Args:
         x: hidden states (b, T, d) float64, right-padded.
@@ -124,7 +124,7 @@ class LayerSums:
     def __init__(
         self, shape: tuple[int, int, int], device: torch.device, precision: Precision, pooling: Pooling, on_host: bool
     ) -> None:
-        """Makes zeros; `shape` is (d, c, number of folds; 1: none); they are in main memory if `on_host`."""
+        """Makes zeros, in main memory if `on_host`; `shape` is (d, c, number of folds), with 1 for no folds."""
         (d, c, self.num_folds), self.precision, self.pooling, self.on_host = shape, precision, pooling, on_host
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         self.products: CentredProducts | None = None  # products of the current block
@@ -161,12 +161,12 @@ class LayerSums:
         return mean, m
 
     def add_up(self, values: dict[str, Tensor], *fold: int) -> None:
-        """Adds values to the sums of the same names; if a fold is given, to the sums of that fold."""
+        """Adds values to the sums of the same names; with a fold, to the sums of that fold."""
         for name, value in values.items():
             self.sums[name][fold].add_(value.to(self.sums[name].device))
 
     def flush(self) -> None:
-        """Adds the low-precision products and the pooled moments of the current block to the sums, and ends it."""
+        """Adds the low-precision products and the pooled moments of the current block to the sums; ends the block."""
         if self.products:
             self.add_up(self.products.sums())
         m, y, folds = map(torch.cat, zip(*self.batches, strict=True))
@@ -190,7 +190,7 @@ class LayerSums:
 
 # ------------------------------------------------------------------ the pass
 def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
-    """Empty sums of each kept layer k, whose states `devices[k]` holds. Raises UserError if memory is too small."""
+    """Zero sums by number of each kept layer; `devices[k]` holds the states of layer k. Raises UserError: no memory."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
     kept = stored.numbers_of_layers(config.output.layers, len(devices))
     with_folds = stored.choose(config.output.folds, kept)
@@ -274,7 +274,7 @@ def config_path(config: Config) -> Path:
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
     """The path of a config's moments, and the config with the settings that you omitted read from that file.
 
-    Raises UserError: the moments are missing (those of the embedded model are made), or of other settings or weights.
+    Makes missing moments of the embedded model. Raises UserError: moments are missing, or of other settings or weights.
     """
     path = config_path(config)
     if not path.is_file():
@@ -296,11 +296,11 @@ def identity_of(config: Config, data: LabelledTexts) -> dict[str, Any]:
 
 
 def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
-    """Makes the moments of `data`, and pooled states if asked for, unless they are complete; returns their path."""
+    """Makes the moments of `data` (and pooled states) unless they are complete or `anew` is set; returns their path."""
     path, identity = config_path(config), identity_of(config, data)
     with results.one_run_at_a_time(path):
         if object_of_first(lambda: not anew and stored.is_complete(path, identity, config)):
-            remove_partial(path)  # left by a run that was killed after it wrote the result
+            remove_partial(path)  # from a run that died after it wrote the result
             print("reused, already complete with these settings:")
         else:
             compute(config, data, identity)
@@ -342,7 +342,7 @@ def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> No
 
 def main(config: Config) -> None:
     """Computes and writes the moments, unless they exist."""
-    models.load_config(config.model, config.run)  # a wrong name is refused before the data are read
+    models.load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     ensure(config, load_texts(config.data, config.run, config.split), anew=config.run.overwrite)
 
 

@@ -10,8 +10,8 @@ Writes results/from_scratch/<model>/<dataset>/, with --init pretrained results/f
 metrics.json, history.csv, head.safetensors and the model itself in <model>+from_scratch+<dataset>/ (or
 +full_finetuning+), a folder that every script takes as --model_name.
 
-Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only the model differs: every weight is
-trained, in float32, with products in bfloat16 (--dtype).
+Head, optimiser, schedule and evaluation are those of lora_finetuning.py; only the model differs: the script trains
+every weight, in float32, with products in bfloat16 (--dtype).
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -87,7 +87,7 @@ def build(config: Config) -> Trainable:
 
 def main(config: Config) -> None:
     """Trains and writes the result, unless it exists already."""
-    load_config(config.model, config.run)  # a wrong name is refused before the data are read
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     finetune(config, config.kind, build, load_splits(config.data, config.run))
 
 

@@ -4,8 +4,8 @@
     python linear_sklearn.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion
     python linear_sklearn.py --solver saga                           # as in the paper's Figure 2 (scores on train)
 
-Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy and makes them, by one pass of cache.py each,
-if they are missing. Fits on train, scores on train and test.
+Reads results/moments/<model>/<dataset>/{train,test}.pooled.npy; cache.py makes them here if they are missing.
+Fits on train, scores on train and test.
 Writes results/linear_sklearn/<model>/<dataset>.json and a picture beside it (.png, .pdf).
 
 Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScaler); y labels, Y (n, c) one-hot.
@@ -75,8 +75,8 @@ class Config:
 def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (d, c) and intercept (c,), float64, of the least-squares fit; of smallest norm if n <= d.
 
-    Equals StandardScaler + LinearRegression, with its cut (singular values of X below 1e-6 of the largest are zero), by
-    the normal equations of X centred and scaled in float64: no shift and no unit of a feature costs a digit.
+    Equals StandardScaler + LinearRegression with its cut: singular values of X below 1e-6 of the largest are zero. It
+    solves the normal equations of X, centred and scaled in float64: no shift or unit of a feature costs a digit.
     """
     mean, label_mean = features.mean(0, dtype=torch.float64), targets.mean(0)
     covariance, cross = torch.zeros_like(torch.outer(mean, mean)), torch.zeros_like(torch.outer(mean, label_mean))
@@ -90,17 +90,17 @@ def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predict(features: Tensor, weights: Tensor, intercept: Tensor) -> np.ndarray:
-    """X W + 1 b', (n, c) float64."""
+    """Predictions X W + 1 b', (n, c) float64."""
     return torch.cat([rows.double() @ weights + intercept for rows in features.split(ROWS_AT_ONCE)]).cpu().numpy()
 
 
 def probe_device(config: Config) -> torch.device:
-    """The device of the fits; always the CPU for saga."""
+    """The device that fits the probes; always the CPU for saga."""
     return pick_device(config.run.device if config.solver == "lbfgs" else "cpu")
 
 
 def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str, LabelledTexts]) -> dict[str, dict]:
-    """Scores of logistic regression on each split, and `solver`: how the fit on train ended."""
+    """Scores of logistic regression on each split; and, as `solver`, its iterations and convergence."""
     import sklearn
     from sklearn.preprocessing import StandardScaler
 
@@ -122,7 +122,7 @@ def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str,
 
 
 def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, LabelledTexts], layer: int) -> dict:
-    """Fits the probes of one layer on train; returns its JSON entry, scores on both splits. `paths`: of the moments."""
+    """Fits the probes of one layer on train; returns its JSON entry, with scores on both splits of `data`."""
     device = probe_device(config)
     entry: dict[str, Any] = {"layer": layer}
     features = {split: load_pooled(path, layer).to(device) for split, path in paths.items()}
@@ -142,7 +142,7 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
 
 # ------------------------------------------------------------------ all layers
 def check_labels(train: LabelledTexts) -> None:
-    """Raises UserError if a class has no training text; a regression has no classes."""
+    """Raises UserError if a class has no training text; accepts every regression."""
     if absent := [name for label, name in enumerate(train.label_names) if label not in train.labels]:
         raise UserError(f"No train text of class {', '.join(absent[:5])}. Add some, or raise --max_samples.")
 
@@ -184,8 +184,8 @@ def print_table(result: dict) -> None:
 
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
-    pick_device(config.run.device)  # before the passes, not after them
-    load_config(config.model, config.run)  # a wrong name is refused before the data are read
+    pick_device(config.run.device)  # refuses a wrong device before the passes
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     moments = cache.Config(model=config.model, data=config.data, run=config.run)
     config = results.settings_from_moments(config, cache.config_path(moments))
     data = load_splits(config.data, config.run)

@@ -67,7 +67,7 @@ class Config:
         if not self.weight_decay >= 0:
             raise ValueError(f"--weight_decay must be at least 0, not {self.weight_decay}")
         if self.patience is not None and not self.validation_share:
-            raise ValueError("--patience needs a --validation_share above 0")
+            raise ValueError("--patience needs a --validation_share above 0, such as 0.1")
 
 
 # ------------------------------------------------------------------ states and rows
@@ -82,7 +82,7 @@ def find_states(config: Any, split: Literal["train", "test"], save_pooled: Liter
 
 
 def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted row numbers to train on and to validate on; if `share` is above 0, at least one row of each.
+    """The sorted row numbers to train on and to validate on; if `share` is above 0, at least one each.
 
     Raises:
         UserError: no row is left to train on.
@@ -109,13 +109,13 @@ def standardization(states: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------ run
 @torch.no_grad()
 def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Scores on the states and targets of each part, as `<part>_<score>`."""
+    """Scores of the head on the states and targets of each part, as `<part>_<score>`."""
     found = {part: objective.scores(head(states).cpu(), targets) for part, (states, targets) in parts.items()}
     return {f"{part}_{name}": value for part, scores in found.items() for name, value in scores.items()}
 
 
 def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, folder: Path) -> TrainingRun:
-    """Head, optimiser (AdamW) and evaluation over the stored states, which are made if missing."""
+    """The run of a head with AdamW over the stored states; makes missing states."""
     device = accelerator.device
     kept, held_out = validation_rows(data["train"], config.validation_share, config.data.seed)
     states = {split: load_pooled(find_states(config, split, "last", data[split]), -1) for split in SPLITS}
@@ -167,7 +167,7 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it exists already."""
-    load_config(config.model, config.run)  # a wrong name is refused before the data are read
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     moments = cache.Config(model=config.model, data=config.data, run=config.run)
     config = settings_from_moments(config, cache.config_path(moments))
     run(config, load_splits(config.data, config.run))

@@ -1,7 +1,7 @@
 """Fine-tune an LM by LoRA with a linear head on its pooled last hidden state, and compute NTPS before and after.
 
     python lora_finetuning.py                                        # embedded model and data, the paper's settings
-    python lora_finetuning.py --ntps_after                           # also cache.py and K_sweep.py before and after
+    python lora_finetuning.py --ntps_after                           # also NTPS before and after
     python lora_finetuning.py --batch_size 16 --num_steps 1500
     python lora_finetuning.py --model_name Qwen/Qwen2-0.5B --dataset_name emotion
     torchrun --nproc_per_node 4 lora_finetuning.py --batch_size 4 --gradient_accumulation 4
@@ -105,7 +105,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
 
 
 def build(config: Config) -> Trainable:
-    """The decoder inside the PEFT model, so that no logits are computed, and the function that saves the adapter."""
+    """The decoder inside the PEFT model (training then computes no logits), and the function that saves the adapter."""
     peft_model = add_adapter(load_causal_lm(config.model, config.run, torch.device("cpu")), config)
     causal_lm: Any = peft_model.get_base_model()
 
@@ -146,7 +146,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
 
     run = run_at(path)
     if path.is_file() and not run.overwrite and not cache.config_path(moments).is_file():
-        stored = read_identity(path)  # a study deletes moments once they are read
+        stored = read_identity(path)  # a study deletes moments that it no longer needs
         check_identity(stored, {"config": result_settings(sweep)}, path)
         check_identity(stored["moments"], identity, path)
         if held_out := stored["held_out"]:  # else both passes are made
@@ -159,7 +159,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
-    """The stored result of linear_training.py with any hyperparameters; made with the defaults if missing."""
+    """The stored result of linear_training.py with any hyperparameters; if missing, trains with the defaults."""
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype=dtype)
     probe = linear_training.Config(config.training.pooling, model=model, data=config.data, run=run)
     path = result_path("linear_training", run, model, config.data) / "metrics.json"
@@ -175,13 +175,13 @@ def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) ->
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Trains unless a finished run exists; with --ntps_after also writes and prints NTPS before and after."""
-    load_config(config.model, config.run)  # a wrong name is refused before the data are read
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     data = load_splits(config.data, config.run)
     folder = result_path("lora", config.run, config.model, config.data)
     if not config.output.ntps_after:
         finetune(config, "lora", build, data)
         return
-    object_of_first(lambda: find_finished(config, folder, data))  # refuses a run of other settings before the work
+    object_of_first(lambda: find_finished(config, folder, data))  # refuses a finished run of other settings
     moments, sweep = stored_settings(config)
     before = sweep_model(moments, sweep, data)
     probe = probe_metrics(config, moments.model.dtype, data)

@@ -9,8 +9,8 @@ Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a
 cache.py has not made with these settings go to results/prescreen/moments/. docs/scores.md explains every number.
 
 How models are ranked. Each layer's R2 is that of ridge regression on the pooled states, cross-validated over the folds
-that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. A model is judged by
-its best layer; for each fold that layer is chosen on the other folds, so that more layers are no advantage. Intervals
+that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. The ranking
+uses each model's best layer, chosen for each fold on the other folds, so that more layers are no advantage. Intervals
 are 90 %, from the spread over folds; two models, or a model and the bag of words, are compared fold by fold.
 """
 
@@ -70,7 +70,7 @@ def interval(values: np.ndarray) -> float:
 
 
 def judge_layers(errors: np.ndarray, baselines: np.ndarray) -> dict[str, Any]:
-    """R2 of a model over all folds and on each, and its best layer; a fold's layer is chosen on the other folds.
+    """R2 of a model over all folds and on each, and its best layer; for a fold, the best layer of the other folds.
 
     `errors` are sums of squared errors of ridge regression, (layers, folds), `baselines` those of the training mean.
     """
@@ -82,7 +82,7 @@ def judge_layers(errors: np.ndarray, baselines: np.ndarray) -> dict[str, Any]:
 
 
 def is_significantly_better(better: np.ndarray, worse: np.ndarray) -> bool:
-    """True if the mean difference of two R2, fold by fold, is above 0 by more than its 90 % interval."""
+    """True if the 90 % interval of the mean difference of two R2, (folds,) each, lies above 0."""
     difference = better - worse
     return bool(difference.mean() > interval(difference))
 
@@ -106,7 +106,7 @@ def rank_models(screened: list[dict[str, Any]], words: np.ndarray) -> list[dict[
 
 
 def verdict(model: dict[str, Any]) -> str:
-    """The verdict on a model in a few words."""
+    """The verdict on a ranked model in a few words."""
     if model["z"] is None or model["z"] < SMALLEST_Z or model["r2"] <= 0:
         return "finds nothing"
     if not model["above_words"]:
@@ -121,7 +121,7 @@ def recommendation(result: dict[str, Any]) -> str:
     first, *others = result["models"]
     probe = f"a linear probe on layer {first['best_layer']} of {first['model']}"
     if first["verdict"] == "finds nothing":
-        return "No model beats permuted labels: the states do not tell these classes, or the texts are too few."
+        return "No model beats permuted labels: the states do not tell the classes apart, or the texts are too few."
     if first["verdict"] == "no better than words":
         return f"Start with a bag of words: {probe} does not beat it. You may not need an LLM."
     words = max(0.0, float(np.mean(result["baselines"]["fold_r2"])))
@@ -132,7 +132,7 @@ def recommendation(result: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------ one model
 def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
-    """The config of the moments of these rows, in results_dir if those fit, else made in its folder prescreen."""
+    """The config of the moments of these rows: those in results_dir if they fit, else new ones in its prescreen/."""
     shared = {name: getattr(config, name) for name in ("pooling", "num_folds", "data", "run")}
     wanted = with_values(cache.Config(model=model, **shared), folds="all")
     existing = with_values(wanted, overwrite=False)
@@ -197,7 +197,7 @@ def screen_all(config: Config, train: LabelledTexts) -> tuple[list[dict[str, Any
 
 
 def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
-    """Test scores of the majority class and of the bag of words, and R2 of the latter on the folds that judge models.
+    """Test scores of the majority class and of the bag of words, and R2 of the latter on the models' folds.
 
     Raises:
         UserError: all texts are in one fold.
@@ -274,7 +274,7 @@ def installed_models() -> list[str]:
     """The models of demo/ on this machine, by their short names."""
     found = []
     for name in (name for name, spec in MODELS.items() if spec.command):
-        with contextlib.suppress(UserError):  # raised for a model that is not installed
+        with contextlib.suppress(UserError):  # a model that is not installed raises it
             model_source(name)
             found.append(name)
     return found
@@ -284,9 +284,9 @@ def main(config: Config) -> None:
     """Screens the models, prints the table and the recommendation, and writes the page.
 
     Raises:
-        UserError: a model failed; the others are written nevertheless.
+        UserError: a model failed; results of the others are on disk.
     """
-    pick_device(config.run.device)  # a wrong one is refused before the work
+    pick_device(config.run.device)  # refuses a wrong device before the work
     rows = load_splits(config.data, config.run)
     without_model = baselines(rows, config.num_folds)
     with torch.inference_mode():

@@ -41,7 +41,7 @@ class Config:
     model_name: str | None = None  # a --model_name of cache.py; None: random models
     random_models: tuple[str, ...] = ("SmolLM2-135M",)  # names in benchmarks/harness.py
     dataset_name: str = "docstrings/library"  # texts of a named model
-    num_texts: int = 468  # texts
+    num_texts: int = 468  # number of texts
     dtypes: tuple[Dtype, ...] = ("float32",)  # dtypes of the model
     product_dtypes: tuple[Precision, ...] = ("float32",)  # dtypes of the products of a long pass, as in cache.py
     num_rounds: int = 3  # rounds; the fastest counts

@@ -32,7 +32,7 @@ class Config:
 
 
 def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
-    """Moments of 4 d random texts of five tokens; their states have an uneven spectrum and carry the label."""
+    """Moments of 4 d random texts of five tokens, whose states have an uneven spectrum and depend on the label."""
     generator, n, length = torch.Generator().manual_seed(0), 4 * d, 5
     targets = torch.nn.functional.one_hot(torch.arange(n) % c, c).double()
     states = torch.randn(n, length, d, dtype=torch.float64, generator=generator) + 0.5

@@ -3,8 +3,8 @@
     python -m benchmarks.bench_prescreen --models smollm2 tiny --dataset_name rotten_tomatoes
 
 Each runs in a process of its own on the same texts. TransformerRanker gives one score of all layers (H-score, best
-layer); prescreen.py gives every score of every layer, the baselines and the page. TransformerRanker is installed into
-results/benchmarks/transformer-ranker/ (pip, without its dependencies but torchmetrics) unless that folder has it.
+layer); prescreen.py gives every score of every layer, the baselines and the page. The script
+installs TransformerRanker (pip; of its dependencies only torchmetrics) into results/benchmarks/transformer-ranker/.
 Writes results/benchmarks/bench_prescreen.json.
 """
 
@@ -70,7 +70,7 @@ def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> None:
-    """Runs both and prints the table; first makes plain copies of GGUF models, untimed."""
+    """Runs both and prints the table; first, untimed, makes plain copies of GGUF models."""
     folder = config.run.results_dir.resolve() / "benchmarks" / "bench_prescreen"
     folder.mkdir(parents=True, exist_ok=True)
     peer, rows = folder.with_name("transformer-ranker"), folder / "rows.jsonl"

@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_scale
 
-A random model of two layers reads texts of one-token words. Each of `SIZES`, texts and tokens of each text, is a run of
-cache.py from the file of texts to the file of moments, in a process of its own: its peak memory is that of this run
-alone, libraries and model included; its seconds are without their start.
+A random model of two layers reads texts of one-token words. For each of `SIZES` (texts, tokens of each text) cache.py
+runs in its own process, from the file of texts to the file of moments. Peak memory is that of this process, with
+libraries and model; seconds do not count its start.
 Writes results/benchmarks/bench_scale.json.
 """
 

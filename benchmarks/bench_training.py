@@ -36,7 +36,7 @@ from utils.training.objective import BatchOrder
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    kind: Literal["lora", "full_finetuning"] = "lora"  # weights that are trained
+    kind: Literal["lora", "full_finetuning"] = "lora"  # weights to train
     batch_size: int = 16  # texts per step
     num_steps: int = 20  # steps of a round
     num_rounds: int = 3  # rounds; the fastest counts
@@ -46,7 +46,7 @@ class Config:
 
 
 def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
-    """Makes a run with the paper's hyperparameters and the batch size asked for; also returns the tokens by split."""
+    """Makes a run with the paper's hyperparameters and this batch size; also returns the tokens by split."""
     script: Any = lora_finetuning if config.kind == "lora" else from_scratch
     options = {"batch_size": config.batch_size} | ({} if config.kind == "lora" else {"init": "pretrained"})
     groups = {"model": config.model, "data": config.data, "run": config.run}
@@ -59,7 +59,7 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:
-    """Turns the run into the plain loop: a mask, random order."""
+    """Turns the run into the plain loop, with an attention mask and random order."""
     device, decoder = run.targets.device, run.model.decoder.forward
 
     def inputs(rows: np.ndarray) -> tuple[torch.Tensor, ...]:

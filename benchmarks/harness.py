@@ -53,7 +53,7 @@ def random_texts(num_texts: int, mean_length: int) -> tuple[TokenizedTexts, Labe
 
 
 def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> None:
-    """The forward passes alone, on the batches that cache.py forms."""
+    """Runs only the forward passes, on the batches that cache.py forms."""
     for indices in token_batches(tokens.lengths, tokens_per_batch):
         run_base_model(model, tokens.pad(indices)[0].to(model.device))
 
@@ -74,7 +74,7 @@ def alternate(runs: dict[str, Callable[[], object]], num_rounds: int, device: to
 
 
 def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """The value of a call; its seconds, and the processor time and peak memory of the process so far."""
+    """The value of a call, its seconds, and the processor time and peak memory of the process so far."""
     start = time.perf_counter()
     value = function(*arguments)
     seconds = time.perf_counter() - start
@@ -84,7 +84,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[s
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """Runs `measured` in a process of its own, so that the memory is that of this call and the libraries alone."""
+    """Runs `measured` in a process of its own, so that the memory is only that of this call and the libraries."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measured, function, *arguments).result()
 

@@ -5,8 +5,8 @@
         --tasks sst2 legacy-datasets/banking77 marksverdhei/clickbait_title_classification \\
         --output fig_plot/data/smollm2/reproducibility.csv
 
-A score is the mean over the fractions at the last layer. The moments are made again with each entry of `RECOMPUTED`,
-and `ntps` is computed in further ways from the same moments; `ntps_smallest` is `ntps` with --eigenvectors smallest.
+A score is the mean over the fractions at the last layer. The script makes the moments again with each entry of
+`RECOMPUTED`, and `ntps` in further ways from the same moments; `ntps_smallest` is `ntps` with --eigenvectors smallest.
 
     released formula     `ntps_smallest` by the released script's formula: cut at 1e-8, the basis that `eigh` returns
     float32 formula      `ntps_released`, that number, with all steps after the moments in float32 instead of float64
@@ -62,7 +62,7 @@ class Config:
 
 # ------------------------------------------------------------------ the released formula
 def released_eigenvectors(factor: Tensor, denominator: Tensor) -> Tensor:
-    """All solutions of F F' x = lambda C x by the released script, smallest lambda first: (d, rank)."""
+    """All solutions (d, rank) of F F' x = lambda C x as the released script computes them, smallest lambda first."""
     eigenvalues, vectors = torch.linalg.eigh(denominator)
     kept = eigenvalues > ABSOLUTE_CUT
     whitener = vectors[:, kept] / eigenvalues[kept].sqrt()

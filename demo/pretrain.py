@@ -3,12 +3,12 @@
     python -m demo.pretrain --overwrite --compile  # the committed tiny-lm again: half an hour on two CPU cores
     python -m demo.pretrain --size micro           # the committed micro-lm; small, medium, large go to demo/runs/
 
-Reads the docstrings through utils/data/docstrings.py, without those that the tasks test on. Writes demo/<size>-lm/ for
+Reads the docstrings through utils/data/docstrings.py, without the test texts of the tasks. Writes demo/<size>-lm/ for
 tiny and micro, demo/runs/<size>/ for the others: model.safetensors in bfloat16, config.json, the tokenizer and
 pretraining.json, all at once.
 
-Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Documents are shuffled anew in every epoch,
-joined with <|endoftext|> behind each, and cut into windows; attention runs across document ends.
+Architecture Qwen2 with tied embeddings; byte-level BPE of 4,096 tokens. Every epoch shuffles the documents,
+joins them with <|endoftext|> behind each, and cuts them into windows; attention runs across document ends.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -37,7 +37,7 @@ from utils.settings import Run, Unrecorded, check, command_line, result_settings
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 1024
-HELD_OUT_ONE_IN = 50  # one document in so many is held out to measure the loss
+HELD_OUT_ONE_IN = 50  # one document in so many measures the held-out loss
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def cut_windows(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def batches(documents: list[np.ndarray], config: Config) -> Iterator[Tensor]:
-    """Yields endless batches (batch_size, window + 1)."""
+    """Yields batches (batch_size, window + 1) without end."""
     num_windows = steps_per_epoch(documents, config) * config.batch_size
     for epoch in itertools.count():
         random = np.random.default_rng((config.seed, epoch))
@@ -148,7 +148,7 @@ def batches(documents: list[np.ndarray], config: Config) -> Iterator[Tensor]:
 
 
 def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
-    """Number of full batches in one pass over the corpus. Raises UserError if it does not fill one."""
+    """Number of full batches in one pass over the corpus. Raises UserError if the corpus does not fill one."""
     num_tokens = sum(map(len, documents))
     steps = (num_tokens - 1) // config.window // config.batch_size
     if steps == 0:
@@ -188,7 +188,7 @@ def build_model(size: Size, tokenizer: Any) -> Any:
 
 
 def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; the learning rate is set at every step."""
+    """AdamW with weight decay on matrices only; `train_step` sets the learning rate."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -4,7 +4,7 @@
     python -m demo.random_twin --model_name Qwen/Qwen2-0.5B --seed 1 --output_dir demo/runs/qwen-random
 
 Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/: model.safetensors
-in bfloat16, config.json and the tokenizer, all at once. The weights are drawn as transformers draws them before
+in bfloat16, config.json and the tokenizer, all at once. transformers draws the weights as it does before
 training; the same seed gives the same weights. A score that the twin shares does not come from pretraining.
 """
 

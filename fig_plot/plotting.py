@@ -1,4 +1,4 @@
-"""One pure function per kind of panel of the study's figures: tables in, matplotlib figure out."""
+"""Draw the figures of a study: one pure function per kind of panel, from tables to a matplotlib figure."""
 
 import textwrap
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def shown(name: str) -> str:
 def draw_rank_scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str) -> dict[int, Artist]:
     """Draws ranks of y over ranks of x, (n,) each, 1 = lowest, with their Spearman and least-squares line.
 
-    Pairs with a missing side are left out. Returns the dots by position, as which each is drawn, counted from 1.
+    Skips pairs with a missing side. Returns each dot by its position in x; its marker is that position, from 1.
     """
     complete = np.isfinite(x) & np.isfinite(y)
     rank_x, rank_y = rankdata(x[complete]), rankdata(y[complete])
@@ -50,7 +50,7 @@ def plot_rank_grid(data: pd.DataFrame, x: str, y: str) -> Figure:
 
     Args:
         data: a row per model and dataset, with columns model, dataset and those of x and y. Panels and dots follow the
-            order of the rows; datasets without x or y are left out.
+            order of the rows; the figure skips datasets without x or y.
         x: column of the horizontal axis; named after LABELS if they have it.
         y: column of the vertical axis.
     """
@@ -99,7 +99,7 @@ def plot_before_after(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
 
 
 def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
-    """The paper's Figure 4, right, and Table 1: test accuracy of every way of training, a panel per model.
+    """The paper's Figure 4, right, and Table 1: test accuracy of each training method, a panel per model.
 
     `cells` has a row per model and dataset, and the columns of `methods` (column -> label); missing values leave a gap.
     """

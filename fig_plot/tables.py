@@ -1,4 +1,4 @@
-"""The CSV files of a study, and their join into one row per model and dataset, for figures and findings.
+"""Read the CSV files of a study, and join them into one row per model and dataset, for figures and findings.
 
 A study is a folder with a scores.csv; `title` in study.json beside it is its name in figures.
 """
@@ -89,7 +89,7 @@ METHOD_COLUMNS = {
 
 # ------------------------------------------------------------------ studies and files
 def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
-    """Folder -> title of every study at or below a folder, itself first; raises UserError if it holds none."""
+    """Titles of all studies at or below a folder, by folder, itself first; raises UserError if it holds none."""
     titles = {}
     for folder in sorted(path.parent for path in tables_dir.rglob("scores.csv")):
         study = folder / "study.json"
@@ -172,7 +172,7 @@ def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
 def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
     """Scores of the pooled states of the last layer, and the lead of the best; a row per model, dataset and seed.
 
-    The best layer is the one with the highest LogME, which sees training rows only. Its lead is in R2 of the
+    The best layer is the one with the highest LogME, a score of training rows. Its lead is in R2 of the
     least-squares probe on held-out rows. A study of the last layer alone has no best one.
     """
     if not table_path("features", data_dir).is_file():
@@ -188,7 +188,7 @@ def feature_columns(data_dir: Path, probes: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_columns(data_dir: Path) -> pd.DataFrame:
-    """Test accuracy of each way of training, a row per model, dataset and seed; empty for a study without training."""
+    """Test accuracy of each training method, a row per model, dataset and seed; empty for a study without training."""
     if not table_path("training", data_dir).is_file():
         return pd.DataFrame(columns=SEED_KEYS, dtype=object)
     training = read_table("training", data_dir)
@@ -200,7 +200,7 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """One row per model, dataset and seed: scores, the outcomes that they should predict, and baselines.
 
     Differences are between results of the same seed, which share their rows: `lora_gain` and `full_gain` over the
-    logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA are left out.
+    logistic probe of the last layer, `lora_gain_paper` over the paper's probe. Models after LoRA have no row.
     """
     scores, probes, datasets, models = (
         read_table(name, data_dir) for name in ("scores", "probes", "datasets", "models")
@@ -233,7 +233,7 @@ def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
-    """As `load_seeds`, one row per model and dataset."""
+    """The rows of `load_seeds` averaged over seeds: one per model and dataset."""
     return average_seeds(load_seeds(data_dir))
 
 
@@ -252,12 +252,12 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
 
 
 def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One column as a table models x datasets; missing cells are NaN."""
+    """One column as a table of models x datasets; missing cells are NaN."""
     return cells.pivot(index="model", columns="dataset", values=column)
 
 
 def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all models but those with random weights."""
+    """The rows of models that have no random weights."""
     return rows[~rows["model"].str.endswith(RANDOM)]
 
 

@@ -1,4 +1,4 @@
-"""The files that a study must produce, and the flags of the commands that make them.
+"""List the files that a study must produce, and the flags of the commands that make them.
 
 runs/Snakefile imports this file. Snakemake runs in an environment without torch, so this file imports no script.
 """
@@ -61,7 +61,7 @@ class Grid:
         ]
         wrong = [f"{name!r}, {place}" for place, used, known in named for name in used if name not in known]
         if wrong:
-            sys.exit(f"error: a study knows nothing of {'; '.join(sorted(wrong))}. Correct its yaml file.")
+            sys.exit(f"error: the study has unknown names: {'; '.join(sorted(wrong))}. Correct its yaml file.")
         if not (models and datasets):
             sys.exit(f"error: the study has no {'datasets' if models else 'models'}. Name some in its yaml file.")
 
@@ -72,12 +72,12 @@ class Grid:
 
     @functools.cached_property
     def models(self) -> dict[str, str]:
-        """--model_name of each folder of results."""
+        """Each --model_name by its folder of results."""
         return {folder_name(name): name for name in self.config["models"]}
 
     @functools.cached_property
     def datasets(self) -> dict[str, str]:
-        """--dataset_name of each folder of results."""
+        """Each --dataset_name by its folder of results."""
         return {folder_name(name): name for name in self.config["datasets"]}
 
     @property
@@ -106,7 +106,7 @@ class Grid:
         return to_flags(settings | {"results_dir": seed_dir})
 
     def num_seeds(self, kind: str, model: str, dataset: str) -> int:
-        """Number of seeds of one kind of result; LoRA also asks for the probes that its gain is measured from."""
+        """Number of seeds of one kind of result; LoRA also needs the probes, from which its gain counts."""
         seeds = self.config["models"][self.models[model]]["seeds"]
         only, name = self.config.get("only", {}), self.datasets[dataset]
         needs = {"probe": ("probe", "lora"), "closed_form": ("closed_form", "probe", "lora")}.get(kind, (kind,))
@@ -131,7 +131,7 @@ class Grid:
                 yield from (f"ntps/{model}+lora/{dataset}.{name}.json" for name in after)
 
     def targets(self, first_seed: bool = False) -> list[str]:
-        """The paths of every result of the study, or of seed 0 alone."""
+        """The paths of all results of the study, or only of seed 0."""
         cells = list(itertools.product(self.models, self.datasets))
         last = 1 if first_seed else max(self.num_seeds(kind, *cell) for kind in KINDS for cell in cells)
         found = [f"{self.root}/seed{seed}/{result}" for seed in range(last) for cell in cells

@@ -1,4 +1,4 @@
-"""Does NTPS predict? The tables that answer the questions of docs/findings.md.
+"""Compute the tables that answer the questions of docs/findings.md: does NTPS predict?
 
     python -m fig_plot.findings                               # every study at or below fig_plot/data/
     python -m fig_plot.findings --tables_dir results/tables   # your own
@@ -24,7 +24,7 @@ and over the models of all studies, in --tables_dir itself:
     which_model         question 7: share of datasets on which a score orders two models as the outcome does
     special             question 9: `retained` minus random V per model, and its sign in two models
     coordinates         question 10: each score in every scaling of the coordinates, at the last two layers
-    first_choice        prescreen.py put to the test: the model and layer that it chooses, and the points that it loses
+    first_choice        test of prescreen.py: the model and layer that it chooses, and the points that it loses
 
 A correlation across models is computed within each task and averaged over tasks. Models with random weights have tables
 of their own, and rows among the controls and the changes by LoRA; all other tables leave them out.
@@ -74,7 +74,7 @@ class Config:
 
 
 def train_layers(data_dir: Path) -> pd.DataFrame:
-    """The rows of layers.csv.gz solved on training rows without centring."""
+    """The rows of layers.csv.gz on training rows without centring."""
     layers = read_table("layers", data_dir)
     return layers[(layers["split"] == "train") & ~layers["center"]]
 
@@ -99,7 +99,7 @@ def comparison_tables(studies: Collection[Path], draws: Draws) -> dict[str, pd.D
 
 
 def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
-    """Every table of a study."""
+    """Every table of a study, by name."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
     probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
@@ -142,7 +142,7 @@ def write_tables(data_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
             save_csv(path, table)
             print(f"{len(table):7,} rows  {path}")
         elif path.is_file():
-            print(f"{path} is of an earlier run; nothing found now has such rows")
+            print(f"{path} is from an earlier run; this run has no such rows")
     print(data_dir)
 
 

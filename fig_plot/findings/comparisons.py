@@ -1,7 +1,7 @@
-"""Questions 7, 9 and 10 of docs/findings.md, and the test of prescreen.py, over the models of all studies.
+"""Answer questions 7, 9 and 10 of docs/findings.md, and test prescreen.py, over the models of all studies.
 
-Each function gives the rows of one CSV file; `cells` has a row per model and dataset of every study; `draws` give the
-intervals over datasets.
+Each function returns the rows of one CSV file; `cells` has a row per model and dataset of every study; `draws` give
+the intervals over datasets.
 """
 
 import itertools
@@ -33,12 +33,12 @@ Rows = Iterator[dict[str, Any]]
 
 
 def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy of the best layer's probe, a row per model and dataset; seeds averaged at each layer first."""
+    """Test accuracy of the best layer's probe, a row per model and dataset, after a mean over seeds at each layer."""
     accuracy = probes.groupby([*CELL_KEYS, "layer"])["test_accuracy"].mean()
     return accuracy.groupby(CELL_KEYS).max().rename("best_test_accuracy").reset_index()
 
 
-# ------------------------------------------------------------------ prescreen.py put to the test
+# ------------------------------------------------------------------ a test of prescreen.py
 def first_choice_rows(probes: pd.DataFrame, features: pd.DataFrame, datasets: pd.DataFrame) -> pd.DataFrame:
     """The rows of findings_first_choice.csv: the model and layer that prescreen.py chooses on each dataset.
 
@@ -67,7 +67,7 @@ def first_choice_rows(probes: pd.DataFrame, features: pd.DataFrame, datasets: pd
 
 
 def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
-    """`first_choice_rows` of the tables of these studies; empty if none has scores of pooled states."""
+    """The rows of `first_choice_rows` for these studies; empty if none has scores of pooled states."""
     names = ("probes", "features", "datasets")
     found = [[read_table(name, study) for study in studies if table_path(name, study).is_file()] for name in names]
     return first_choice_rows(*map(pd.concat, found)) if all(found) else pd.DataFrame()
@@ -75,7 +75,7 @@ def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
 
 # ------------------------------------------------------------------ question 7: which model?
 def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:
-    """For each dataset 1 if a score orders two models as the outcome does, 0 if not, 0.5 if the score ties.
+    """1 for each dataset on which a score orders two models as the outcome does, 0 if not, 0.5 if the score ties.
 
     Args:
         score: difference between the models by dataset.
@@ -87,8 +87,8 @@ def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:
 def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_which_model.csv: share of datasets on which a score orders two models as the outcome does.
 
-    For each pair of models with a dataset in common, and over all pairs (`all`): the mean over the pairs of a dataset,
-    then over datasets. `lead` is over the better of the two baselines.
+    A row is of a pair of models with a dataset in common or of `all` pairs: the mean over the pairs of each dataset,
+    then over datasets. `lead` is the lead over the better of the two baselines.
     """
     scores = {name: matrix(cells, name) for name in known(cells, (LARGER, *RUN_SCORES, *CONTROLS, *FEATURE_SCORES))}
     for outcome in known(cells, ORDERED):
@@ -140,7 +140,7 @@ def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
 
 
 def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
-    """`retained` minus that of random V: model, dataset, place, lead.
+    """Table (model, dataset, place, lead) of the lead, `retained` minus that of random V.
 
     `cells` give the last layer, for which K_sweep.py draws many random V; `layers` the middle one, if it has random V.
     """
@@ -158,7 +158,7 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_coordinates.csv: each score in every scaling of the coordinates, at the last two layers.
 
-    Over the datasets that have all scalings: mean and spread in one scaling, the spread over scalings (mean over
+    A row has, over the datasets with all scalings: mean and spread in one scaling, the spread over scalings (mean over
     datasets), and as `<measure>` Spearman's correlation with the accuracies and the error of question 2.
     """
     layers = without_random_weights(layers[layers["subspace"] == "autoregression"])

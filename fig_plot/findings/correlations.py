@@ -1,4 +1,4 @@
-"""Rank correlations over tasks, and their intervals.
+"""Compute rank correlations over tasks, and their intervals.
 
 Pure functions of numpy arrays. Tied values share their mean rank. NaN and infinite values are missing; a pair is
 missing if either side is. An undefined statistic (fewer than three pairs, or one side constant) is nan, never 0.
@@ -70,7 +70,7 @@ def drawn_auc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np
 
     Args:
         counts: (draws, n).
-        score: (n,); missing scores are left out.
+        score: (n,); nan if missing.
         positive: (n,), True for positives.
     """
     known = np.isfinite(score)
@@ -135,14 +135,14 @@ def draw_tasks(num_tasks: int, num_draws: int, seed: int) -> np.ndarray:
 
 
 def bootstrap_interval(statistic: Statistic, *tables: ArrayLike, draws: Draws) -> Interval:
-    """95 % percentile bootstrap of a statistic over tasks, from samples of the tasks with replacement.
+    """95 % percentile bootstrap interval of a statistic over tasks, from samples of the tasks with replacement.
 
     The interval covers the values that another sample of such tasks would give. Models see the same tasks, so their
     correlations err together: tasks are the clusters, and more models narrow the interval only as far as they disagree.
-    Models are not resampled: the interval speaks of these models. Nominal 95 % covered 93 % (Spearman, 8 models that
+    The samples keep all models: the interval holds for these models. Nominal 95 % covered 93 % (Spearman, 8 models that
     find the same tasks easy, 12 to 24 tasks, 800 trials). Resampled tasks tie, which moves a rank correlation towards
     0: at 12 tasks the middle of the interval lies about .05 nearer to 0 than the value, and nominal 95 % covered 96 to
-    99 % (normal pairs, correlation 0, .6, .9). Draws with a nan statistic (all tasks alike) are left out.
+    99 % (normal pairs, correlation 0, .6, .9). Draws with a nan statistic (all tasks alike) do not count.
 
     `tables` are (models, tasks), missing cells nan; or (tasks,).
     """

@@ -1,11 +1,11 @@
-"""The tables of README.md, docs/findings.md and docs/scores.md, written from the CSV files of fig_plot.findings.
+"""Write the tables of README.md, docs/findings.md and docs/scores.md from the CSV files of fig_plot.findings.
 
     python -m fig_plot.findings.page            # rewrites the tables between <!-- table: ... --> and <!-- end -->
-    python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page is not what the CSV files say
+    python -m fig_plot.findings.page --check    # changes nothing; exit code 1 if a page differs from the CSV files
 
 A `Table` is a frame with a cell format for each column. `<!-- table: tasks of smollm2 gemma3-270m -->` asks for the
-rows of two studies, one below the other, and skips a study without such rows. The words around the tables are written
-by hand.
+rows of two studies, one below the other, and skips a study without such rows. People write the words around the
+tables.
 """
 
 import re
@@ -301,7 +301,7 @@ def fill(form: str, row: dict) -> str:
 
 
 def markdown(tables: dict[str, Table]) -> str:
-    """The lines of a table of several studies, by title; the title becomes a column if no other tells rows apart."""
+    """A Markdown table of several studies, by title; the title becomes a column if no other tells rows apart."""
     if not tables:
         return "No study has these rows yet."
     columns = {header: form for table in tables.values() for header, form in table.columns.items()}
@@ -318,7 +318,7 @@ def fill_page(text: str, page: Path) -> str:
     """The page with its tables made again from the CSV files.
 
     Raises:
-        UserError: it asks for an unknown table.
+        UserError: the page asks for an unknown table.
     """
 
     def block(match: re.Match) -> str:

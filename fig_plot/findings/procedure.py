@@ -1,4 +1,4 @@
-"""Question 1 of docs/findings.md: layer and K chosen on the outcome, as in the paper, and step by step without that.
+"""Answer question 1 of docs/findings.md: choose layer and K on the outcome, as in the paper; drop that step by step.
 
 A study's maps are its scores at every layer and fraction; the published numbers come chosen already.
 """
@@ -21,7 +21,7 @@ from fig_plot.findings.questions import known
 from fig_plot.findings.selection import joint_p_value, selection_null
 from fig_plot.tables import CLAIMED, RANDOM, models_with_twins
 
-# measures of the layer that the score is taken at, as in probes.csv, and the same on test rows
+# measures in probes.csv of the layer of the score -> the same on test rows
 SAME_ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
 OF_THE_PROCEDURE = (*SAME_ON_TEST, "lora_gain_paper", "lora_gain")
 STEPS = ("layer and K chosen", "last layer, K chosen", "last layer, mean over K", "the same on test rows")
@@ -91,7 +91,7 @@ def like_for_like_rows(cells: pd.DataFrame, layers: pd.DataFrame, probes: pd.Dat
     """Rows of findings_like_for_like.csv: each model, and `mean` over them.
 
     `given_classes` is the partial Spearman with the number of classes held fixed. `p` of the mean is joint over all
-    models. Intervals of the mean are over tasks. A step that chose its configuration has no interval, because a
+    models, its intervals are over tasks. A step that chose its configuration has no interval, because a
     bootstrap would have to repeat the choice; its `given_classes` has one, for the configuration that was chosen.
     """
     tasks = sorted(set(cells["dataset"]))
@@ -110,7 +110,7 @@ def like_for_like_rows(cells: pd.DataFrame, layers: pd.DataFrame, probes: pd.Dat
 
 
 def mean_row(steps: list[Step], draws: Draws) -> dict[str, Any]:
-    """The mean over models of one step."""
+    """The row of one step that has the means over models."""
     score, outcome, classes = (
         np.array([getattr(step, name) for step in steps]) for name in ("score", "outcome", "classes")
     )

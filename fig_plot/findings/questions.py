@@ -1,4 +1,4 @@
-"""Questions 2 to 6 of docs/findings.md, and those asked later of the same tables.
+"""Answer questions 2 to 6 and 8 of docs/findings.md, and later questions about the same tables.
 
 Each function yields the rows of one CSV file. `cells` has a row per model and task (fig_plot/tables.py); `draws`
 give the intervals over tasks.
@@ -52,7 +52,7 @@ Rows = Iterator[dict[str, Any]]
 
 
 def known(cells: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
-    """The columns that exist and have any value, each once."""
+    """The names of columns that exist and have any value, each once."""
     return [name for name in dict.fromkeys(names) if name in cells and cells[name].notna().any()]
 
 
@@ -62,7 +62,7 @@ def tables_of(cells: pd.DataFrame, *names: str) -> list[np.ndarray]:
 
 
 def rivals_of(measure: str) -> tuple[str, ...]:
-    """The simple baselines that a score is set beside."""
+    """The simple baselines to compare a score with, for this measure."""
     return tuple(name for name in RIVALS if measure in GAINS or name not in OF_THE_OUTCOME)
 
 
@@ -93,7 +93,7 @@ def correlation_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 
 
 def mean_of_others(table: Any) -> Any:
-    """For each value of a series the mean of its other values, for each cell of a table that of its column's others."""
+    """The mean of the other values, for each value of a series, or for each cell of a table within its column."""
     present = table.notna()
     count = present.sum() - present
     return (table.sum() - table.fillna(0)) / count.where(count > 0)
@@ -116,9 +116,9 @@ def lead_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 
 
 def partial_rows(cells: pd.DataFrame, draws: Draws, scores: tuple[str, ...]) -> Rows:
-    """Rows of findings_partial.csv: Spearman of score and measure with one thing held fixed, mean over models.
+    """Rows of findings_partial.csv: Spearman of score and measure given a third variable, mean over models.
 
-    Held fixed: the headroom for gains; the number of classes for the probe's error and its accuracy above the majority.
+    It is the headroom for gains, the number of classes for the probe's error and its accuracy above the majority.
     """
     pairs = [(measure, "headroom") for measure in known(cells, GAINS)]
     if known(cells, ("num_classes",)):
@@ -153,8 +153,8 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
 def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
 
-    Means over tasks, the mean difference, and Spearman's correlation of the two over tasks: for scores, outcomes, and,
-    as `<score>_change`, the change by LoRA (`after` comes from `tables.load_after_lora`).
+    A row has means over tasks, the mean difference, and Spearman's correlation of the two over tasks, for a score, an
+    outcome or, as `<score>_change`, the change by LoRA (`after` comes from `tables.load_after_lora`).
     """
     changes = changes_by_lora(after)
     changed = [name for name in changes if name.endswith("_change")]
@@ -186,7 +186,7 @@ def changes_by_lora(after: pd.DataFrame) -> pd.DataFrame:
 def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
 
-    The row `all` averages several trained models: first each over its tasks, then over models.
+    The row `all` averages several trained models: each over its tasks, then over models.
     """
     after = changes_by_lora(after).merge(cells[[*CELL_KEYS, "lora_gain"]], on=CELL_KEYS, how="left")
     trained = without_random_weights(after)
@@ -209,8 +209,8 @@ def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> R
 def mean_auc(counts: np.ndarray, score: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """AUC of "the gain is above two points" over the tasks of a model, mean over models: a statistic.
 
-    Pairs are compared within a model: pooling the models would compare the levels of their scores, not tasks. A model
-    whose gains are all on one side is left out.
+    It compares pairs within a model: pooling the models would compare the levels of their scores, not tasks. A model
+    with all gains on one side does not count.
     """
     of_each = []
     for x, y in zip(score, gain, strict=True):
@@ -300,7 +300,7 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
 
     Other rows need no score: the last layer, the middle one, any (the mean over layers), the best one on the other
     datasets, and the best one on test rows, which nobody knows beforehand. `over_middle` and `over_others` are leads
-    over two of these. Means over tasks, seeds of a task averaged first; intervals over tasks.
+    over two of these. Values are means over tasks, after the mean over seeds of each; intervals are over tasks.
     """
     beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
     for model, rows in table.groupby("model"):

@@ -1,6 +1,6 @@
 """Measure the effect of choosing a configuration on the outcome, against the same choice in noise.
 
-Pure functions of numpy arrays, beside those of correlations.py. A configuration is a layer and a fraction K of one
+All functions are pure functions of numpy arrays. A configuration is a layer and a fraction K of one
 score; `direction` is the claimed sign of its correlation with the outcome: +1 chooses the largest correlation, -1 the
 smallest.
 """
@@ -42,8 +42,8 @@ def selection_null(
     `num_permutations` orders.
 
     Args:
-        maps: (configurations, tasks), layers x fractions flattened. Tasks that miss their target or every
-            configuration are left out; so are configurations that then miss a task or are constant.
+        maps: (configurations, tasks), layers x fractions flattened. Tasks without a target or without any value do
+            not count, nor do configurations that then miss a task or are constant.
         targets: (tasks,), or (configurations, tasks) if each has its own, such as the accuracy of its layer.
         num_permutations: draws of the null.
         seed: seed of the draws.
@@ -55,7 +55,7 @@ def selection_null(
     configurations = np.flatnonzero(np.isfinite(ranks * target).all(1))
     ranks, target = ranks[configurations], target[configurations]
     observed = (ranks * target).sum(1)
-    index = int(observed.round(9).argmax())  # rounded: among equals the first, on any machine
+    index = int(observed.round(9).argmax())  # rounding makes ties equal, and the first wins on any machine
     distinct, which = np.unique(target, axis=0, return_inverse=True)
     groups = [(ranks[which.ravel() == i], one) for i, one in enumerate(distinct)]  # one target a layer
 
