@@ -61,7 +61,7 @@ class Output(Unrecorded):
 
     def __post_init__(self) -> None:
         if self.layers == ():
-            raise ValueError("--layers needs at least one number of a layer, such as -1 for the last")
+            raise ValueError("--layers needs the number of a layer, such as -1 for the last")
         if self.layers is not None and self.save_pooled != "none":
             raise ValueError("--layers selects moments only: --save_pooled keeps the last layer, or all of them")
 
