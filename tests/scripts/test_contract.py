@@ -16,7 +16,7 @@ import K_sweep
 import linear_sklearn
 import linear_training
 import lora_finetuning
-from tests.conftest import configure, retrain, run_in_process, write_rows
+from tests.conftest import configure, flags, retrain, run_in_process, write_rows
 from utils.data.load import load_texts
 from utils.results import read_identity
 from utils.script import UserError
@@ -53,10 +53,9 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def moments(model_dirs, rows_path, tmp_path_factory) -> dict[str, Any]:
+def moments(names, tmp_path_factory) -> dict[str, Any]:
     """The settings of all cases, and the moments of the training rows from which some of them start."""
-    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "device": "cpu"}
-    shared |= {"results_dir": tmp_path_factory.mktemp("moments")}
+    shared = names | {"device": "cpu", "results_dir": tmp_path_factory.mktemp("moments")}
     cache.main(configure(cache, **shared))
     return shared
 
@@ -115,7 +114,7 @@ def test_the_same_settings_reuse_it_also_from_a_copy_of_model_and_data(copied, m
     run(case, settings)
     model = shutil.copytree(settings["model_name"], tmp_path / "moved" / Path(settings["model_name"]).name)
     data = shutil.copy(settings["dataset_name"], tmp_path / "moved" / "rows.jsonl")
-    run(case, settings, model_name=str(model), dataset_name=str(data))
+    run(case, settings, model_name=str(model), dataset_name=str(data), tokens_per_batch=64)
     assert path.read_bytes() == before
     with pytest.raises(pytest.fail.Exception, match="the work has begun"):
         run(case, settings, overwrite=True)
@@ -167,27 +166,50 @@ def test_other_weights_or_rows_under_the_same_name_are_refused(copied, monkeypat
 
 
 @pytest.mark.parametrize("name", ["file", "x" * 300], ids=["a file", "a long name"])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(made, name, tmp_path, monkeypatch):
-    case, settings = made
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(made, names, name, tmp_path, monkeypatch):
+    case, _ = made
     if case.module in (K_sweep, alignment_vis):
         pytest.skip("without moments there is no work")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("utils.models.load.load_weights", lambda *_, **__: pytest.fail("the work has begun"))
-    options = ["--model_name", settings["model_name"], "--dataset_name", settings["dataset_name"]]
-    script = f"{case.module.__name__}.py"
-    message = run_in_process(monkeypatch, script, *options, "--results_dir", tmp_path / name)
+    options = flags(names | {"results_dir": tmp_path / name})
+    message = run_in_process(monkeypatch, f"{case.module.__name__}.py", *options)
     assert message.startswith("error: cannot write") and "--results_dir" in message and len(message) < 500
     assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.module.__name__)
 def test_what_no_setting_can_be_is_refused_by_the_command_line(case, monkeypatch, capsys):
-    for flags, words in (
+    for wrong, words in (
         (("--max_samples", "0"), "--max_samples must be at least 1, not 0"),
         (("--max_length", "-3"), "--max_length must be at least 1, not -3"),
         (("--seed", "-1"), "--seed must be from 0 to 4294967295, not -1"),
         (("--dtype", "int8"), "dtype"),
         (("--no_such_flag",), "no_such_flag"),
     ):
-        assert run_in_process(monkeypatch, f"{case.module.__name__}.py", *flags) == 2
+        assert run_in_process(monkeypatch, f"{case.module.__name__}.py", *wrong) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "message"),
+    [
+        (K_sweep, {"fractions": (0.5, 1.5)}, r"--fractions must be in \(0, 1\]"),
+        (K_sweep, {"device": "gpu9"}, "--device gpu9 cannot be used here"),
+        (alignment_vis, {"layer": 3}, "no layer 3.* 0 to 2, or -3 to -1"),
+        (alignment_vis, {"num_components": 3, "center": True}, "fewer than 3 positive .*smaller --num_components"),
+        (linear_training, {"patience": 3}, "validation_share"),
+        (linear_training, {"weight_decay": -1.0}, "--weight_decay must be at least 0"),
+        (linear_training, {"validation_share": 0.999}, "--validation_share 0.999 leaves none of the 168 train texts"),
+        (linear_training, {"track": "wandb"}, "pip install wandb"),
+        (lora_finetuning, {"target_modules": ("query",)}, r"has no query\. Choose --target_modules among .*q_proj"),
+        (lora_finetuning, {"start_layer": 2}, "has layers 0 to 1"),
+        (lora_finetuning, {"warmup": -0.1}, "warmup must be in"),
+        (lora_finetuning, {"dtype": "float16"}, "float16 does not train"),
+    ],
+)
+def test_what_a_script_cannot_do_is_refused_in_one_sentence(moments, tmp_path, module, change, message):
+    results = shutil.copytree(moments["results_dir"], tmp_path / "results")
+    with pytest.raises((UserError, ValueError), match=message):
+        module.main(configure(module, **moments | {"results_dir": results} | change))
+    assert not list(results.rglob("*.json"))

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import cache
 import linear_training
-from tests.conftest import configure
+from tests.conftest import configure, only_result
 from tests.processes import exit_codes, start
 from utils.algebra.pooled import load_pooled
 from utils.data.load import load_texts
@@ -26,21 +26,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def settings(model_dirs, rows_path, tmp_path):
-    """A function from changes to a config of a few epochs on made-up rows."""
-
-    def make(**changes):
-        base = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-        return configure(linear_training, **{**base, "device": "cpu", "num_epochs": 4, **changes})
-
-    return make
+def settings(names, tmp_path):
+    """A config of a few epochs on made-up rows."""
+    return configure(linear_training, **names, results_dir=tmp_path, device="cpu", num_epochs=4)
 
 
 def result(results_dir):
     """Folder, metrics and history of the only result below a folder."""
-    [path] = results_dir.glob("linear_training/*/*/metrics.json")
-    rows = list(csv.DictReader((path.parent / "history.csv").read_text().splitlines()))
-    return path.parent, json.loads(path.read_text()), rows
+    path, metrics = only_result(results_dir, "linear_training/*/*/metrics.json")
+    return path.parent, metrics, list(csv.DictReader((path.parent / "history.csv").read_text().splitlines()))
 
 
 # ------------------------------------------------------------------ the method
@@ -78,7 +72,7 @@ def train_through_the_model(config) -> list[float]:
 
 
 def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_path, monkeypatch):
-    config = settings(dropout=0.2, learning_rate=1e-2)
+    config = with_values(settings, dropout=0.2, learning_rate=1e-2)
     expected = train_through_the_model(config)
     for split in ("train", "test"):  # states of every layer serve too
         moments = cache.Config(split, num_folds=3, model=config.model, data=config.data, run=config.run)
@@ -93,7 +87,7 @@ def test_epochs_over_stored_states_equal_epochs_through_the_model(settings, tmp_
 
 
 def test_the_saved_head_scores_as_reported_on_raw_states(settings, tmp_path):
-    config = settings(standardize=True, learning_rate=1e-2, num_epochs=20)
+    config = with_values(settings, standardize=True, learning_rate=1e-2, num_epochs=20)
     linear_training.main(config)
     folder, metrics, _ = result(tmp_path)
     head = load_file(folder / "head.safetensors")
@@ -114,26 +108,22 @@ def test_patience_stops_and_the_best_epoch_is_the_validations(settings, tmp_path
         return {"validation_loss": next(losses), "test_loss": 1.0, "test_accuracy": next(accuracies)}
 
     monkeypatch.setattr(linear_training, "evaluate", planted)
-    linear_training.main(settings(validation_share=0.2, patience=2, num_epochs=8, batch_size=200))
+    linear_training.main(with_values(settings, validation_share=0.2, patience=2, num_epochs=8, batch_size=200))
     _, metrics, rows = result(tmp_path)
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert metrics["num_steps"] == metrics["last"]["step"] == 6
     assert metrics["best"]["step"] == 4 and metrics["best_rule"] == "validation loss"
 
 
-def test_standardisation_sees_the_training_rows_alone(settings, monkeypatch):
-    """Rows that validate or test do not change it."""
+def test_validation_rows_are_kept_out_of_training_and_of_the_standardisation(settings, monkeypatch):
     runs = []
     monkeypatch.setattr(loop, "train", lambda run: runs.append(run) or pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception):
-        linear_training.main(settings(standardize=True, validation_share=0.4))
+        linear_training.main(with_values(settings, standardize=True, validation_share=0.4))
     [states] = runs[0].inputs(np.arange(len(runs[0].targets)))
     assert len(states) == 101 and states.mean(0).abs().max() < 1e-6
     torch.testing.assert_close(states.std(0, correction=0), torch.ones(32), rtol=0, atol=1e-6)
-
-
-def test_validation_rows_are_kept_out_of_training(settings):
-    data = load_texts(settings().data, Run(), "train")
+    data = load_texts(settings.data, Run(), "train")
     kept, held_out = linear_training.validation_rows(data, 0.25, seed=1)
     assert sorted([*kept, *held_out]) == list(range(len(data.texts)))
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
@@ -141,11 +131,11 @@ def test_validation_rows_are_kept_out_of_training(settings):
 
 # ------------------------------------------------------------------ command line
 def test_standardised_probes_stand_beside_the_others(settings, tmp_path, capsys):
-    linear_training.main(settings())
+    linear_training.main(settings)
     folder, metrics, _ = result(tmp_path)
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     assert sorted(path.name for path in folder.iterdir()) == ["head.safetensors", "history.csv", "metrics.json"]
-    linear_training.main(settings(standardize=True))
+    linear_training.main(with_values(settings, standardize=True))
     assert (folder.parent / f"{folder.name}.standardized" / "metrics.json").is_file()
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
@@ -154,7 +144,7 @@ def test_standardised_probes_stand_beside_the_others(settings, tmp_path, capsys)
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
 def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
     """SIGTERM does not reach all machines at once: a process that ended alone would leave the others waiting."""
-    whole, ended = (settings(results_dir=tmp_path / name) for name in ("whole", "ended"))
+    whole, ended = (with_values(settings, results_dir=tmp_path / name) for name in ("whole", "ended"))
 
     def run(own):
         step = loop.train_step
@@ -176,10 +166,9 @@ def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd,
 
 
 def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(settings, tmp_path, monkeypatch):
-    config = settings()
-    linear_training.main(config)
+    linear_training.main(settings)
     folder, old, _ = result(tmp_path)
-    again, step, first_steps = with_values(config, learning_rate=1e-2, overwrite=True), loop.train_step, []
+    again, step, first_steps = with_values(settings, learning_rate=1e-2, overwrite=True), loop.train_step, []
 
     def interrupted(run, progress, model):
         first_steps.append(progress.step)
@@ -193,26 +182,6 @@ def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_
     assert result(tmp_path)[1] == old and (folder / "state.safetensors").is_file()
     (folder / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"state\.safetensors was made with other settings"):
-        linear_training.main(with_values(config, dropout=0.5))
-    state = (folder / "state.safetensors").read_bytes()
+        linear_training.main(with_values(settings, dropout=0.5))
     linear_training.main(again)
     assert first_steps[7] == 6 and result(tmp_path)[1]["config"]["learning_rate"] == 1e-2
-    (folder / "state.safetensors").write_bytes(state)  # a state of other settings is no obstacle with --overwrite
-    del first_steps[8:]
-    linear_training.main(with_values(config, dropout=0.5, overwrite=True))
-    assert first_steps[8] == 0 and result(tmp_path)[1]["config"]["dropout"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"patience": 3}, "validation_share"),
-        ({"weight_decay": -1.0}, "--weight_decay must be at least 0"),
-        ({"validation_share": 0.999}, "--validation_share 0.999 leaves none of the 168 train texts"),
-        ({"track": "wandb"}, "pip install wandb"),
-    ],
-)
-def test_mistakes_end_in_one_sentence(settings, tmp_path, change, message):
-    with pytest.raises((UserError, ValueError), match=message):
-        linear_training.main(settings(**change))
-    assert not list(tmp_path.glob("linear_training/**/*.json"))
