@@ -19,13 +19,6 @@ from utils.parallel import one_voice
 FORK = multiprocessing.get_context("fork")
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def give_bars_own_lock() -> None:
     """Forks share the lock of progress bars, and it stays locked if its holder is killed."""
     kinds = [tqdm]
@@ -41,7 +34,9 @@ def start(
 
     `whole`: `run` is a whole script, and not only its `main`.
     """
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
     def be(rank: int) -> None:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}

@@ -16,21 +16,23 @@ import utils.algebra.partial
 import utils.results
 from tests.conftest import configure
 from tests.processes import exit_codes, start
+from utils.algebra.partial import PartialPass
 from utils.results import read_identity
 from utils.script import UserError
 from utils.settings import with_values
 
 
-def settings(model_dirs, rows_path, folder, **more):
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": folder}
+def configured(names, folder):
     options = {"tokens_per_batch": 120, "minutes_per_state": 0.0, "save_pooled": "all", "product_dtype": "float32"}
-    return configure(cache, **names, **options | more)
+    return configure(cache, **names, **options, results_dir=folder)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
     """Blocks that end within the few texts of a test; the sums are written after each."""
-    monkeypatch.setattr(cache, "TOKENS_PER_BLOCK", 250)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "TOKENS_PER_BLOCK", 250)
+        yield
 
 
 def results(folder) -> dict[str, bytes]:
@@ -46,31 +48,33 @@ def partials(folder) -> list:
 
 
 @pytest.fixture(scope="module")
-def whole(model_dirs, rows_path, tmp_path_factory):
+def whole(names, tmp_path_factory):
     """The files of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "TOKENS_PER_BLOCK", 250)
-        cache.main(settings(model_dirs, rows_path, folder))
+    cache.main(configured(names, folder))
     return results(folder)
 
 
 @pytest.fixture
-def config(model_dirs, rows_path, tmp_path):
+def config(names, tmp_path):
     """The settings of the same result in a folder of its own."""
-    return settings(model_dirs, rows_path, tmp_path)
+    return configured(names, tmp_path)
 
 
-def end_after(config, number: int, owner, name: str, num_calls: int) -> None:
-    """Runs cache.py in a process that sends itself a signal after so many calls of a function, and ends by it."""
+def end_after(config, num_calls: int, owner=PartialPass, name: str = "save", number: int = signal.SIGKILL) -> None:
+    """Runs cache.py in a process that sends itself a signal after so many calls of a function, and ends by it.
+
+    `save` writes the sums after each block.
+    """
 
     def run(rank: int) -> None:
         call, calls = getattr(owner, name), itertools.count(1)
 
         def counted(*arguments):
-            call(*arguments)
+            found = call(*arguments)
             if next(calls) == num_calls:
                 os.kill(os.getpid(), number)
+            return found
 
         setattr(owner, name, counted)
         cache.main(config)
@@ -78,22 +82,17 @@ def end_after(config, number: int, owner, name: str, num_calls: int) -> None:
     assert exit_codes(start(run)) == [143 if number == signal.SIGTERM else -number]
 
 
-def kill_after(config, num_blocks: int) -> None:
-    """Kills cache.py as soon as it has written its sums of so many blocks."""
-    end_after(config, signal.SIGKILL, utils.algebra.partial.PartialPass, "save", num_blocks)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "num_kills"), [(1, 10), (2, 3)])
-def test_a_run_killed_at_random_gives_the_uninterrupted_result(model_dirs, rows_path, tmp_path, size, num_kills):
-    whole = settings(model_dirs, rows_path, tmp_path / "whole")
+def test_a_run_killed_at_random_gives_the_uninterrupted_result(names, tmp_path, size, num_kills):
+    whole = configured(names, tmp_path / "whole")
     begin = time.monotonic()
     assert exit_codes(start(lambda rank: cache.main(whole), size)) == [0] * size
     usual = time.monotonic() - begin
     random, kills, finished = np.random.default_rng(size), 0, 0
     while kills < num_kills:
         folder = tmp_path / str(finished)
-        killed, codes = settings(model_dirs, rows_path, folder), [1]
+        killed, codes = configured(names, folder), [1]
         while any(codes):
             started = start(lambda rank, killed=killed: cache.main(killed), size)
             is_killed = kills < num_kills  # else it runs to the end
@@ -108,34 +107,22 @@ def test_a_run_killed_at_random_gives_the_uninterrupted_result(model_dirs, rows_
         assert results(folder) == results(tmp_path / "whole")
 
 
-def test_a_run_killed_between_blocks_goes_on(config, tmp_path, whole, capsys):
-    for num_blocks in (2, 1):
-        kill_after(config, num_blocks)
+@pytest.mark.parametrize(
+    ("ending", "minutes_per_state"),
+    [
+        ((2, PartialPass, "save", signal.SIGKILL), 0.0),
+        ((7, cache, "visit_hidden_states", signal.SIGTERM), 60.0),  # two calls by the self-check
+        ((1, utils.algebra.partial, "pooled_path", signal.SIGKILL), 0.0),
+    ],
+    ids=["between two blocks", "SIGTERM", "between its two results"],
+)
+def test_an_ended_run_goes_on(config, tmp_path, whole, capsys, ending, minutes_per_state):
+    config = with_values(config, minutes_per_state=minutes_per_state)
+    end_after(config, *ending)
     [partial] = partials(tmp_path)
-    assert partial.name == "train.partial-1-of-1.safetensors"
     num_batches = read_identity(partial)["num_batches"]
     cache.main(config)
     assert num_batches > 4 and f"going on from {partial}: {num_batches} batches are done" in capsys.readouterr().out
-    assert results(tmp_path) == whole
-
-
-def test_sigterm_keeps_a_state_and_ends_with_143(config, tmp_path, whole, capsys):
-    config = with_values(config, minutes_per_state=60.0)
-    end_after(config, signal.SIGTERM, cache, "visit_hidden_states", 7)  # two calls by the self-check
-    assert len(partials(tmp_path)) == 1
-    cache.main(config)
-    assert "batches are done" in capsys.readouterr().out
-    assert results(tmp_path) == whole
-
-
-def test_a_run_killed_between_its_two_results_goes_on(config, tmp_path, whole, capsys):
-    def run(rank: int) -> None:
-        utils.algebra.partial.pooled_path = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        cache.main(config)
-
-    assert exit_codes(start(run)) == [-signal.SIGKILL]
-    cache.main(config)
-    assert "going on from" in capsys.readouterr().out
     assert results(tmp_path) == whole
 
 
@@ -143,7 +130,7 @@ def test_a_run_killed_between_its_two_results_goes_on(config, tmp_path, whole, c
 @pytest.fixture
 def partial(config, tmp_path):
     """The sums of a run that was killed after some blocks."""
-    kill_after(config, 2)
+    end_after(config, 2)
     [path] = partials(tmp_path)
     return path
 
@@ -184,8 +171,8 @@ def test_without_space_both_old_results_stay_and_nothing_is_done_twice(
 ):
     def unless_full(write, name_of):
         def writing(*arguments):
-            if word in str(name_of(*arguments)):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name_of(*arguments))
+            if word in (name := str(name_of(*arguments))):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             return write(*arguments)
 
         return writing

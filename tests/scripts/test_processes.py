@@ -9,31 +9,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 import cache
 import from_scratch
 import K_sweep
 import lora_finetuning
-from tests.conftest import ROOT, configure, load_moments, make_texts, write_rows
-from tests.processes import exit_codes, free_port, start
+from tests.conftest import configure, flags, load_moments, make_texts, write_rows
+from tests.processes import exit_codes, start
 from utils.models.tokens import TokenizedTexts
 from utils.parallel import connect
 from utils.script import UserError
 from utils.settings import with_values
-from utils.training import loop as training
 
-
-def settings(model_dirs, rows, folder, **more):
-    names = {"model_name": str(model_dirs["llama"]), "dataset_name": str(rows), "results_dir": folder}
-    options = {"tokens_per_batch": 96, "product_dtype": "float64", "save_pooled": "all", "folds": "all"}
-    return configure(cache, **names, **options | more)
-
-
-def moments(folder) -> dict[str, torch.Tensor]:
-    [path] = folder.rglob("train.safetensors")
-    return load_moments(path)
+OPTIONS = {"tokens_per_batch": 96, "product_dtype": "float64", "save_pooled": "all", "folds": "all"}
 
 
 def run_cache(config, size: int, folder) -> list[list[int]]:
@@ -62,69 +51,43 @@ def small_blocks():
         yield
 
 
-@pytest.fixture(scope="module")
-def alone(model_dirs, rows_path, tmp_path_factory):
-    """The config of a result of one process, by precision of the products."""
-    folder, configs = tmp_path_factory.mktemp("alone"), {}
-    for name in ("float32", "float64"):
-        configs[name] = settings(model_dirs, rows_path, folder / name, product_dtype=name)
-        cache.main(configs[name])
-    return configs
-
-
 @pytest.mark.parametrize(("size", "product_dtype"), [(2, "float32"), (3, "float64")])
-def test_many_processes_give_the_numbers_of_one(alone, tmp_path, size, product_dtype):
+def test_many_processes_give_the_numbers_of_one(names, tmp_path, size, product_dtype):
     """Processes get whole blocks, so that each sum in float32 is the same number in every process."""
-    one = alone[product_dtype]
-    many = with_values(one, results_dir=tmp_path)
-    ran = run_cache(many, size, tmp_path)
+    config = configure(cache, **names, **OPTIONS | {"product_dtype": product_dtype})
+    cache.main(with_values(config, results_dir=tmp_path / "one"))
+    ran = run_cache(with_values(config, results_dir=tmp_path / "many"), size, tmp_path)
     assert sorted(itertools.chain(*ran)) == list(range(168)) and all(ran)
-    expected, found = moments(one.run.results_dir), moments(tmp_path)
+    expected, found = (load_moments(next((tmp_path / name).rglob("train.safetensors"))) for name in ("one", "many"))
     assert expected.keys() == found.keys()
     largest = expected["prefix_second_moment"].abs().amax((1, 2), keepdim=True)
     for name, value in expected.items():
         # the errors of the products are rounding themselves: compared with the size of the moment
         scale = largest if name.endswith("_error") else value.abs().amax()
         assert ((found[name] - value).abs() <= 1e-12 * scale).all(), name
-    pooled = [np.load(next(folder.rglob("*.pooled.npy"))) for folder in (one.run.results_dir, tmp_path)]
+    pooled = [np.load(next(folder.rglob("*.pooled.npy"))) for folder in (tmp_path / "one", tmp_path / "many")]
     assert np.array_equal(*pooled)
 
 
-@pytest.mark.slow
-def test_accelerate_launch_starts_them_too(alone, model_dirs, rows_path, tmp_path, monkeypatch):
-    """The README's command, through accelerate's own launcher; moments equal to rounding."""
-    names = {"model_name": model_dirs["llama"], "dataset_name": rows_path, "results_dir": tmp_path}
-    names |= {"tokens_per_batch": 96, "product_dtype": "float64", "folds": "all"}
-    options = [str(word) for name, value in names.items() for word in (f"--{name}", value)]
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    monkeypatch.chdir(ROOT)
-    launch_command(launch_command_parser().parse_args([*launch, *port, "cache.py", *options]))
-    expected, found = moments(alone["float64"].run.results_dir), moments(tmp_path)
-    for name in ("pooled_second_moment", "prefix_second_moment", "prefix_next_cross_moment"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
-
-
-def test_a_process_without_texts_changes_nothing(model_dirs, tmp_path):
+def test_a_process_without_texts_changes_nothing(names, tmp_path):
     rows = [{"text": text, "label": f"class {i % 2}"} for i, text in enumerate(make_texts(12, longest=4))]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    one, three = (settings(model_dirs, path, tmp_path / name, split="all") for name in ("one", "three"))
-    cache.main(one)
+    names = names | {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows)), "split": "all"}
+    cache.main(configure(cache, **names, **OPTIONS, results_dir=tmp_path / "one"))
+    three = configure(cache, **names, **OPTIONS, results_dir=tmp_path / "three")
     assert sorted(map(len, run_cache(three, 3, tmp_path))) == [0, 0, 12]
     expected, found = (load_file(next((tmp_path / name).rglob("all.safetensors"))) for name in ("one", "three"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # ------------------------------------------------------------------ mistakes
-def test_a_mistake_in_one_process_ends_all_with_one_sentence(model_dirs, rows_path, tmp_path):
+def test_a_mistake_in_one_process_ends_all_with_one_sentence(names, tmp_path):
     def fail(*_):
         raise UserError("the states of this process are gone")
 
     def run(rank: int) -> None:
         if rank == 1:
             cache.visit_hidden_states = fail
-        arguments = ["--model_name", model_dirs["llama"], "--dataset_name", rows_path, "--tokens_per_batch", 96]
-        sys.argv = ["cache.py", *map(str, arguments), "--results_dir", str(tmp_path / "results")]
+        sys.argv = ["cache.py", *flags(names | {"tokens_per_batch": 96, "results_dir": tmp_path / "results"})]
         cache.run_script(cache.main, cache.Config, None, share_work=True)
 
     codes = exit_codes(start(run, 2, tmp_path / "said", whole=True))
@@ -144,17 +107,14 @@ def test_a_script_for_one_process_refuses_several(tmp_path):
 
 
 # ------------------------------------------------------------------ training
-def train(script, size: int, folder, *flags, ready=lambda rank: None, **options) -> list[int | None]:
+def train(script, size: int, folder, *more, **options) -> list[int | None]:
     """A training script in so many processes; their output goes into `folder`."""
     options |= {"results_dir": folder / "results", "device": "cpu", "dtype": "float32", "dropout": 0.0}
     options |= {"batch_size": 4, "num_steps": 7, "steps_per_evaluation": 4, "tokens_per_batch": 96}
-    options |= {"learning_rate": 1e-3}
-    flags = [*itertools.chain(*((f"--{name}", str(value)) for name, value in options.items())), *flags]
     folder.mkdir(exist_ok=True)
 
     def run(rank: int) -> None:
-        ready(rank)
-        sys.argv = [f"{script.__name__}.py", *flags]
+        sys.argv = [f"{script.__name__}.py", *flags(options | {"learning_rate": 1e-3}), *more]
         with open(folder / "printed", "a", buffering=1) as printed, contextlib.redirect_stdout(printed):
             script.run_script(script.main, script.Config, None, share_work=True)
 
@@ -162,16 +122,11 @@ def train(script, size: int, folder, *flags, ready=lambda rank: None, **options)
 
 
 @pytest.fixture(scope="module")
-def names(model_dirs, rows_path):
-    return {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path)}
-
-
-@pytest.fixture(scope="module")
 def trained(names, tmp_path_factory):
     """The folders of a LoRA run in one process, and in two that also take NTPS before and after."""
     folders = [tmp_path_factory.mktemp(f"lora{size}") for size in (1, 2)]
-    for size, folder, flags in zip((1, 2), folders, ((), ("--ntps_after",)), strict=True):
-        codes = train(lora_finetuning, size, folder, *flags, lora_dropout=0.0, **names)
+    for size, folder, more in ((1, folders[0], ()), (2, folders[1], ("--ntps_after",))):
+        codes = train(lora_finetuning, size, folder, *more, lora_dropout=0.0, **names)
         assert codes == [0] * size, (folder / "said").read_text()
     return folders
 
@@ -195,29 +150,6 @@ def test_two_processes_train_the_adapter_of_one_and_print_every_path_once(traine
     printed = (trained[1] / "printed").read_text().splitlines()
     paths = [line for line in printed if line.startswith("/") and line.endswith(".json")]
     assert len(set(paths)) == len(paths) == 5 and printed[-1].endswith("before_after.json")
-
-
-@pytest.mark.slow
-def test_a_run_that_one_process_has_ended_goes_on_with_the_same_numbers(trained, names, tmp_path):
-    def fail_at_step_5(rank: int) -> None:
-        step = training.train_step
-
-        def fail(run, progress, model):
-            if rank == 1 and progress.step == 5:
-                raise UserError("this process has had enough")
-            return step(run, progress, model)
-
-        training.train_step = fail
-
-    options = {"minutes_per_state": 0, "lora_dropout": 0.0, **names}
-    assert train(lora_finetuning, 2, tmp_path, ready=fail_at_step_5, **options) == [1, 1]
-    said = (tmp_path / "said").read_text()
-    assert said.count("error:") == 1 and "had enough" in said and "Traceback" not in said, said
-    assert not list(tmp_path.rglob("metrics.json"))
-    assert train(lora_finetuning, 2, tmp_path, **options) == [0, 0]
-    assert "going on from step 5 of 7" in (tmp_path / "printed").read_text()
-    expected, found = (read(folder, "lora/*/*/adapter/adapter_model.safetensors") for folder in (trained[1], tmp_path))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_two_processes_train_all_weights(names, tmp_path):
