@@ -16,19 +16,8 @@ from safetensors.torch import load_file, save_file
 import cache
 import K_sweep
 from tests.conftest import configure
-from utils.results import (
-    MACHINE,
-    check_writable,
-    difference,
-    find_result,
-    load_json,
-    one_run_at_a_time,
-    open_tensors,
-    save_json,
-    save_tensors,
-    settings_from_moments,
-    write_atomically,
-)
+from utils import results
+from utils.results import difference
 from utils.script import UserError
 from utils.settings import Run, all_settings, result_settings
 
@@ -49,12 +38,12 @@ METADATA = {"config": {"seed": 0}, "name": "ä"}
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("tensors") / "file.safetensors"
-    save_tensors(path, TENSORS, METADATA)
+    results.save_tensors(path, TENSORS, METADATA)
     return path
 
 
 def read_all(path) -> dict[str, torch.Tensor]:
-    with open_tensors(path) as (file, _):
+    with results.open_tensors(path) as (file, _):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
 
 
@@ -63,12 +52,12 @@ def test_tensors_come_back_as_they_are_also_to_safetensors(written):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
-    with open_tensors(written) as (file, metadata):
+    with results.open_tensors(written) as (file, metadata):
         assert metadata == {"format_version": 4, **METADATA}
         with pytest.raises(UserError, match=r"file\.safetensors has no other"):
             file.get_tensor("other")
     with pytest.raises(ValueError, match="JSON"):
-        save_tensors(written.with_name("nan.safetensors"), {}, {"score": math.nan})
+        results.save_tensors(written.with_name("nan.safetensors"), {}, {"score": math.nan})
 
 
 @given(st.data())
@@ -93,6 +82,8 @@ def test_a_changed_byte_is_found(written, data):
     ("content", "words"),
     [
         ("null", "was not written by this version"),  # a file of safetensors that is not ours
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
         ('{"format_version": 3, "crc32": {}}', "was not written by this version"),
         ('{"format_version": 4}', "is incomplete: it has no 'crc32'"),
         (b"", "is damaged"),
@@ -106,32 +97,19 @@ def test_a_foreign_an_old_and_a_damaged_file_are_refused_with_the_command(conten
         path.write_bytes(content)
     else:
         save_file({"a": torch.zeros(1)}, path, metadata={"json": content})
-    with pytest.raises(UserError, match=words) as raised, open_tensors(path):
+    with pytest.raises(UserError, match=words) as raised, results.open_tensors(path):
         pass
     assert str(path) in str(raised.value) and "Delete it, or run the script" in str(raised.value)
 
 
 def test_json_is_strict_and_a_failed_write_leaves_the_old_file(tmp_path):
-    path, content = tmp_path / "result.json", {"score": [1, 0.1, None, "ä"]}
-    save_json(path, content)
+    path, content = tmp_path / "result.json", {"score": [1, 0.1, None, "ä"], "config": {}}
+    results.save_json(path, content)
     with pytest.raises(ValueError, match="JSON"):
-        save_json(path, {"deep": [-math.inf]})
-    assert [*tmp_path.iterdir()] == [path] and load_json(path) == content
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[]", "was not written by this version"),
-        ("{", "is damaged"),
-        ("[" * 100_000, "is damaged"),
-        ('{"config": {}}', "is incomplete: it has no 'seed'"),
-    ],
-)
-def test_a_json_file_that_is_no_result_is_refused(text, words, tmp_path):
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(UserError, match=rf"result\.json {words}"):
-        print(load_json(tmp_path / "result.json")["config"]["seed"])
+        results.save_json(path, {"deep": [-math.inf]})
+    assert [*tmp_path.iterdir()] == [path] and results.load_json(path) == content
+    with pytest.raises(UserError, match=r"result\.json is incomplete: it has no 'seed'"):
+        results.load_json(path)["config"]["seed"]
 
 
 # ------------------------------------------------------------------ reuse, refuse or make
@@ -144,12 +122,16 @@ IDENTITY = {
 
 
 @pytest.mark.parametrize("ending", ["json", "safetensors"])
-def test_a_damaged_result_is_refused_and_made_again_with_overwrite(tmp_path, ending):
+def test_a_damaged_result_or_state_is_refused_and_made_again_with_overwrite(tmp_path, ending):
     path = tmp_path / f"result.{ending}"
     path.write_text("damaged")
-    assert find_result(path, IDENTITY, Run(overwrite=True)) is None
+    assert results.find_result(path, IDENTITY, Run(overwrite=True)) is None
     with pytest.raises(UserError, match=path.name):
-        find_result(path, IDENTITY, Run())
+        results.find_result(path, IDENTITY, Run())
+    with pytest.raises(UserError, match=path.name):
+        results.check_state(path, IDENTITY, overwrite=False)
+    results.check_state(path, IDENTITY, overwrite=True)
+    assert not path.exists()
 
 
 def test_every_setting_that_differs_or_is_lacking_is_named():
@@ -190,51 +172,41 @@ def test_data_and_models_that_have_moved_are_told_by_their_content(name):
 def test_settings_left_out_are_those_of_the_moments_and_given_ones_that_differ_are_refused(tmp_path):
     there = {"dtype": "bfloat16", "seed": 3, "max_length": 64, "text_column": "body"}
     path = tmp_path / "moments" / "m" / "d" / "train.safetensors"
-    save_tensors(path, {}, {"config": result_settings(configure(cache, **there))})
-    found = all_settings(settings_from_moments(configure(K_sweep, seed=3), path))
+    results.save_tensors(path, {}, {"config": result_settings(configure(cache, **there))})
+    found = all_settings(results.settings_from_moments(configure(K_sweep, seed=3), path))
     assert {name: found[name] for name in there} == there and found["adapter_dir"] is None
     with pytest.raises(UserError, match="other settings") as raised:
-        settings_from_moments(configure(K_sweep, seed=4, max_length=64, text_column="title"), path)
+        results.settings_from_moments(configure(K_sweep, seed=4, max_length=64, text_column="title"), path)
     message = str(raised.value)
     assert "seed: 3 there, 4 now" in message and "text_column: 'body' there, 'title' now" in message
     assert "dtype" not in message and "max_length" not in message and str(path) in message
     config = configure(K_sweep, seed=4)
-    assert settings_from_moments(config, tmp_path / "none.safetensors") is config
+    assert results.settings_from_moments(config, tmp_path / "none.safetensors") is config
 
 
 # ------------------------------------------------------------------ whole or not at all, one run at a time
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead = 2**22 + 1  # no process has this number
-    names = {f"result.bin.{os.getppid()}@{MACHINE}.tmp", f"result.bin.{dead}@elsewhere.tmp"}
-    for name in (f"result.bin.{dead}@{MACHINE}.tmp", f"a.{dead}@{MACHINE}.tmp", *names):
+    names = {f"result.bin.{os.getppid()}@{results.MACHINE}.tmp", f"result.bin.{dead}@elsewhere.tmp"}
+    for name in (f"result.bin.{dead}@{results.MACHINE}.tmp", f"a.{dead}@{results.MACHINE}.tmp", *names):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".tmpAbC123").write_bytes(b"half")
-    with write_atomically(tmp_path / "result.bin") as path:
+    with results.write_atomically(tmp_path / "result.bin") as path:
         path.write_bytes(b"whole")
         path.with_name(".tmpAbC123").write_bytes(b"half")  # of a library
     assert {path.name for path in tmp_path.iterdir()} == {*names, "result.bin"}
-
-
-def test_a_folder_at_the_place_of_a_result_is_named_before_the_work(tmp_path):
     with pytest.raises(UserError, match="it is a folder"):
-        check_writable(tmp_path)
+        results.check_writable(tmp_path)
 
 
-def test_a_full_disk_under_safetensors_is_said_as_any_other_and_the_old_result_stays(tmp_path, monkeypatch):
+def test_a_full_disk_under_safetensors_is_said_as_any_other(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
-        path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    path = tmp_path / "a.safetensors"
-    save_tensors(path, {}, {"score": 1})
-    before = path.read_bytes()
     monkeypatch.setattr("utils.results.save_file", full)
     with pytest.raises(OSError, match=r"No space left.*a\.safetensors") as raised:
-        save_tensors(path, {}, {})
-    assert raised.value.errno == errno.ENOSPC
-    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
-    with pytest.raises(SafetensorError, match="other"), write_atomically(path):
-        raise SafetensorError("other")
+        results.save_tensors(tmp_path / "a.safetensors", {}, {})
+    assert raised.value.errno == errno.ENOSPC and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("is_link", [False, True])
@@ -244,11 +216,11 @@ def test_a_folder_replaces_a_folder_or_a_link_to_one_and_a_failure_leaves_it(tmp
     (before / "file").write_text("theirs")
     if is_link:
         folder.symlink_to(before)
-    with pytest.raises(KeyError), write_atomically(folder) as temporary:
+    with pytest.raises(KeyError), results.write_atomically(folder) as temporary:
         temporary.mkdir()
         raise KeyError
     assert (folder / "file").read_text() == "theirs"
-    with write_atomically(folder) as temporary:
+    with results.write_atomically(folder) as temporary:
         temporary.mkdir()
         (temporary / "other").write_text("ours")
     assert [path.name for path in folder.iterdir()] == ["other"] and not folder.is_symlink()
@@ -259,14 +231,14 @@ def test_a_second_run_of_a_result_waits_and_then_finds_it(tmp_path):
     path, found = tmp_path / "new" / "result.json", []
 
     def run() -> None:
-        with one_run_at_a_time(path):
-            found.append(load_json(path))
+        with results.one_run_at_a_time(path):
+            found.append(results.load_json(path))
 
     second = threading.Thread(target=run)
-    with one_run_at_a_time(path):
+    with results.one_run_at_a_time(path):
         second.start()
         second.join(0.3)
         assert not found
-        save_json(path, {"score": 1})
+        results.save_json(path, {"score": 1})
     second.join(10)
     assert found == [{"score": 1}] and [*path.parent.iterdir()] == [path]

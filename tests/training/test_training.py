@@ -99,21 +99,17 @@ def test_every_row_comes_once_an_epoch_and_step_alone_says_which(num_rows, per_s
 
 
 def test_rows_of_like_length_come_together_in_random_order():
-    lengths = np.random.default_rng(0).geometric(0.03, 4000)
-
-    def padded(order):
+    lengths, padding = np.random.default_rng(0).geometric(0.03, 4000), []
+    for order in (BatchOrder(4000, 16, 0), BatchOrder(4000, 16, 0, lengths)):
         batches = [order(step) for step in range(order.steps_per_epoch)]
-        return sum(len(rows) * lengths[rows].max() for rows in batches) / lengths.sum(), batches
-
-    plain, _ = padded(BatchOrder(4000, 16, 0))
-    grouped, batches = padded(BatchOrder(4000, 16, 0, lengths))
-    assert grouped < 1.1 < 2 < plain
+        padding.append(sum(len(rows) * lengths[rows].max() for rows in batches) / lengths.sum())
+    assert padding[1] < 1.1 < 2 < padding[0]
     longest = [lengths[rows].max() for rows in batches]
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.2  # not from long to short
 
 
 # ------------------------------------------------------------------ objective and head
-def test_regression_targets_are_scaled_and_scored_in_their_own_unit():
+def test_regression_targets_are_scaled_and_a_saved_head_gives_raw_labels_for_raw_states(tmp_path):
     labels = np.random.default_rng(0).normal(5000, 40, 200)
     objective = Objective.of(LabelledTexts(["a"] * 200, labels, [], ""))
     targets = objective.targets(labels)
@@ -121,15 +117,10 @@ def test_regression_targets_are_scaled_and_scored_in_their_own_unit():
     scores = objective.scores(torch.zeros(200, 1), targets)
     assert scores["mse"] == pytest.approx(labels.var(), rel=1e-4) and scores["loss"] == pytest.approx(1, rel=1e-4)
     assert objective.scores(targets[:, None], targets)["r2"] == pytest.approx(1)
-
-
-def test_a_saved_head_takes_raw_states_and_gives_raw_labels(tmp_path):
     torch.manual_seed(0)
     states = torch.randn(50, 6) * torch.tensor([1, 10, 0.1, 3, 1, 1]) + 4
-    head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(6, 1)).eval()
-    objective = Objective(1, True, 7.0, 3.0)
-    mean, spread = states.mean(0), states.std(0)
-    save_head(tmp_path / "head.safetensors", head, objective, {}, mean, spread)
+    head, mean, spread = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(6, 1)), states.mean(0), states.std(0)
+    save_head(tmp_path / "head.safetensors", head.eval(), objective, {}, mean, spread)
     stored = load_file(tmp_path / "head.safetensors")
     expected = head((states - mean) / spread) * objective.scale + objective.mean
     torch.testing.assert_close(states @ stored["weight"].T + stored["bias"], expected, rtol=1e-4, atol=1e-5)
@@ -161,10 +152,8 @@ def test_optimizer_and_defaults_are_the_papers(run):
 def process(rank: int, run: TrainingRun) -> Any:
     """The accelerator of one of three processes; its sums are its own part alone."""
     real = run.accelerator
-    return SimpleNamespace(
-        process_index=rank, num_processes=3, reduce=lambda tensor, how: tensor, backward=real.backward,
-        no_sync=real.no_sync,
-    )  # fmt: skip
+    methods = {"reduce": lambda tensor, how: tensor, "backward": real.backward, "no_sync": real.no_sync}
+    return SimpleNamespace(process_index=rank, num_processes=3, **methods)
 
 
 def gradients(run: TrainingRun, step: int = 0) -> dict[str, torch.Tensor]:
@@ -250,8 +239,8 @@ def test_processes_share_texts_and_steps_without_changing_a_number(run, settings
 )
 def test_the_best_step_is_that_of_the_lowest_validation_loss_else_of_the_best_test_score(score, validated, best):
     """Each column has its best value, and its worst, at a step of its own."""
-    values = {"accuracy": [0.1, 0.5, 0.9, 0.8, 0.7], "r2": [0.3, 0.2, 0.4, 0.1, 0.9]}[score]
-    columns = {"step": [1, 2, 3, 4, 5], "test_loss": [0.5, 0.6, 0.4, 0.3, 0.9], f"test_{score}": values}
+    columns = {"step": [1, 2, 3, 4, 5], "test_loss": [0.5, 0.6, 0.4, 0.3, 0.9]}
+    columns[f"test_{score}"] = {"accuracy": [0.1, 0.5, 0.9, 0.8, 0.7], "r2": [0.3, 0.2, 0.4, 0.1, 0.9]}[score]
     columns |= {"validation_loss": [0.9, 0.1, 0.5, 0.6, 0.7]} if validated else {}
     history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     assert best_row(history, is_regression=score == "r2")["step"] == best
