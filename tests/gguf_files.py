@@ -12,8 +12,7 @@ from utils.models.gguf import ARCHITECTURES, GGUF_ARCHITECTURES
 
 def architecture_of(config: PreTrainedConfig) -> str:
     """The name of a model's architecture in a GGUF file."""
-    [name] = [name for name, model_type in ARCHITECTURES.items() if model_type == config.model_type]
-    return name
+    return next(name for name, model_type in ARCHITECTURES.items() if model_type == config.model_type)
 
 
 def interleave_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -40,6 +39,7 @@ def write_gguf(
     config = model.config
     name = architecture or architecture_of(config)
     writer = gguf.GGUFWriter(path, name)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     numbers = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -47,18 +47,14 @@ def write_gguf(
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
-    for key, value in numbers.items():
-        if key not in without:
-            writer.add_uint32(f"{name}.{key}", value)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_float32(f"{name}.rope.freq_base", rope["rope_theta"])
-    writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    for key, value in (extra or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    settings = {f"{name}.{key}": value for key, value in numbers.items() if key not in without} | (extra or {})
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in settings.items():
         add[type(value)](key, value)
-    prefix = "ALL" if quantisation == "F32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{quantisation}"])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if quantisation == 'F32' else 'MOSTLY'}_{quantisation}"])
     add_tokenizer(writer, tokenizer, pre_tokenizer, bos_token_id)
     add_weights(writer, model, gguf.GGMLQuantizationType[quantisation], without)
     writer.write_header_to_file()
@@ -76,9 +72,8 @@ def add_tokenizer(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    special = set(tokenizer.all_special_ids)
-    types = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokenizer))]
-    writer.add_token_types(types)
+    kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([kinds[i in tokenizer.all_special_ids] for i in range(len(tokenizer))])
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(bos_token_id is not None)
@@ -103,8 +98,6 @@ def add_weights(
             values = interleave_halves(values, heads[module.rpartition(".")[2]])
         if config.model_type == "gemma3_text" and "norm" in name:
             values = values + 1  # the file holds the factor itself
-        block, _ = gguf.GGML_QUANT_SIZES[kind]
-        if values.ndim == 1 or values.shape[-1] % block or kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        is_exact = values.ndim == 1 or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]
+        own = gguf.GGMLQuantizationType.F32 if is_exact else kind
+        writer.add_tensor(name, gguf.quantize(values, own), raw_dtype=own)

@@ -1,12 +1,10 @@
 """The benchmarks, as far as their numbers rest on the models and texts that they make."""
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import bench_cache, bench_k_sweep, bench_scale, bench_training, harness
-from tests.conftest import configure
+from tests.conftest import configure, only_result
 
 
 def test_ratios_of_a_small_model(monkeypatch, tmp_path, capsys):
@@ -14,9 +12,9 @@ def test_ratios_of_a_small_model(monkeypatch, tmp_path, capsys):
     options = {"num_texts": 80, "mean_length": 12, "tokens_per_batch": 128, "num_rounds": 1}
     options |= {"random_models": ("Qwen2-0.5B",), "product_dtypes": ("float32", "bfloat16x2"), "num_dense_rounds": 1}
     bench_cache.main(configure(bench_cache, results_dir=tmp_path, **options))
-    path = tmp_path / "benchmarks" / "bench_cache.json"
+    path, table = only_result(tmp_path, "benchmarks/bench_cache.json")
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
-    [row] = json.loads(path.read_text())["rows"]
+    [row] = table["rows"]
     assert list(row["seconds"]) == ["forward", "float32", "bfloat16x2", "dense"]
     assert row["over_forward"]["forward"] == 1 and 1 <= row["padding"] < 1.5 and 80 * 6 < row["num_tokens"] < 80 * 19
 
@@ -33,7 +31,7 @@ def test_models_have_the_sizes_of_the_papers(name, num_parameters):
 
 def test_a_layer_is_compared_with_three_decompositions(tmp_path):
     bench_k_sweep.main(configure(bench_k_sweep, hidden_sizes=(16,), num_rounds=1, results_dir=tmp_path))
-    [row] = json.loads((tmp_path / "benchmarks" / "bench_k_sweep.json").read_text())["rows"]
+    [row] = only_result(tmp_path, "benchmarks/bench_k_sweep.json")[1]["rows"]
     assert row["ratio"] == pytest.approx(row["seconds"]["layer"][0] / row["seconds"]["eigh"][0])
 
 
@@ -44,11 +42,10 @@ def test_texts_of_the_scale_benchmark_have_as_many_tokens_as_words(tmp_path, mon
     assert table["num_tokens"].tolist() == [64, 128, 4096] and (table["peak_mb"] > 100).all()
 
 
-def test_training_is_compared_with_a_plain_loop(model_dirs, rows_path, tmp_path):
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-    bench_training.main(configure(bench_training, **names, max_length=64, num_steps=1, num_rounds=1))
-    [path] = (tmp_path / "benchmarks").glob("bench_training.*.lora.json")
-    table = json.loads(path.read_text())
+def test_training_is_compared_with_a_plain_loop(names, tmp_path):
+    options = {"max_length": 64, "num_steps": 1, "num_rounds": 1, "results_dir": tmp_path}
+    bench_training.main(configure(bench_training, **names, **options))
+    _, table = only_result(tmp_path, "benchmarks/bench_training.*.lora.json")
     ours, plain = table["ours"], table["plain"]
     assert table["ratio"] == {name: pytest.approx(ours[name] / plain[name]) for name in ours}
     assert 0 < ours["peak_bytes"] < plain["peak_bytes"]

@@ -1,23 +1,21 @@
 """from_scratch.py: random and pretrained starts, float32 weights, the saved model, the command line."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import from_scratch
-from tests.conftest import configure, run_in_process
+from tests.conftest import configure, flags, only_result, run_in_process
 from tests.training.test_training import make_run, model_folder, take_steps
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def settings(model_dirs, rows_path, tmp_path) -> dict:
+def settings(names, tmp_path) -> dict:
     """A few steps on made-up rows."""
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
-    return names | {"device": "cpu", "num_steps": 8, "steps_per_evaluation": 4, "batch_size": 4}
+    short = {"num_steps": 8, "steps_per_evaluation": 4, "batch_size": 4}
+    return names | short | {"device": "cpu", "results_dir": tmp_path}
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("openelm", "bfloat16"), ("qwen2", "float32")])
@@ -44,11 +42,9 @@ def test_random_weights_follow_the_seed_and_full_finetuning_starts_from_the_pret
 
 
 def test_command_line_writes_an_ordinary_model(settings, monkeypatch, capsys):
-    words = (word for name, value in settings.items() for word in (f"--{name}", value))
-    assert run_in_process(monkeypatch, "from_scratch.py", *words, "--init", "pretrained") == 0
-    [path] = settings["results_dir"].glob("full_finetuning/*/*/metrics.json")
-    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
-    assert json.loads(path.read_text())["last"]["step"] == 8
+    assert run_in_process(monkeypatch, "from_scratch.py", *flags(settings | {"init": "pretrained"})) == 0
+    path, metrics = only_result(settings["results_dir"], "full_finetuning/*/*/metrics.json")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path) and metrics["last"]["step"] == 8
     name = f"{path.parent.parent.name}+full_finetuning+rows"
     files = ["head.safetensors", "history.csv", "metrics.json", name]
     assert sorted(file.name for file in path.parent.iterdir()) == files

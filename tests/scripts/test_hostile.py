@@ -111,13 +111,12 @@ def test_files_of_any_bytes_work_or_are_refused(content, suffix, tmp_path):
         assert part.is_regression or set(part.labels) == set(range(part.num_labels))
 
 
-def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(model_dirs, tmp_path):
+def test_texts_of_one_token_and_of_100_000_characters_give_finite_scores(names, tmp_path):
     long = "the small stone of a large house " * 3000
     texts = [long, *("red", "a", "\x1b[31m\x07", "\u200b", "green river", "music", "engine", "of", "quickly")] * 4
-    path = write_rows(
-        tmp_path / "rows.jsonl", [{"text": t + str(i), "label": "ab"[i % 2]} for i, t in enumerate(texts)]
-    )
-    shared = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(path), "results_dir": tmp_path / "results"}
+    rows = [{"text": text + str(i), "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    shared = names | {"dataset_name": str(path), "results_dir": tmp_path / "results"}
     for split in ("train", "test"):
         cache.main(configure(cache, **shared, split=split))
     result = K_sweep.main(configure(K_sweep, **shared, picture=False))

@@ -14,7 +14,7 @@ import yaml
 import cache
 import linear_training
 from runs.grid import Grid, folder_name, to_flags
-from tests.conftest import ROOT
+from tests.conftest import ROOT, only_result
 from utils.data.docstrings import TASKS
 from utils.data.table import DATASETS, PAPER_KEYS
 from utils.models.table import MODELS
@@ -144,26 +144,19 @@ def test_odd_file_names_and_a_single_control_can_be_planned(tmp_path):
 
 @needs_snakemake
 @pytest.mark.slow
-def test_a_study_goes_on_after_a_failed_cell_removes_its_moments_and_runs_nothing_twice(
-    model_dirs, rows_path, tmp_path
-):
+def test_a_study_goes_on_after_a_failed_cell_removes_its_moments_and_runs_nothing_twice(names, tmp_path):
     """A study of a random model and of one that cannot be made."""
     training = {"batch_size": 4, "num_steps": 2, "steps_per_evaluation": 2, "dtype": "float32"}
     seeds = {"closed_form": 1, "probe": 1, "lora": 1, "ntps_after": 1}
+    failing = {"seeds": seeds, "by": "echo 'error: there is no such model'; false"}
     results, data = tmp_path / "study" / "toy", tmp_path / "data"
     config = {
-        "study": "toy",
-        "results_dir": str(tmp_path),
+        "study": "toy", "results_dir": str(tmp_path), "controls": {"largest": {}},
         "flags": {"max_samples": 60, "max_length": 32},
         "scripts": {"linear_training": {"num_epochs": 2}, "lora": training},
-        "controls": {"largest": {}},
-        "models": {
-            str(model_dirs["qwen2"]): {"seeds": seeds},
-            "no-model": {"seeds": seeds, "by": "echo 'error: there is no such model'; false"},
-        },
-        "datasets": [str(rows_path)],
+        "models": {names["model_name"]: {"seeds": seeds}, "no-model": failing}, "datasets": [names["dataset_name"]],
         "after": [f"python -m fig_plot.collect --results_dir {results} --output_dir {data}"],
-    }
+    }  # fmt: skip
     (tmp_path / "toy.json").write_text(json.dumps(config))
     options = ("--rerun-triggers", "mtime", "params")
     ran = snakemake(tmp_path / "toy.json", "--keep-going", *options)
@@ -171,11 +164,10 @@ def test_a_study_goes_on_after_a_failed_cell_removes_its_moments_and_runs_nothin
     done = [path for path in Grid(config).targets() if Path(path).is_file()]
     assert done == [path for path in Grid(config).targets() if "no-model" not in path] and len(done) == 5
     assert (results / "logs" / "model-no-model.log").read_text() == "error: there is no such model\n"
-    # the tables use the finished results
     assert set(pd.read_csv(data / "training.csv")["dataset"]) == {"rows"}
     # moments are removed after every job that reads them
     assert not list(results.rglob("*.safetensors.*")) and not list(results.rglob("moments/*/rows/*"))
-    table = json.loads(next(results.rglob("before_after.json")).read_text())
+    _, table = only_result(results, "**/before_after.json")
     scores = {path.parent.name: json.loads(path.read_text()) for path in results.rglob("ntps/*/rows.json")}
     [name] = [name for name in scores if not name.endswith("+lora")]
     assert table["probe_settings"]["num_epochs"] == 2

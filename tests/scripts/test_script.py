@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import cache
-from tests.conftest import ROOT, run_command, run_in_process, write_rows
+from tests.conftest import ROOT, flags, run_command, run_in_process, write_rows
 from tests.processes import exit_codes, start
 from utils.results import write_atomically
 from utils.script import environment, git_commit, run_script
@@ -80,9 +80,9 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
     assert "Broken" not in (tmp_path / "said").read_text()
 
 
-def test_a_name_that_the_terminal_cannot_show_is_escaped(model_dirs, tmp_path, monkeypatch):
+def test_a_name_that_the_terminal_cannot_show_is_escaped(names, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "r\u00fcckl\u00e4ufig.jsonl", [{"text": "a b", "label": i % 2} for i in range(40)])
-    options = ["--model_name", model_dirs["qwen2"], "--dataset_name", path, "--results_dir", tmp_path / "\u732b"]
+    options = flags(names | {"dataset_name": path, "results_dir": tmp_path / "\u732b"})
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown := io.BytesIO(), encoding="ascii"))
     assert run_in_process(monkeypatch, "cache.py", *options) == 0
     assert rb"r\xfcckl\xe4ufig.jsonl" in shown.getvalue() and rb"\u732b" in shown.getvalue()
@@ -101,7 +101,6 @@ def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     git("add", "file")
     assert git_commit(tmp_path) == f"{commit}-dirty"
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert git_commit(tmp_path / "unpacked") is None
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path) is None and environment()["git_commit"] is None
