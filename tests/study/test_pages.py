@@ -190,7 +190,7 @@ ANSWERS = [
         (of_v["pca"] > of_v["autoregression"])[~of_v.index.str.endswith("-random")].all()
         for of_v in (controls(study).lead_over_random.unstack() for study in STUDIES))),
     ("`retained` of a random V rises more still", lambda: of_lora("smollm2").high["retained_lead"] < 0),
-    ("In neither study does the interval of a line's lead over the mean lie above 0", lambda: not any(
+    ("In neither study with LoRA does the interval of a line's lead over the mean lie above 0", lambda: not any(
         (read(study, "calibration", "measure == 'lora_gain'").low > 0).any() for study in ("", "smollm2"))),
     ("by less than a tenth of their spread", lambda: shares(["ntps", "ridge_r2", "probe_accuracy"]).max() < 0.1),
     ("For the best layer's accuracy no score's lead has an interval above 0",
