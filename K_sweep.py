@@ -55,7 +55,7 @@ class Output(Unrecorded):
 class Config:
     """Edit the defaults here, or override them from the shell; moments give the model and data settings you omit."""
 
-    split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
+    split: Literal["train", "test", "all"] = "train"  # rows that give U and V
     eigenvectors: Literal["largest", "smallest"] = "largest"  # smallest: as in the released script
     subspace: Literal["autoregression", "pca", "random"] = "autoregression"  # columns of V; pca and random are controls
     center: bool = False  # subtract the means first; the paper does not
@@ -66,7 +66,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
-    run: Run = Run(device="cpu")  # float64 on any device
+    run: Run = Run(device="cpu")  # Device, folders and speed; the numbers are float64 on any device.
 
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
@@ -94,7 +94,7 @@ def ntps_reference(moments: LayerMoments, fraction: float) -> float:
     u, num_informative = solve(moments.pooled_label_cross_moment, moments.pooled_second_moment)
     v, _ = solve(moments.prefix_next_cross_moment, moments.prefix_second_moment)
     k_u, k_v = (max(1, math.floor(fraction * vectors.shape[1] + 1e-9)) for vectors in (u, v))
-    # the first k_u columns of U; columns within the space of lambda = 0 are averaged over all bases of that space
+    # the first k_u columns of U; columns with lambda = 0 have the mean weight over all bases of their space
     weights = torch.zeros(u.shape[1], dtype=torch.float64)
     weights[: min(k_u, num_informative)] = 1
     if k_u > num_informative:
@@ -204,7 +204,7 @@ def ntps(u: Eigenspace, basis: NestedBasis, fractions: tuple[float, ...], larges
 
 
 def retained(labels: Eigenspace, whitened: NestedBasis) -> dict[str, Tensor]:
-    """Two overlaps after Sigma is whitened: `ntps_whitened`, and `retained`, which weights directions by eigenvalue.
+    """Two overlaps after whitening by Sigma: `ntps_whitened`, and `retained`, which weights directions by eigenvalue.
 
     `retained` is the share of the explained label variance that a linear probe with intercept keeps within V_K.
     """
@@ -334,7 +334,7 @@ def main(config: Config) -> dict[str, Any]:
     with one_run_at_a_time(target):
         result = sweep(config, path, held_out_path(path, config.split))
         print_table(result)
-        save_json(target, result)  # before the picture: no score is lost if it cannot be drawn
+        save_json(target, result)  # before the picture: its failure loses no score
         if config.output.picture:
             save_figure(plot_sweep(result), target)
     print(target)

@@ -15,7 +15,7 @@ word, (d,): the mean over its tokens when the word alone is the text.
     autoregression  C1 C1' v = lambda C0 v    V (d, k): largest lambda first, v' C0 v = 1     coordinates V' x
 
 Differs from the paper: the largest eigenvalue comes first (axis 1 of the released script is the second eigenvector), no
-panel is multiplied by ten, and two numbers measure the picture over all standardised components: silhouette, and
+panel has a factor of ten, and two numbers measure the picture over all standardised components: silhouette, and
 leave-one-out accuracy of logistic regression. Beside each is its mean under shuffled word labels; for two equal
 categories that mean accuracy is below one half, because a word left out makes its category the smaller one.
 """
@@ -59,8 +59,8 @@ class Config:
     """
 
     layer: int = 0  # 0: word embeddings, as in the paper; negative: from the end, -1 after the final norm
-    split: Literal["train", "test", "all"] = "train"  # rows on which U and V are solved
-    words: tuple[str, ...] | None = None  # category=a,b,c ...; the line divides the first two; None: the words above
+    split: Literal["train", "test", "all"] = "train"  # rows that give U and V
+    words: tuple[str, ...] | None = None  # category=a,b,c ...; None: the paper's words, or ours for docstrings
     num_components: int = 2  # eigenvectors of each problem; the picture shows the first two
     center: bool = False  # subtract the means from the moments first; the paper does not
     num_shuffles: int = 40  # shuffles of the word labels, for the separability by chance
@@ -224,7 +224,7 @@ def main(config: Config) -> None:
                 result = {**identity, "environment": environment(), "num_samples": metadata["num_samples"], **aligned}
             print_table(result)
             save_json(path, result)
-            save_tables(result, path)  # the picture last: nothing is lost if it cannot be drawn
+            save_tables(result, path)  # the picture last: its failure loses nothing
     print(path)
 
 

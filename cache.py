@@ -45,7 +45,7 @@ from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
-TOKENS_PER_BLOCK = 4096  # tokens whose low-precision products are added up before the sum moves to float64
+TOKENS_PER_BLOCK = 4096  # tokens of a block: it adds up low-precision products, then joins the float64 sums
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
 Pooling = Literal["mean", "last"]
 
@@ -259,7 +259,7 @@ def accumulate(
     sum_at_first(list(tensors.values()))
     averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
     tensors.clear()
-    for k in list(sums):  # frees the sums of a layer before the next averages are made
+    for k in list(sums):  # frees the sums of a layer before it makes the next averages
         found = sums.pop(k).averages(len(folds), averages["fold_num_samples"])
         averages |= {f"layer.{k}.{name}": value for name, value in found.items()}
     return averages

@@ -65,7 +65,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     output: Output = Output()
-    run: Run = Run()  # a GPU works through scikit-learn's array API
+    run: Run = Run()  # Device, folders and speed; a GPU works through scikit-learn's array API.
 
     def __post_init__(self) -> None:
         check(self, "positive", "inverse_penalty", "max_iter", "tolerance")
@@ -201,7 +201,7 @@ def main(config: Config) -> None:
         if result is None:
             result = identity | stored_as(config.model) | probe_layers(config, data)
         print_table(result)
-        results.save_json(path, result)  # before the picture: no score is lost if it cannot be drawn
+        results.save_json(path, result)  # before the picture: its failure loses no score
         if config.output.picture:
             save_figure(plot_probes(result), path)
     print(path)

@@ -1,4 +1,4 @@
-"""Train a linear probe by gradient descent on the last layer of a frozen LM: the baseline that LoRA is compared with.
+"""Train a linear probe by gradient descent on the last layer of a frozen LM: the baseline for LoRA.
 
     python linear_training.py                                        # embedded model and data, the paper's settings
     python linear_training.py --standardize --learning_rate 1e-3     # a probe that has converged after 50 epochs
@@ -52,10 +52,10 @@ class Config:
     weight_decay: float = 0.01  # weight decay of AdamW
     batch_size: int = 64  # texts per step
     num_epochs: int = 50  # passes over the training states; accuracy on test after each
-    standardize: bool = False  # inputs to mean 0 and variance 1 over the training rows
+    standardize: bool = False  # scale inputs to mean 0 and variance 1 over the training rows
     validation_share: float = 0.0  # stratified share of the training rows kept apart to choose the best epoch
     patience: int | None = None  # stop after so many epochs without a new lowest validation loss; None: never
-    model: Model = Model()  # its dtype is the LM's; the probe is float32
+    model: Model = Model()  # The LM, and the number of tokens of a text that it reads; the probe is always float32.
     data: Data = Data()
     session: Session = Session()
     run: Run = Run()
@@ -85,7 +85,7 @@ def validation_rows(data: LabelledTexts, share: float, seed: int) -> tuple[np.nd
     """The sorted row numbers to train on and to validate on; if `share` is above 0, at least one each.
 
     Raises:
-        UserError: no row is left to train on.
+        UserError: no row remains to train on.
     """
     num_rows = len(data.texts)
     if not share:

@@ -54,7 +54,7 @@ class Config(FinetuningConfig):
     """Edit the defaults here, or override any of them from the shell."""
 
     rank: int = 32  # r of LoRA
-    alpha: float = 32.0  # B A is multiplied by alpha / r
+    alpha: float = 32.0  # B A has the factor alpha / r
     lora_dropout: float = 0.05  # dropout on the input of A
     target_modules: tuple[str, ...] | None = None  # projections that get LoRA; None: query, key, value of the family
     start_layer: int = 0  # the first decoder layer that gets LoRA, counted from 0
@@ -149,7 +149,7 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
         stored = read_identity(path)  # a study deletes moments that it no longer needs
         check_identity(stored, {"config": result_settings(sweep)}, path)
         check_identity(stored["moments"], identity, path)
-        if held_out := stored["held_out"]:  # else both passes are made
+        if held_out := stored["held_out"]:  # without it, both passes run
             check_identity({"config": {}, **held_out}, {"config": {}, "fingerprint": data["test"].fingerprint}, path)
             return stored
     for split in ("train", "test"):

@@ -8,7 +8,7 @@ Reads the dataset and the models; runs cache.py's pass over the training rows un
 Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a page, .png and .pdf; moments that
 cache.py has not made with these settings go to results/prescreen/moments/. docs/scores.md explains every number.
 
-How models are ranked. Each layer's R2 is that of ridge regression on the pooled states, cross-validated over the folds
+Ranking: each layer has the R2 of ridge regression on the pooled states, cross-validated over the folds
 that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. The ranking
 uses each model's best layer, chosen for each fold on the other folds, so that more layers are no advantage. Intervals
 are 90 %, from the spread over folds; two models, or a model and the bag of words, are compared fold by fold.

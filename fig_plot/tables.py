@@ -105,7 +105,7 @@ def figure_name(name: str, study: Path, tables_dir: Path = DATA_DIR) -> str:
 
 
 def table_path(name: str, data_dir: Path) -> Path:
-    """The path of a table; `layers` is compressed."""
+    """The path of a table; only `layers` is a .csv.gz file."""
     return data_dir / (f"{name}.csv.gz" if name == "layers" else f"{name}.csv")
 
 

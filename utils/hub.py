@@ -21,7 +21,7 @@ class Repository:
 
 
 # A regular expression for "class of the error, its bases and causes: message"; the fault; the remedy. The first row
-# that matches counts. The rows name the classes, so that their libraries need not be imported.
+# that matches counts. The rows name the classes, to import none of their libraries.
 CAUSES = (
     (r"GatedRepoError|DatasetNotFoundError.*gated", "is gated",
      "Accept its terms at {url}, then log in: hf auth login. Or use {instead}."),

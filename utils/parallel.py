@@ -24,7 +24,7 @@ def num_started() -> int:
 
 
 def rank() -> int:
-    """The number of this process, 0 for a single one; works before the processes are connected."""
+    """The number of this process, 0 for a single one; works before `connect`."""
     return int(os.environ.get("RANK", 0)) if num_started() > 1 else 0
 
 

@@ -1,7 +1,7 @@
 """Write files of results in one piece, check them when read, and reuse or refuse a result by its identity.
 
 A result has an identity: its settings, the fingerprint of its rows and the fingerprint of its model. The same identity
-means the same result on any machine; a result of another identity at the same path is refused, with the difference.
+means the same result on any machine; scripts refuse a result of another identity at the path, and name the difference.
 """
 
 import contextlib
@@ -159,7 +159,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> N
 
 
 class TensorFile:
-    """An open file of tensors, each checked as it is read."""
+    """An open file of tensors that checks each tensor as it reads it."""
 
     def __init__(self, path: Path, file: Any, checksums: dict[str, int]) -> None:
         self.path, self.file, self.checksums = path, file, checksums

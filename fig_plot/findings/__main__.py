@@ -26,7 +26,7 @@ and over the models of all studies, in --tables_dir itself:
     coordinates         question 10: each score in every scaling of the coordinates, at the last two layers
     first_choice        test of prescreen.py: the model and layer that it chooses, and the points that it loses
 
-A correlation across models is computed within each task and averaged over tasks. Models with random weights have tables
+A correlation across models is the mean of those within each task. Models with random weights have tables
 of their own, and rows among the controls and the changes by LoRA; all other tables leave them out.
 """
 

@@ -286,7 +286,7 @@ def seed_rows(seeds: pd.DataFrame) -> Rows:
 def scores_by_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
     """Every score of training rows and the probe's test accuracy, a row per model, dataset, seed and layer.
 
-    The arguments are tables of collect.py; scores of `layers` are averaged over K.
+    The arguments are tables of collect.py; scores of `layers` become means over K.
     """
     keys = [*SEED_KEYS, "layer"]
     swept = layers[layers["eigenvectors"] == "largest"].groupby(keys, as_index=False)[list(SCORES)].mean()

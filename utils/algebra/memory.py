@@ -1,4 +1,4 @@
-"""Check that the sums of a pass fit the free memory, before they are allocated."""
+"""Check that the sums of a pass fit the free memory, before cache.py allocates them."""
 
 import os
 from collections import Counter

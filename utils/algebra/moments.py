@@ -146,7 +146,7 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
 
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
-    """The moments of one layer from an open file of cache.py; no other layer is read.
+    """The moments of one layer from an open file of cache.py; reads no other layer.
 
     Raises:
         UserError: the file does not hold the layer.

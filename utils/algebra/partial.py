@@ -54,7 +54,7 @@ class PartialPass:
         """Removes a pass that this run cannot continue, and prints the reason; only the first process calls it.
 
         Raises:
-            UserError: a file is damaged or of another identity; with `overwrite` it is removed.
+            UserError: a file is damaged or of another identity, and `overwrite` is off.
         """
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
@@ -118,7 +118,7 @@ def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], ove
         yield np.load(path, mmap_mode="r+") if has_pooled else np.empty(pooled_shape, np.float32)
         synchronize()
         if rank() == 0:
-            if has_pooled:  # after the moments: a process that is killed in between continues from its sums
+            if has_pooled:  # after the moments: a process that dies in between continues from its sums
                 os.replace(path, pooled_path(moments))
             remove_partial(moments)
         synchronize()  # other processes may read the pooled states next

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # a setting of `Config`; auto: by the number of tokens
 NUM_PROBES = 4
-NUM_STRIPES = 4  # C0 is symmetric: of each stripe of its rows only the part from its diagonal block on is computed
+NUM_STRIPES = 4  # C0 is symmetric: `add_square` computes each stripe of its rows from the diagonal block on
 
 
 def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: int) -> Precision:

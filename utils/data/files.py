@@ -64,7 +64,7 @@ class Source:
     name: str
     tables: dict[str, Table]  # by split
     spec: DatasetSpec
-    own: bool = False  # the user's own data: faulty rows are errors; in hub data they are left out with a warning
+    own: bool = False  # the user's own data: faulty rows are errors; in hub data they cause a warning
 
 
 # ------------------------------------------------------------------ formats

@@ -217,7 +217,7 @@ def _report(source: Source, parts: dict[str, list[Row]], label_names: list[str],
     if {"train", "test"} <= set(parts):
         if spec.sizes and sum(spec.sizes) != sum(sizes.values()):
             known = " and ".join(f"{size:,}" for size in spec.sizes)
-            warn(f"{source.name} had {known} rows when it was tabulated; this copy or revision has other rows")
+            warn(f"{source.name} had {known} rows when tabulated; this copy or revision has {sum(sizes.values()):,}")
         known_texts = {row.text for row in parts["train"]}
         leaked = sum(row.text in known_texts for row in parts["test"]) / sizes["test"]
         facts += [rule, f"{leaked:.1%} of the test texts are also in train"]

@@ -24,7 +24,7 @@ class DatasetSpec:
     label_column: str
     num_classes: int | None  # 0 for a regression target, None if the page does not say
     sizes: tuple[int, int] | None  # train and test rows under the split rule, None if the page does not say
-    test_split: str | None = "test"  # the hub's split that is held out; None: seeded 70/30, as in the paper
+    test_split: str | None = "test"  # the held-out split of the hub; None: seeded 70/30, as in the paper
     group_by: tuple[str, ...] = ()  # rows that share one of these texts stay on one side of the 70/30 split
     config: str | None = None
     revision: str | None = None  # the commit to load, all 40 digits; None: the newest
@@ -62,7 +62,7 @@ SPECS = (
         class_names=("risk", "neutral", "opportunity")),
     DatasetSpec("imdb", "stanfordnlp/imdb", "{text}", "label", 2, (25_000, 25_000), config="plain_text",
         revision="e6281661ce1c48d982bc483cf8a173c1bbeb5d31", class_names=("neg", "pos")),
-    # By file name balanced_train, a part of train, would be added to train once more.
+    # By file names, `datasets` would add balanced_train, a part of train, to train once more.
     DatasetSpec("wiki_toxic", "OxAISH-AL-LLM/wiki_toxic", "{comment_text}", "label", 2, (127_656, 63_978),
         revision=PARQUET_BRANCH,
         data_files={split: f"default/{split}/*.parquet" for split in ("train", "validation", "test")}),

@@ -36,7 +36,7 @@ ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_
 class Header(NamedTuple):
     """The content of a GGUF file except its weights."""
 
-    metadata: dict  # an array of strings is replaced by its length
+    metadata: dict  # an array of strings appears as its length
     tensors: dict[str, reader.TensorInfo]  # by the name in the file; `offset` counts from its first byte
 
 

@@ -206,7 +206,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """The states (b, t, d) after the final norm; with `output_hidden_states=True` also those of each layer."""
         if attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("OpenELM here reads texts that are padded on the right.")
+            raise ValueError("OpenELM reads texts padded on the right: set padding_side='right'.")
         hidden_states = self.token_embeddings(input_ids)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_freq_constant)

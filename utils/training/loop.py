@@ -53,7 +53,7 @@ class TrainingRun:
     batch_size: int  # rows of one forward pass; a step has order.rows_per_step of them, over all processes
     accelerator: Any  # accelerate's
     folder: Path  # folder of the result
-    identity: dict[str, Any]  # settings and fingerprints; the state of another run is refused
+    identity: dict[str, Any]  # settings and fingerprints; `load_state` refuses the state of another run
     config: Any  # the settings of the script
     save_weights: Callable[[], None]  # writes the trained weights into the folder
     stop: Callable[[list[dict]], bool] = lambda history: False  # called after each evaluation

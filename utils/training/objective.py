@@ -97,7 +97,7 @@ class BatchOrder:
 
 @functools.lru_cache(maxsize=1)
 def shuffled_batches(order: BatchOrder, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch; with lengths, `GROUP` random batches are sorted together, then all are shuffled."""
+    """The batches of an epoch; with lengths, sorts each `GROUP` of random batches together, then shuffles all."""
     random = np.random.default_rng((order.seed, epoch))
     rows = random.permutation(order.num_rows)
     cuts = range(order.rows_per_step, order.num_rows, order.rows_per_step)
