@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from utils.models.states import visit_hidden_states
 from utils.models.table import file_digest
 from utils.settings import with_values
 
@@ -128,6 +129,14 @@ def only_result(folder: Path, pattern: str) -> tuple[Path, dict[str, Any]]:
     """The only JSON result of this name below a folder, and its content."""
     [path] = folder.glob(pattern)
     return path, json.loads(path.read_text())
+
+
+def states_of(decoder, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """A copy of the hidden states (b, t, d) of each layer, as the code under test visits them."""
+    seen: dict[int, torch.Tensor] = {}
+    visit_hidden_states(decoder, input_ids, lambda layer, states: seen.__setitem__(layer, states.clone()))
+    assert sorted(seen) == list(range(len(seen)))
+    return list(seen.values())
 
 
 def configure(module: ModuleType, **values: Any) -> Any:

@@ -7,40 +7,23 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    Gemma3Config,
-    GPT2Config,
-    LlamaConfig,
-    T5Config,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lora_finetuning
 from tests.conftest import make_tokenizer, run_in_process
+from tests.models.small import small_config
 from utils.hub import nearest
 from utils.models.load import load_base_model, load_config, load_tokenizer
 from utils.script import UserError
 from utils.settings import Model, Run
 
 CPU, RUN = torch.device("cpu"), Run()
-NARROW = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-NARROW |= {"intermediate_size": 48, "max_position_embeddings": 64}
-BART = BartConfig(
-    vocab_size=300, d_model=32, decoder_layers=2, encoder_layers=3, decoder_attention_heads=4,
-    encoder_attention_heads=4, decoder_ffn_dim=48, encoder_ffn_dim=48, max_position_embeddings=64,
-)  # fmt: skip
-GPT2 = GPT2Config(
-    vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
-)  # fmt: skip
-T5 = T5Config(vocab_size=300, d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8)
-DISTILBERT = AutoConfig.for_model("distilbert", vocab_size=300, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+BART, GPT2, DISTILBERT = (small_config(name) for name in ("bart", "gpt2", "distilbert"))
+ENCODER = {"encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+WHOLE_BART = small_config("bart", is_decoder=False, is_encoder_decoder=True, **ENCODER)
 
 
 def save_model(folder, config, auto_class=AutoModelForCausalLM, seed=0):
@@ -86,22 +69,14 @@ DAMAGES = {
     "safetensors cut short": (lambda f: cut(f / "model.safetensors"), f"Model .*llama {DAMAGED}"),
     "a weight is missing": (without_a_weight, r"lacks 1 weights, such as model\.layers\.1\.self_attn\.q_proj\.weight"),
     "config": (lambda f: cut(f / "config.json"), rf"llama {DAMAGED} .*config\.json"),
-    "vocabulary": (
-        change_config(vocab_size=307), r"lm_head\.weight is \(300, 32\) in its files and \(307, 32\) by its config",
-    ),
-    "GPTQ": (
-        change_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "needs a package that is not installed.*GPTQ",
-    ),
-    "rope": (
-        change_config(rope_scaling={"type": "spiral", "factor": 2.0}, rope_parameters=None),
-        r"cannot be loaded, as with a wrong config\.json.*spiral",
-    ),
-    "list": (change_config(intermediate_size=[48, 48]), "llama cannot be .*intermediate_size"),
-    "no tokenizer": (
-        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
-        "Tokenizer of .* has no file that holds its vocabulary.*--tokenizer_name",
-    ),
+    "vocabulary": (change_config(vocab_size=307),
+                   r"lm_head\.weight is \(300, 32\) in its files and \(307, 32\) by its config"),
+    "GPTQ": (change_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+             "needs a package that is not installed.*GPTQ"),
+    "rope": (change_config(rope_scaling={"type": "spiral", "factor": 2.0}, rope_parameters=None),
+             r"cannot be loaded, as with a wrong config\.json.*spiral"),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+                     "Tokenizer of .* has no file that holds its vocabulary.*--tokenizer_name"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"No model in .*llama: it holds no config\.json"),
 }  # fmt: skip
@@ -120,7 +95,7 @@ def test_what_a_loader_raises_becomes_a_sentence_with_the_cause(llama, damage):
     ("config", "auto_class"),
     [
         (GPT2, AutoModel),
-        (BartConfig(**{**BART.to_dict(), "is_decoder": True, "is_encoder_decoder": False}), AutoModelForCausalLM),
+        (BART, AutoModelForCausalLM),
     ],
     ids=["saved without its head", "bart decoder"],
 )
@@ -129,11 +104,11 @@ def test_a_decoder_is_read_whatever_class_saved_it(tmp_path, config, auto_class)
     stored = list(load_file(tmp_path / "saved" / "model.safetensors").values())
     for name, parameter in decoder.named_parameters():
         assert any(torch.equal(parameter, tensor) for tensor in stored if tensor.shape == parameter.shape), name
+    assert decoder.dtype == torch.float32 and not decoder.training
+    assert load_base_model(Model(str(tmp_path / "saved"), dtype="bfloat16"), RUN, CPU).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("config", "message"), [(BART, "is an encoder-dec"), (T5, "is an encoder-dec"), (DISTILBERT, "is not a causal LM")]
-)
+@pytest.mark.parametrize(("config", "message"), [(WHOLE_BART, "is an encoder-dec"), (DISTILBERT, "is not a causal LM")])
 def test_what_is_no_decoder_is_refused_by_its_configuration(tmp_path, config, message):
     with pytest.raises(UserError, match=rf"{config.model_type}\) {message}"):
         load(save_model(tmp_path / "saved", config, AutoModel))
@@ -141,9 +116,9 @@ def test_what_is_no_decoder_is_refused_by_its_configuration(tmp_path, config, me
 
 def test_of_a_multi_modal_model_the_text_decoder_is_read(tmp_path):
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = {**NARROW, "num_key_value_heads": 2, "head_dim": 8}
-    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28})
-    folder = save_model(tmp_path / "gemma3", config, AutoModelForImageTextToText)
+    vision["image_size"] = 28
+    config = transformers.Gemma3Config(text_config=small_config("gemma3_text"), vision_config=vision)
+    folder = save_model(tmp_path / "gemma3", config, transformers.AutoModelForImageTextToText)
     assert load_config(Model(str(folder)), RUN).max_position_embeddings == 64
     _, decoder = load(folder)
     stored = load_file(folder / "model.safetensors")
@@ -229,7 +204,7 @@ def test_adapters_of_the_bare_model_of_a_classifier_and_of_conv1d_are_applied(ll
     if kind == "bare":
         expected = states(save_adapter(adapter, AutoModel.from_pretrained(folder), **SOME).get_base_model())
     elif kind == "classifier":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
         expected = states(save_adapter(adapter, model, **SOME, task_type="SEQ_CLS").get_base_model().model)
     else:
         folder, adapter = save_model(tmp_path / "model", GPT2), tmp_path / "adapter"
@@ -255,7 +230,7 @@ def test_an_adapter_is_for_its_model_in_any_copy_and_for_no_other(llama, tmp_pat
         with pytest.raises(UserError, match=message):
             adapted_states(tmp_path / model, adapter)
     change_config(base_model_name_or_path=None)(foreign, "adapter_config.json")
-    save_model(tmp_path / "wide", LlamaConfig(**NARROW | {"num_hidden_layers": 3, "hidden_size": 64}))
+    save_model(tmp_path / "wide", small_config("llama", num_hidden_layers=3, hidden_size=64))
     for model, message in (("wide", "size mismatch"), ("gpt2", "it changes model, not the decoder")):
         with pytest.raises(UserError, match=rf"does not fit .*{model}: .*{message}"):
             adapted_states(tmp_path / model, foreign)

