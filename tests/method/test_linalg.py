@@ -10,16 +10,11 @@ from utils.algebra.linalg import NestedBasis, Noise, whiten, without_constants
 from utils.algebra.products import noise_probes
 
 
-def covariance_of(spectrum, seed=0) -> np.ndarray:
-    """A matrix with this spectrum in a random basis."""
-    axes = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(spectrum), len(spectrum))))[0]
-    return axes * spectrum @ axes.T
-
-
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 2, 9), np.logspace(0, -12, 9), np.r_[np.ones(5), np.zeros(4)]])
 def test_whitener_gives_scipy_s_inverse(spectrum):
     """W W' is the inverse on the range: full rank, badly conditioned, and rank-deficient."""
-    matrix = covariance_of(spectrum)
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 9)))[0]
+    matrix = axes * spectrum @ axes.T
     whitener = whiten(tensor(matrix)).numpy()
     rank = int((spectrum > 0).sum())
     assert whitener.shape == (9, rank)
@@ -73,22 +68,16 @@ def test_a_nested_basis_spans_what_the_first_columns_span(dependent):
         np.testing.assert_allclose(inside, np.square(expected.T @ points).sum(0), atol=1e-9)
 
 
-def test_a_column_twice_leaves_no_other_out():
+def test_neither_a_column_twice_nor_one_of_rounding_adds_a_dimension():
     """QR puts an axis into the place of the copy, here that of the next column."""
     assert NestedBasis.of(torch.eye(4).double()[:, [0, 0, 1, 2, 3]], [1, 2, 3, 4, 5]).dims == [1, 1, 2, 3, 4]
-
-
-def test_a_column_of_rounding_spans_nothing():
     vectors = np.random.default_rng(0).normal(size=(20, 6)) * [1e-16, 1e-16, 1, 1, 1, 1]
     assert NestedBasis.of(tensor(vectors), [1, 2, 3, 6], torch.ones(6).double()).dims == [0, 0, 1, 4]
 
 
 @pytest.mark.parametrize(("smallest", "rank"), [(4.5e-8, 50), (1e-9, 49)])
 def test_measured_errors_explain_a_null_space_and_not_one_direction_that_stands_alone(smallest, rank):
-    """Ten exact zeros become eigenvalues of about sqrt(10) errors; the single direction is 20 errors large.
-
-    A cut at the norm of all errors together, sqrt(60) times one of them, would drop it too.
-    """
+    """Ten exact zeros become eigenvalues of about sqrt(10) errors; all errors together have the norm sqrt(60)."""
     random, units = np.random.default_rng(0), np.logspace(-2, 2, 60)
     spectrum = np.r_[np.linspace(1, 2, 49), smallest, np.zeros(10)]
     axes = scipy.linalg.hadamard(64)[:60, :60] / 8

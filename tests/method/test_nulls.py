@@ -61,9 +61,8 @@ def test_null_of_states_with_a_mean_is_that_of_real_permutations(center):
 
 
 # ------------------------------------------------------------------ random V
-@pytest.fixture(scope="module")
-def dense():
-    """Scores of random V by their definition, (draws, fractions) each, and K_sweep.py's result for the same layer."""
+def test_random_subspaces_equal_dense_projections():
+    """Means and deviations of scores of random V by their definition, within four standard errors of the draws."""
     features, targets, states = make_data(80, 12, 3, decades=1.0)
     moments = moments_of(features, targets, states)
     config = configure(K_sweep, fractions=(0.25, 0.5, 0.75), num_null_draws=2)
@@ -84,23 +83,17 @@ def dense():
             euclidean.append(np.square(scipy.linalg.orth(v[:, :k]).T @ u).sum() / np.square(u).sum())
         draws["retained"].append(inside)
         draws["ntps_label"].append(euclidean)
-    return {name: np.array(rows) for name, rows in draws.items()}, found
+    for name, rows in draws.items():
+        expected, whole = np.mean(rows, axis=0), np.mean(rows, axis=1)
+        error = 4 * np.sqrt(2 / NUM_DRAWS)
+        assert (np.abs(np.array(found[name]["fractions"]) - expected) < error * np.std(rows, axis=0) + 1e-12).all()
+        assert found[name]["mean"] == pytest.approx(whole.mean(), abs=error * whole.std())
+        assert found[name]["std"] == pytest.approx(whole.std(), rel=4 / np.sqrt(NUM_DRAWS))
 
 
-@pytest.mark.parametrize("name", ["ntps_label", "retained"])
-def test_random_subspaces_equal_dense_projections(dense, name):
-    """Means and deviations within four standard errors of the draws."""
-    draws, found = dense[0][name], dense[1][name]
-    deviation = draws.std(0) / np.sqrt(NUM_DRAWS)
-    assert (np.abs(np.array(found["fractions"]) - draws.mean(0)) < 4 * np.sqrt(2) * deviation + 1e-12).all()
-    whole = draws.mean(1)
-    assert found["mean"] == pytest.approx(whole.mean(), abs=4 * np.sqrt(2 / NUM_DRAWS) * whole.std())
-    assert found["std"] == pytest.approx(whole.std(), rel=4 / np.sqrt(NUM_DRAWS))
-
-
-def test_a_run_says_how_far_v_is_from_random_subspaces(model_dirs, rows_path, tmp_path):
+def test_a_run_says_how_far_v_is_from_random_subspaces(names, tmp_path):
     """The comparison exists at the last layer only, not for a control of V, and not without random draws."""
-    names = {"model_name": str(model_dirs["qwen2"]), "dataset_name": str(rows_path), "results_dir": tmp_path}
+    names = {**names, "results_dir": tmp_path}
     cache.main(configure(cache, **names))
 
     def run(**options) -> dict:

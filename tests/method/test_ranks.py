@@ -8,43 +8,29 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import transformers
 from transformers import AutoModel
 
 import cache
 import K_sweep
-from tests.conftest import make_texts, write_rows
+from tests.conftest import make_texts, states_of, write_rows
+from tests.models.small import small_config
 from utils.algebra.moments import LayerMoments, describe_texts, load_layer
 from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
-from utils.models.states import visit_hidden_states
 from utils.models.tokens import TokenizedTexts
 from utils.results import open_tensors, save_tensors
 from utils.settings import Data, Model, Run, result_settings
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "olmo": transformers.OlmoConfig,
-    "cohere": transformers.CohereConfig,
-    "neox": transformers.GPTNeoXConfig,
-}
-COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
 
 # ------------------------------------------------------------------ the reference: data matrices, float64, no moments
 def span(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal basis of the columns of a data matrix (N, d), and W (d, rank) with data @ W equal to it.
-
-    Singular values below 1e-7 of the largest are zero: those of exact arithmetic are 1e-4 and more in every case here,
-    and a LayerNorm, which transformers computes in float32 for every dtype, leaves 1e-8 of the part it removes.
-    """
+    """Orthonormal basis of the columns of a data matrix (N, d), and W (d, rank) with data @ W equal to it."""
     norms = np.linalg.norm(data, axis=0)
     scale = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
     left, values, right = np.linalg.svd(data * scale, full_matrices=False)
-    kept = values > 1e-7 * values[0]
+    kept = values > 1e-7 * values[0]  # others are 1e-4 and more; transformers' LayerNorm in float32 leaves 1e-8
     return left[:, kept], scale[:, None] * right[kept].T / values[kept]
 
 
@@ -102,8 +88,9 @@ def reference(states: list[np.ndarray], targets: np.ndarray, center: bool) -> di
 def make_model(kind: str, d: int, vocab: int):
     """A random model with weights in its norms, and offsets if the architecture has them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 2 * d}
-    model = AutoModel.from_config(CONFIGS[kind](**sizes, **COMMON, **SPECIAL), dtype=torch.float32).eval()
+    sizes = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 2 * d, "head_dim": d // 4}
+    config = small_config(kind, **sizes, num_key_value_heads=4, max_position_embeddings=512)
+    model = AutoModel.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -147,12 +134,8 @@ def layer_moments(model, texts, data, config: cache.Config, path) -> list[LayerM
 
 def exact_states(model, texts) -> list[list[np.ndarray]]:
     """The states of each layer in float64, text by text."""
-    states: list[list[np.ndarray]] = [[] for _ in range(model.config.num_hidden_layers + 1)]
-    for text in texts:
-        visit_hidden_states(
-            model, torch.from_numpy(text)[None], lambda layer, x: states[layer].append(x[0].double().numpy())
-        )
-    return states
+    of_texts = (states_of(model, torch.from_numpy(text)[None]) for text in texts)
+    return [[x[0].double().numpy() for x in of_layer] for of_layer in zip(*of_texts, strict=True)]
 
 
 CASES = {
@@ -163,7 +146,7 @@ CASES = {
     "long texts": ("llama", 64, 300, functools.partial(random_tokens, 20, 100, 160), 3, {}),
     "LayerNorm without offset": ("olmo", 64, 200, functools.partial(random_tokens, 200, 5, 24), 4, {}),
     "LayerNorm with weight": ("cohere", 64, 200, functools.partial(random_tokens, 200, 5, 24), 4, {}),
-    "LayerNorm, centred": ("neox", 64, 200, functools.partial(random_tokens, 200, 5, 24), 4, {"center": True}),
+    "LayerNorm, centred": ("gpt_neox", 64, 200, functools.partial(random_tokens, 200, 5, 24), 4, {"center": True}),
 }
 
 

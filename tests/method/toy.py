@@ -26,27 +26,31 @@ def make_data(num_samples, hidden_size, num_classes, seed=0, signal=1.0, decades
     return features, np.eye(num_classes)[labels], states
 
 
-def moments_of(features, targets, states=None, **more) -> LayerMoments:
-    """The moments of one layer from the data itself, by their definition; the states are one long text."""
-    states = np.zeros((2, features.shape[1])) if states is None else states
-    prefix, following = states.cumsum(0)[:-1], states[1:]
-    prefix = prefix / np.arange(1, len(states))[:, None]  # a running mean: keeps the conditioning of a toy problem sane
-    n, norms = len(features), np.square(features).sum(1)
+def averages_of(pooled, targets, prefixes, following) -> dict[str, torch.Tensor]:
+    """The moments by their definition; rows are texts in the first two matrices, pairs of tokens in the others."""
+    n, norms = len(pooled), np.square(pooled).sum(1)
     averages = {
-        "pooled_second_moment": features.T @ features / n,
-        "pooled_label_cross_moment": features.T @ targets / n,
-        "pooled_mean": features.mean(0),
-        "prefix_second_moment": prefix.T @ prefix / n,
-        "prefix_next_cross_moment": prefix.T @ following / n,
-        "prefix_mean": prefix.sum(0) / n,
+        "pooled_second_moment": pooled.T @ pooled / n,
+        "pooled_label_cross_moment": pooled.T @ targets / n,
+        "pooled_mean": pooled.mean(0),
+        "prefix_second_moment": prefixes.T @ prefixes / n,
+        "prefix_next_cross_moment": prefixes.T @ following / n,
+        "prefix_mean": prefixes.sum(0) / n,
         "next_mean": following.sum(0) / n,
         "label_mean": targets.mean(0),
         "label_second_moment": targets.T @ targets / n,
         "pooled_norm_fourth_power": np.square(norms).mean(),
-        "pooled_norm_squared_pooled": norms @ features / n,
+        "pooled_norm_squared_pooled": norms @ pooled / n,
     }
-    averages = {name: tensor(value) for name, value in averages.items()}
-    return LayerMoments(**averages, num_samples=n, num_pairs=len(prefix), **more)
+    return {name: tensor(value) for name, value in averages.items()}
+
+
+def moments_of(features, targets, states=None, **more) -> LayerMoments:
+    """The moments of one layer from the data itself; the states are one long text."""
+    states = np.zeros((2, features.shape[1])) if states is None else states
+    prefix = states.cumsum(0)[:-1] / np.arange(1, len(states))[:, None]  # a running mean: a toy problem stays sane
+    averages = averages_of(features, targets, prefix, states[1:])
+    return LayerMoments(**averages, num_samples=len(features), num_pairs=len(prefix), **more)
 
 
 def solve(moments, held_out=None, layer=0, num_random_draws=0, **options) -> dict:
