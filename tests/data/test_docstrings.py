@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,19 +54,12 @@ class Thing:
     def make(amount):
         """Makes a thing from nothing."""
         yield amount
-
-
-try:
-    import something
-except ImportError:
-    def something():
-        """Stands in for what is missing."""
 '''
 
 
-@pytest.fixture
-def fake_package(tmp_path, monkeypatch):
-    """A package that can be parsed and cannot be imported, with a test folder and a file that is not Python."""
+# ------------------------------------------------------------------ parser
+def test_rows_hold_the_facts_of_the_code(tmp_path, monkeypatch):
+    """Of a package that can be parsed and cannot be imported, with a test folder and a file that is not Python."""
     for name, content in {
         "__init__.py": FAKE_MODULE,
         "part/inner.py": '"""Some inner module text."""',
@@ -75,21 +69,16 @@ def fake_package(tmp_path, monkeypatch):
     }.items():
         write(tmp_path / "fakelib" / name, content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path / "fakelib"
-
-
-# ------------------------------------------------------------------ parser
-def test_rows_hold_the_facts_of_the_code(fake_package):
     rows = {row.name or row.module: row for row in docstrings.parse_libraries(["fakelib"])}
     assert "fakelib" not in sys.modules
-    names = {"plain", "Thing", "Thing.size", "Thing._grow", "Thing.make", "something"}
+    names = {"plain", "Thing", "Thing.size", "Thing._grow", "Thing.make"}
     assert set(rows) == {"fakelib", "fakelib.part.inner", *names}
     assert rows["fakelib"].text == "What the module is for." and rows["fakelib"].kind == "module"
     assert "Second paragraph." in rows["fakelib"].docstring and rows["fakelib"].returns is None
     facts = {name: (row.returns, row.raises, row.property, row.decorated, row.parameters) for name, row in rows.items()}
     assert rows["plain"].text == "Adds up two things."
     assert facts["plain"] == (True, False, False, False, 5)  # an exception of the nested function does not count
-    assert rows["plain"].lines == 4 and rows["something"].lines == 0  # neither docstring nor comment nor blank line
+    assert rows["plain"].lines == 4  # neither docstring nor comment nor blank line
     assert facts["Thing.size"] == (True, True, True, True, 0)
     assert facts["Thing._grow"] == (False, False, False, False, 1)  # `return None` returns nothing
     assert facts["Thing.make"] == (True, False, False, True, 1)
@@ -114,22 +103,17 @@ def test_missing_package_and_task_are_named(monkeypatch):
 # ------------------------------------------------------------------ cache
 def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monkeypatch):
     rows = [Row("numpy", "numpy.linalg", "function", "norm", "Norm of a vector.", "Norm of a vector.\n\x85\n\nMore.")]
-    calls = []
-
-    def parse_libraries(libraries):
-        calls.append(libraries)
-        return rows
-
+    parse = Mock(return_value=rows)
     monkeypatch.setattr(docstrings, "CACHE_DIR", tmp_path)
-    monkeypatch.setattr(docstrings, "parse_libraries", parse_libraries)
+    monkeypatch.setattr(docstrings, "parse_libraries", parse)
     read = load_rows.__wrapped__
     first, digest = read()
-    assert first == tuple(rows) and read() == (first, digest) and len(calls) == 1
+    assert first == tuple(rows) and read() == (first, digest) and parse.call_count == 1
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-3])
-    assert read() == (first, digest) and len(calls) == 2
+    assert read() == (first, digest) and parse.call_count == 2
     monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "0.0")
-    assert read() == (first, digest) and len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
+    assert read() == (first, digest) and parse.call_count == 3 and len(list(tmp_path.iterdir())) == 2
 
 
 # ------------------------------------------------------------------ tasks

@@ -31,19 +31,19 @@ WHOLE_FILES = {
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", WHOLE_FILES)
-def test_texts_are_read_letter_by_letter(name: str, encoding: str, tmp_path: Path) -> None:
+def test_texts_are_read_letter_by_letter(name, encoding, tmp_path):
     path = write(tmp_path / "a b{c}" / name, WHOLE_FILES[name].encode(encoding))
     for found in (load(path, "all"), load(path.parent, "all")):
         assert found.texts == ODD_TEXTS and found.label_names == ["a", "b"] and found.labels.tolist() == [0, 1] * 5
 
 
-def test_quotation_marks_of_glue_are_characters(tmp_path: Path) -> None:
+def test_quotation_marks_of_glue_are_characters(tmp_path):
     lines = ["label\ttext", 'a\t"green red', "b\tplain", 'a\tmusic "', 'b\t"all"', 'a\tsay ""hm"" now']
     found = load(write(tmp_path / "glue.tsv", "\n".join(lines) + "\n"), "all")
     assert found.texts == ['"green red', "plain", 'music "', '"all"', 'say ""hm"" now']
 
 
-def test_keys_of_json_lines_may_come_late_or_be_missing(tmp_path: Path) -> None:
+def test_keys_of_json_lines_may_come_late_or_be_missing(tmp_path):
     lines = ['{"text": "one"}', '{"text": "two", "label": "a"}', '{"label": "b", "text": "four"}']
     assert load(write(tmp_path / "rows.jsonl", "\n".join(lines)), "all").texts == ["two", "four"]
 
@@ -79,7 +79,7 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_FILES)
-def test_whole_file_is_refused(case: str, tmp_path: Path) -> None:
+def test_whole_file_is_refused(case, tmp_path):
     name, content, message = REFUSED_FILES[case]
     with pytest.raises(UserError, match=message):
         load(write(tmp_path / name, content))
@@ -98,7 +98,7 @@ NO_TEXT = [
 ]
 
 
-def test_cells_that_are_evidently_text_and_that_are_not(tmp_path: Path) -> None:
+def test_cells_that_are_evidently_text_and_that_are_not(tmp_path):
     path = tmp_path / "rows.json"
     for cell, text in RENDERED:
         write(path, json.dumps([{"body": cell, "label": label} for label in "abab"]))
@@ -109,7 +109,7 @@ def test_cells_that_are_evidently_text_and_that_are_not(tmp_path: Path) -> None:
             load(path, text_column="body")
 
 
-def test_types_of_parquet(tmp_path: Path) -> None:
+def test_types_of_parquet(tmp_path):
     pairs = pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
     late = pyarrow.array([2**62, 0], pyarrow.timestamp("us"))
     columns = {"text": [b"caf\xc3\xa9", b"tea"], "bad": [b"\xff", b""], "map": pairs, "late": late}
@@ -121,7 +121,7 @@ def test_types_of_parquet(tmp_path: Path) -> None:
             load(path, text_column=column)
 
 
-def test_wrappings_of_every_text_are_taken_off(tmp_path: Path) -> None:
+def test_wrappings_of_every_text_are_taken_off(tmp_path):
     texts = ["b'one'", 'b"it\'s"', r"b'caf\xc3\xa9'", "b'four'"]
     path = write(tmp_path / "rows.json", json.dumps([{"text": text, "label": text[-2]} for text in texts]))
     assert load(path, "all").texts == ["one", "it's", "café", "four"]
@@ -134,7 +134,7 @@ def test_wrappings_of_every_text_are_taken_off(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ labels
 @pytest.mark.parametrize("word", ["nan", "NAN", "NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "", " "])
-def test_missing_label_is_no_class(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_label_is_no_class(word, tmp_path, capsys):
     for suffix in ("csv", "jsonl", "parquet"):
         found = load(write_labels(tmp_path / f"rows.{suffix}", ["pos", "neg", word, "pos"]), "all")
         assert found.label_names == ["neg", "pos"] and found.texts == ["text 0", "text 1", "text 3"]
@@ -177,7 +177,7 @@ LABELS: list[tuple[list[Any], list[Any] | str]] = [  # names of classes, targets
 
 
 @pytest.mark.parametrize(("labels", "expected"), LABELS)
-def test_labels(labels: list[Any], expected: list[Any] | str, tmp_path: Path) -> None:
+def test_labels(labels, expected, tmp_path):
     typeless = all(isinstance(label, str) for label in labels)
     for suffix in ("jsonl", "csv", "parquet")[: 3 if typeless else 1]:
         path = write_labels(tmp_path / f"rows.{suffix}", labels)
@@ -197,13 +197,13 @@ def test_labels(labels: list[Any], expected: list[Any] | str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("word", ["a", "?", "-Infinity", "1e999", "1_0", False])
-def test_target_that_is_no_number_is_refused(word: Any, tmp_path: Path) -> None:
+def test_target_that_is_no_number_is_refused(word, tmp_path):
     path = write_labels(tmp_path / "rows.jsonl", ["0.5", "", word, "2.5"])
     with pytest.raises(UserError, match=f"Target 3 of .* no finite number: '{word}'".replace("?", r"\?")):
         load(path, task="regression")
 
 
-def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_near_classes_are_said(tmp_path, capsys):
     found = load(write_labels(tmp_path / "rows.csv", ["calm ", "calm", "\tglad", "glad"]), "all")
     assert found.label_names == ["calm", "glad"] and found.labels.tolist() == [0, 0, 1, 1]
     assert load(write_labels(tmp_path / "rows.csv", ["Calm", "calm", "none", "01", "1"]), "all").num_labels == 5
@@ -213,7 +213,7 @@ def test_near_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "oddly written numbers as labels: they name classes" in capsys.readouterr().err
 
 
-def test_label_types_of_parquet(tmp_path: Path) -> None:
+def test_label_types_of_parquet(tmp_path):
     def of(labels: Any, **options: Any) -> Any:
         path = write_parquet(tmp_path / "rows.parquet", {"text": ["one", "two", "three"], "label": labels})
         found = load(path, "all", **options)
@@ -235,7 +235,7 @@ def write_named(path: Path, labels: list[int], names: list[str]) -> Path:
     return path
 
 
-def test_class_names_of_parquet(tmp_path: Path) -> None:
+def test_class_names_of_parquet(tmp_path):
     found = load(write_named(tmp_path / "train-0.parquet", [0, 1, 7], ["no", "a"]), "all")
     assert found.label_names == ["no", "a", "7"] and found.labels.tolist() == [0, 1, 2]
     for second in ("train-1", "test"):
@@ -246,7 +246,7 @@ def test_class_names_of_parquet(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ folders
-def test_folder_of_mixed_formats_and_empty_files(tmp_path: Path) -> None:
+def test_folder_of_mixed_formats_and_empty_files(tmp_path):
     write_labels(tmp_path / "train-0.jsonl", [1, 2, 1])
     write(tmp_path / "train-1.jsonl", "")
     write_labels(tmp_path / "test.csv", [1, 2])
@@ -275,7 +275,7 @@ configs:
 """
 
 
-def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
+def test_subsets_are_read_one_at_a_time(tmp_path):
     folder = tmp_path / "own"
     write(folder / "README.md", SUBSETS.format(default=""))
     for name in ("part-0", "part-1", "held"):
@@ -295,9 +295,7 @@ def test_subsets_are_read_one_at_a_time(tmp_path: Path) -> None:
         load(f"{folder}:en")
 
 
-def test_folder_of_save_to_disk_names_the_command_that_converts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_save_to_disk_names_the_command_that_converts_it(tmp_path, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     rows = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")

@@ -1,8 +1,8 @@
 """The known datasets on made-up rows in their own column schema, the hub's errors, and local copies."""
 
-from pathlib import Path
 from string import Formatter
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -89,7 +89,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
-def test_known_dataset(spec: DatasetSpec, calls: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_known_dataset(spec, calls, tmp_path):
     train, test = load(spec.key), load(spec.hub_id, "test")
     asked = {"path": spec.hub_id, "name": spec.config, "revision": spec.revision, "data_files": spec.data_files}
     assert calls == [asked, asked], "key and hub id are one dataset"
@@ -107,7 +107,7 @@ def test_known_dataset(spec: DatasetSpec, calls: list[dict[str, Any]], tmp_path:
     assert len(calls) == 2, "the copy is read without the hub"
 
 
-def test_nineteen_datasets_in_the_table() -> None:
+def test_nineteen_datasets_in_the_table():
     assert len(SPECS) == len({spec.key for spec in SPECS}) == 19
     assert all(len(spec.class_names) in (0, spec.num_classes) for spec in SPECS)
     for spec in SPECS:  # a short hash is not accepted by the hub
@@ -115,11 +115,11 @@ def test_nineteen_datasets_in_the_table() -> None:
 
 
 def stub_hub(monkeypatch: pytest.MonkeyPatch, **splits: dict[str, list[Any]]) -> None:
-    loaded = datasets.DatasetDict({split: datasets.Dataset.from_dict(columns) for split, columns in splits.items()})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    loaded = {split: datasets.Dataset.from_dict(columns) for split, columns in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=loaded))
 
 
-def test_medical_keeps_a_question_on_one_side(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_medical_keeps_a_question_on_one_side(calls, capsys):
     def questions(part: LabelledTexts) -> set[str]:
         return {" ".join(text.lower().split()[:2]) for text in part.texts}
 
@@ -135,7 +135,7 @@ def test_medical_keeps_a_question_on_one_side(calls: list[dict[str, Any]], capsy
     assert pairs_of(paper_train) == [rows[row] for row in order]
 
 
-def test_leak_of_the_intents_is_found(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_leak_of_the_intents_is_found(calls, capsys):
     load("Bhuvaneshwari/intent_classification")
     out, err = capsys.readouterr()
     assert "120 train and 120 test texts, 12 classes, own test, 100.0% of the test texts are also in train" in out
@@ -146,7 +146,7 @@ def test_leak_of_the_intents_is_found(calls: list[dict[str, Any]], capsys: pytes
     assert "had 16,000 and 2,000 rows" in err, "a size other than the table's is told"
 
 
-def test_all_is_every_labelled_row_and_a_seed_moves_no_known_split(calls: list[dict[str, Any]]) -> None:
+def test_all_is_every_labelled_row_and_a_seed_moves_no_known_split(calls):
     assert len(load("sst2", "all").texts) == 40  # its hidden test split is left out
     assert len(load("imdb", "all").texts) == 60
     assert len(load("ucirvine/sms_spam", "all").texts) == 20
@@ -154,7 +154,7 @@ def test_all_is_every_labelled_row_and_a_seed_moves_no_known_split(calls: list[d
         assert load(key, seed=0).fingerprint == load(key, seed=1).fingerprint
 
 
-def test_columns_of_a_known_dataset_can_be_overridden(calls: list[dict[str, Any]]) -> None:
+def test_columns_of_a_known_dataset_can_be_overridden(calls):
     pair = load("amazon_polarity", text_template="{more}: {content}")
     assert pair.texts[3] == "more train 3: content train 3"
     assert load("amazon_polarity", text_column="more").texts[3] == "more train 3"
@@ -162,9 +162,7 @@ def test_columns_of_a_known_dataset_can_be_overridden(calls: list[dict[str, Any]
     assert load("toxigen", task="classification").num_labels == 20
 
 
-def test_hub_rows_that_cannot_serve_are_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hub_rows_that_cannot_serve_are_left_out(monkeypatch, capsys):
     train = {"text": ["a", " ", "b", "c"], "label": ["x", "x", "y", None]}
     stub_hub(monkeypatch, train=train, test={"text": ["d", "e"], "label": ["x", "z"]})
     assert load("user/some").texts == ["a", "b"]
@@ -175,18 +173,14 @@ def test_hub_rows_that_cannot_serve_are_left_out(
     assert "1 of 2 test rows of user/some have classes that train lacks: z; left out" in err
 
 
-def test_class_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_names_of_the_hub(monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     rows = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows})
+    monkeypatch.setattr(datasets, "load_dataset", Mock(return_value={"train": rows}))
     assert load("user/named", "all").label_names == ["z", "a"]
 
 
 # ------------------------------------------------------------------ errors of the hub
-def raise_from(error: Exception, cause: Exception | None) -> None:
-    raise error from cause
-
-
 HUB_CASES: dict[str, tuple[Exception, str]] = {  # tests/models/test_models.py has those of models
     "gated": (DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), r"gated.*hf auth login"),
     "revision": (DatasetNotFoundError("Revision 'v9' doesn't exist for 'x'."), r"no revision 'v9'.*--dataset_revision"),
@@ -199,29 +193,30 @@ HUB_CASES: dict[str, tuple[Exception, str]] = {  # tests/models/test_models.py h
 
 
 @pytest.mark.parametrize("case", HUB_CASES)
-def test_error_of_the_hub(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_hub(case, monkeypatch):
     error, message = HUB_CASES[case]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: raise_from(error, None))
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(UserError, match=message) as raised:
         load("dair-ai/emotions", dataset_revision="v9")
     assert raised.value.__cause__ is error  # --debug shows it
 
 
-def test_full_disk_is_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = OSError(28, "No space left on device")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: raise_from(DatasetGenerationError("An error"), disk))
+def test_full_disk_is_not_disguised(monkeypatch):
+    error = DatasetGenerationError("An error")
+    error.__cause__ = OSError(28, "No space left on device")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(OSError, match="No space left"):
         load("emotion")
 
 
-def test_offline_hub_without_a_stub() -> None:
+def test_offline_hub_without_a_stub():
     """The library's own exception under HF_HUB_OFFLINE, which conftest.py sets."""
     with pytest.raises(UserError, match=r"Dataset nobody/nothing .*hub cannot be reached"):
         load("nobody/nothing")
 
 
 @pytest.mark.parametrize(("key", "missing"), [("emotion", "test"), ("sst2", "validation"), ("imdb", "train")])
-def test_split_absent_on_the_hub(key: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_absent_on_the_hub(key, missing, monkeypatch):
     present = [split for split in ("train", "validation", "test") if split != missing]
     stub_hub(monkeypatch, **{split: {"text": ["a"], "sentence": ["a"], "label": [0]} for split in present})
     with pytest.raises(UserError, match=f"no split {missing!r}; splits: {', '.join(present)}"):
@@ -229,16 +224,14 @@ def test_split_absent_on_the_hub(key: str, missing: str, monkeypatch: pytest.Mon
 
 
 # ------------------------------------------------------------------ local copies of hub datasets
-def test_errors_of_copies(tmp_path: Path) -> None:
+def test_errors_of_copies(tmp_path):
     with pytest.raises(UserError, match=r"No copy .*emotion/train\.parquet is missing"):
         load("emotion", copies=tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--dataset_revision main"):
         load("emotion", copies=tmp_path, dataset_revision="main")
 
 
-def test_test_rows_are_taken_from_train_where_that_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_test_rows_are_taken_from_train_where_that_is_asked_for(tmp_path, capsys):
     write_parquet(tmp_path / "user__news" / "train.parquet", {"text": list("abcd"), "topic": ["x", "y"] * 2})
     assert load("user/news", "all", tmp_path, label_column="topic").label_names == ["x", "y"]
     columns = {"text": [f"b'text {n}'" for n in range(40)], "toxicity_human": [1 + n % 9 / 2 for n in range(40)]}
