@@ -5,14 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from fig_plot.findings.comparisons import (
-    best_test_accuracy,
-    coordinate_rows,
-    first_choice_rows,
-    lead_of_layers,
-    special_rows,
-    which_model_rows,
-)
+from fig_plot.findings import comparisons
 from fig_plot.findings.correlations import Draws
 from fig_plot.findings.questions import mean_of_others
 from utils.algebra.scores import SCORES
@@ -35,7 +28,7 @@ def made_up_cells(num_models: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize("num_models", [2, 3])
 def test_share_of_datasets_on_which_a_score_orders_the_models(num_models):
-    rows = pd.DataFrame(which_model_rows(made_up_cells(num_models), DRAWS))
+    rows = pd.DataFrame(comparisons.which_model_rows(made_up_cells(num_models), DRAWS))
     pairs = {2: {"m0, m1"}, 3: {"m0, m1", "m0, m2", "m1, m2", "all"}}[num_models]
     assert set(rows.models) == pairs and set(rows.outcome) == {"best_test_accuracy"}
     for models in pairs:
@@ -51,7 +44,7 @@ def test_ties_of_a_score_count_one_half_and_those_of_the_outcome_nothing():
     cells = made_up_cells(2)
     cells.loc[cells.dataset == "data0", "retained"] = 1.0
     cells.loc[cells.dataset == "data7", "best_test_accuracy"] = 0.5
-    found = pd.DataFrame(which_model_rows(cells, DRAWS)).set_index("score")
+    found = pd.DataFrame(comparisons.which_model_rows(cells, DRAWS)).set_index("score")
     assert found.share["retained"] == pytest.approx((0.5 + 5) / 7) and found.datasets["retained"] == 7
 
 
@@ -64,7 +57,7 @@ def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
     probes = pd.DataFrame([{"model": "m", "dataset": "a", "seed": seed, "layer": layer, "test_accuracy": accuracy}
                            for seed, of_seed in enumerate([(0.1, 0.9, 0.5), (0.3, 0.1, 0.7)])
                            for layer, accuracy in enumerate(of_seed)])  # fmt: skip
-    assert best_test_accuracy(probes).best_test_accuracy.tolist() == pytest.approx([0.6])
+    assert comparisons.best_test_accuracy(probes).best_test_accuracy.tolist() == pytest.approx([0.6])
 
 
 def test_the_largest_r2_is_chosen_and_its_points_are_lost_against_the_best_probe():
@@ -81,7 +74,7 @@ def test_the_largest_r2_is_chosen_and_its_points_are_lost_against_the_best_probe
     ]
     table = pd.DataFrame(rows, columns=columns)
     words = pd.DataFrame({"dataset": ["x", "x"], "bag_of_words_accuracy": [0.6, 0.8]})
-    [row] = first_choice_rows(table, table, words).itertuples()
+    [row] = comparisons.first_choice_rows(table, table, words).itertuples()
     assert (row.model, row.layer, row.best_model, row.best_layer) == ("a", 1, "b", 2)
     assert row.test_accuracy == pytest.approx(0.72) and row.points_lost == pytest.approx(20)
     assert row.over_words == pytest.approx(2)
@@ -100,7 +93,7 @@ def test_leads_over_random_subspaces_and_their_sign_in_two_models():
                             "retained": 0.5 + (v == "autoregression") * lead * (layer == 1)}
                            for dataset, lead in zip(DATASETS, first, strict=True) for layer in (0, 1, 2)
                            for v in ("autoregression", "random") for fraction in (0.2, 0.8)])  # fmt: skip
-    rows = pd.DataFrame(special_rows(lead_of_layers(cells, layers), DRAWS))
+    rows = pd.DataFrame(comparisons.special_rows(comparisons.lead_of_layers(cells, layers), DRAWS))
     rows = rows.set_index(["place", "models", "statistic"])
     for place in ("last", "middle"):
         assert rows.value[(place, "one", "mean lead")] == pytest.approx(first.mean())
@@ -121,7 +114,7 @@ def test_a_score_in_every_scaling_at_the_last_two_layers():
                     layers.append({"model": "one", "dataset": dataset, "layer": layer, "coordinates": coordinates,
                                    "subspace": "autoregression", **dict.fromkeys(SCORES, value + shift)})  # fmt: skip
     cells = pd.DataFrame({"model": "one", "dataset": DATASETS, "probe_accuracy": accuracy})
-    rows = pd.DataFrame(coordinate_rows(pd.DataFrame(layers), cells, DRAWS))
+    rows = pd.DataFrame(comparisons.coordinate_rows(pd.DataFrame(layers), cells, DRAWS))
     assert set(rows.layer) == {1, 2} and set(rows.score) == set(SCORES) and (rows.datasets == 8).all()
     of = rows[(rows.layer == 2) & (rows.score == "ntps")].set_index("coordinates")
     assert of.probe_accuracy.to_dict() == pytest.approx({"as_is": -1, "standardized": 1})
@@ -130,4 +123,4 @@ def test_a_score_in_every_scaling_at_the_last_two_layers():
         assert of["mean"][coordinates] == pytest.approx(values.mean())
         assert of.sd_over_datasets[coordinates] == pytest.approx(np.std(values, ddof=1))
         assert of.sd_over_scalings[coordinates] == pytest.approx(spread)
-    assert not list(coordinate_rows(pd.DataFrame(layers).query("coordinates == 'as_is'"), cells, DRAWS))
+    assert not list(comparisons.coordinate_rows(pd.DataFrame(layers).query("coordinates == 'as_is'"), cells, DRAWS))

@@ -36,7 +36,6 @@ DAMAGES = {
     "empty": (lambda content: b"", "it has been cut off"),
     "not text": (lambda content: b"\xff\xfe" + content, "can't decode byte 0xff"),
     "foreign": (lambda content: b"a,b\n1,2\n", "lacks one of the columns model, dataset, seed"),
-    "without seeds": (lambda content: content.replace(b"seed", b"grain"), "columns model, dataset, seed"),
     "word": (lambda content: content.replace(b",0.", b",about 0.", 1), "or has words in ntps"),
     "cut within a cell": (lambda content: content[:-2], "it has been cut off"),
     "open quotation": (lambda content: content[: content.rindex(b",") + 1] + b'"1\n', "EOF inside string"),

@@ -13,7 +13,7 @@ from fig_plot.findings import __main__ as findings
 from fig_plot.findings import page
 from fig_plot.findings.correlations import Draws
 from fig_plot.tables import figure_name, find_studies, read_table, save_csv
-from tests.conftest import PUBLISHED, ROOT, needs_published
+from tests.conftest import PUBLISHED, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def executed(data, tmp_path_factory):
-    """All notebooks as one, executed by one kernel, and the folder of its figures.
-
-    A kernel takes seconds to start. TABLES holds the docstring study and the new one.
-    """
+    """All notebooks as one, executed by one kernel with the docstring study and the new one; the folder of figures."""
     folder = tmp_path_factory.mktemp("drawn")
     shutil.copytree(data, folder / "tables", ignore=shutil.ignore_patterns("smollm2*"))
     if "NTPS_PUBLISHED" in os.environ:
@@ -70,15 +67,11 @@ def test_notebook_draws_the_committed_figures_and_those_of_a_new_study(executed,
     assert {path.rsplit(".")[-1] for path in expected} == {"png", "pdf"}
 
 
-def test_every_cell_that_draws_shows_its_pictures(executed, data):
+def test_every_cell_that_draws_shows_its_pictures_also_of_the_published_values(executed, data):
     shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in executed[0].cells]
-    assert sum(shown) == (10 if (data.parent / "published").exists() else 7)
-
-
-@needs_published
-def test_notebooks_draw_the_published_values_where_they_are(executed, data):
-    names = {path.stem for path in (data.parent / "published").glob("*.png")}
-    assert names == {"Fig1", "Fig2_train_accuracy", "Fig2_train_mse", "Fig3"}
+    published = {path.stem for path in (data.parent / "published").glob("*.png")}
+    assert sum(shown) == (10 if published else 7)
+    assert published == ({"Fig1", "Fig2_train_accuracy", "Fig2_train_mse", "Fig3"} if PUBLISHED.name else set())
 
 
 def test_the_page_has_the_rows_of_a_new_study_beside_the_others(data, monkeypatch):
@@ -106,9 +99,7 @@ def test_the_page_has_the_rows_of_a_new_study_beside_the_others(data, monkeypatc
     assert {row.split(" | ")[0] for row in tables["coordinates"][2:]} == {"| `gemma3-270m`"}
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_is_committed_without_outputs(name):
-    notebook = NOTEBOOKS[name]
-    nbformat.validate(notebook)
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+def test_notebooks_are_committed_without_outputs():
+    for notebook in NOTEBOOKS.values():
+        assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+        assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

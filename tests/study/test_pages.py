@@ -11,7 +11,7 @@ from fig_plot.tables import CLAIMED, load_cells, trained_models
 from tests.conftest import ROOT, run_in_process
 from utils.script import UserError
 
-README, FINDINGS = ((ROOT / name).read_text() for name in ("README.md", "docs/findings.md"))
+README, FINDINGS, SCORES = ((ROOT / name).read_text() for name in ("README.md", "docs/findings.md", "docs/scores.md"))
 DATA = ROOT / "fig_plot" / "data"
 LEADS = ["lead", "low", "high"]
 
@@ -23,10 +23,14 @@ def is_rounded(shown: list[str], values) -> bool:
     )
 
 
+def table(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(DATA / study / f"{name}.csv")
+
+
 def read(study: str, name: str, query: str = "", index: str | list[str] = "") -> pd.DataFrame:
-    table = pd.read_csv(DATA / study / f"findings_{name}.csv")
-    table = table.query(query) if query else table
-    return table.set_index(index) if index else table
+    found = table(study, f"findings_{name}")
+    found = found.query(query) if query else found
+    return found.set_index(index) if index else found
 
 
 def rule(study: str) -> pd.DataFrame:
@@ -50,8 +54,7 @@ def controls(study: str) -> pd.DataFrame:
 
 # ------------------------------------------------------------------ numbers in the words around the tables
 def separability() -> pd.DataFrame:
-    table = pd.read_csv(DATA / "smollm2" / "separability.csv")
-    return table.query("group == 'first_two'").set_index(["layer", "space"])
+    return table("smollm2", "separability").query("group == 'first_two'").set_index(["layer", "space"])
 
 
 def twin(name: str, columns: list[str]) -> list[float]:
@@ -94,7 +97,7 @@ QUOTES = [
     (FINDINGS, r"test accuracy of LoRA is (\.\d+) with random weights and (\.\d+) in the trained",
      lambda: twin("lora_accuracy", ["random_weights", "trained"])),
     (FINDINGS, r"moves by up to (\.\d+) on SmolLM2",
-     lambda: [moves("smollm2").largest_difference.loc["ntps_released"].max()]),
+     lambda: [table("smollm2", "reproducibility_summary").query("score == 'ntps_released'").largest_difference.max()]),
     (FINDINGS, rf"last layer by (\d\.\d) points, the middle one by (\d\.\d) .*?`ntps` leads the last by (\d\.\d) "
                rf"\[{SIGNED}, {SIGNED}\]",
      lambda: [layers("smollm2-docstrings").lead["ridge_r2"],
@@ -133,83 +136,68 @@ QUOTES = [
 ]  # fmt: skip
 
 
-def moves(study: str) -> pd.DataFrame:
-    return pd.read_csv(DATA / study / "reproducibility_summary.csv").set_index(["score", "variant"])
-
-
 @pytest.mark.parametrize(("text", "pattern", "values"), QUOTES, ids=range(len(QUOTES)))
 def test_numbers_in_words(text, pattern, values):
     shown = re.search(pattern, " ".join(text.split()))
     assert shown and is_rounded(list(shown.groups()), values())
 
 
-def test_sizes_of_the_studies_in_words():
-    """Datasets, texts and ways of training, as the first paragraphs of the findings have them."""
-    datasets = pd.read_csv(DATA / "smollm2" / "datasets.csv")
-    sizes = datasets.groupby("dataset").num_train.max()
-    assert len(sizes) == 15 and sizes.drop("climatebert/climate_sentiment").eq(2000).all() and sizes.min() == 1000
-    assert datasets.num_test.max() == 1000
-    training = pd.read_csv(DATA / "smollm2" / "training.csv")
-    of_model = training[training.model == "smollm2"]
-    assert of_model[of_model.method == "full_finetuning"].dataset.nunique() == 6
-    models = pd.read_csv(DATA / "models.csv").num_parameters
-    assert f"{models.min() / 1e6:.1f}M to {models.max() / 1e6:.1f}M" == "0.4M to 3.7M" and len(models) == 5
-    sizes = {name: pd.read_csv(DATA / f"{name}.csv").dataset.nunique()
-             for name in ("scores", "training", "smollm2-docstrings/scores")}  # fmt: skip
-    assert sizes == {"scores": 19, "training": 12, "smollm2-docstrings/scores": 12}
-    row = read("smollm2", "decision", "measure == 'lora_gain' and score == 'ntps'").iloc[0]
-    assert (row.above, row.tasks) == (11, 14)  # "Eleven of the fourteen tasks gain more than two points"
-
-
 # ------------------------------------------------------------------ answers in words, as conditions on the CSV files
 STUDIES = ("", "smollm2", "smollm2-docstrings", "gemma3-270m")
 
 
-def ends(study: str, measure: str, score: str) -> tuple[float, float]:
-    return tuple(rule(study).loc[(measure, score), ["low", "high"]])
-
-
-def of_lora(model: str) -> pd.DataFrame:
-    return read("smollm2", "after_lora", index=["model", "score"]).loc[model]
-
-
-def shares(names: list[str]) -> pd.Series:
-    return read("smollm2", "seeds", index="name").share[names]
+def first_choice(docstrings: bool) -> pd.DataFrame:
+    """The first choice of prescreen.py on docstring tasks, or on real datasets."""
+    found = read("", "first_choice")
+    return found[found.dataset.str.startswith("docstrings/") == docstrings]
 
 
 ANSWERS = [
     ("No correlation of SmolLM2 is significant against the same choice among permuted tasks",
      lambda: all((chosen("smollm2", of).p[[*CHOSEN_ON, "lora_gain"]] > 0.05).all() for of in ("", "_paper"))),
     ("`ntps` lies on the claimed side for no outcome", lambda: all(
-        sign * (low if sign > 0 else high) < 0 for sign, (low, high) in
-        ((CLAIMED[name], ends("smollm2", name, "ntps")) for name in rule("smollm2").index.unique("measure")))),
+        row.low < 0 if CLAIMED[row.Index] > 0 else row.high > 0
+        for row in rule("smollm2").xs("ntps", level="score").itertuples())),
     ("No score has an interval above 0 for its lead over the best baseline", lambda: not any(
         (read(study, "leads", "score in ['ntps', 'retained', 'ridge_r2', 'logme']").low > 0).any()
         for study in STUDIES)),
     ("PCA keeps more on average in every trained model", lambda: all(
         (of_v["pca"] > of_v["autoregression"])[~of_v.index.str.endswith("-random")].all()
         for of_v in (controls(study).lead_over_random.unstack() for study in STUDIES))),
-    ("`retained` of a random V rises more still", lambda: of_lora("smollm2").high["retained_lead"] < 0),
+    ("`retained` of a random V rises more still", lambda: (
+        read("smollm2", "after_lora", "model == 'smollm2'", "score").high["retained_lead"] < 0)),
     ("In neither study with LoRA does the interval of a line's lead over the mean lie above 0", lambda: not any(
         (read(study, "calibration", "measure == 'lora_gain'").low > 0).any() for study in ("", "smollm2"))),
-    ("by less than a tenth of their spread", lambda: shares(["ntps", "ridge_r2", "probe_accuracy"]).max() < 0.1),
+    ("by less than a tenth of their spread", lambda: (
+        read("smollm2", "seeds", index="name").share[["ntps", "ridge_r2", "probe_accuracy"]].max() < 0.1)),
     ("For the best layer's accuracy no score's lead has an interval above 0",
      lambda: (of_pairs().lead_low["best_test_accuracy"].drop("better on the others") <= 0).all()),
+    ("on fifteen real datasets, ten of them the paper's: 2,000 training texts (1,000 of `climate_sentiment`), up to "
+     "1,000 test texts", lambda: (sizes := table("smollm2", "datasets")).num_test.max() == 1000
+     and sizes.groupby("dataset").num_train.max().value_counts().to_dict() == {2000: 14, 1000: 1}),
+    ("four trained models of 0.4M to 3.7M parameters and one with random weights", lambda: (
+        table("", "models").num_parameters.agg(["size", "min", "max"]).div([1, 1e6, 1e6]).round(1).tolist()
+        == [5, 0.4, 3.7])),
+    ("ran on nineteen tasks made from docstrings of Python packages; twelve tasks have LoRA",
+     lambda: [table("", name).dataset.nunique() for name in ("scores", "training")] == [19, 12]),
+    ("Eleven of the fourteen tasks gain more than two points", lambda: read("smollm2", "decision", (
+        "measure == 'lora_gain' and score == 'ntps'"))[["above", "tasks"]].eq([11, 14]).all(None)),
+    ("The choice loses 0.57 points on average over these fourteen and 3.75 at most",
+     lambda: first_choice(False).points_lost.agg(["mean", "size", "max"]).round(2).tolist() == [0.57, 14, 3.75]),
+    ("On twelve docstring tasks SmolLM2 competes with four small LMs. The choice loses 2.6 points on average",
+     lambda: first_choice(True).points_lost.agg(["mean", "size"]).round(1).tolist() == [2.6, 12]),
+    ("beats the bag of words on twelve of the fourteen real datasets, and on one of the twelve docstring tasks",
+     lambda: [(first_choice(docstrings).over_words > 0).sum() for docstrings in (False, True)] == [12, 1]),
+    ("six have full fine-tuning", lambda: table("smollm2", "training").query(
+        "model == 'smollm2' and method == 'full_finetuning'").dataset.nunique() == 6),
+    ("SmolLM2 also ran on twelve of these tasks",
+     lambda: table("smollm2-docstrings", "scores").dataset.nunique() == 12),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sentence", "holds"), ANSWERS, ids=[answer[0][:40] for answer in ANSWERS])
 def test_answers_hold(sentence, holds):
-    assert sentence in " ".join(FINDINGS.split()) and holds()
-
-
-def test_points_that_the_first_choice_of_prescreen_loses():
-    """As docs/scores.md has them in words: real datasets first, docstring tasks second."""
-    table = read("", "first_choice")
-    is_docstring = table["dataset"].str.startswith("docstrings/")
-    lost, above = table.groupby(is_docstring)["points_lost"], (table["over_words"] > 0).groupby(is_docstring)
-    assert lost.mean().round(2).tolist() == [0.57, 2.59] and lost.max()[False] == pytest.approx(3.75)
-    assert above.sum().tolist() == [12, 1] and lost.size().tolist() == [14, 12]
+    assert sentence in " ".join(f"{FINDINGS} {SCORES}".split()) and holds()
 
 
 # ------------------------------------------------------------------ page.py

@@ -20,10 +20,9 @@ TASKS = [f"task{i:02d}" for i in range(10)]
 
 # ------------------------------------------------------------------ question 1: the procedure
 def swept_study(models: tuple[str, ...], gain_of: dict[str, np.ndarray]) -> tuple[pd.DataFrame, ...]:
-    """Cells, layers and probes of models with noise as scores, except one configuration, which falls with the gain.
+    """Cells, layers and probes of models with noise as scores; at layer 0, fraction .5 they fall with the gain.
 
-    Two layers and three fractions; the planted one is layer 0, fraction .5. `train_accuracy` of layer 1 rises with the
-    tasks' place, `test_accuracy` of layer 1 falls with it.
+    `train_accuracy` of layer 1 rises with the tasks' place, `test_accuracy` falls with it.
     """
     random = np.random.default_rng(0)
     cells, layers, probes = [], [], []

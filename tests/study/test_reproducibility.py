@@ -5,37 +5,24 @@ import pandas as pd
 import pytest
 import torch
 
-import K_sweep
 from benchmarks import reproducibility
 from tests.conftest import ROOT, configure, run_in_process
-from tests.method.toy import make_data, moments_of
+from tests.method.toy import make_data, moments_of, solve
 from utils.algebra.scores import SCORES
-
-# several K within the rank of the labels, without ties
-FRACTIONS = tuple(i / 12 for i in range(1, 13))
-
-
-def our_score(moments, **options) -> float:
-    result = K_sweep.sweep_layer(moments, None, configure(K_sweep, **options), 0)
-    return result.scores["ntps"].mean().item()
-
-
-def moments_of_rank(num_labels: int, hidden_size: int = 12):
-    """Moments at full rank, well conditioned, with as many informative directions as labels."""
-    features, _, states = make_data(400, hidden_size, 3, decades=0.5)
-    random = np.random.default_rng(1)
-    targets = features @ random.normal(size=(hidden_size, num_labels)) + random.normal(size=(400, num_labels))
-    return moments_of(features, targets, states)
 
 
 def test_released_formula_equals_ours_where_nothing_is_tied():
     """Every eigenvector of U carries a label, with as many labels as dimensions: the basis is unique."""
-    moments = moments_of_rank(12)
-    ours = our_score(moments, eigenvectors="smallest", fractions=FRACTIONS)
-    assert reproducibility.released_score(moments, FRACTIONS, torch.float64) == pytest.approx(ours, abs=1e-8)
+    fractions = tuple(i / 12 for i in range(1, 13))  # several K within the rank of the labels, without ties
+    features, _, states = make_data(400, 12, 3, decades=0.5)
+    random = np.random.default_rng(1)
+    targets = features @ random.normal(size=(12, 12)) + random.normal(size=(400, 12))
+    moments = moments_of(features, targets, states)
+    ours = solve(moments, eigenvectors="smallest", fractions=fractions)["ntps"].mean().item()
+    assert reproducibility.released_score(moments, fractions, torch.float64) == pytest.approx(ours, abs=1e-8)
     # F F' squares the condition number: float32 loses the smallest eigenvectors even here
-    assert 1e-8 < abs(reproducibility.released_score(moments, FRACTIONS, torch.float32) - ours) < 0.2
-    assert ours != pytest.approx(our_score(moments, fractions=FRACTIONS), abs=1e-3)
+    assert 1e-8 < abs(reproducibility.released_score(moments, fractions, torch.float32) - ours) < 0.2
+    assert ours != pytest.approx(solve(moments, fractions=fractions)["ntps"].mean().item(), abs=1e-3)
 
 
 @pytest.mark.slow
