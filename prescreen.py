@@ -117,16 +117,18 @@ def verdict(model: dict[str, Any]) -> str:
 
 
 def recommendation(result: dict[str, Any]) -> str:
-    """The recommendation printed under the table."""
-    first, *others = result["models"]
-    probe = f"a linear probe on layer {first['best_layer']} of {first['model']}"
-    if first["verdict"] == "finds nothing":
+    """The recommendation printed under the table: the first model above the bag of words, or that bag itself."""
+    informative = [model for model in result["models"] if model["verdict"] != "finds nothing"]
+    if not informative:
         return "No model beats permuted labels: the states do not tell the classes apart, or the texts are too few."
-    if first["verdict"] == "no better than words":
+    above_words = [model for model in informative if model["verdict"] != "no better than words"]
+    chosen, *others = above_words or informative
+    probe = f"a linear probe on layer {chosen['best_layer']} of {chosen['model']}"
+    if not above_words:
         return f"Start with a bag of words: {probe} does not beat it. You may not need an LLM."
     words = max(0.0, float(np.mean(result["baselines"]["fold_r2"])))
+    told = f"Start with {probe}: it explains {chosen['r2']:.0%} of the label variance, bag of words {words:.0%}."
     ties = ", ".join(model["model"] for model in others if model["verdict"] == "as good as the first")
-    told = f"Start with {probe}: it explains {first['r2']:.0%} of the label variance, bag of words {words:.0%}."
     return told + (f" The folds do not separate it from {ties}." if ties else "")
 
 

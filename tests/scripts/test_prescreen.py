@@ -140,6 +140,15 @@ def test_verdict_and_recommendation(changes, words, verdict, advice):
     assert said.startswith(advice)
 
 
+def test_the_first_model_above_the_words_is_recommended_even_behind_another():
+    wavering = screened_model("wavering", [0.9, 0.1, 0.9, 0.1, 0.6])  # the highest R2, on some folds below the words
+    ranked = prescreen.rank_models([screened_model("lucky", [0.6] * 5, z=0.0), wavering, screened_model("a", NEAR)],
+                                   np.full(5, 0.3))  # fmt: skip
+    assert [model["verdict"] for model in ranked] == ["finds nothing", "no better than words", "behind the first"]
+    for models, start in ((ranked, "Start with a linear probe on layer 1 of a: "), (ranked[:2], "Start with a bag of")):
+        assert prescreen.recommendation({"models": models, "baselines": {"fold_r2": [0.3] * 5}}).startswith(start)
+
+
 def test_random_v_has_the_rank_of_the_next_token_subspace():
     """C0 of rank 4 in 12 dimensions: a random V of the share f of it holds about floor(4 f) / 12 of any direction."""
     features, targets, states = make_data(400, 12, 3, decades=0.5)
