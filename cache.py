@@ -40,7 +40,7 @@ from utils.models.batches import assign_folds, share_of, token_batches, token_bl
 from utils.models.check import self_check
 from utils.models.load import load_base_model
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
-from utils.models.tokens import TokenizedTexts, tokenize
+from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
@@ -303,19 +303,18 @@ def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
             remove_partial(path)  # from a run that died after it wrote the result
             print("reused, already complete with these settings:")
         else:
-            compute(config, data, identity)
+            results.check_writable(path)
+            tokens = load_tokens(data.texts, config.model, config.run)
+            folds = assign_folds(data.texts, config.num_folds)
+            data = replace(data, texts=[])  # frees the texts
+            compute(config, data, tokens, folds, identity)
     print(path)
     return path
 
 
-def compute(config: Config, data: LabelledTexts, identity: dict[str, Any]) -> None:
+def compute(config: Config, data: LabelledTexts, tokens: TokenizedTexts, folds: np.ndarray, identity: dict) -> None:
     """Runs the model over the texts and writes the moments."""
     path, device = config_path(config), pick_device(config.run.device)
-    results.check_writable(path)
-    model_config = models.load_config(config.model, config.run)
-    tokenizer = models.load_tokenizer(config.model, config.run, model_config)
-    tokens = tokenize(data.texts, tokenizer, model_config, config.model.max_length)
-    folds = assign_folds(data.texts, config.num_folds)
     model = load_base_model(config.model, config.run, device, config.placement.device_map)
     self_check(model, tokens, config.model.model_name)
     num_layers, d = model.config.num_hidden_layers + 1, model.config.hidden_size

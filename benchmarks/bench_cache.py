@@ -26,8 +26,8 @@ from benchmarks.harness import NUM_FOLDS, alternate, plain_forward, random_model
 from utils.algebra.products import Precision
 from utils.data.load import LabelledTexts, load_texts
 from utils.models.batches import token_batches
-from utils.models.load import load_base_model, load_config, load_tokenizer
-from utils.models.tokens import TokenizedTexts, tokenize
+from utils.models.load import load_base_model
+from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.script import pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run
 
@@ -54,9 +54,7 @@ def read_texts(name: str, config: Config) -> Texts:
     """Tokens, labels and folds of a sample of the dataset, made as in cache.py."""
     model, run = Model(name), config.run
     data = load_texts(Data(config.dataset_name, max_samples=config.num_texts), run, "train")
-    model_config = load_config(model, run)
-    tokens = tokenize(data.texts, load_tokenizer(model, run, model_config), model_config)
-    return tokens, data, cache.assign_folds(data.texts, NUM_FOLDS)
+    return load_tokens(data.texts, model, run), data, cache.assign_folds(data.texts, NUM_FOLDS)
 
 
 @torch.inference_mode()

@@ -24,10 +24,10 @@ import from_scratch
 import lora_finetuning
 from benchmarks.harness import alternate, write_result
 from utils.data.load import load_splits
-from utils.models.tokens import TokenizedTexts
+from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.script import pick_device, run_script
 from utils.settings import Data, Model, Run, with_values
-from utils.training.finetune import build_run, tokenize_splits
+from utils.training.finetune import build_run
 from utils.training.loop import Progress, TrainingRun, start_accelerator, train_step
 from utils.training.objective import BatchOrder
 
@@ -55,7 +55,7 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
         data = load_splits(settings.data, settings.run)
         accelerator = start_accelerator(settings, Path(folder))
         run = build_run(settings, script.build, data, accelerator, Path(folder))
-    return run, tokenize_splits(settings, data)
+    return run, {split: load_tokens(part.texts, settings.model, settings.run) for split, part in data.items()}
 
 
 def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:

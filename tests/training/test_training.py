@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import from_scratch
 import lora_finetuning
 from tests.conftest import configure
-from utils.data.load import LabelledTexts, load_splits
+from utils.data.load import LabelledTexts, load_splits, load_texts
 from utils.models.openelm import OpenELMConfig
-from utils.models.tokens import TokenizedTexts
+from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.results import result_path
 from utils.script import UserError, message_of
-from utils.training.finetune import build_run, predict, tokenize_splits
+from utils.training.finetune import build_run, predict
 from utils.training.loop import (
     Progress,
     TrainingRun,
@@ -59,7 +59,7 @@ def make_run(script, config) -> TrainingRun:
 
 
 def tokens_of_test(config) -> TokenizedTexts:
-    return tokenize_splits(config, load_splits(config.data, config.run))["test"]
+    return load_tokens(load_texts(config.data, config.run, "test").texts, config.model, config.run)
 
 
 def take_steps(run: TrainingRun, number: int) -> list[float]:

@@ -161,12 +161,13 @@ def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> L
 def describe_texts(token_ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
     """Counts of n texts, text i being `token_ids[offsets[i] : offsets[i + 1]]`, and statistics for `load_rounding`."""
     lengths = np.diff(offsets)
-    distinct = {hash(token_ids[start:end].tobytes()): end - start for start, end in itertools.pairwise(offsets)}
+    hashes = (hash(token_ids[start:end].tobytes()) for start, end in itertools.pairwise(offsets))
+    distinct = np.unique(np.fromiter(hashes, np.int64, len(lengths)), return_index=True)[1]
     rounding = {
         "mean_inverse_length": float((1 / lengths).mean()),
         "mean_prefix_tokens": float((lengths * (lengths - 1) / 2).mean()),  # tokens in all prefixes of a text
         "num_distinct_texts": len(distinct),
-        "num_distinct_pairs": int(sum(distinct.values())) - len(distinct),
+        "num_distinct_pairs": int((lengths[distinct] - 1).sum()),
     }
     counts = {"num_samples": len(lengths), "num_tokens": int(lengths.sum()), "num_pairs": int((lengths - 1).sum())}
     return {**counts, "rounding": rounding}

@@ -214,11 +214,6 @@ def load_rows() -> tuple[tuple[Row, ...], str]:
     return tuple(Row(*json.loads(line)) for line in stored[65:].splitlines()), stored[:64].decode()
 
 
-def fingerprint() -> str:
-    """First 16 hex digits of the SHA-256 of all rows."""
-    return load_rows()[1][:16]
-
-
 def pretraining_corpus() -> list[str]:
     """The distinct full docstrings in hash order; leaves out docstrings with a first paragraph on the test side."""
     return list(dict.fromkeys(row.docstring for row in load_rows()[0] if not is_test_side(row.text)))
@@ -260,10 +255,6 @@ def parameters(row: Row) -> str | None:
     return None if row.parameters is None else str(row.parameters) if row.parameters < 4 else "4 or more"
 
 
-def examples(row: Row) -> str | None:
-    return flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None
-
-
 # name -> label of a row; None: the row is not in the task
 TASKS: dict[str, Callable[[Row], str | float | None]] = {
     "library": lambda row: row.library,
@@ -271,7 +262,7 @@ TASKS: dict[str, Callable[[Row], str | float | None]] = {
     "returns": lambda row: flag(row.returns, "value", "nothing"),
     "raises": lambda row: flag(row.raises, "raises", "never"),
     "private": private,
-    "examples": examples,
+    "examples": lambda row: flag(">>>" in row.docstring, "examples", "no examples") if row.kind != "module" else None,
     "property": lambda row: flag(row.property, "property", "method") if row.kind == "method" else None,
     "decorated": lambda row: flag(row.decorated, "decorated", "plain"),
     "parameters": parameters,

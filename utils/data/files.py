@@ -12,12 +12,11 @@ Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. `cells.py` turns th
 """
 
 import csv
-import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,16 +67,20 @@ class Source:
 
 
 # ------------------------------------------------------------------ formats
-def decode(path: Path) -> str:
-    """The text of a file. Raises ValueError if it has another encoding."""
-    content = path.read_bytes()
-    try:
-        text = content.decode(json.detect_encoding(content))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{error}; convert it with: iconv -f latin1 -t utf-8 {path}") from None
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, so it is damaged")
-    return text
+def read_lines(path: Path, newline: str | None) -> Iterator[str]:
+    """Yields the lines of a file, which end as `open` has it. Raises ValueError if it has another encoding."""
+    with open(path, "rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    with open(path, encoding=encoding, newline=newline) as text:
+        try:
+            for line in text:
+                if "\0" in line:
+                    raise ValueError("it holds zero bytes, so it is damaged")
+                yield line
+        except UnicodeDecodeError as error:
+            found = f"{error.reason} at position {text.buffer.tell() - len(error.object) + error.start}"
+            remedy = f"convert it with: iconv -f latin1 -t utf-8 {path}"
+            raise ValueError(f"it is no {encoding!r} text: {found}; {remedy}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,42 +90,49 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_json(path: Path) -> Table:
-    """Reads a list of objects, or one object a line; where an object lacks a key, the cell is missing."""
-    text, records = decode(path), list[Any]()
-    parts = [text] if text.lstrip().startswith("[") else io.StringIO(text, newline=None)  # a raw U+2028 ends no line
-    for number, part in enumerate(parts, 1):
+def _records(path: Path) -> Iterator[Any]:
+    """Yields the items of a JSON list, or of one object a line."""
+    lines = enumerate(read_lines(path, newline=None), 1)  # a raw U+2028 ends no line
+    for number, line in lines:
+        part = line + "".join(rest for _, rest in lines) if line.lstrip().startswith("[") else line
         try:
             found = json.loads(part, object_pairs_hook=_unique) if part.strip() else []
         except ValueError as error:  # also a number of thousands of digits
             raise ValueError(f"line {number}, {part.strip()[:60]!r}: {error}") from None
-        records += found if isinstance(found, list) else [found]
-    for row, record in enumerate(records, 1):
+        yield from found if isinstance(found, list) else [found]
+
+
+def _read_json(path: Path) -> Table:
+    """Reads a list of objects, or one object a line; where an object lacks a key, the cell is missing."""
+    columns: dict[str, list[Any]] = {}
+    for row, record in enumerate(_records(path)):
         if not isinstance(record, dict):
-            raise ValueError(f"row {row}, {str(record)[:40]!r}, is not an object")
-    names = dict.fromkeys(name for record in records for name in record)
-    return Table({name: [record.get(name) for record in records] for name in names})
+            raise ValueError(f"row {row + 1}, {str(record)[:40]!r}, is not an object")
+        columns |= {name: [None] * row for name in record if name not in columns}
+        for name, cells in columns.items():
+            cells.append(record.get(name))
+    return Table(columns)
 
 
 def _read_delimited(path: Path) -> Table:
     """Reads a header and rows with as many cells; cells stay strings."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
-    stream = io.StringIO(decode(path), newline="")
-    if path.suffix.lower() == ".tsv":
-        reader = csv.reader(stream, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(stream, strict=True)
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+    reader = csv.reader(read_lines(path, newline=""), strict=True, **options)
+    rows = filter(None, reader)  # a blank line is no row
     try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]  # a blank line is no row
+        header = [name.strip() for name in next(rows, [])]
+        if len(set(header)) < len(header):
+            raise ValueError(f"two columns have one name: {', '.join(header)}")
+        columns: dict[str, list[str]] = {name: [] for name in header}
+        for cells in rows:
+            if len(cells) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells under {len(header)} columns {header}")
+            for column, cell in zip(columns.values(), cells, strict=True):
+                column.append(cell)
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
-    header = [name.strip() for name in lines[0][1]] if lines else []
-    if len(set(header)) < len(header):
-        raise ValueError(f"two columns have one name: {', '.join(header)}")
-    for number, cells in lines:
-        if len(cells) != len(header):
-            raise ValueError(f"line {number} has {len(cells)} cells under {len(header)} columns {header}")
-    return Table({name: [cells[i] for _, cells in lines[1:]] for i, name in enumerate(header)})
+    return Table(columns)
 
 
 def arrow_table(content: "pyarrow.Table") -> Table:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.models.load import load_config, load_tokenizer
 from utils.script import UserError
+from utils.settings import Model, Run
 
 TEXTS_PER_CHUNK = 1024  # a fast tokenizer keeps hundreds of bytes for each token of a call, and splits it among cores
 NO_LIMIT = 10**9  # a tokenizer without a limit states a larger one
@@ -59,6 +61,12 @@ def rope_limit(config: Any) -> int | None:
     name = "original_max_position_embeddings"
     limits = [own.get(name) or getattr(config, name, None) for own in settings if own.get("rope_type") == "longrope"]
     return min((limit for limit in limits if limit), default=None)
+
+
+def load_tokens(texts: list[str], model: Model, run: Run) -> TokenizedTexts:
+    """All texts as token ids of the model."""
+    config = load_config(model, run)
+    return tokenize(texts, load_tokenizer(model, run, config), config, model.max_length)
 
 
 def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | None = None) -> TokenizedTexts:

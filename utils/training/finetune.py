@@ -17,9 +17,8 @@ from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.check import self_check
-from utils.models.load import load_config, load_tokenizer
 from utils.models.states import pool
-from utils.models.tokens import TokenizedTexts, tokenize
+from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.results import result_path
 from utils.script import set_seed
 from utils.settings import Data, Model, Run, Session, check
@@ -109,19 +108,13 @@ def predict(
 Trainable = tuple[Any, Callable[[Path], None]]  # a base model; the function that writes its trained part into a folder
 
 
-def tokenize_splits(config: FinetuningConfig, data: dict[str, LabelledTexts]) -> dict[str, TokenizedTexts]:
-    """The tokens of train and test, as the model of `config` reads them."""
-    model_config = load_config(config.model, config.run)
-    tokenizer = load_tokenizer(config.model, config.run, model_config)
-    return {name: tokenize(part.texts, tokenizer, model_config, config.model.max_length) for name, part in data.items()}
-
-
 def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
               accelerator: Any, folder: Path) -> TrainingRun:  # fmt: skip
     """Makes one run on train and test: classifier, optimiser, order of the rows and evaluation."""
     from transformers import Adafactor
 
-    training, device, tokens = config.training, accelerator.device, tokenize_splits(config, data)
+    training, device = config.training, accelerator.device
+    tokens = {split: load_tokens(part.texts, config.model, config.run) for split, part in data.items()}
     set_seed(config.data.seed)
     decoder, save = build(config)
     self_check(decoder.to(device), tokens["train"], config.model.model_name)
