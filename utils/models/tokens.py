@@ -20,9 +20,9 @@ NO_LIMIT = 10**9  # a tokenizer without a limit states a larger one
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of n texts, end to end in one array: 4 bytes a token however many texts."""
+    """Token ids of n texts, end to end in one array: 2 bytes a token, or 4 if the vocabulary has 65,536 or more."""
 
-    token_ids: np.ndarray  # (num_tokens,) int32
+    token_ids: np.ndarray  # (num_tokens,) integers
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int | None  # None: no limit
     num_cut: int = 0  # texts that are longer than max_length and lost their end
@@ -102,6 +102,7 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
             f"The tokenizer gives token {token_ids.max()}, but the model has {config.vocab_size} tokens: "
             "they do not belong together. Name the right one with --tokenizer_name."
         )
+    token_ids = token_ids.astype(np.min_scalar_type(config.vocab_size))
     if max_length and max(lengths) > max_length:
         raise UserError(f"The tokenizer adds more than {max_length} tokens to each text. Raise --max_length.")
     if num_cut:
