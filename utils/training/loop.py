@@ -52,7 +52,7 @@ class TrainingRun:
     batch_size: int  # rows of one forward pass; a step has order.rows_per_step of them, over all processes
     accelerator: Any  # accelerate's
     folder: Path  # folder of the result
-    identity: dict[str, Any]  # settings and fingerprints; `load_state` refuses the state of another run
+    identity: dict[str, Any]  # settings and fingerprints; `load_progress` refuses the state of another run
     config: Any  # the settings of the script
     save_weights: Callable[[], None]  # writes the trained weights into the folder
     stop: Callable[[list[dict]], bool] = lambda history: False  # called after each evaluation
@@ -117,39 +117,31 @@ def start_accelerator(config: Any, folder: Path) -> Any:
 
 
 # ------------------------------------------------------------------ state of an unfinished run
-def save_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-               identity: dict[str, Any], progress: dict[str, Any]) -> None:  # fmt: skip
+def save_state(run: TrainingRun, progress: Progress) -> None:
     """Writes weights, optimiser, identity and progress of a run."""
-    tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in parameters.items()}
-    for index, state in optimizer.state_dict()["state"].items():  # with numbers, such as the count of steps
+    tensors: dict[str, Tensor] = {f"weight.{name}": weight for name, weight in run.trained_parameters().items()}
+    for index, state in run.optimizer.state_dict()["state"].items():  # with numbers, such as the count of steps
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    results.save_tensors(path, tensors, {**identity, **progress})
+    results.save_tensors(run.folder / STATE, tensors, run.identity | vars(progress))
 
 
-def load_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-               identity: dict[str, Any]) -> dict[str, Any] | None:  # fmt: skip
-    """Loads a state into parameters and optimiser; returns its progress, or None without a file. Raises UserError."""
-    if not path.is_file():
-        return None
-    states: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    with results.open_tensors(path) as (file, progress), torch.no_grad():
-        results.check_identity(progress, identity, path)
-        for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"weight.{name}"))
-        for key in file.keys():  # noqa: SIM118, no dict
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                states[int(index)][name] = file.get_tensor(key)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
-    return progress
-
-
-# ------------------------------------------------------------------ training
 def load_progress(run: TrainingRun) -> Progress:
-    """Loads the state of an interrupted run, if any, into model and optimiser; returns the progress of the run."""
+    """Loads the state of an interrupted run, if any, into model and optimiser; returns the progress of the run.
+
+    Raises UserError: the state is damaged, of another run, or not the same on every machine.
+    """
     path, overwrite, progress = run.folder / STATE, run.config.run.overwrite, Progress()
     object_of_first(lambda: results.check_state(path, run.identity, overwrite) if path.is_file() else None)
-    if stored := load_state(path, run.trained_parameters(), run.optimizer, run.identity):
+    if path.is_file():
+        states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        with results.open_tensors(path) as (file, stored), torch.no_grad():
+            for name, parameter in run.trained_parameters().items():
+                parameter.copy_(file.get_tensor(f"weight.{name}"))
+            for key in file.keys():  # noqa: SIM118, no dict
+                if key.startswith("optimizer."):
+                    _, index, name = key.split(".")
+                    states[int(index)][name] = file.get_tensor(key)
+        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": dict(states)})
         progress = Progress(**{name: stored[name] for name in vars(progress)})
         print(f"going on from step {progress.step} of {run.num_steps}")
     if object_of_first(lambda: progress.step) != progress.step:
@@ -157,6 +149,7 @@ def load_progress(run: TrainingRun) -> Progress:
     return progress
 
 
+# ------------------------------------------------------------------ training
 def train(run: TrainingRun) -> Progress:
     """Trains up to `num_steps` or until `stop` is true, from the state of an interrupted run if one exists."""
     from accelerate import DistributedDataParallelKwargs
@@ -184,7 +177,7 @@ def train(run: TrainingRun) -> Progress:
             is_ended = accelerator.reduce(asked).item() > 0
             is_due = progress.seconds - saved >= 60 * run.config.session.minutes_per_state
             if accelerator.is_main_process and (is_ended or is_due) and not is_last:
-                save_state(run.folder / STATE, run.trained_parameters(), run.optimizer, run.identity, vars(progress))
+                save_state(run, progress)
                 saved = progress.seconds
             if is_ended and not is_last:
                 leave()  # together, now that the state is written
