@@ -24,7 +24,6 @@ LABELS = {  # name -> label of each score in tables; larger is better
     "probe_r2_held_out": "least-squares R2, held out",
     "probe_r2": "least-squares R2, train",
 }
-NAMES = tuple(LABELS)
 
 
 # ------------------------------------------------------------------ H-score
@@ -131,4 +130,4 @@ def feature_scores(
         found |= {name: {"value": value if math.isfinite(value) else None} for name, value in known.items()}
     for name, entry in found.items():  # once n <= d the probe fits any labels on its own rows
         entry["meaningless"] = name == "probe_r2" and moments.num_samples <= max(len(sigma), rank + 1)
-    return {name: found[name] for name in NAMES if name in found}, fits
+    return {name: found[name] for name in LABELS if name in found}, fits

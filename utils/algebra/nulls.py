@@ -1,11 +1,9 @@
 """Compute the scores that chance gives, under permuted labels and with a random V, from the moments alone.
 
-Permuted labels, in closed form: after whitening by the covariance of the features, permuting the labels turns the label
-cross-covariance into a random matrix of known law (a matrix-variate beta with the label covariance on its right).
-
-Random V, of a rotation-invariant law: the mean and deviation of the Euclidean overlap have closed forms. The whitened
-overlaps have none, because whitening stretches V; `random_scores` draws them in the eigenbasis of Sigma, in which a
-random V has Gaussian rows, each times its deviation.
+Permuted labels turn the whitened label cross-covariance into a random matrix of known law. For a random V, of a
+rotation-invariant law, the mean and deviation of the Euclidean overlap have closed forms. The whitened overlaps have
+none, because whitening stretches V; `random_scores` draws them in the eigenbasis of Sigma, in which a random V has
+Gaussian rows, each times its deviation.
 """
 
 import numpy as np

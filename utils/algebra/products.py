@@ -1,16 +1,13 @@
 """C0 and C1 from matrix products in lower precision than float64: the fast form of `prefix_moments` in cache.py.
 
 The products s_t s_t' and s_t x_{t+1}' are most of the work of a pass; float64 takes twice as long for them as float32
-on a CPU, and on a GPU far longer than bfloat16. Adding up the prefix sums in float32 would not do: s_t grows with t,
-its rounding with it, and the errors fill all d coordinates. If the states span fewer than d directions, such errors
-look like further directions: the rank of C0 comes out too high, and V changes, because its number of columns is a
-fraction of that rank. This module therefore adds up prefix sums in float64 and rounds them once, for the product. It
+on a CPU, and on a GPU far longer than bfloat16. This module adds up prefix sums in float64 and rounds them once, for
+the product: in float32 their errors would grow with t, fill all d coordinates and pass for directions of the data. It
 also takes them around a centre c near the mean state: with s_t = q_t + t c, the part t c dwarfs q_t, but it is known
 and needs no large product. Only q_t is rounded, so that errors are relative to the spread of the states and not to
 their mean. A block of batches adds up its products in float32; float64 sums then take the block and the terms of the
 centre. The module also measures its rounding: for a few fixed random signs z, the exact C0 z and C1 z are thin float64
-products, and it keeps their difference from the rounded C0 and C1 times z. K_sweep.py cuts the spectrum of C0 above
-this error, so that no direction of rounding passes for one of the data. Prefix sums, conversion and measurement take
+products, and it keeps their difference from the rounded C0 and C1 times z. Prefix sums, conversion and measurement take
 about a quarter of the time of the large products at d = 576, and less for a larger d.
 
     float32     q and x in float32

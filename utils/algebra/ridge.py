@@ -11,8 +11,6 @@ from utils.algebra.linalg import equilibrated_eigh, without_constants
 from utils.algebra.moments import LayerMoments, PooledMoments
 
 ALPHAS = tuple(10.0**power for power in range(-1, 6))  # penalties on the scale of sums
-
-
 Pair = tuple[PooledMoments, PooledMoments]  # moments of the texts to fit, and of the texts to evaluate
 FIELDS = tuple(field.name for field in dataclasses.fields(PooledMoments))
 

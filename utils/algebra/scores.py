@@ -43,9 +43,9 @@ class LayerScores:
 
 def option_suffix(config: Mapping[str, Any]) -> str:
     """The suffix of a result's name for non-default settings of K_sweep.py, such as `.smallest.centered`."""
-    options = [config[name] for name in ("split", "eigenvectors", "subspace", "coordinates")]
-    options.insert(3, "centered" if config["center"] else "")
-    defaults = ("train", "largest", "autoregression", "as_is", "")
+    center = "centered" if config["center"] else ""
+    options = (config["split"], config["eigenvectors"], config["subspace"], center, config["coordinates"])
+    defaults = ("train", "largest", "autoregression", "", "as_is")
     return "".join(f".{option}" for option in options if option not in defaults)
 
 
@@ -58,20 +58,15 @@ def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
     """One number per score, without any choice: its mean over all fractions at the last layer."""
     summary: dict[str, Any] = {"rule": f"mean over {num_fractions} fractions at the last layer ({last.layer})"}
     for name in SCORES:
-        summary[name] = {"value": None}
-        if name in NULL_SCORES:
-            summary[name] |= {"null_mean": None, "null_std": None, "z": None}
-        if not last.scores:
-            continue
-        summary[name]["value"] = value = last.scores[name].mean().item()
+        value = last.scores[name].mean().item() if last.scores else None
+        summary[name] = {"value": value} | dict.fromkeys(("null_mean", "null_std", "z") if name in NULL_SCORES else ())
         if name in last.null_draws:
             draws = last.null_draws[name].mean(1)
             mean, spread = draws.mean().item(), draws.std().item()
             summary[name] |= {"null_mean": mean, "null_std": spread, "z": z_score(value, mean, spread)}
         if name in last.random:
             mean, spread = last.random[name]["mean"], last.random[name]["std"]
-            z = z_score(value, mean, spread)
-            summary[name] |= {"random_mean": mean, "random_std": spread, "random_z": z}
+            summary[name] |= {"random_mean": mean, "random_std": spread, "random_z": z_score(value, mean, spread)}
     return summary
 
 
