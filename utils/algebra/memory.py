@@ -29,5 +29,5 @@ def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_o
         if not lacking:
             return on_host
     sizes = f"{needed[lacking[0]] / 1e9:.1f} GB; {lacking[0]} has {free_memory(lacking[0]) / 1e9:.1f} GB free"
-    flags = "fewer --layers, --folds none, --accumulate_on cpu or --device_map auto"
-    raise UserError(f"The sums of the pass need {sizes}. Try {flags}.")
+    flags = "with fewer --layers, --folds none, --accumulate_on cpu or --device_map auto"
+    raise UserError(f"The sums of the pass need {sizes}. Run cache.py {flags}.")

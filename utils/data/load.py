@@ -74,9 +74,9 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
     train = next(iter(tables)) if len(tables) == 1 and test is None and not known else "train"
     missing = next((name for name in (train, test) if name and name not in tables), None)
     if missing and (known or test is None or wanted != "test"):
-        instead = "--split all" if missing == "train" else "--split all or --divide_train"
+        instead = "run cache.py with --split all" if missing == "train" else "set --divide_train"
         found = f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}"
-        raise UserError(f"{found}. Add a split {missing!r}, or set {instead}.")
+        raise UserError(f"{found}. Add a split {missing!r}, or {instead}.")
     if test in VALIDATION_NAMES and not known:
         print(f"{source.name}: {test} serves as the test split")
     return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
@@ -149,7 +149,7 @@ def _divide(settings: Data, source: Source, rows: list[Row], regression: bool) -
     """
     groups = np.array([row.group for row in rows])
     if len(set(groups)) < 2:
-        raise UserError(f"{source.name} has a single row, or question; a 70/30 split needs two. Set --split all.")
+        raise UserError(f"{source.name} has a single row, or question; a 70/30 split needs two. Add rows.")
     if not source.spec.is_known:
         classes = np.array(["" if regression else str(row.label) for row in rows])
         rule, (train, test) = f"split 70/30 by seed {settings.seed}", splits.seeded_split(classes, settings.seed)
@@ -192,7 +192,7 @@ def _encode(source: Source, parts: dict[str, list[Row]], label: str) -> tuple[di
         absent = [row.label not in index for row in rows]
         unseen = sorted(spelled[value] for value in {row.label for row in rows} - set(classes))
         fault = f"have classes that train lacks: {cells.listed(unseen)}"
-        remedy = "Correct them, add rows of these classes to train, or set --split all."
+        remedy = "Correct them, or add rows of these classes to train."
         kept = _leave_out(source, part, rows, absent, fault, remedy, refuse=source.own)
         encoded[part] = [row._replace(label=index[row.label]) for row in kept]
     return encoded, [spelled[value] for value in classes]
