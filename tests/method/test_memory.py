@@ -26,7 +26,7 @@ def moments(folder) -> dict[str, torch.Tensor]:
 def test_sums_that_do_not_fit_are_refused_before_they_are_allocated(model_dirs, rows_path, tmp_path, monkeypatch):
     memory = type("Memory", (), {"available": 10_000})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(UserError, match=r"sums of the pass need 0.0 GB; cpu has 0.0 GB free. Run cache.py with fewer --layers"):
+    with pytest.raises(UserError, match=r"sums of the pass need 0.0 GB; cpu has 0.0 GB free. Run cache.py with fewer"):
         cache.main(settings(model_dirs, rows_path, tmp_path))
     assert not list(tmp_path.rglob("*.safetensors"))
     d, c, folds = 32, 3, 5
