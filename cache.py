@@ -32,7 +32,6 @@ from utils import results
 from utils.algebra import moments as stored
 from utils.algebra.memory import keep_on_host
 from utils.algebra.partial import PartialPass, remaining_batches, remove_partial, resumable_pass
-from utils.algebra.pooled import checksums
 from utils.algebra.products import NUM_PROBES, CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models import load as models
@@ -336,7 +335,7 @@ def compute(config: Config, data: LabelledTexts, tokens: TokenizedTexts, folds: 
         tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
         tensors |= {"labels": torch.as_tensor(data.labels), "folds": torch.from_numpy(folds)}
         if rank() == 0:
-            results.save_tensors(path, tensors, metadata | {"pooled_crc32": checksums(pooled)})
+            results.save_tensors(path, tensors, metadata | {"pooled_crc32": stored.checksums(pooled)})
 
 
 def main(config: Config) -> None:

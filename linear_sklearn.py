@@ -29,7 +29,7 @@ import cache
 from linear_training import SPLITS, find_states
 from utils import results
 from utils.algebra.linalg import whiten, without_constants
-from utils.algebra.pooled import load_pooled, open_pooled
+from utils.algebra.moments import load_pooled, open_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.load import load_config, model_fingerprint, stored_as
 from utils.pictures import plot_probes, save_figure

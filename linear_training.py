@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import cache
-from utils.algebra.pooled import load_pooled
+from utils.algebra.moments import load_pooled
 from utils.data.load import LabelledTexts, load_splits
 from utils.data.splits import stratified_rows
 from utils.models.load import load_config

@@ -16,7 +16,7 @@ import cache
 import linear_training
 from tests.conftest import configure, only_result
 from tests.processes import exit_codes, start
-from utils.algebra.pooled import load_pooled
+from utils.algebra.moments import load_pooled
 from utils.data.load import load_texts
 from utils.script import UserError
 from utils.settings import Run, with_values

@@ -19,7 +19,7 @@ import prescreen
 import utils.algebra.ridge
 from tests.conftest import configure, make_texts, run_command, write_rows
 from tests.method.test_K_sweep import make_data, moments_of
-from utils.algebra.pooled import load_pooled
+from utils.algebra.moments import load_pooled
 from utils.data.load import load_splits
 from utils.results import read_identity
 from utils.script import UserError

@@ -1,8 +1,12 @@
-"""Read the moments of cache.py one layer at a time, and compare their settings with those asked for."""
+"""Read the moments of cache.py one layer at a time, and compare their settings with those asked for.
+
+The pooled states of all texts are beside them, in `<split>.pooled.npy`: (layers saved, n, d) float32.
+"""
 
 import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +18,6 @@ from torch import Tensor
 
 from utils import results
 from utils.algebra.linalg import NO_NOISE, Noise
-from utils.algebra.pooled import has_pooled
 from utils.script import UserError
 from utils.settings import Run
 
@@ -243,6 +246,41 @@ def find_scores(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
         print(f"{path} was made with other held-out moments, or without any. It is made again.")
         return None
     return stored
+
+
+# ------------------------------------------------------------------ pooled states
+def pooled_path(moments: Path) -> Path:
+    """The path of the pooled states that belong to a file of moments."""
+    return moments.with_suffix(".pooled.npy")
+
+
+def checksums(pooled: np.ndarray) -> list[int]:
+    """CRC-32 of each layer of pooled states (layers, n, d), which the moments keep."""
+    return [zlib.crc32(np.ascontiguousarray(layer).data) for layer in pooled]
+
+
+def open_pooled(moments: Path) -> np.ndarray:
+    """The pooled states beside a file of moments as a memory map. Raises UserError if missing or damaged."""
+    path = pooled_path(moments)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or missing ({error}). {results.REMEDY}") from None
+
+
+def load_pooled(moments: Path, layer: int) -> Tensor:
+    """The pooled states of one layer (-1: the last), (n, d) float32. Raises UserError for states of other moments."""
+    pooled, written = open_pooled(moments)[layer].copy(), results.read_identity(moments)["pooled_crc32"]
+    if not written or checksums(pooled[None]) != [written[layer]]:
+        raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {results.REMEDY}")
+    return torch.from_numpy(pooled)
+
+
+def has_pooled(moments: Path, written: list[int], num_layers: int) -> bool:
+    """True if the file beside the moments holds the last `num_layers` layers and fits the checksums `written`."""
+    if len(written) < num_layers or (num_layers and not pooled_path(moments).is_file()):
+        return False
+    return not num_layers or checksums(open_pooled(moments)[-1:]) == written[-1:]
 
 
 # ------------------------------------------------------------------ layers

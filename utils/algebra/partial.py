@@ -19,9 +19,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import results
-from utils.algebra.pooled import partial_pooled_path, pooled_path, reserve
+from utils.algebra.moments import pooled_path
 from utils.parallel import num_started, object_of_first, on_one_machine, rank, synchronize
 from utils.script import UserError, termination_noted
+
+
+def partial_pooled_path(moments: Path) -> Path:
+    """The path of the pooled states until the pass has filled in all of them."""
+    return moments.with_suffix(".pooled.partial.npy")
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Makes a file of float32 zeros, unless it exists; a full disk fails here, not as a SIGBUS during the pass."""
+    if path.is_file():
+        return
+    np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def partial_paths(moments: Path) -> list[Path]:
