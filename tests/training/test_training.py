@@ -20,16 +20,9 @@ from utils.models.openelm import OpenELMConfig
 from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.results import result_path
 from utils.script import UserError, message_of
+from utils.training import loop
 from utils.training.finetune import build_run, predict
-from utils.training.loop import (
-    Progress,
-    TrainingRun,
-    accumulate_gradients,
-    best_row,
-    start_accelerator,
-    train,
-    train_step,
-)
+from utils.training.loop import Progress, TrainingRun, accumulate_gradients, best_row, train_step
 from utils.training.objective import BatchOrder, Objective, save_head
 
 ARCHITECTURES = ("qwen2", "llama", "openelm")
@@ -55,7 +48,7 @@ def model_folder(architecture: str, model_dirs: dict[str, Path]) -> Path:
 def make_run(script, config) -> TrainingRun:
     """A run as `finetune` builds it."""
     data, folder = load_splits(config.data, config.run), result_path("test", config.run, config.model, config.data)
-    return build_run(config, script.build, data, start_accelerator(config), folder)
+    return build_run(config, script.build, data, loop.start_accelerator(config), folder)
 
 
 def tokens_of_test(config) -> TokenizedTexts:
@@ -132,7 +125,7 @@ def test_learning_rates_are_the_documented_ones(settings):
     run, used = make_run(from_scratch, config), []
     step = run.optimizer.step
     run.optimizer.step = lambda: used.append(run.optimizer.param_groups[0]["lr"]) or step()
-    progress = train(replace(run, evaluate=lambda model: {"test_accuracy": 0.0}))
+    progress = loop.train(replace(run, evaluate=lambda model: {"test_accuracy": 0.0}))
     expected = [step / 10 if step < 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 30)) for step in range(40)]
     assert used == pytest.approx([1e-4 * factor for factor in expected], abs=1e-12)
     assert used == [row["learning_rate"] for row in progress.history]
