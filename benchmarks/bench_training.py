@@ -53,7 +53,7 @@ def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = with_values(script.Config(**groups), **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
-        accelerator = start_accelerator(settings)
+        accelerator = start_accelerator(settings, Path(folder))
         run = build_run(settings, script.build, data, accelerator, Path(folder))
     return run, {split: load_tokens(part.texts, settings.model, settings.run) for split, part in data.items()}
 

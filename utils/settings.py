@@ -169,9 +169,10 @@ class Placement(Unrecorded):
 
 @dataclass(frozen=True)
 class Session(Unrecorded):
-    """Saved states of a training run. Settings that cannot affect results; not stored or compared."""
+    """Saved states and tracker of a training run. Settings that cannot affect results; not stored or compared."""
 
     minutes_per_state: float = 3.0  # time between two saved states of an unfinished run
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # also send the history to this tracker
 
 
 # ------------------------------------------------------------------ a Config as one flat dictionary

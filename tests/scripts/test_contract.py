@@ -201,6 +201,7 @@ def test_what_no_setting_can_be_is_refused_by_the_command_line(case, monkeypatch
         (linear_training, {"patience": 3}, "validation_share"),
         (linear_training, {"weight_decay": -1.0}, "--weight_decay must be at least 0"),
         (linear_training, {"validation_share": 0.999}, "--validation_share 0.999 leaves none of the 168 train texts"),
+        (linear_training, {"track": "wandb"}, "pip install wandb"),
         (lora_finetuning, {"target_modules": ("query",)}, r"has no query\. Choose --target_modules among .*q_proj"),
         (lora_finetuning, {"start_layer": 2}, "has layers 0 to 1"),
         (lora_finetuning, {"warmup": -0.1}, "warmup must be in"),

@@ -48,7 +48,7 @@ def model_folder(architecture: str, model_dirs: dict[str, Path]) -> Path:
 def make_run(script, config) -> TrainingRun:
     """A run as `finetune` builds it."""
     data, folder = load_splits(config.data, config.run), result_path("test", config.run, config.model, config.data)
-    return build_run(config, script.build, data, loop.start_accelerator(config), folder)
+    return build_run(config, script.build, data, loop.start_accelerator(config, folder), folder)
 
 
 def tokens_of_test(config) -> TokenizedTexts:

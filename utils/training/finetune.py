@@ -56,7 +56,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class FinetuningSession(Session):
-    """Settings of memory and saved states of a training run; they cannot affect its results."""
+    """Settings of states and trackers of a training run; they cannot affect its results."""
 
     gradient_checkpointing: bool = False  # compute activations twice and store few: less memory, a third slower
 

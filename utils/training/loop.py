@@ -5,6 +5,7 @@ needs only weights, optimiser and step, and a killed run continues with the numb
 """
 
 import contextlib
+import importlib.util
 import math
 import signal
 import sys
@@ -27,7 +28,7 @@ from utils.models.check import routes_tokens
 from utils.models.load import model_fingerprint, stored_as
 from utils.parallel import leave, object_of_first
 from utils.script import UserError, environment, pick_device, termination_noted
-from utils.settings import result_settings
+from utils.settings import all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
 
@@ -94,19 +95,25 @@ def train_once(config: Any, folder: Path, data: dict[str, LabelledTexts], build:
         if metrics is not None:
             print(f"reused, already complete with these settings:\n{folder / METRICS}")
             return metrics
-        run = build(start_accelerator(config))
+        run = build(start_accelerator(config, folder))
         progress = train(run)
         return object_of_first(lambda: save_result(run, progress, data))
 
 
-def start_accelerator(config: Any) -> Any:
-    """Starts accelerate on the device asked for, in the existing group of processes."""
+def start_accelerator(config: Any, folder: Path) -> Any:
+    """Starts accelerate on the device asked for, with its tracker, in the existing group of processes."""
     from accelerate import Accelerator
 
-    device = pick_device(config.run.device)
+    device, tracker = pick_device(config.run.device), config.session.track
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"--track {tracker} needs a package that is not installed. Run: pip install {tracker}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the one that accelerate takes
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    log = {"log_with": None if tracker == "none" else tracker, "project_dir": folder / "track"}
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", **log)
+    simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in all_settings(config).items()}
+    accelerator.init_trackers(folder.parent.parent.name, config=simple)
+    return accelerator
 
 
 # ------------------------------------------------------------------ state of an unfinished run
@@ -175,6 +182,8 @@ def train(run: TrainingRun) -> Progress:
             if is_ended and not is_last:
                 leave()  # together, now that the state is written
                 sys.exit(128 + signal.SIGTERM)
+    for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes
+        tracker.finish()
     return progress
 
 
@@ -191,6 +200,7 @@ def add_row(run: TrainingRun, progress: Progress) -> None:
     run.model.train()
     progress.history.append(row)
     progress.losses.clear()
+    run.accelerator.log(row, step=progress.step)
 
 
 def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
