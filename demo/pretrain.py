@@ -13,7 +13,6 @@ joins them with <|endoftext|> behind each, and cuts them into windows; attention
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
-import dataclasses
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from utils.data.docstrings import first_paragraph, load_rows, pretraining_corpus, text_hash
 from utils.results import find_result, save_json, write_atomically
 from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
-from utils.settings import Run, Unrecorded, check, command_line, result_settings
+from utils.settings import Run, Unrecorded, check, command_line, result_settings, with_values
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -149,13 +148,11 @@ def batches(documents: list[np.ndarray], config: Config) -> Iterator[Tensor]:
 
 def steps_per_epoch(documents: list[np.ndarray], config: Config) -> int:
     """Number of full batches in one pass over the corpus. Raises UserError if the corpus does not fill one."""
-    num_tokens = sum(map(len, documents))
-    steps = (num_tokens - 1) // config.window // config.batch_size
+    num_tokens, tokens_per_batch = sum(map(len, documents)), config.batch_size * config.window
+    steps = (num_tokens - 1) // tokens_per_batch
     if steps == 0:
         remedy = "Lower --batch_size or --window, or raise --max_documents."
-        raise UserError(
-            f"{num_tokens:,} tokens are fewer than {config.batch_size} windows of {config.window}. {remedy}"
-        )
+        raise UserError(f"{num_tokens:,} tokens fill no batch of {tokens_per_batch:,}. {remedy}")
     return steps
 
 
@@ -165,7 +162,7 @@ def unigram_loss(train: list[np.ndarray], held_out: list[np.ndarray]) -> float:
     return float(-np.log(counts / counts.sum())[np.concatenate(held_out)].mean())
 
 
-# ------------------------------------------------------------------ model and optimiser
+# ------------------------------------------------------------------ model and loss
 def build_model(size: Size, tokenizer: Any) -> Any:
     """A randomly initialised Qwen2 with tied embeddings."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -187,14 +184,6 @@ def build_model(size: Size, tokenizer: Any) -> Any:
     return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; `train_step` sets the learning rate."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-
-
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float) -> float:
     """The learning rate of a step: linear warm-up, then half a cosine down to zero; `step` counts from 0."""
     num_warmup = max(1, round(warmup * num_steps))
@@ -203,9 +192,9 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
-def next_token_loss(model: Callable, windows: Tensor, product_dtype: str) -> Tensor:
+def next_token_loss(model: Callable, windows: Tensor, config: Config) -> Tensor:
     """Mean nats per token, float32; windows (n, window + 1) on the model's device."""
-    with torch.autocast(windows.device.type, torch.bfloat16, enabled=product_dtype == "bfloat16"):
+    with torch.autocast(windows.device.type, torch.bfloat16, enabled=config.product_dtype == "bfloat16"):
         logits = model(input_ids=windows[:, :-1]).logits
     return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
@@ -218,41 +207,36 @@ def evaluate(model: Any, held_out: list[np.ndarray], config: Config) -> float:
     model.eval()
     total = 0.0
     for part in windows.split(64):
-        total += next_token_loss(model, part.to(model.device), str(config.product_dtype)).item() * len(part)
-    model.train()
+        total += next_token_loss(model, part.to(model.device), config).item() * len(part)
     return total / len(windows)
 
 
 # ------------------------------------------------------------------ training
-def train_step(model: Callable, optimizer: torch.optim.AdamW, windows: Tensor, rate: float, config: Config) -> float:
-    """One update at this learning rate; returns the loss before it."""
-    loss = next_token_loss(model, windows, str(config.product_dtype))
-    value = loss.item()
-    if not math.isfinite(value):
-        raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}).")
-    loss.backward()
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value
-
-
 def train(model: Any, documents: list[np.ndarray], config: Config) -> dict[str, Any]:
     """Trains in place; returns the number of steps, seconds and the loss. Raises UserError."""
     num_steps = config.max_steps or round((config.epochs or 0) * steps_per_epoch(documents, config))
     peak = config.learning_rate or SIZES[config.size].learning_rate
-    optimizer = build_optimizer(model, config.weight_decay)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     run_model = torch.compile(model) if config.output.compile else model
     started = time.monotonic()
     smoothed: float | None = None
     bar = tqdm(itertools.islice(batches(documents, config), num_steps), f"pretraining {config.size}", num_steps)
     for step, windows in enumerate(bar):
         rate = learning_rate_at(step, num_steps, peak, config.warmup)
-        loss = train_step(run_model, optimizer, windows.to(model.device), rate, config)
-        smoothed = loss if smoothed is None else 0.98 * smoothed + 0.02 * loss
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = next_token_loss(run_model, windows.to(model.device), config)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"The loss became {value}. Lower --learning_rate (now {rate:g}).")
+        loss.backward()
+        nn.utils.clip_grad_norm_([*matrices, *vectors], config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
         bar.set_postfix_str(f"loss {smoothed:.3f}", refresh=False)
     return {"step": num_steps, "seconds": time.monotonic() - started, "train_loss": smoothed}
 
@@ -260,14 +244,13 @@ def train(model: Any, documents: list[np.ndarray], config: Config) -> dict[str, 
 # ------------------------------------------------------------------ run
 def complete_settings(config: Config) -> Config:
     """The config with the defaults of its size, and its output folder."""
-    size, output = SIZES[config.size], config.output
-    is_committed = config.size in ("tiny", "micro")
-    folder = ROOT / "demo" / (f"{config.size}-lm" if is_committed else f"runs/{config.size}")
-    return dataclasses.replace(
+    size = SIZES[config.size]
+    folder = f"{config.size}-lm" if config.size in ("tiny", "micro") else f"runs/{config.size}"
+    return with_values(
         config,
         epochs=size.epochs if config.epochs is None else config.epochs,
         product_dtype=config.product_dtype or size.product_dtype,
-        output=dataclasses.replace(output, output_dir=output.output_dir or folder),
+        output_dir=config.output.output_dir or ROOT / "demo" / folder,
     )
 
 
@@ -305,8 +288,7 @@ def main(config: Config) -> None:
     with write_atomically(folder) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        # indented it is twice as large
-        tokenizer.backend_tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
+        tokenizer.backend_tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)  # indented: twice as large
         save_json(temporary / "pretraining.json", report)
     print(f"held-out loss {report['held_out_loss']:.4f} nats per token, unigram {report['unigram_loss']:.4f}")
     print(folder)
