@@ -59,7 +59,7 @@ class Thing:
 
 # ------------------------------------------------------------------ parser
 def test_rows_hold_the_facts_of_the_code(tmp_path, monkeypatch):
-    """Of a package that can be parsed and cannot be imported, with a test folder and a file that is not Python."""
+    """Reads a package that can be parsed but not imported, with a test folder and a file that is not Python."""
     for name, content in {
         "__init__.py": FAKE_MODULE,
         "part/inner.py": '"""Some inner module text."""',

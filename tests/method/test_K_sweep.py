@@ -167,7 +167,7 @@ def test_fractions_are_floors_of_the_rank():
 # ------------------------------------------------------------------ coordinates
 @pytest.mark.parametrize("coordinates", ["standardized", "prefix_standardized"])
 def test_standardized_coordinates_are_those_of_scaled_data(coordinates):
-    """Of data in any units; a coordinate without variance, or always zero, keeps its scale, and so do all probes."""
+    """In any units; a coordinate without variance, or always zero, keeps its scale, and so do all probes."""
     units = 10 ** np.random.default_rng(3).uniform(-3, 3, 12)
     splits = make_data(300, 12, 3), make_data(100, 12, 3, seed=1)
     own, held_out = ((features * units, targets, states * units) for features, targets, states in splits)

@@ -73,6 +73,17 @@ def test_no_two_files_import_each_other():
     assert list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, naming the cycle
 
 
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    """A first line says what a function returns or does: "The rows of ...", not "What ..." or "Of ..."."""
+    files = [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    lines = [(path, ast.get_docstring(node)) for path, node in nodes if isinstance(node, owners)]
+    assert len([text for _, text in lines if text]) > 500
+    forbidden = {"Of", "What", "Where", "Who", "Whether", "There"}
+    assert not [(path, text) for path, text in lines if text and text.split()[0] in forbidden]
+
+
 def test_utils_is_four_rooms_and_at_most_eight_files():
     assert len(list((ROOT / "utils").glob("*.py"))) <= 8
     folders = {path.parent.name for path in (ROOT / "utils").glob("*/*.py")}

@@ -58,7 +58,7 @@ def summarize(last: LayerScores, num_fractions: int) -> dict[str, Any]:
     """One number per score, without any choice: its mean over all fractions at the last layer."""
     summary: dict[str, Any] = {"rule": f"mean over {num_fractions} fractions at the last layer ({last.layer})"}
     for name in SCORES:
-        value = last.scores[name].mean().item() if last.scores else None
+        value: Any = last.scores[name].mean().item() if last.scores else None
         summary[name] = {"value": value} | dict.fromkeys(("null_mean", "null_std", "z") if name in NULL_SCORES else ())
         if name in last.null_draws:
             draws = last.null_draws[name].mean(1)

@@ -12,6 +12,7 @@ Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. `cells.py` turns th
 """
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -71,14 +72,15 @@ def read_lines(path: Path, newline: str | None) -> Iterator[str]:
     """Yields the lines of a file, which end as `open` has it. Raises ValueError if it has another encoding."""
     with open(path, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
-    with open(path, encoding=encoding, newline=newline) as text:
+        file.seek(0)
+        text = io.TextIOWrapper(file, encoding, newline=newline)
         try:
             for line in text:
                 if "\0" in line:
                     raise ValueError("it holds zero bytes, so it is damaged")
                 yield line
         except UnicodeDecodeError as error:
-            found = f"{error.reason} at position {text.buffer.tell() - len(error.object) + error.start}"
+            found = f"{error.reason} at position {file.tell() - len(error.object) + error.start}"
             remedy = f"convert it with: iconv -f latin1 -t utf-8 {path}"
             raise ValueError(f"it is no {encoding!r} text: {found}; {remedy}") from None
 
