@@ -18,9 +18,9 @@ reproducibility_summary.csv.
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,6 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
     "4096 tokens a batch": {"tokens_per_batch": 4096},  # which also changes the order of the texts
     "bfloat16 model": {"dtype": "bfloat16"},
 }
-ORDERS: dict[str, Literal["largest", "smallest"]] = {"ntps": "largest", "ntps_smallest": "smallest"}
 ABSOLUTE_CUT = 1e-8  # cut of the released script
 
 
@@ -92,11 +91,11 @@ def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
             cache.main(made)
             with open_tensors(cache.config_path(made)) as (file, metadata):
                 moments = load_layer(file, metadata, metadata["num_layers"] - 1, torch.device("cpu"))
-        for score, order in ORDERS.items():
-            sweep = K_sweep.Config(eigenvectors=order, num_null_draws=2)
-            found = K_sweep.sweep_layer(moments, None, sweep, 0).scores
-            for name in SCORES if order == "largest" else ("ntps",):
-                yield score if name == "ntps" else name, variant, float(found[name].mean())
+        sweep = K_sweep.Config(num_null_draws=2)
+        largest = K_sweep.sweep_layer(moments, None, sweep, 0).scores
+        smallest = K_sweep.sweep_layer(moments, None, replace(sweep, eigenvectors="smallest"), 0).scores
+        yield from ((name, variant, float(largest[name].mean())) for name in SCORES)
+        yield "ntps_smallest", variant, float(smallest["ntps"].mean())
         released = released_score(moments, sweep.fractions, torch.float64)
         yield "ntps_released", variant, released
         if variant == "baseline":
