@@ -37,15 +37,8 @@ class Config:
     run: Run = Run(device="cpu")
 
 
-def make_rows(path: Path, num_texts: int, length: int) -> None:
-    """Writes `num_texts` texts with one of two labels; each has `length` words, with a blank before every word."""
-    random = np.random.default_rng(0)
-    texts = [" " + " ".join(random.choice(WORDS, length)) for _ in range(num_texts)]
-    pd.DataFrame({"text": texts, "label": [row % 2 for row in range(num_texts)]}).to_csv(path, index=False)
-
-
-def measure_all(config: Config) -> pd.DataFrame:
-    """Runs cache.py for every size; returns a row per run."""
+def main(config: Config) -> None:
+    """Runs cache.py for every size, on texts with one of two labels and a blank before every word; prints the table."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,21 +46,16 @@ def measure_all(config: Config) -> pd.DataFrame:
         shared = {"model_name": str(folder / "model"), "tokenizer_name": model_source("tiny"), "results_dir": folder}
         shared |= {"split": "all", "device": config.run.device, "product_dtype": "float32"}
         for number, (num_texts, length) in enumerate(SIZES):
-            data = folder / f"{number}.csv"
-            make_rows(data, num_texts, length)
+            random, data = np.random.default_rng(0), folder / f"{number}.csv"
+            texts = [" " + " ".join(random.choice(WORDS, length)) for _ in range(num_texts)]
+            pd.DataFrame({"text": texts, "label": np.arange(num_texts) % 2}).to_csv(data, index=False)
             run = with_values(cache.Config(), dataset_name=str(data), max_length=length, **shared)
             _, cost = in_own_process(cache.main, run)
             num_tokens = read_identity(cache.config_path(run))["num_tokens"]
             assert num_tokens == num_texts * length, "a text has as many tokens as words"
             rows.append({"num_texts": num_texts, "length": length, "num_tokens": num_tokens, **cost})
-    return pd.DataFrame(rows)
-
-
-def main(config: Config) -> None:
-    """Measures every run and prints the table."""
-    table = measure_all(config)
-    print(table.to_string(index=False, float_format="%.3g", na_rep=""))
-    write_result(config, "bench_scale", {"rows": table.to_dict("records")})
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.3g", na_rep=""))
+    write_result(config, "bench_scale", {"rows": rows})
 
 
 if __name__ == "__main__":
