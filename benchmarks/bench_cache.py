@@ -95,9 +95,8 @@ def measure(name: str, model: PreTrainedModel, texts: Texts, config: Config) -> 
 
 def main(config: Config) -> None:
     """Measures every model in every dtype and prints a line for each run."""
-    device, rows = pick_device(config.run.device), []
+    device, is_random, rows = pick_device(config.run.device), config.model_name is None, []
     for name in (config.model_name,) if config.model_name else config.random_models:
-        is_random = config.model_name is None
         texts = random_texts(config.num_texts, config.mean_length) if is_random else read_texts(name, config)
         for dtype in config.dtypes:
             own = Model(name, dtype=dtype)

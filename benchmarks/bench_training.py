@@ -11,7 +11,6 @@ Writes results/benchmarks/bench_training.<model>.<kind>.json.
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,30 +44,30 @@ class Config:
     run: Run = Run(device="cpu")
 
 
-def make_run(config: Config) -> tuple[TrainingRun, dict[str, TokenizedTexts]]:
-    """Makes a run with the paper's hyperparameters and this batch size; also returns the tokens by split."""
+def make_run(config: Config) -> tuple[TrainingRun, TokenizedTexts]:
+    """Makes a run with the paper's hyperparameters and this batch size; also returns its training tokens."""
     script: Any = lora_finetuning if config.kind == "lora" else from_scratch
     options = {"batch_size": config.batch_size} | ({} if config.kind == "lora" else {"init": "pretrained"})
-    groups = {"model": config.model, "data": config.data, "run": config.run}
     with tempfile.TemporaryDirectory() as folder:
-        settings = with_values(script.Config(**groups), **options, results_dir=Path(folder))
+        settings = script.Config(model=config.model, data=config.data, run=config.run)
+        settings = with_values(settings, **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
         accelerator = start_accelerator(settings, Path(folder))
         run = build_run(settings, script.build, data, accelerator, Path(folder))
-    return run, {split: load_tokens(part.texts, settings.model, settings.run) for split, part in data.items()}
+    return run, load_tokens(data["train"].texts, settings.model, settings.run)
 
 
-def make_plain(run: TrainingRun, tokens: dict[str, TokenizedTexts]) -> TrainingRun:
+def make_plain(run: TrainingRun, tokens: TokenizedTexts) -> TrainingRun:
     """Turns the run into the plain loop, with an attention mask and random order."""
     device, decoder = run.targets.device, run.model.decoder.forward
 
     def inputs(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        input_ids, lengths = tokens["train"].pad(rows)
+        input_ids, lengths = tokens.pad(rows)
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(device)
         run.model.decoder.forward = partial(decoder, attention_mask=mask)
         return input_ids.to(device), lengths.to(device)
 
-    order = BatchOrder(len(tokens["train"].lengths), run.order.rows_per_step, run.order.seed)
+    order = BatchOrder(len(tokens.lengths), run.order.rows_per_step, run.order.seed)
     return replace(run, inputs=inputs, order=order)
 
 
@@ -105,9 +104,7 @@ def main(config: Config) -> None:
     device = pick_device(config.run.device)
     both = {"ours": make_run(config)[0], "plain": make_plain(*make_run(config))}
     progress = {name: Progress() for name in both}
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(steps, run, progress[name], config.num_steps) for name, run in both.items()
-    }
+    runs = {name: partial(steps, run, progress[name], config.num_steps) for name, run in both.items()}
     alternate(runs, 1, device)  # warm-up
     table = {
         name: {

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -59,7 +59,9 @@ def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_bat
 
 
 # ------------------------------------------------------------------ clock and memory
-def alternate(runs: dict[str, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[str, list[float]]:
+def alternate(
+    runs: Mapping[str, Callable[[], object]], num_rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each run in each round; the runs take turns, so that a slow moment of the machine affects all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
