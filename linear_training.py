@@ -34,7 +34,7 @@ from utils.data.splits import stratified_rows
 from utils.models.load import load_config
 from utils.parallel import object_of_first
 from utils.results import result_path, settings_from_moments
-from utils.script import UserError, run_script, set_seed
+from utils.script import UserError, run_script
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
 from utils.training.objective import BatchOrder, Objective, make_head, save_head
@@ -127,7 +127,7 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, 
     if len(held_out):
         parts["validation"] = (states["train"][held_out], targets["train"][held_out])
     train_states, identity = states["train"][kept], make_identity(config, data)
-    set_seed(config.data.seed)
+    torch.manual_seed(config.data.seed)
     head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
     order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from utils.data.docstrings import first_paragraph, load_rows, pretraining_corpus, text_hash
 from utils.results import find_result, save_json, write_atomically
-from utils.script import ROOT, UserError, environment, pick_device, run_script, set_seed
+from utils.script import ROOT, UserError, environment, pick_device, run_script
 from utils.settings import Run, Unrecorded, check, command_line, result_settings, with_values
 
 END_OF_TEXT = "<|endoftext|>"
@@ -270,7 +270,7 @@ def main(config: Config) -> None:
     documents, held_out = encode(train_texts, tokenizer), encode(held_out_texts, tokenizer)
     print(f"{len(documents):,} documents of {sum(map(len, documents)):,} tokens, {len(held_out):,} held out")
 
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     model = build_model(SIZES[config.size], tokenizer).to(pick_device(config.output.device))
     trained = train(model, documents, config)
     for parameter in model.parameters():  # measured as saved; not model.bfloat16(), which would round the rotary angles

@@ -19,7 +19,7 @@ from utils.hub import hub_errors
 from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
 from utils.results import write_atomically
-from utils.script import run_script, set_seed
+from utils.script import run_script
 from utils.settings import Model, Run, check, path_name
 
 
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     model, run = Model(config.model_name), Run()
     model_config = load_config(model, run)
     tokenizer = load_tokenizer(model, run, model_config)
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     with hub_errors(repository(config.model_name)):
         twin = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     with write_atomically(folder) as temporary:

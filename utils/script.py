@@ -1,11 +1,10 @@
-"""Start and end every script: command line, errors that a user can fix, environment, seed and device."""
+"""Start and end every script: command line, errors that a user can fix, environment and device."""
 
 import errno
 import importlib.metadata
 import io
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
@@ -116,13 +114,6 @@ def environment() -> dict:
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
         "git_commit": git_commit(ROOT),
     }
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python, numpy and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002, libraries still draw from the legacy state
-    torch.manual_seed(seed)
 
 
 def pick_device(device: str) -> torch.device:

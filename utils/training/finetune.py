@@ -20,7 +20,6 @@ from utils.models.check import self_check
 from utils.models.states import pool
 from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.results import result_path
-from utils.script import set_seed
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
 from utils.training.objective import BatchOrder, Objective, make_head, save_head
@@ -115,7 +114,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
 
     training, device = config.training, accelerator.device
     tokens = {split: load_tokens(part.texts, config.model, config.run) for split, part in data.items()}
-    set_seed(config.data.seed)
+    torch.manual_seed(config.data.seed)
     decoder, save = build(config)
     self_check(decoder.to(device), tokens["train"], config.model.model_name)
     objective = Objective.of(data["train"])
