@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -85,32 +86,14 @@ def round_to_multiple(value: float, divisor: int) -> int:
 
 
 # ------------------------------------------------------------------ parts of a layer
-class OpenELMRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight over the last axis: (..., size) -> (..., size)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        # The weight stays outside: the published model multiplies after the rounding to bfloat16, which shows in bits.
-        return F.rms_norm(hidden_states, self.weight.shape, eps=1e-6) * self.weight
-
-
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1 (RoPE, arXiv 2104.09864): p (b, t) -> (b, t, 1, h/2)."""
+    """Cosines and sines of p / theta^(2j/h), j = 0..h/2-1, twice (RoPE, arXiv 2104.09864): p (b, t) -> (b, t, h)."""
     # Not a buffer: from_pretrained leaves buffers uninitialised, model.to(bfloat16) rounds them. On the CPU, for the
     # same bits on every device: the position multiplies a difference by up to 2047.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     # a broadcast product: autocast and TF32 would round a matrix product
-    angles = position_ids[..., None, None].float() * frequencies.to(position_ids.device)
+    angles = position_ids[..., None].float() * frequencies.to(position_ids.device).repeat(2)
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x_j, x_{j + h/2}) in float32: (b, t, heads, h) -> the same, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class ResidualLinear(nn.Linear):
@@ -125,17 +108,16 @@ class OpenELMAttention(nn.Module):
         self.head_dim = config.head_dim
         self.split_sizes = [query_heads, kv_heads, kv_heads]  # heads of query, key and value in the output
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.split_sizes) * config.head_dim, bias=False)
-        self.q_norm = OpenELMRMSNorm(config.head_dim)
-        self.k_norm = OpenELMRMSNorm(config.head_dim)
+        self.q_norm = LlamaRMSNorm(config.head_dim)
+        self.k_norm = LlamaRMSNorm(config.head_dim)
         self.out_proj = ResidualLinear(query_heads * config.head_dim, config.model_dim, bias=False)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (b, t, all heads, h)
         query, key, value = heads.split(self.split_sizes, dim=2)
-        # the dtype of the values: under autocast, the float32 weight of the norm has made the other two float32
-        query = apply_rotary(self.q_norm(query), *rotary).to(value.dtype).transpose(1, 2)
-        key = apply_rotary(self.k_norm(key), *rotary).to(value.dtype).transpose(1, 2)
-        output = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True, enable_gqa=True)
+        query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *rotary, unsqueeze_dim=2)  # in float32
+        query, key, value = (states.to(value.dtype).transpose(1, 2) for states in (query, key, value))
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 
@@ -158,9 +140,9 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OpenELMConfig, query_heads: int, kv_heads: int, width: int) -> None:
         super().__init__()
-        self.attn_norm = OpenELMRMSNorm(config.model_dim)
+        self.attn_norm = LlamaRMSNorm(config.model_dim)
         self.attn = OpenELMAttention(config, query_heads, kv_heads)
-        self.ffn_norm = OpenELMRMSNorm(config.model_dim)
+        self.ffn_norm = LlamaRMSNorm(config.model_dim)
         self.ffn = OpenELMFeedForward(config, width)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -187,7 +169,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std * (2 * self.config.num_transformer_layers) ** -0.5)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, OpenELMRMSNorm):
+        elif isinstance(module, LlamaRMSNorm):
             nn.init.ones_(module.weight)
 
 
@@ -198,7 +180,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         super().__init__(config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(OpenELMDecoderLayer(config, *sizes) for sizes in config.layer_sizes())
-        self.norm = OpenELMRMSNorm(config.model_dim)
+        self.norm = LlamaRMSNorm(config.model_dim)
         self.post_init()
 
     @merge_with_config_defaults
