@@ -6,14 +6,13 @@ de-quantises the weights once a run, into an ordinary model that can be trained 
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer, reader
@@ -33,15 +32,11 @@ ASSUMED = {"attention.causal": True, "rope.scaling.type": "none"}
 ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_swa": 1e4, "rope.local.freq_base": 1e4}}
 
 
-class Header(NamedTuple):
-    """The content of a GGUF file except its weights."""
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, reader.TensorInfo]]:
+    """Settings (of an array of strings only the length) and the table of weights, with offsets from the first byte.
 
-    metadata: dict  # an array of strings appears as its length
-    tensors: dict[str, reader.TensorInfo]  # by the name in the file; `offset` counts from its first byte
-
-
-def read_header(path: Path) -> Header:
-    """The settings and the table of weights. Raises UserError: no GGUF file, cut off, or of another architecture."""
+    Raises UserError: no GGUF file, cut off, or of another architecture.
+    """
     if not path.is_file():
         raise UserError(f"No file {path}. Correct --model_name, or fetch a model: python -m demo.real_llm smollm2")
     try:
@@ -64,32 +59,32 @@ def read_header(path: Path) -> Header:
             f"{path} holds a model of architecture {architecture!r}; readable GGUF files are of "
             f"{', '.join(ARCHITECTURES)}. Take the model's folder or hub id instead."
         )
-    return Header(metadata, tensors)
+    return metadata, tensors
 
 
 def quantisation(path: Path) -> str:
     """The file's own name of its quantisation (`Q4_1`, `F16`, ...), and the bits of a weight on average."""
-    file = read_header(path)
+    metadata, tensors = read_header(path)
     names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
-    num_weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-    num_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
-    name = names.get(file.metadata.get("general.file_type", -1), "unknown")
+    num_weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    name = names.get(metadata.get("general.file_type", -1), "unknown")
     return f"{name} ({8 * num_bytes / num_weights:.1f} bits a weight)"
 
 
 def load_config(path: Path) -> PreTrainedConfig:
     """The model's configuration. Raises UserError: a setting is missing, wrong or unsupported."""
-    file = read_header(path)
-    architecture = file.metadata["general.architecture"]
+    metadata, tensors = read_header(path)
+    architecture = metadata["general.architecture"]
     mapping: Any = GGUF_CONFIG_MAPPING
     names = {f"{architecture}.{theirs}": ours for theirs, ours in mapping[architecture].items()}
     names |= {f"{architecture}.attention.key_length": "head_dim"}
     names |= {f"tokenizer.{theirs}": ours for theirs, ours in mapping["tokenizer"].items()}
-    found = {ours: file.metadata[theirs] for theirs, ours in names.items() if ours and theirs in file.metadata}
-    found.setdefault("vocab_size", file.metadata.get("tokenizer.ggml.tokens"))
+    found = {ours: metadata[theirs] for theirs, ours in names.items() if ours and theirs in metadata}
+    found.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
     if missing := [name for name in NEEDED + NEEDED_BY.get(architecture, ()) if not found.get(name)]:
         raise UserError(f"{path} does not state {', '.join(missing)}. Fetch the model again, or take its folder.")
-    is_tied = "output.weight" not in file.tensors
+    is_tied = "output.weight" not in tensors
     try:
         config = AutoConfig.for_model(ARCHITECTURES[architecture], **found, tie_word_embeddings=is_tied)
     except (ValueError, StrictDataclassError) as error:
@@ -98,7 +93,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assumed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, **ASSUMED}
     assumed |= ASSUMED_BY.get(architecture, {})
-    for name, value in file.metadata.items():
+    for name, value in metadata.items():
         setting = name.removeprefix(f"{architecture}.")
         is_read = setting == name or name in names or setting in NOT_IN_THE_STATES
         is_as_assumed = value == assumed[setting] if setting in assumed else is_read or not value
@@ -122,24 +117,20 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM on the CPU, its weights de-quantised to `dtype`. Raises UserError: they do not fit together."""
-    config, file = load_config(path), read_header(path)
+    """The causal LM on the CPU, its weights de-quantised to `dtype`.
+
+    Raises UserError: a weight is missing, unknown or misshapen.
+    """
+    config, (metadata, left) = load_config(path), read_header(path)
+    architecture = metadata["general.architecture"]
     with torch.device("meta"):  # names and shapes only
         skeleton = AutoModelForCausalLM.from_config(config)
-    state = state_dict(file, skeleton, path, dtype)
-    return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-
-
-def state_dict(file: Header, skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights by the names of the causal LM. Raises UserError for a missing, unknown or misshapen weight."""
-    config, architecture = skeleton.config, file.metadata["general.architecture"]
-    expected = skeleton.state_dict()
+    expected, state = skeleton.state_dict(), {}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     names = gguf.get_tensor_name_map(GGUF_ARCHITECTURES[architecture], config.num_hidden_layers)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     blob = np.memmap(path, mode="r")
-    state, left = {}, dict(file.tensors)
     for name, weight in expected.items():
         module, _, suffix = name.rpartition(".")
         stored_name = f"{names.get_name(module)}.{suffix}"
@@ -152,4 +143,4 @@ def state_dict(file: Header, skeleton: PreTrainedModel, path: Path, dtype: torch
         state[name] = torch.tensor(processor.process(weights=weights, name=stored_name).weights, dtype=dtype)
     if left:
         raise UserError(f"{path} holds {sorted(left)[0]}, which a {architecture} model does not use. Take its folder.")
-    return state
+    return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
