@@ -143,15 +143,9 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, kind)
 
 
-def on_its_own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous; copies a part of a larger tensor, which safetensors would refuse."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> None:
     """Writes tensors, and under the key `json` their metadata with `format_version` and the CRC-32 of each tensor."""
-    own = {key: on_its_own(tensor) for key, tensor in tensors.items()}
+    own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     checksums = {key: checksum(tensor) for key, tensor in own.items()}
     content = {"format_version": FORMAT_VERSION, **metadata, "crc32": checksums}
     with write_atomically(path) as temporary:

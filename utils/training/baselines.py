@@ -39,15 +39,14 @@ def text_baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[
     bag, regression = tfidf_features(train.texts, test.texts), train.is_regression
     if regression:  # Ridge rounds targets to the type of the features before it subtracts their mean
         bag = tuple(features.astype(np.float64) for features in bag)
-    constant = tuple(np.zeros((len(data.texts), 1)) for data in (train, test))
     models = {
-        "majority": (DummyRegressor() if regression else DummyClassifier(strategy="prior"), constant),
-        "bag_of_words": (Ridge() if regression else LogisticRegression(C=10, max_iter=10_000), bag),
+        "majority": DummyRegressor() if regression else DummyClassifier(strategy="prior"),
+        "bag_of_words": Ridge() if regression else LogisticRegression(C=10, max_iter=10_000),
     }
     baselines = {}
-    for name, (model, (train_features, test_features)) in models.items():
-        model.fit(train_features, train.labels)
-        baselines[name] = score(model, test_features, test) | {"train": score(model, train_features, train)}
+    for name, model in models.items():
+        model.fit(bag[0], train.labels)
+        baselines[name] = score(model, bag[1], test) | {"train": score(model, bag[0], train)}
     return baselines
 
 
