@@ -231,7 +231,7 @@ def accumulate(
     """
     device, devices = input_device(model), layer_devices(model)
     sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
-    batches = token_batches(tokens.lengths, config.run.batch_tokens(device))
+    batches = token_batches(tokens.lengths, config.run.batch_tokens(device), tokens.rope_limit)
     blocks = token_blocks(batches, tokens.lengths, TOKENS_PER_BLOCK)
     steps = share_of(blocks, tokens.lengths, rank(), num_started())
     tensors = {f"layer.{k}.{name}": total for k, layer in sums.items() for name, total in layer.sums.items()}

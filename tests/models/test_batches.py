@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.algebra.moments import describe_texts
-from utils.models.batches import share_of, token_batches, token_blocks
+from utils.models.batches import share_of, split_rows, token_batches, token_blocks
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 
@@ -18,18 +18,31 @@ def padded(lengths: np.ndarray, batches: list[np.ndarray]) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(LENGTHS, st.integers(1, 500))
-def test_every_text_once_within_the_budget_longest_first(lengths, budget):
-    batches = token_batches(lengths, budget)
+@given(LENGTHS, st.integers(1, 500), st.none() | st.integers(1, 60))
+def test_every_text_once_within_the_budget_longest_first_on_one_side_of_a_limit(lengths, budget, limit):
+    batches = token_batches(lengths, budget, limit)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+        assert limit is None or len(set(lengths[batch] > limit)) == 1
     assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
     assert padded(lengths, batches) <= 1.05 * lengths.sum()
-    for number, (batch, following) in enumerate(itertools.pairwise(batches), 1):  # it could not take the next text
-        before = [*batches[: number - 1], np.append(batch, following[0])]
-        full = (len(batch) + 1) * lengths[batch].max() > budget
-        assert full or padded(lengths, before) > 1.05 * lengths[np.concatenate(before)].sum()
+    if limit is None:  # no batch could take the first text of the next
+        for number, (batch, following) in enumerate(itertools.pairwise(batches), 1):
+            before = [*batches[: number - 1], np.append(batch, following[0])]
+            full = (len(batch) + 1) * lengths[batch].max() > budget
+            assert full or padded(lengths, before) > 1.05 * lengths[np.concatenate(before)].sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 60))
+def test_rows_of_a_step_are_split_by_side_and_size(lengths, size, limit):
+    rows = np.random.default_rng(0).permutation(len(lengths))[: len(lengths) // 2]
+    parts = split_rows(rows, size, lengths > limit)
+    assert sorted(np.concatenate([rows[:0], *parts])) == sorted(rows)
+    assert all(0 < len(part) <= size and len(set(lengths[part] > limit)) == 1 for part in parts)
+    plain = split_rows(rows, size)
+    assert np.array_equal(np.concatenate([rows[:0], *plain]), rows) and all(0 < len(part) <= size for part in plain)
 
 
 @settings(max_examples=100, deadline=None)

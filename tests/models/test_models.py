@@ -9,14 +9,18 @@ import pytest
 import torch
 from huggingface_hub import errors
 from tokenizers.processors import TemplateProcessing
-from transformers import MambaConfig, Phi3Config, Qwen2Config
+from transformers import MambaConfig, Qwen2Config
 
-from tests.conftest import make_texts, make_tokenizer, retrain
+from tests.conftest import make_texts, make_tokenizer, retrain, states_of
+from tests.models.small import small_model
 from utils.hub import hub_errors
+from utils.models.batches import token_batches
+from utils.models.check import self_check
 from utils.models.load import load_config, load_tokenizer, model_fingerprint
 from utils.models.openelm import OpenELMConfig
+from utils.models.states import decoder_of
 from utils.models.table import repository
-from utils.models.tokens import tokenize
+from utils.models.tokens import rope_limit, tokenize
 from utils.script import UserError
 from utils.settings import Model, Run
 
@@ -100,16 +104,21 @@ def test_the_own_limit_of_a_tokenizer_holds_and_the_texts_it_cuts_are_counted(co
     assert exact.num_cut == 0 and exact.lengths.tolist() == lengths and "cut" not in capsys.readouterr().out
 
 
-def test_longrope_reads_its_original_context():
-    """It rotates all texts of a batch by other angles once one of them is longer."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
-    config = Phi3Config(original_max_position_embeddings=16, rope_parameters=rope, **sizes)
-    tokens = tokenize(["the river " * 99, "the river"], make_tokenizer(), config)
-    assert tokens.lengths.max() == 16 and tokens.num_cut == 1
-    with pytest.raises(UserError, match="--max_length 17 exceeds the 16 tokens"):
-        tokenize(["the river"], make_tokenizer(), config, max_length=17)
+# ------------------------------------------------------------------ LongRoPE
+def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_alone():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0]}
+    decoder = decoder_of(small_model("phi3", original_max_position_embeddings=16, rope_parameters=rope))
+    tokens = tokenize(make_texts(30, seed=3, longest=20), make_tokenizer(), decoder.config)
+    assert tokens.rope_limit == 16 and 5 < (tokens.lengths > 16).sum() < 25
+    self_check(decoder, tokens, "phi3")
+
+    for rows in token_batches(tokens.lengths, 4096, tokens.rope_limit):
+        together = torch.stack(states_of(decoder, tokens.pad(rows)[0]))
+        for position, row in enumerate(rows):
+            alone = torch.stack(states_of(decoder, tokens.pad(np.array([row]))[0]))[:, 0]
+            torch.testing.assert_close(together[:, position, : tokens.lengths[row]], alone, rtol=0, atol=1e-5)
+    assert rope_limit(Qwen2Config()) is None
 
 
 # ------------------------------------------------------------------ answers of the hub

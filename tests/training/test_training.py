@@ -165,6 +165,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
             torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-5)
 
 
+def test_texts_on_both_sides_of_a_rope_limit_never_share_a_forward_pass(settings, monkeypatch):
+    monkeypatch.setattr("utils.models.tokens.rope_limit", lambda config: 15)
+    run, sides = make_run(from_scratch, configure(from_scratch, **settings | {"batch_size": 168})), []
+    run.model.register_forward_pre_hook(lambda model, inputs: sides.append({*(inputs[1] > 15).tolist()}))
+    for work in (lambda: take_steps(run, 1), lambda: run.evaluate(run.model)):
+        sides.clear()
+        work()
+        assert {True} in sides and {False} in sides and {True, False} not in sides
+
+
 def test_a_device_too_small_for_a_batch_is_a_users_error():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     assert message_of(error).startswith("CUDA out of memory. Lower --tokens_per_batch or --max_length; in training")

@@ -11,12 +11,16 @@ import numpy as np
 MAX_PADDED = 1.05  # padded tokens over tokens
 
 
-def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
     A batch ends before a text that would take it above `tokens_per_batch`, or the padding of all batches so far above
-    a twentieth; a longer text is a batch of its own. `lengths` (n,) are tokens of each text.
+    a twentieth; a longer text is a batch of its own. `lengths` (n,) are tokens of each text; texts longer than
+    `rope_limit` and others never share a batch.
     """
+    if rope_limit is not None:
+        sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))
+        return [rows[batch] for rows in sides if len(rows) for batch in token_batches(lengths[rows], tokens_per_batch)]
     order = np.argsort(-lengths, kind="stable")
     ordered, starts = lengths[order].tolist(), [0]
     num_tokens = num_padded = 0  # of all texts up to this one; of the batches that have ended
@@ -28,6 +32,12 @@ def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray
             num_padded += num_before * longest
             starts.append(position)
     return np.split(order, starts[1:])
+
+
+def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> list[np.ndarray]:
+    """Cuts the rows, in order, into parts of at most `size`, each with rows of one side (`sides`, (n,) bool) alone."""
+    groups = [rows] if sides is None else [rows[sides[rows] == side] for side in (True, False)]
+    return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
 
 
 def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, tokens_per_block: int) -> list[list[np.ndarray]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.models.states import decoder_layers, input_device, visit_hidden_states
-from utils.models.tokens import TokenizedTexts, context_length
+from utils.models.tokens import TokenizedTexts, context_length, rope_limit
 from utils.script import UserError
 
 LENGTHS = (20, 13, 8, 5)  # tokens of each sequence
@@ -74,7 +74,8 @@ def find_fault(model: Any, tokens: TokenizedTexts) -> str | None:
     in_one_shape, in_another = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
     flipped = FLIPPED if dtype != torch.float32 and routes_tokens(model) else 0.0
     in_one_shape = in_another if flipped else in_one_shape
-    input_ids, changed, lengths = make_sequences(tokens, context_length(model.config) or max(LENGTHS))
+    limits = (max(LENGTHS), context_length(model.config), rope_limit(model.config))
+    input_ids, changed, lengths = make_sequences(tokens, min(limit for limit in limits if limit))
     input_ids, changed = input_ids.to(input_device(model)), changed.to(input_device(model))
     states, received = read_layers(model, input_ids)
     shape = (*input_ids.shape, model.config.hidden_size)

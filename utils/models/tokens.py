@@ -26,11 +26,17 @@ class TokenizedTexts:
     offsets: np.ndarray  # (n + 1,) int64, text i is token_ids[offsets[i] : offsets[i + 1]]
     max_length: int | None  # None: no limit
     num_cut: int = 0  # texts that are longer than max_length and lost their end
+    rope_limit: int | None = None  # a longer and a shorter text never share a batch
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per text, (n,)."""
         return np.diff(self.offsets)
+
+    @property
+    def sides(self) -> np.ndarray | None:
+        """True for a text longer than `rope_limit`, (n,); None without such a limit."""
+        return None if self.rope_limit is None else self.lengths > self.rope_limit
 
     def pad(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """`input_ids` (b, t), and `lengths` (b,); right-padded with each text's own last token."""
@@ -42,17 +48,19 @@ class TokenizedTexts:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest text that the model can read; None if its configuration sets no limit, as for recurrent models.
-
-    For LongRoPE (arXiv 2402.13753) it is the original context: a longer text changes the states of its whole batch.
-    """
-    original, rope = "original_max_position_embeddings", getattr(config, "rope_parameters", None) or {}
-    settings = [own for own in (rope, *rope.values()) if isinstance(own, dict)]  # of all layers, or of each type
-    limited = [own for own in settings if own.get("rope_type") == "longrope"]
-    limits = [own.get(original) or getattr(config, original, None) for own in limited]
+    """The longest text that the model can read; None if its configuration sets no limit, as for recurrent models."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
-    limits += [getattr(config, name, None) for name in names]
+    limits = (getattr(config, name, None) for name in names)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def rope_limit(config: Any) -> int | None:
+    """The length above which LongRoPE (arXiv 2402.13753) rotates all texts of a batch by other angles; else None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # own: of one type of layers
+    name = "original_max_position_embeddings"
+    limits = [own.get(name) or getattr(config, name, None) for own in settings if own.get("rope_type") == "longrope"]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def load_tokens(texts: list[str], model: Model, run: Run) -> TokenizedTexts:
@@ -99,4 +107,4 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
         raise UserError(f"The tokenizer adds more than {max_length} tokens to each text. Raise --max_length.")
     if num_cut:
         print(f"{num_cut:,} of {len(texts):,} texts cut at {max_length} tokens")
-    return TokenizedTexts(token_ids, offsets, max_length, num_cut)
+    return TokenizedTexts(token_ids, offsets, max_length, num_cut, rope_limit(config))

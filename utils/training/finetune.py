@@ -97,7 +97,7 @@ def predict(
     """Outputs of all texts, (n, c) float32 on the CPU; every process fills in the rows of its batches."""
     device = next(model.parameters()).device
     outputs = torch.zeros(len(tokens.lengths), num_labels, device=device)
-    batches = token_batches(tokens.lengths, tokens_per_batch)
+    batches = token_batches(tokens.lengths, tokens_per_batch, tokens.rope_limit)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         outputs[torch.from_numpy(rows).to(device)] = model(*(tensor.to(device) for tensor in tokens.pad(rows)))
     return accelerator.reduce(outputs, "sum").cpu()
@@ -153,6 +153,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
         identity=identity,
         config=config,
         save_weights=save_weights,
+        sides=tokens["train"].sides,
     )
 
 

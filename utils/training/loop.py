@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from utils import results
 from utils.data.load import LabelledTexts
+from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
 from utils.models.load import model_fingerprint, stored_as
 from utils.parallel import leave, object_of_first
@@ -56,6 +57,7 @@ class TrainingRun:
     config: Any  # the settings of the script
     save_weights: Callable[[], None]  # writes the trained weights into the folder
     stop: Callable[[list[dict]], bool] = lambda history: False  # called after each evaluation
+    sides: np.ndarray | None = None  # (n,) training rows of different sides never share a forward pass
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that require a gradient, by name."""
@@ -229,7 +231,7 @@ def accumulate_gradients(run: TrainingRun, step: int, model: nn.Module, rows: np
     rank, world = accelerator.process_index, accelerator.num_processes
     own = rows[rank::world]
     weight = world / len(rows) if len(own) else 0.0  # DDP averages over processes
-    parts = np.split(own, range(run.batch_size, len(own), run.batch_size)) if len(own) else [rows[:1]]
+    parts = split_rows(own, run.batch_size, run.sides) or [rows[:1]]
     torch.manual_seed(int(np.random.SeedSequence((run.order.seed, step, rank)).generate_state(1)[0]))  # dropout
     total = torch.zeros((), device=run.targets.device)
     for number, part in enumerate(parts, 1):
