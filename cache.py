@@ -30,8 +30,7 @@ from torch import Tensor
 
 from utils import results
 from utils.algebra import moments as stored
-from utils.algebra.memory import keep_on_host
-from utils.algebra.partial import PartialPass, remaining_batches, remove_partial, resumable_pass
+from utils.algebra.partial import PartialPass, keep_on_host, remaining_batches, remove_partial, resumable_pass
 from utils.algebra.products import NUM_PROBES, CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models import load as models

@@ -141,12 +141,6 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
 
 
 # ------------------------------------------------------------------ all layers
-def check_labels(train: LabelledTexts) -> None:
-    """Raises UserError if a class has no training text; accepts every regression."""
-    if absent := [name for label, name in enumerate(train.label_names) if label not in train.labels]:
-        raise UserError(f"No train text of class {', '.join(absent[:5])}. Add some, or raise --max_samples.")
-
-
 def probe_layers(config: Config, data: dict[str, LabelledTexts]) -> dict:
     """Fits the probes of all layers; returns the result without its identity."""
     import joblib
@@ -189,7 +183,9 @@ def main(config: Config) -> None:
     moments = cache.Config(model=config.model, data=config.data, run=config.run)
     config = results.settings_from_moments(config, cache.config_path(moments))
     data = load_splits(config.data, config.run)
-    check_labels(data["train"])
+    train = data["train"]  # every class needs a text
+    if absent := [name for label, name in enumerate(train.label_names) if label not in train.labels]:
+        raise UserError(f"No train text of class {', '.join(absent[:5])}. Add some, or raise --max_samples.")
     path = results.result_path("linear_sklearn", config.run, config.model, config.data, ".json")
     identity = {
         "config": result_settings(config),

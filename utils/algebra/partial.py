@@ -1,4 +1,4 @@
-"""Save an unfinished pass of cache.py, so that the same command continues it after the process was killed.
+"""Guard a pass of cache.py: its sums must fit the memory, and the same command continues it after it was killed.
 
 Each process writes its sums now and then, between blocks, and adds the same numbers in the same order when it
 continues: the result is the same, bit for bit. The file of pooled states has a partial name until the pass ends.
@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +27,31 @@ from utils.parallel import num_started, object_of_first, on_one_machine, rank, s
 from utils.script import UserError, termination_noted
 
 
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, or the share of free main memory of one process on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
+    """True if main memory keeps the sums of each layer: with "cpu", or with "auto" if they do not fit the GPU.
+
+    Raises UserError if they do not fit the memory that `accumulate_on` allows.
+    """
+    for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
+        needed = Counter[torch.device]()
+        for device, size in zip(devices, num_bytes, strict=True):
+            needed[torch.device("cpu") if on_host or device.type != "cuda" else device] += size
+        lacking = [device for device in needed if needed[device] > free_memory(device)]
+        if not lacking:
+            return on_host
+    sizes = f"{needed[lacking[0]] / 1e9:.1f} GB; {lacking[0]} has {free_memory(lacking[0]) / 1e9:.1f} GB free"
+    flags = "with fewer --layers, --folds none, --accumulate_on cpu or --device_map auto"
+    raise UserError(f"The sums of the pass need {sizes}. Run cache.py {flags}.")
+
+
+# ------------------------------------------------------------------ an unfinished pass
 def partial_pooled_path(moments: Path) -> Path:
     """The path of the pooled states until the pass has filled in all of them."""
     return moments.with_suffix(".pooled.partial.npy")
