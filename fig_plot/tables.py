@@ -159,7 +159,10 @@ def score_columns(scores: pd.DataFrame) -> pd.DataFrame:
     for suffix, kind in VARIANTS.items():
         renamed = of_v.get(kind, scores[:0]).set_index(SEED_KEYS)[named].add_suffix(suffix)
         columns = columns.merge(renamed.reset_index(), on=SEED_KEYS, how="left")
-    return columns
+    for name in SCORES:  # the mean over many random V, if K_sweep.py drew them
+        if f"{name}_random_mean" in columns:
+            columns[f"{name}_random"] = columns[f"{name}_random_mean"].fillna(columns[f"{name}_random"])
+    return columns.assign(retained_lead=columns["retained"] - columns["retained_random"])
 
 
 def probe_columns(probes: pd.DataFrame) -> pd.DataFrame:
@@ -212,13 +215,9 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     cells = cells.merge(datasets, on=["dataset", "seed"], how="left").merge(models, on="model", how="left")
     for name in {*METHOD_COLUMNS.values(), *FEATURE_SCORES} - {*cells}:
         cells[name] = np.nan
-    for name in SCORES:  # the mean over many random V, if K_sweep.py drew them
-        if f"{name}_random_mean" in cells:
-            cells[f"{name}_random"] = cells[f"{name}_random_mean"].fillna(cells[f"{name}_random"])
     probe = cells["probe_accuracy"]
     return cells.assign(
         num_classes=cells["num_classes"].where(cells["num_classes"] > 0),  # a regression has no number of classes
-        retained_lead=cells["retained"] - cells["retained_random"],
         probe_skill=probe - cells["majority_accuracy"],
         headroom=1 - probe,
         lora_gain=cells["lora_accuracy"] - probe,
@@ -227,26 +226,20 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     )
 
 
-def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `load_seeds` averaged over the seeds: one row per model and dataset."""
-    return seeds.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
-
-
 def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """The rows of `load_seeds` averaged over seeds: one per model and dataset."""
-    return average_seeds(load_seeds(data_dir))
+    return load_seeds(data_dir).groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """Scores after LoRA, with those before it in columns `<score>_before`, a row per model, dataset and seed.
 
-    They include `retained_lead`, over random V, and the probe on held-out rows, if known before and after.
+    They include `retained_lead`, over random V, and the probe on held-out rows, if any is known after LoRA.
     """
     scores = score_columns(read_table("scores", data_dir))
-    if "retained_random_mean" in scores:
-        scores["retained_lead"] = scores["retained"] - scores["retained_random_mean"]
-    scores = scores[[name for name in (*SEED_KEYS, *SCORES, HELD_OUT, "retained_lead") if name in scores]]
     adapted = scores["model"].str.endswith(ADAPTED)
+    known = [name for name in (HELD_OUT, "retained_lead") if name in scores and scores.loc[adapted, name].notna().any()]
+    scores = scores[[*SEED_KEYS, *SCORES, *known]]
     after = scores[adapted].assign(model=scores["model"].str.removesuffix(ADAPTED))
     return after.merge(scores[~adapted], on=SEED_KEYS, suffixes=("", "_before"))
 

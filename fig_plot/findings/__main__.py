@@ -45,7 +45,6 @@ from fig_plot.tables import (
     FEATURE_SCORES,
     MEASURES,
     RUN_SCORES,
-    average_seeds,
     find_studies,
     load_after_lora,
     load_cells,
@@ -102,7 +101,7 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
     """Every table of a study, by name."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
-    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
+    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), load_cells(data_dir)
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
     of_cells, of_layers, of_probes = (
