@@ -9,7 +9,7 @@ Reads the JSON results of the scripts at any depth; those below results/study/ a
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
     layers.csv.gz   the same, layer and fraction: scores of that pair (before LoRA; random V: the middle layer only)
-    features.csv    model, dataset, seed, layer: scores of the pooled states that need neither U nor V
+    features.csv    model, dataset, seed, layer: scores of pooled training states, without U and V, if meaningful
     probes.csv      model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv    model, dataset, seed, method: scores on test at the last step
     datasets.csv    dataset: rows, classes, majority share, bag of words
@@ -28,6 +28,7 @@ import pandas as pd
 
 from fig_plot.tables import ADAPTED, COLLECTED, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
+from utils.models.table import MODELS
 from utils.results import load_json, save_json
 from utils.script import ROOT, UserError, run_script
 
@@ -57,11 +58,7 @@ def shown_name(name: str) -> str:
 
 
 def ntps_rows(path: Path, result: Row) -> NamedRows:
-    """Yields rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py.
-
-    layers.csv.gz gets every layer for V by autoregression, the middle layer for a random V, and none after LoRA.
-    features.csv gets the scores that need neither U nor V, on training rows, unless they are meaningless.
-    """
+    """Yields rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py."""
     config, layers = result["config"], result["layers"]
     dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
     keys = {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
@@ -124,8 +121,6 @@ def alignment_rows(path: Path, result: Row) -> NamedRows:
 
 def model_row(name: str, model_name: str) -> Row:
     """A row of models.csv, from pretraining.json if the model has one, else from the table of known models."""
-    from utils.models.table import MODELS
-
     spec = MODELS.get(model_name)
     report_path = ROOT / (spec.path if spec else model_name) / "pretraining.json"
     if report_path.is_file():

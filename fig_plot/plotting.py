@@ -121,11 +121,7 @@ def plot_methods(cells: pd.DataFrame, methods: dict[str, str]) -> Figure:
 
 
 def plot_overview(rows: pd.DataFrame) -> Figure:
-    """Draws a panel per claim, with a bar per step from the published numbers to the best simple baseline.
-
-    Args:
-        rows: the table of `findings.page.overview_rows`; positive is the claimed direction.
-    """
+    """Draws a panel per claim, with a bar for each row of `findings.page.overview_rows`; positive is as claimed."""
     claims, labels = list(dict.fromkeys(rows["claim"])), list(dict.fromkeys(rows["label"]))
     colours = {"published": "black", "same procedure": "tab:orange", "fixed rule": "tab:blue", "best simple": "0.5"}
     with plt.style.context(PLAIN_TEXT):
