@@ -315,11 +315,7 @@ def markdown(tables: dict[str, Table]) -> str:
 
 
 def fill_page(text: str, page: Path) -> str:
-    """The page with its tables made again from the CSV files.
-
-    Raises:
-        UserError: the page asks for an unknown table.
-    """
+    """The page with its tables made again from the CSV files; raises UserError if it asks for an unknown table."""
 
     def block(match: re.Match) -> str:
         start, name, studies, end = match.groups()

@@ -47,7 +47,7 @@ def selection_null(
         targets: (tasks,), or (configurations, tasks) if each has its own, such as the accuracy of its layer.
         num_permutations: draws of the null.
         seed: seed of the draws.
-        direction: +1: the best is the largest; -1: the smallest, in the null too.
+        direction: the claimed sign, in the null too.
     """
     maps, targets = np.broadcast_arrays(np.asarray(maps, float), np.asarray(targets, float))
     tasks = np.isfinite(targets).any(0) & np.isfinite(maps).any(0)
@@ -74,12 +74,9 @@ def selection_null(
 
 
 def joint_p_value(best: ArrayLike, nulls: list[np.ndarray], direction: int) -> float:
-    """One-sided p of the mean of several models' best correlations, their tasks permuted alike.
+    """One-sided p of the mean of several models' best correlations, (models,), their tasks permuted alike.
 
-    Args:
-        best: best correlation of each model, (models,).
-        nulls: null of each model, (draws,); all from the same permutations of the same tasks.
-        direction: +1: the claim is a large mean; -1: a small one.
+    `nulls` has the null of each model, (draws,), all from the same permutations of the same tasks.
     """
     drawn, found = direction * np.mean(nulls, axis=0), direction * float(np.asarray(best).mean())
     return float((1 + (drawn >= found - 1e-9).sum()) / (1 + len(drawn)))
