@@ -58,6 +58,8 @@ from utils.data.table import PAPER_KEYS
 from utils.script import run_script
 from utils.settings import check
 
+Tables = dict[str, Iterable]  # name -> its rows, which `write_tables` computes
+
 
 @dataclass(frozen=True)
 class Config:
@@ -78,7 +80,7 @@ def train_layers(data_dir: Path) -> pd.DataFrame:
     return layers[(layers["split"] == "train") & ~layers["center"]]
 
 
-def comparison_tables(studies: Collection[Path], draws: Draws) -> dict[str, pd.DataFrame]:
+def comparison_tables(studies: Collection[Path], draws: Draws) -> Tables:
     """The tables over the models of all studies; if two studies share a model and dataset, the first counts."""
     cells, layers, layer_keys = [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
     for data_dir in studies:
@@ -88,17 +90,16 @@ def comparison_tables(studies: Collection[Path], draws: Draws) -> dict[str, pd.D
         layers.append(of_largest.groupby(layer_keys, as_index=False).mean(numeric_only=True))
     every = pd.concat(cells, ignore_index=True).drop_duplicates(CELL_KEYS)
     every_layer = pd.concat(layers, ignore_index=True).drop_duplicates(layer_keys)
-    rows: dict[str, Iterable] = {
+    return {
         "which_model": comparisons.which_model_rows(every, draws),
         "special": comparisons.special_rows(comparisons.lead_of_layers(every, every_layer), draws),
         "coordinates": comparisons.coordinate_rows(every_layer, every, draws),
         "first_choice": comparisons.first_choices(studies),
     }
-    return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
 
 
-def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
-    """Every table of a study, by name."""
+def study_tables(data_dir: Path, draws: Draws) -> Tables:
+    """Every table of a study."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
     probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), load_cells(data_dir)
@@ -107,7 +108,7 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
     of_cells, of_layers, of_probes = (
         table[table["seed"] == first] for table in (trained_models(seeds), layers, probes)
     )
-    rows: dict[str, Iterable] = {
+    rows: Tables = {
         "like_for_like": procedure.like_for_like_rows(of_cells, of_layers, of_probes, draws),
         "correlations": questions.correlation_rows(cells, draws),
         "leads": questions.lead_rows(cells, draws),
@@ -130,13 +131,13 @@ def study_tables(data_dir: Path, draws: Draws) -> dict[str, pd.DataFrame]:
     if table_path("features", data_dir).is_file():
         by_layer = questions.scores_by_layer(layers, read_table("features", data_dir), probes)
         rows["layer_choice"] = questions.layer_choice_rows(by_layer, draws)
-    return {name: pd.DataFrame(table_rows) for name, table_rows in rows.items()}
+    return rows
 
 
-def write_tables(data_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Writes the tables of a study that have rows, and prints how many."""
-    for name, table in tables.items():
-        path = table_path(f"findings_{name}", data_dir)
+def write_tables(data_dir: Path, tables: Tables) -> None:
+    """Computes the tables of a study, writes those that have rows, and prints how many."""
+    for name, rows in tables.items():
+        table, path = pd.DataFrame(rows), table_path(f"findings_{name}", data_dir)
         if not table.empty:
             save_csv(path, table)
             print(f"{len(table):7,} rows  {path}")
