@@ -5,15 +5,14 @@ the intervals over datasets.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fig_plot.findings.correlations import Draws, bootstrap_interval, mean_cell, mean_spearman
-from fig_plot.findings.questions import known, mean_of_others
+from fig_plot.findings.questions import Rows, known, mean_of_others
 from fig_plot.tables import (
     CELL_KEYS,
     CONTROLS,
@@ -29,7 +28,6 @@ from utils.algebra.scores import SCORES
 
 ORDERED = ("best_test_accuracy", "lora_accuracy")  # the outcomes of question 7
 LARGER, BETTER_ELSEWHERE = "num_parameters", "better on the others"
-Rows = Iterator[dict[str, Any]]
 
 
 def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
@@ -77,9 +75,7 @@ def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
 def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:
     """1 for each dataset on which a score orders two models as the outcome does, 0 if not, 0.5 if the score ties.
 
-    Args:
-        score: difference between the models by dataset.
-        outcome: difference by dataset; the result is nan if the outcome ties or if either is missing.
+    Both are differences between the models by dataset; the result is nan if the outcome ties or if either is missing.
     """
     return (np.sign(score) * np.sign(outcome) / 2 + 0.5).where(outcome != 0)
 

@@ -17,7 +17,7 @@ from fig_plot.findings.correlations import (
     spearman,
     value_of,
 )
-from fig_plot.findings.questions import known
+from fig_plot.findings.questions import Rows, known
 from fig_plot.findings.selection import joint_p_value, selection_null
 from fig_plot.tables import CLAIMED, RANDOM, models_with_twins
 
@@ -25,7 +25,6 @@ from fig_plot.tables import CLAIMED, RANDOM, models_with_twins
 SAME_ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}
 OF_THE_PROCEDURE = (*SAME_ON_TEST, "lora_gain_paper", "lora_gain")
 STEPS = ("layer and K chosen", "last layer, K chosen", "last layer, mean over K", "the same on test rows")
-Rows = Iterator[dict[str, Any]]
 
 
 class Step(NamedTuple):
