@@ -34,7 +34,7 @@ from utils.algebra.partial import PartialPass, keep_on_host, remaining_batches, 
 from utils.algebra.products import NUM_PROBES, CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models import load as models
-from utils.models.batches import assign_folds, share_of, token_batches, token_blocks
+from utils.models.batches import assign_folds, share_of, token_batches
 from utils.models.check import self_check
 from utils.models.load import load_base_model
 from utils.models.states import input_device, layer_devices, pool, visit_hidden_states
@@ -231,8 +231,7 @@ def accumulate(
     device, devices = input_device(model), layer_devices(model)
     sums = make_sums(config, devices, int(tokens.lengths.sum()), model.config.hidden_size, data.num_labels)
     batches = token_batches(tokens.lengths, config.run.batch_tokens(device), tokens.rope_limit)
-    blocks = token_blocks(batches, tokens.lengths, TOKENS_PER_BLOCK)
-    steps = share_of(blocks, tokens.lengths, rank(), num_started())
+    steps = share_of(batches, tokens.lengths, TOKENS_PER_BLOCK, rank(), num_started())
     tensors = {f"layer.{k}.{name}": total for k, layer in sums.items() for name, total in layer.sums.items()}
     num_tokens = [int(tokens.lengths[rows].sum()) for rows, _ in steps]
 

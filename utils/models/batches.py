@@ -40,32 +40,22 @@ def split_rows(rows: np.ndarray, size: int, sides: np.ndarray | None = None) -> 
     return [part for group in groups if len(group) for part in np.split(group, range(size, len(group), size))]
 
 
-def token_blocks(batches: list[np.ndarray], lengths: np.ndarray, tokens_per_block: int) -> list[list[np.ndarray]]:
-    """Groups the batches into blocks of at least `tokens_per_block` tokens; the last block can have fewer."""
-    blocks: list[list[np.ndarray]] = [[]]
-    num_tokens = 0
-    for rows in batches:
-        if num_tokens >= tokens_per_block:
-            blocks.append([])
-            num_tokens = 0
-        blocks[-1].append(rows)
-        num_tokens += int(lengths[rows].sum())
-    return blocks
-
-
 def share_of(
-    blocks: list[list[np.ndarray]], lengths: np.ndarray, rank: int, num_processes: int
+    batches: list[np.ndarray], lengths: np.ndarray, tokens_per_block: int, rank: int, num_processes: int
 ) -> list[tuple[np.ndarray, bool]]:
     """The batches of process `rank`, each with True if it is the last of its block.
 
-    Each block, longest texts first, goes to the process with the least work so far; process 0 gets the first. Every
-    text is in exactly one share; with few blocks a share can be empty.
+    A block is successive batches of at least `tokens_per_block` tokens, the last of any number. Each block, longest
+    texts first, goes to the process with the least work so far; with few blocks a share can be empty.
     """
-    load, own = np.zeros(num_processes, dtype=np.int64), []
-    for block in blocks:
-        least = int(load.argmin())
-        load[least] += sum(int(lengths[rows].max()) * len(rows) for rows in block)
-        own += [(rows, rows is block[-1]) for rows in block if least == rank]
+    load, own, block = np.zeros(num_processes, dtype=np.int64), [], []
+    for number, rows in enumerate(batches, 1):
+        block.append(rows)
+        if number == len(batches) or sum(int(lengths[rows].sum()) for rows in block) >= tokens_per_block:
+            least = int(load.argmin())
+            load[least] += sum(int(lengths[rows].max()) * len(rows) for rows in block)
+            own += [(rows, rows is block[-1]) for rows in block if least == rank]
+            block = []
     return own
 
 

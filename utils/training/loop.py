@@ -160,10 +160,7 @@ def train(run: TrainingRun) -> Progress:
     model = accelerator.prepare_model(run.model, device_placement=False)
     run.model.train()
     clock, saved = time.monotonic(), progress.seconds
-    bar = tqdm(
-        desc="train", total=run.num_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
-    )
-    with bar:
+    with tqdm(desc="train", total=run.num_steps, initial=progress.step, unit="step") as bar:
         while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
             progress.losses.append(train_step(run, progress, model))
             bar.update()
