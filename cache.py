@@ -280,8 +280,11 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
         for split in splits:
             ensure(with_values(config, split=split), data[split])
     config = results.settings_from_moments(config, path)
-    if fingerprint := models.known_fingerprint(config.model, config.run):
-        results.check_identity(results.read_identity(path), {"config": {}, "model_fingerprint": fingerprint}, path)
+    try:
+        of_model = {"model_fingerprint": models.model_fingerprint(config.model, config.run)}
+    except UserError:  # the moments are enough, without a model on this machine
+        return path, config
+    results.check_identity(results.read_identity(path), {"config": {}, **of_model}, path)
     return path, config
 
 

@@ -227,11 +227,9 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path)
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path` (for a file of tensors its metadata); None if the caller must make it.
+    """The finished result at `path` (for a file of tensors its metadata); None if the caller must and can make it.
 
-    Raises:
-        UserError: the result is damaged, or of another identity.
-        OSError: the caller must make it and cannot write to `path`.
+    Raises UserError: the result is damaged, or of another identity.
     """
     if run.overwrite or not path.is_file():
         check_writable(path)

@@ -15,14 +15,9 @@ def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.ndarray, float]:
-    """The line w'z + b = 0 of a logistic regression (scikit-learn, C = 1, standardised coordinates) of two categories.
+    """w (2,) and b of the line w'z + b = 0 between two categories of points z (n, 2); `is_first` (n,): w'z + b > 0.
 
-    Args:
-        coordinates: z, (n, 2).
-        is_first: True for rows of the first category, (n,); on its side w'z + b > 0.
-
-    Returns:
-        w, (2,), and b, for the coordinates without standardisation.
+    It is that of a logistic regression (scikit-learn, C = 1) in standardised coordinates.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -50,7 +50,12 @@ def load_config(model: Model, run: Run) -> "PreTrainedConfig":
 
 
 def model_fingerprint(model: Model, run: Run) -> str:
-    """SHA-256 of a local model, commit of a hub model; then `+` and the SHA-256 of a separate tokenizer or adapter."""
+    """SHA-256 of a local model, commit of a hub model; then `+` and the SHA-256 of a separate tokenizer or adapter.
+
+    Raises UserError: no such model or adapter.
+    """
+    if model.adapter_dir is not None and not model.adapter_dir.is_dir():
+        raise UserError(f"No adapter can be read from {model.adapter_dir}: it is no folder. Correct --adapter_dir.")
     source = model_source(model.model_name)
     if Path(source).exists():
         parts = [local_fingerprint(Path(source))]
@@ -58,16 +63,6 @@ def model_fingerprint(model: Model, run: Run) -> str:
         parts = [getattr(load_config(model, run), "_commit_hash", None) or model.revision or "unknown"]
     others = [Path(other) for other in (model.tokenizer_name, model.adapter_dir) if other is not None]
     return "+".join([*parts, *(local_fingerprint(other) for other in others if other.exists())])
-
-
-def known_fingerprint(model: Model, run: Run) -> str | None:
-    """The `model_fingerprint`, or None if the model is not on this machine: K_sweep.py needs only its moments."""
-    if model.adapter_dir is not None and not model.adapter_dir.is_dir():
-        return None
-    try:
-        return model_fingerprint(model, run)
-    except UserError:
-        return None
 
 
 def stored_as(model: Model) -> dict[str, str]:

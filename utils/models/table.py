@@ -60,11 +60,7 @@ def models_dir() -> Path:
 
 
 def model_source(model_name: str) -> str:
-    """The hub id, local folder or GGUF file that `model_name` stands for.
-
-    Raises:
-        UserError: a model of the demo that does not exist yet, or a folder without a model.
-    """
+    """The hub id, local folder or GGUF file that `model_name` stands for. Raises UserError: no model is there."""
     spec = MODELS.get(model_name)
     if spec and (is_gguf(spec.path) or spec.path.startswith("demo/")):
         path = models_dir() / spec.path if is_gguf(spec.path) else ROOT / spec.path
