@@ -52,8 +52,7 @@ def make_run(config: Config) -> tuple[TrainingRun, TokenizedTexts]:
         settings = script.Config(model=config.model, data=config.data, run=config.run)
         settings = with_values(settings, **options, results_dir=Path(folder))
         data = load_splits(settings.data, settings.run)
-        accelerator = start_accelerator(settings, Path(folder))
-        run = build_run(settings, script.build, data, accelerator, Path(folder))
+        run = build_run(settings, script.build, data, start_accelerator(settings, Path(folder)), Path(folder))
     return run, load_tokens(data["train"].texts, settings.model, settings.run)
 
 
