@@ -6,6 +6,7 @@ causality      other tokens behind a position, padding or not, change no state u
 independence   a sequence in a right-padded batch has the states it has alone
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,10 @@ def read_layers(model: Any, input_ids: Tensor) -> tuple[list[Tensor], list[Tenso
     def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         received.append(args[0] if args else kwargs["hidden_states"])
 
-    handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in decoder_layers(model)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in decoder_layers(model):
+            hooks.enter_context(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         visit_hidden_states(model, input_ids, lambda layer, states: seen.__setitem__(layer, states.clone()))
-    finally:
-        for handle in handles:
-            handle.remove()
     return [seen[layer] for layer in sorted(seen)], received
 
 

@@ -1,5 +1,6 @@
 """Find the decoder of a causal LM, visit its hidden states one layer at a time, and pool them."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,13 +54,11 @@ def visit_hidden_states(model: Any, input_ids: Tensor, visit: Callable[[int, Ten
     def inner(layer: int) -> Callable:
         return lambda module, args, output: visit(layer, output if isinstance(output, Tensor) else output[0])
 
-    handles = [layers[0].register_forward_pre_hook(first, with_kwargs=True)]
-    handles += [layers[k - 1].register_forward_hook(inner(k)) for k in range(1, len(layers))]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+        for k in range(1, len(layers)):
+            hooks.enter_context(layers[k - 1].register_forward_hook(inner(k)))
         visit(len(layers), run_base_model(model, input_ids))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_device(model: nn.Module) -> torch.device:

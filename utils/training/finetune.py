@@ -3,7 +3,6 @@
 They build and save the model. Shapes: b texts of a batch, t tokens, d hidden size, c classes (1 for regression).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +42,6 @@ class Hyperparameters:
         check(self, "at least 1", "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
         check(self, "positive", "learning_rate")
         check(self, "in [0, 1)", "dropout", "warmup")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        num_warmup = round(self.warmup * self.num_steps)
-        if step < num_warmup:
-            return self.learning_rate * (step / num_warmup)
-        share = (step - num_warmup) / (self.num_steps - num_warmup)
-        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ Trainable = tuple[Any, Callable[[Path], None]]  # a base model; the function tha
 def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, LabelledTexts],
               accelerator: Any, folder: Path) -> TrainingRun:  # fmt: skip
     """Makes one run on train and test: classifier, optimiser, order of the rows and evaluation."""
-    from transformers import Adafactor
+    from transformers import Adafactor, get_cosine_schedule_with_warmup
 
     training, device = config.training, accelerator.device
     tokens = {split: load_tokens(part.texts, config.model, config.run) for split, part in data.items()}
@@ -124,7 +115,9 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    plain = {"scale_parameter": False, "relative_step": False}
+    plain = {"scale_parameter": False, "relative_step": False, "weight_decay": training.weight_decay}
+    optimizer, num_warmup = Adafactor(parameters, training.learning_rate, **plain), training.warmup * training.num_steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(num_warmup), training.num_steps)
     rows_per_step = training.batch_size * training.gradient_accumulation
     identity = make_identity(config, data)
 
@@ -141,8 +134,8 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
         inputs=lambda rows: tuple(tensor.to(device) for tensor in tokens["train"].pad(rows)),
         targets=targets["train"].to(device),
         objective=objective,
-        optimizer=Adafactor(parameters, training.learning_rate, weight_decay=training.weight_decay, **plain),
-        learning_rate=training.learning_rate_at,
+        optimizer=optimizer,
+        learning_rate=lambda step: training.learning_rate * schedule.lr_lambdas[0](step),
         order=BatchOrder(len(targets["train"]), rows_per_step, config.data.seed, tokens["train"].lengths),
         evaluate=evaluate,
         num_steps=training.num_steps,
