@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from utils.data.docstrings import first_paragraph, load_rows, pretraining_corpus, text_hash
-from utils.results import find_result, save_json, write_atomically
+from utils.results import check_replaceable, find_result, save_json, write_atomically
 from utils.script import ROOT, UserError, environment, pick_device, run_script
 from utils.settings import Run, Unrecorded, check, command_line, result_settings, with_values
 
@@ -259,6 +259,7 @@ def main(config: Config) -> None:
     command = command_line("-m demo.pretrain", config, set(result_settings(config)))
     config = complete_settings(config)
     folder = Path(str(config.output.output_dir))
+    check_replaceable(folder, "pretraining.json")
     identity = {"config": result_settings(config), "fingerprint": load_rows()[1][:16]}
     if find_result(folder / "pretraining.json", identity, Run(overwrite=config.output.overwrite)):
         print(f"already complete, --overwrite trains it again\n{folder}")

@@ -18,7 +18,7 @@ import torch
 from utils.hub import hub_errors
 from utils.models.load import load_config, load_tokenizer
 from utils.models.table import repository
-from utils.results import write_atomically
+from utils.results import check_replaceable, write_atomically
 from utils.script import run_script
 from utils.settings import Model, Run, check, path_name
 
@@ -37,13 +37,14 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Writes the twin unless it exists; prints its folder."""
+    """Writes the twin unless it exists; prints its folder. Raises UserError if the folder holds other files."""
     from transformers import AutoModelForCausalLM
 
     folder = config.output_dir or Path("demo/runs") / f"{path_name(config.model_name)}-random"
     if (folder / "config.json").is_file() and not config.overwrite:
         print(f"already there, --overwrite makes it again\n{folder}")
         return
+    check_replaceable(folder, "config.json")
     model, run = Model(config.model_name), Run()
     model_config = load_config(model, run)
     tokenizer = load_tokenizer(model, run, model_config)

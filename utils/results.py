@@ -87,6 +87,12 @@ def check_writable(path: Path) -> None:
     temporary_folder(path).rmdir()
 
 
+def check_replaceable(folder: Path, own: str) -> None:
+    """Raises UserError if `folder` holds files but not `own`, the file by which a result of ours is known."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / own).is_file():
+        raise UserError(f"{folder} holds other files, which would be lost. Name a new folder with --output_dir.")
+
+
 @contextlib.contextmanager
 def one_run_at_a_time(path: Path) -> Iterator[None]:
     """Locks the result at `path`: a second run of the same result waits here, and then finds it.

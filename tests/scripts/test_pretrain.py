@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo import pretrain
+from demo import pretrain, random_twin
 from tests.conftest import configure, flags, run_in_process
 from utils.script import ROOT, UserError
 from utils.settings import result_settings
@@ -49,6 +49,14 @@ def test_a_short_run_writes_a_model_that_is_kept_refused_or_replaced(tmp_path, m
 def test_too_little_text_is_a_users_mistake(tmp_path, name, value, remedy):
     with pytest.raises(UserError, match=f"{remedy} --{name}"):
         pretrain.main(short_config(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize("script", [pretrain, random_twin])
+def test_a_folder_of_other_files_is_never_replaced(script, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"other files, which would be lost. Name a new folder with --output_dir"):
+        script.main(configure(script, output_dir=tmp_path, overwrite=True))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 # ------------------------------------------------------------------ the committed checkpoints
