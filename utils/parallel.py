@@ -81,6 +81,13 @@ def connect() -> dist.Store:
     return dist.PrefixStore("run", store)
 
 
+def leave() -> None:
+    """Disconnects the processes; called last."""
+    synchronize()
+    if num_started() > 1:
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Runs its body in all processes; only the first one prints, and only one reports an error."""
@@ -95,8 +102,7 @@ def one_voice() -> Iterator[None]:
         try:
             store = connect()  # before accelerate would do it
             yield
-            synchronize()
-            dist.destroy_process_group()
+            leave()
         except SystemExit:
             time.sleep(1 if rank() > 0 else 0)  # torchrun ends all processes once one ends: let the message come first
             raise

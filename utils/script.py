@@ -8,8 +8,10 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,14 @@ def pick_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here ({reason}). Try --device cpu.") from None
     return chosen
+
+
+@contextmanager
+def termination_noted() -> Iterator[threading.Event]:
+    """Yields an event; SIGTERM, which a cluster sends before it ends a job, sets it and does not end the body."""
+    noted = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)

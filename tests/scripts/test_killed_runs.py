@@ -61,8 +61,8 @@ def config(names, tmp_path):
     return configured(names, tmp_path)
 
 
-def end_after(config, num_calls: int, owner=PartialPass, name: str = "save") -> None:
-    """Runs cache.py in a process that kills itself after so many calls of a function.
+def end_after(config, num_calls: int, owner=PartialPass, name: str = "save", number: int = signal.SIGKILL) -> None:
+    """Runs cache.py in a process that sends itself a signal after so many calls of a function, and ends by it.
 
     `save` writes the sums after each block.
     """
@@ -73,13 +73,13 @@ def end_after(config, num_calls: int, owner=PartialPass, name: str = "save") -> 
         def counted(*arguments):
             found = call(*arguments)
             if next(calls) == num_calls:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return found
 
         setattr(owner, name, counted)
         cache.main(config)
 
-    assert exit_codes(start(run)) == [-signal.SIGKILL]
+    assert exit_codes(start(run)) == [143 if number == signal.SIGTERM else -number]
 
 
 @pytest.mark.slow
@@ -108,11 +108,16 @@ def test_a_run_killed_at_random_gives_the_uninterrupted_result(names, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "ending",
-    [(2,), (1, utils.algebra.partial, "pooled_path")],
-    ids=["between two blocks", "between its two results"],
+    ("ending", "minutes_per_state"),
+    [
+        ((2, PartialPass, "save", signal.SIGKILL), 0.0),
+        ((7, cache, "visit_hidden_states", signal.SIGTERM), 60.0),  # two calls by the self-check
+        ((1, utils.algebra.partial, "pooled_path", signal.SIGKILL), 0.0),
+    ],
+    ids=["between two blocks", "SIGTERM", "between its two results"],
 )
-def test_a_killed_run_goes_on(config, tmp_path, whole, capsys, ending):
+def test_an_ended_run_goes_on(config, tmp_path, whole, capsys, ending, minutes_per_state):
+    config = with_values(config, minutes_per_state=minutes_per_state)
     end_after(config, *ending)
     [partial] = partials(tmp_path)
     num_batches = read_identity(partial)["num_batches"]

@@ -142,26 +142,27 @@ def test_standardised_probes_stand_beside_the_others(settings, tmp_path, capsys)
 
 # ------------------------------------------------------------------ states
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
-def test_a_killed_training_goes_on(settings, tmp_path, capfd, size, rank):
-    whole, killed = (with_values(settings, results_dir=tmp_path / name) for name in ("whole", "killed"))
+def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
+    """SIGTERM does not reach all machines at once: a process that ended alone would leave the others waiting."""
+    whole, ended = (with_values(settings, results_dir=tmp_path / name) for name in ("whole", "ended"))
 
     def run(own):
         step = loop.train_step
 
-        def until_killed(run, progress, model):
+        def terminated(run, progress, model):
             if own == rank and progress.step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGTERM)
             return step(run, progress, model)
 
-        loop.train_step = until_killed
-        linear_training.main(with_values(killed, minutes_per_state=0.0))
+        loop.train_step = terminated
+        linear_training.main(with_values(ended, minutes_per_state=60.0))
 
-    assert exit_codes(start(run, size))[rank] == -signal.SIGKILL
+    assert exit_codes(start(run, size)) == [143] * size
     capfd.readouterr()
-    for config in (killed, whole):
+    for config in (ended, whole):
         assert exit_codes(start(lambda _, config=config: linear_training.main(config), size)) == [0] * size
-    assert capfd.readouterr().out.count("going on from step 4 of") == 1
-    assert result(tmp_path / "whole")[2] == result(tmp_path / "killed")[2]
+    assert capfd.readouterr().out.count("going on from step 5 of") == 1
+    assert result(tmp_path / "whole")[2] == result(tmp_path / "ended")[2]
 
 
 def test_with_overwrite_the_same_command_goes_on_and_the_old_result_stays_until_then(settings, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ continues: the result is the same, bit for bit. The file of pooled states has a 
 
 import contextlib
 import os
+import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from utils import results
 from utils.algebra.moments import pooled_path
 from utils.parallel import num_started, object_of_first, on_one_machine, rank, synchronize
-from utils.script import UserError
+from utils.script import UserError, termination_noted
 
 
 def free_memory(device: torch.device) -> int:
@@ -119,7 +121,7 @@ def remaining_batches(
     """Yields the number of each batch that the caller must still add to `tensors`, and shows a progress bar.
 
     Between blocks, when the sums are complete, it saves them every `minutes_per_state` (or less often, so that writing
-    takes at most a twentieth of the time).
+    takes at most a twentieth of the time), and on SIGTERM, before it ends the process.
     """
     done, saved, seconds_between = 0, time.monotonic(), 60 * partial.minutes_per_state if partial else 0.0
     if partial and partial.path.is_file():
@@ -129,16 +131,20 @@ def remaining_batches(
         done = metadata["num_batches"]
         print(f"going on from {partial.path}: {done} batches are done")
     progress = tqdm(total=sum(num_tokens), initial=sum(num_tokens[:done]), desc="cache", unit="token", unit_scale=True)
-    with progress:
+    with progress, termination_noted() as termination:
         for number in range(done, len(num_tokens)):
             yield number
             progress.update(num_tokens[number])
-            if partial and ends_block[number] and time.monotonic() - saved >= seconds_between:
+            if not ends_block[number]:
+                continue
+            if partial and (termination.is_set() or time.monotonic() - saved >= seconds_between):
                 begun = time.monotonic()
                 partial.save(tensors, number + 1)
                 saved = time.monotonic()
                 if seconds_between:  # 0: after each block
                     seconds_between = max(seconds_between, 20 * (saved - begun))
+            if termination.is_set():
+                sys.exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

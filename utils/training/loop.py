@@ -7,6 +7,8 @@ needs only weights, optimiser and step, and a killed run continues with the numb
 import contextlib
 import importlib.util
 import math
+import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,8 +27,8 @@ from utils.data.load import LabelledTexts
 from utils.models.batches import split_rows
 from utils.models.check import routes_tokens
 from utils.models.load import model_fingerprint, stored_as
-from utils.parallel import object_of_first
-from utils.script import UserError, environment, pick_device
+from utils.parallel import leave, object_of_first
+from utils.script import UserError, environment, pick_device, termination_noted
 from utils.settings import all_settings, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.objective import BatchOrder, Objective
@@ -160,7 +162,8 @@ def train(run: TrainingRun) -> Progress:
     model = accelerator.prepare_model(run.model, device_placement=False)
     run.model.train()
     clock, saved = time.monotonic(), progress.seconds
-    with tqdm(desc="train", total=run.num_steps, initial=progress.step, unit="step") as bar:
+    bar = tqdm(desc="train", total=run.num_steps, initial=progress.step, unit="step")
+    with bar, termination_noted() as termination:
         while progress.step < run.num_steps and not (progress.history and run.stop(progress.history)):
             progress.losses.append(train_step(run, progress, model))
             bar.update()
@@ -169,10 +172,16 @@ def train(run: TrainingRun) -> Progress:
                 add_row(run, progress)
             progress.seconds += time.monotonic() - clock
             clock = time.monotonic()
+            # all processes must end after the same step, or one would wait for another
+            asked = torch.tensor(float(termination.is_set()), device=run.targets.device)
+            is_ended = accelerator.reduce(asked).item() > 0
             is_due = progress.seconds - saved >= 60 * run.config.session.minutes_per_state
-            if accelerator.is_main_process and is_due and not is_last:
+            if accelerator.is_main_process and (is_ended or is_due) and not is_last:
                 save_state(run, progress)
                 saved = progress.seconds
+            if is_ended and not is_last:
+                leave()  # together, now that the state is written
+                sys.exit(128 + signal.SIGTERM)
     for tracker in accelerator.trackers:  # not by end_training(), which would also end the group of processes
         tracker.finish()
     return progress
