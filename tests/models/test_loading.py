@@ -75,6 +75,7 @@ DAMAGES = {
              "needs a package that is not installed.*GPTQ"),
     "rope": (change_config(rope_scaling={"type": "spiral", "factor": 2.0}, rope_parameters=None),
              r"cannot be loaded, as with a wrong config\.json.*spiral"),
+    "list": (change_config(intermediate_size=[48, 48]), "llama cannot be .*intermediate_size"),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")],
                      "Tokenizer of .* has no file that holds its vocabulary.*--tokenizer_name"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors"),
