@@ -232,9 +232,9 @@ def page_lines(result: dict[str, Any], ranks: dict[str, list[int]]) -> list[str]
     lines = [recommendation(result)]
     if len(models) > 1:
         num_agreeing = sum(of_score[0] == 1 for of_score in ranks.values())
-        agreement = f"{num_agreeing} of {len(ranks)} scores agree on the first"
+        agreement = f"{num_agreeing} of {len(ranks)} scores rank {models[0]['model']} first"
         widths = {model["hidden_size"] for model in models}
-        lines.append(agreement + (" (widths differ: only R2 compares across them)." if len(widths) > 1 else "."))
+        lines.append(agreement + ("; only R2 compares models of different width." if len(widths) > 1 else "."))
     values = [(name.replace("_", " "), result["baselines"][name][measure]) for name in ("majority", "bag_of_words")]
     told = ", ".join(f"{name} {'-' if value is None else format(value, '.3f')}" for name, value in values)
     lines.append(f"Without a model, test {measure}: {told}.")
