@@ -16,8 +16,9 @@ from utils.algebra.scores import SCORES
 from utils.data.load import LabelledTexts
 from utils.models.batches import token_batches
 from utils.models.check import self_check
+from utils.models.load import load_config, load_tokenizer
 from utils.models.states import pool
-from utils.models.tokens import TokenizedTexts, load_tokens
+from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import result_path
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
@@ -104,7 +105,10 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
     from transformers import Adafactor, get_cosine_schedule_with_warmup
 
     training, device = config.training, accelerator.device
-    tokens = {split: load_tokens(part.texts, config.model, config.run) for split, part in data.items()}
+    model_config = load_config(config.model, config.run)
+    tokenizer = load_tokenizer(config.model, config.run, model_config)  # once: a large one takes seconds
+    max_length = config.model.max_length
+    tokens = {split: tokenize(part.texts, tokenizer, model_config, max_length) for split, part in data.items()}
     torch.manual_seed(config.data.seed)
     decoder, save = build(config)
     self_check(decoder.to(device), tokens["train"], config.model.model_name)
@@ -116,8 +120,9 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain = {"scale_parameter": False, "relative_step": False, "weight_decay": training.weight_decay}
-    optimizer, num_warmup = Adafactor(parameters, training.learning_rate, **plain), training.warmup * training.num_steps
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(num_warmup), training.num_steps)
+    optimizer = Adafactor(parameters, training.learning_rate, **plain)
+    num_warmup = round(training.warmup * training.num_steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup, training.num_steps)
     rows_per_step = training.batch_size * training.gradient_accumulation
     identity = make_identity(config, data)
 
