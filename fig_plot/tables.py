@@ -226,9 +226,14 @@ def load_seeds(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     )
 
 
-def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
+def average_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
     """The rows of `load_seeds` averaged over seeds: one per model and dataset."""
-    return load_seeds(data_dir).groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
+    return seeds.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
+
+
+def load_cells(data_dir: Path = DATA_DIR) -> pd.DataFrame:
+    """As `load_seeds`, averaged over seeds."""
+    return average_seeds(load_seeds(data_dir))
 
 
 def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:

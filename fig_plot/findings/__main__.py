@@ -45,6 +45,7 @@ from fig_plot.tables import (
     FEATURE_SCORES,
     MEASURES,
     RUN_SCORES,
+    average_seeds,
     find_studies,
     load_after_lora,
     load_cells,
@@ -102,7 +103,7 @@ def study_tables(data_dir: Path, draws: Draws) -> Tables:
     """Every table of a study."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
-    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), load_cells(data_dir)
+    probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
     cells = trained_models(every)
     first = seeds["seed"].min()  # the paper has one run of everything
     of_cells, of_layers, of_probes = (
@@ -135,9 +136,9 @@ def study_tables(data_dir: Path, draws: Draws) -> Tables:
 
 
 def write_tables(data_dir: Path, tables: Tables) -> None:
-    """Computes the tables of a study, writes those that have rows, and prints how many."""
-    for name, rows in tables.items():
-        table, path = pd.DataFrame(rows), table_path(f"findings_{name}", data_dir)
+    """Computes all tables of a study, then writes those that have rows, and prints how many."""
+    for name, table in {name: pd.DataFrame(rows) for name, rows in tables.items()}.items():
+        path = table_path(f"findings_{name}", data_dir)
         if not table.empty:
             save_csv(path, table)
             print(f"{len(table):7,} rows  {path}")
