@@ -138,6 +138,8 @@ def complete_by_variance(solved: Eigenspace) -> Tensor:
     V has such ties only if the next tokens span fewer directions than the prefixes, as in a handful of short texts.
     Any order of tied vectors is a solution; this one is the same on every machine.
     """
+    if len(solved.eigenvalues) == len(solved.coordinates):
+        return solved.vectors
     rest = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
     axes = torch.linalg.svd(rest, full_matrices=False).Vh
     return torch.cat([solved.vectors, rest @ axes.T.flip(1)], dim=1)
@@ -262,13 +264,14 @@ def sweep_layer(
     # W' Sigma V_K spans the part of V_K that a probe sees after Sigma is whitened; a column along which the pooled
     # states do not vary is rounding: it is tiny beside `sizes`, the largest variation possible along that column
     sizes = v.abs().T @ sigma.diagonal().clamp(min=0).sqrt()
-    whitened = NestedBasis.of(whitener.T @ (sigma @ v), ks, sizes)
+    to_whitened = whitener.T @ sigma
+    whitened = NestedBasis.of(to_whitened @ v, ks, sizes)
     scores = ntps(u, basis, config.fractions, config.eigenvectors == "largest") | retained(labels, whitened)
     scores["chance"] = torch.tensor(ks).double() / len(sigma)
     scores |= excess_loss(sigma, labels, basis, scores)
-    seed, space = (config.data.seed, layer_index), (u.whitener, whitener, basis, whitened)
+    seed, space = (config.data.seed, layer_index), (u.whitener, to_whitened, basis, whitened)
     null = permuted_scores(used, space, config.num_null_draws, seed)
-    random_v = random_scores(u.vectors, whitener.T @ sigma, labels, ks, num_random_draws, seed)
+    random_v = random_scores(u.vectors, to_whitened, labels, ks, num_random_draws, seed)
     return dataclasses.replace(layer, scores=scores, null_draws=null, random=random_v)
 
 

@@ -10,8 +10,6 @@ fastest rounds. `padding` is padded tokens over tokens.
 Writes results/benchmarks/bench_cache.json.
 """
 
-import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

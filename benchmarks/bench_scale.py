@@ -8,8 +8,6 @@ libraries and model; seconds do not count its start.
 Writes results/benchmarks/bench_scale.json.
 """
 
-import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
-
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path

@@ -71,16 +71,16 @@ def permuted_scores(
 ) -> dict[str, Tensor]:
     """`ntps_label`, `ntps_whitened` and `retained` under permuted labels, (num_draws, fractions) each.
 
-    `moments` are those of the perception problem, centred or not. `space` has the whiteners of M, (d, rank M), and of
-    Sigma, (d, rank Sigma), and the nested bases of V before and after whitening by Sigma.
+    `moments` are those of the perception problem, centred or not. `space` has the whitener of M, (d, rank M), W' Sigma
+    with the whitener W of Sigma, (rank Sigma, d), and the nested bases of V before and after whitening by Sigma.
     """
-    of_perception, of_sigma, basis, whitened = space
+    of_perception, to_whitened, basis, whitened = space
     random = random_stream("permuted labels", *seed)
     # coordinates: the nested basis of V within the space that Sigma whitens
     factors, bases = draw_permuted_factors(
-        of_sigma.shape[1], moments.num_samples, moments.label_covariance, num_draws, random
+        len(to_whitened), moments.num_samples, moments.label_covariance, num_draws, random
     )
-    to_perception = of_perception.T @ (moments.pooled_covariance @ of_sigma) @ whitened.q
+    to_perception = of_perception.T @ to_whitened.T @ whitened.q
     offset = torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
     labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B; mu p' stays the same
     labels = labels @ inverse_root(labels.mT @ labels)
