@@ -16,6 +16,7 @@ Symbols, per layer: X (n, d) pooled states, standardised on train (StandardScale
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ from utils.script import UserError, environment, pick_device, run_script
 from utils.settings import Data, Model, Run, Unrecorded, check, result_settings
 from utils.training.baselines import text_baselines
 from utils.training.metrics import classification_scores, regression_scores, squared_error_scores
-from utils.training.probes import as_array, fit_logistic
+from utils.training.probes import as_array, preconditioned_start
 
 ROWS_AT_ONCE = 8192  # rows widened to float64 at a time
 
@@ -89,14 +90,39 @@ def least_squares(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return weights, label_mean - mean @ weights
 
 
-def predict(features: Tensor, weights: Tensor, intercept: Tensor) -> np.ndarray:
-    """Predictions X W + 1 b', (n, c) float64."""
-    return torch.cat([rows.double() @ weights + intercept for rows in features.split(ROWS_AT_ONCE)]).cpu().numpy()
-
-
 def probe_device(config: Config) -> torch.device:
     """The device that fits the probes; always the CPU for saga."""
     return pick_device(config.run.device if config.solver == "lbfgs" else "cpu")
+
+
+def fit_logistic(config: Config, features: Tensor, labels: np.ndarray) -> tuple[Any, dict]:
+    """A fitted LogisticRegression, and {"num_iterations", "converged"} with the iterations of scikit-learn.
+
+    lbfgs starts at `preconditioned_start`; if rounding of float32 features stops it early, it continues in float64.
+    `features` (n, d) are standardised, float32; each of the classes 0..c-1 has a text in `labels` (n,).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    max_iter, tolerance = {"lbfgs": (10_000, 1e-4), "saga": (1000, 0.01)}[config.solver]
+    max_iter, tolerance, penalty = config.max_iter or max_iter, config.tolerance or tolerance, config.inverse_penalty
+    shared = {"max_iter": max_iter, "tol": tolerance, "random_state": config.data.seed}
+    model = LogisticRegression(solver=config.solver, C=penalty, **shared)
+    if config.solver == "lbfgs":
+        binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones
+        start = preconditioned_start(features, labels, penalty / (2 if binary else 1))
+        start = start[1:] - start[:1] if binary else start
+        model.warm_start, model.coef_, model.intercept_ = True, start[:, :-1].copy(), start[:, -1].copy()
+    num_iterations = 0
+    for dtype in (features.dtype, torch.float64):
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always", ConvergenceWarning)
+            model.fit(as_array(features.to(dtype)), labels)
+        num_iterations += int(model.n_iter_[0])
+        converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in raised)
+        if converged or config.solver != "lbfgs" or num_iterations >= max_iter:
+            break
+    return model, {"num_iterations": num_iterations, "converged": converged}
 
 
 def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str, LabelledTexts]) -> dict[str, dict]:
@@ -104,16 +130,11 @@ def logistic_scores(config: Config, features: dict[str, Tensor], data: dict[str,
     import sklearn
     from sklearn.preprocessing import StandardScaler
 
-    max_iter, tolerance = {"lbfgs": (10_000, 1e-4), "saga": (1000, 0.01)}[config.solver]
-    max_iter, tolerance = config.max_iter or max_iter, config.tolerance or tolerance
     # the array API keeps tensors on their device; on the CPU scikit-learn is faster on numpy arrays
     with sklearn.config_context(array_api_dispatch=features["train"].device.type != "cpu"):
         scaler = StandardScaler(copy=False).fit(as_array(features["train"]))
         scaled = {split: torch.as_tensor(scaler.transform(as_array(x))) for split, x in features.items()}
-        model, solver = fit_logistic(
-            scaled["train"], data["train"].labels, config.solver, config.inverse_penalty, max_iter, tolerance,
-            config.data.seed,
-        )  # fmt: skip
+        model, solver = fit_logistic(config, scaled["train"], data["train"].labels)
         scores = {"solver": solver}
         for split, part in data.items():
             probabilities = torch.as_tensor(model.predict_proba(as_array(scaled[split]))).cpu().numpy()
@@ -129,7 +150,8 @@ def probe_layer(config: Config, paths: dict[str, Path], data: dict[str, Labelled
     targets = {split: cache.one_hot_targets(part) for split, part in data.items()}
     weights, intercept = least_squares(features["train"], targets["train"].to(device))
     for split, part in data.items():
-        predictions = predict(features[split], weights, intercept)
+        parts = [rows.double() @ weights + intercept for rows in features[split].split(ROWS_AT_ONCE)]  # X W + 1 b'
+        predictions = torch.cat(parts).cpu().numpy()
         if part.is_regression:
             entry[split] = regression_scores(part.labels, predictions[:, 0])
         else:

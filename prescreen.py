@@ -218,7 +218,7 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
 def score_ranks(models: list[dict[str, Any]]) -> dict[str, list[int]]:
     """The rank of each model, 1 = best, by each score that all have at the last layer."""
     ranks = {}
-    for name in (*features.LABELS, *SCORES):
+    for name in (*features.CLOSED_FORM_SCORES, *SCORES):
         entries = [model["last_layer"].get(name, {"value": None}) for model in models]
         values: list[Any] = [None if entry.get("meaningless") else entry["value"] for entry in entries]
         if None not in values:

@@ -18,7 +18,6 @@ import linear_sklearn
 from tests.conftest import configure, flags, make_texts, only_result, run_in_process, write_rows
 from utils.script import UserError
 from utils.settings import with_values
-from utils.training.probes import fit_logistic
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +32,10 @@ def make_features(num: int, width: int, num_classes: int, seed: int = 0) -> tupl
 
 
 def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, inverse_penalty=1.0):
-    return fit_logistic(features, labels, solver, inverse_penalty, max_iter, tolerance, seed=3)
+    config = linear_sklearn.Config(
+        solver=solver, inverse_penalty=inverse_penalty, max_iter=max_iter, tolerance=tolerance
+    )
+    return linear_sklearn.fit_logistic(with_values(config, seed=3), features, labels)
 
 
 # ------------------------------------------------------------------ solvers
@@ -72,7 +74,7 @@ def test_least_squares_equals_scikit_learn(num, width):
     weights, intercept = linear_sklearn.least_squares(features[:num], torch.from_numpy(targets))
     reference = make_pipeline(StandardScaler(), LinearRegression()).fit(train, targets)
     for part in (features[:num], features[num:]):
-        predictions = linear_sklearn.predict(part, weights, intercept)
+        predictions = part.double() @ weights + intercept
         np.testing.assert_allclose(predictions, reference.predict(part.double().numpy()), atol=1e-6)
 
 

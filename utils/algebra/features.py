@@ -15,15 +15,8 @@ from utils.algebra.linalg import rounding, whiten
 from utils.algebra.moments import LayerMoments, PooledMoments
 from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 
-LABELS = {  # name -> label of each score in tables; larger is better
-    "ridge_r2": "ridge R2, cross-validated",
-    "h_oas": "H-score, OAS shrinkage",
-    "h_ledoit_wolf": "H-score, Ledoit-Wolf",
-    "logme": "LogME",
-    "cka": "linear CKA",
-    "probe_r2_held_out": "least-squares R2, held out",
-    "probe_r2": "least-squares R2, train",
-}
+# larger is better
+CLOSED_FORM_SCORES = ("ridge_r2", "h_oas", "h_ledoit_wolf", "logme", "cka", "probe_r2_held_out", "probe_r2")
 
 
 # ------------------------------------------------------------------ H-score
@@ -130,4 +123,4 @@ def feature_scores(
         found |= {name: {"value": value if math.isfinite(value) else None} for name, value in known.items()}
     for name, entry in found.items():  # once n <= d the probe fits any labels on its own rows
         entry["meaningless"] = name == "probe_r2" and moments.num_samples <= max(len(sigma), rank + 1)
-    return {name: found[name] for name in LABELS if name in found}, fits
+    return {name: found[name] for name in CLOSED_FORM_SCORES if name in found}, fits

@@ -151,8 +151,7 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
     """The moments of one layer from an open file of cache.py; reads no other layer.
 
-    Raises:
-        UserError: the file does not hold the layer.
+    Raises UserError: the file does not hold the layer.
     """
     check_has_layer(metadata, layer)
     tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_LAYER}
@@ -193,8 +192,7 @@ def label_averages(labels_of_folds: Iterable[Tensor]) -> dict[str, Tensor]:
 def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
     """True if the moments at `path` have this identity and hold the layers, folds and pooled states asked for.
 
-    Raises:
-        UserError: the moments have another identity; with --overwrite the result is False instead.
+    Raises UserError: the moments have another identity; with --overwrite the result is False instead.
     """
     if not path.is_file():
         return False

@@ -95,8 +95,7 @@ class PartialPass:
     def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
         """Removes a pass that this run cannot continue, and prints the reason; only the first process calls it.
 
-        Raises:
-            UserError: a file is damaged or of another identity, and `overwrite` is off.
+        Raises UserError: a file is damaged or of another identity, and `overwrite` is off.
         """
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
@@ -120,10 +119,10 @@ def remaining_batches(
 ) -> Iterator[int]:
     """Yields the number of each batch that the caller must still add to `tensors`, and shows a progress bar.
 
-    Between blocks, when the sums are complete, it saves them every `minutes_per_state` (or less often, so that writing
-    takes at most a twentieth of the time), and on SIGTERM, before it ends the process.
+    Between blocks, when the sums are complete, it saves them every `minutes_per_state`, and on SIGTERM, before it ends
+    the process.
     """
-    done, saved, seconds_between = 0, time.monotonic(), 60 * partial.minutes_per_state if partial else 0.0
+    done, saved = 0, time.monotonic()
     if partial and partial.path.is_file():
         with results.open_tensors(partial.path) as (file, metadata):
             for name, tensor in tensors.items():
@@ -137,12 +136,10 @@ def remaining_batches(
             progress.update(num_tokens[number])
             if not ends_block[number]:
                 continue
-            if partial and (termination.is_set() or time.monotonic() - saved >= seconds_between):
-                begun = time.monotonic()
+            is_due = partial and time.monotonic() - saved >= 60 * partial.minutes_per_state
+            if partial and (is_due or termination.is_set()):
                 partial.save(tensors, number + 1)
                 saved = time.monotonic()
-                if seconds_between:  # 0: after each block
-                    seconds_between = max(seconds_between, 20 * (saved - begun))
             if termination.is_set():
                 sys.exit(128 + signal.SIGTERM)
 

@@ -1,6 +1,5 @@
-"""Fit scikit-learn's logistic regression from a good start, for linear_sklearn.py."""
+"""Find a good start for scikit-learn's logistic regression, for linear_sklearn.py."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -54,31 +53,3 @@ def preconditioned_start(features: Tensor, labels: np.ndarray, inverse_penalty: 
     found = minimize(loss_and_gradient, np.zeros(len(one_hot) * (d + 1)), method="L-BFGS-B", jac=True, options=options)
     start = torch.cat(to_weights(found.x), dim=1)
     return (start - start.mean(0)).cpu().numpy().astype(np.float32)
-
-
-def fit_logistic(features: Tensor, labels: np.ndarray, solver: str, inverse_penalty: float, max_iter: int,
-                 tolerance: float, seed: int) -> tuple[Any, dict]:  # fmt: skip
-    """A fitted LogisticRegression, and {"num_iterations", "converged"} with the iterations of scikit-learn.
-
-    lbfgs starts at `preconditioned_start`; if rounding of float32 features stops it early, it continues in float64.
-    `features` (n, d) are standardised, float32; each of the classes 0..c-1 has a text in `labels` (n,).
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(solver=solver, C=inverse_penalty, max_iter=max_iter, tol=tolerance, random_state=seed)
-    if solver == "lbfgs":
-        binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones
-        start = preconditioned_start(features, labels, inverse_penalty / (2 if binary else 1))
-        start = start[1:] - start[:1] if binary else start
-        model.warm_start, model.coef_, model.intercept_ = True, start[:, :-1].copy(), start[:, -1].copy()
-    num_iterations = 0
-    for dtype in (features.dtype, torch.float64):
-        with warnings.catch_warnings(record=True) as raised:
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(as_array(features.to(dtype)), labels)
-        num_iterations += int(model.n_iter_[0])
-        converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in raised)
-        if converged or solver != "lbfgs" or num_iterations >= max_iter:
-            break
-    return model, {"num_iterations": num_iterations, "converged": converged}
