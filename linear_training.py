@@ -70,7 +70,6 @@ class Config:
             raise ValueError("--patience needs a --validation_share above 0, such as 0.1")
 
 
-# ------------------------------------------------------------------ states and rows
 def find_states(config: Any, split: Literal["train", "test"], save_pooled: Literal["last", "all"],
                 data: LabelledTexts) -> Path:  # fmt: skip
     """Makes a split's moments and the pooled states of its last layer, or of all, if missing; returns their path."""
@@ -106,7 +105,6 @@ def standardization(states: Tensor) -> tuple[Tensor, Tensor]:
     return states.double().mean(0), torch.where(spread > 0, spread, 1)
 
 
-# ------------------------------------------------------------------ run
 @torch.no_grad()
 def evaluate(head: torch.nn.Module, objective: Objective, parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Scores of the head on the states and targets of each part, as `<part>_<score>`."""

@@ -70,7 +70,6 @@ class Config(FinetuningConfig):
         check(self, "in [0, 1)", "lora_dropout")
 
 
-# ------------------------------------------------------------------ the method
 def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
     """The causal LM with LoRA in its projections; only LoRA's weights require a gradient."""
     from peft import LoraConfig, TaskType, get_peft_model
@@ -118,7 +117,6 @@ def build(config: Config) -> Trainable:
     return decoder_of(causal_lm), save
 
 
-# ------------------------------------------------------------------ NTPS before and after
 def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
     """Settings for the plain model's moments and scores: read from stored scores or moments, else the defaults."""
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype="float32")
@@ -172,7 +170,6 @@ def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) ->
     return metrics
 
 
-# ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Trains unless a finished run exists; with --ntps_after also writes and prints NTPS before and after."""
     load_config(config.model, config.run)  # refuses a wrong name before it reads the data

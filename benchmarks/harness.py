@@ -31,7 +31,6 @@ DECODERS: dict[str, tuple[str, tuple[int, ...], int]] = {
 }
 
 
-# ------------------------------------------------------------------ random models and texts
 def random_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """A base model with the sizes of `DECODERS` and random weights, made on the device."""
     kind, sizes, vocabulary = DECODERS[name]
@@ -58,7 +57,6 @@ def plain_forward(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_bat
         run_base_model(model, tokens.pad(indices)[0].to(model.device))
 
 
-# ------------------------------------------------------------------ clock and memory
 def alternate(
     runs: Mapping[str, Callable[[], object]], num_rounds: int, device: torch.device
 ) -> dict[str, list[float]]:

@@ -59,7 +59,6 @@ class Config:
         check(self, "at least 1", "max_samples")
 
 
-# ------------------------------------------------------------------ the released formula
 def released_eigenvectors(factor: Tensor, denominator: Tensor) -> Tensor:
     """All solutions (d, rank) of F F' x = lambda C x as the released script computes them, smallest lambda first."""
     eigenvalues, vectors = torch.linalg.eigh(denominator)
@@ -80,7 +79,6 @@ def released_score(moments: LayerMoments, fractions: tuple[float, ...], dtype: t
     return float(np.mean(scores))
 
 
-# ------------------------------------------------------------------ run
 def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
     """Yields score, variant and value for every way to compute the scores of one dataset."""
     for variant, options in RECOMPUTED.items():

@@ -40,7 +40,6 @@ class Config:
     output_dir: Path = ROOT / "fig_plot" / "published"  # folder of the CSV files
 
 
-# ------------------------------------------------------------------ an unpickler of floats
 class PlainDtype:
     """Replaces numpy.dtype: little-endian floats. numpy's own takes flags from the file, which could be forged."""
 
@@ -79,7 +78,6 @@ class FloatUnpickler(pickle.Unpickler):
         return SUBSTITUTES[module, name]
 
 
-# ------------------------------------------------------------------ from pickles to rows
 def word_rows(content: Any) -> Iterator[tuple]:
     """Rows of fig1.csv; the file is {subspace: {category: [array (1, 2) per word]}}."""
     for subspace in ("U", "V"):
@@ -112,7 +110,6 @@ def read_rows(folder: Path, name: str, to_rows: Any, fields: tuple[str, ...], co
     return table
 
 
-# ------------------------------------------------------------------ run
 def main(config: Config) -> None:
     """Reads and checks all four files, then writes the CSV files."""
     keys, scores = ["model", "dataset", "ntps"], ("align_score", "metric_data")

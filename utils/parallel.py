@@ -33,12 +33,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def on_one_machine() -> bool:
-    """True if all processes share a machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", num_started())) == num_started()
-
-
-# ------------------------------------------------------------------ exchange
 def synchronize() -> None:
     """Barrier across ranks; if another process has ended, ends this one silently."""
     try:
@@ -64,7 +58,6 @@ def object_of_first(make: Callable[[], Any]) -> Any:
     return content[0]
 
 
-# ------------------------------------------------------------------ begin and end
 def connect() -> dist.Store:
     """Connects the processes; returns a store that they share."""
     if torch.cuda.is_available():

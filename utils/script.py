@@ -95,7 +95,6 @@ def message_of(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else ""
 
 
-# ------------------------------------------------------------------ provenance
 def git_commit(folder: Path) -> str | None:
     """The commit of the repository in `folder`, with `-dirty` after changes; None without git or a repository."""
     git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always", "--dirty"]

@@ -36,7 +36,6 @@ def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
     return accuracy.groupby(CELL_KEYS).max().rename("best_test_accuracy").reset_index()
 
 
-# ------------------------------------------------------------------ a test of prescreen.py
 def first_choice_rows(probes: pd.DataFrame, features: pd.DataFrame, datasets: pd.DataFrame) -> pd.DataFrame:
     """The rows of findings_first_choice.csv: the model and layer that prescreen.py chooses on each dataset.
 
@@ -71,7 +70,6 @@ def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
     return first_choice_rows(*map(pd.concat, found)) if all(found) else pd.DataFrame()
 
 
-# ------------------------------------------------------------------ question 7: which model?
 def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:
     """1 for each dataset on which a score orders two models as the outcome does, 0 if not, 0.5 if the score ties.
 
@@ -110,7 +108,6 @@ def which_model_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
                        "datasets": int(share.notna().sum())}  # fmt: skip
 
 
-# ------------------------------------------------------------------ question 9: is V special?
 def special_rows(leads: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_special.csv: `retained` minus that of random V, per model and for each pair of models.
 
@@ -150,7 +147,6 @@ def lead_of_layers(cells: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([last, lead.assign(place="middle")], ignore_index=True)
 
 
-# ------------------------------------------------------------------ question 10: the scale of the coordinates
 def coordinate_rows(layers: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_coordinates.csv: each score in every scaling of the coordinates, at the last two layers.
 

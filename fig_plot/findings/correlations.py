@@ -34,7 +34,6 @@ class Interval(NamedTuple):
         return {value: self.value, f"{ends}low": self.low, f"{ends}high": self.high}
 
 
-# ------------------------------------------------------------------ statistics of resampled tasks
 # `counts`, (draws, tasks), says how often each draw holds each task. A statistic takes counts and tables (models,
 # tasks) and gives one number per draw, (draws,), nan if undefined. Counts of 1 give its value on the tables themselves.
 Statistic = Callable[..., np.ndarray]
@@ -113,7 +112,6 @@ def _drawn_partial(counts: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarr
     return np.where(counts.sum(1) > 3, partial, np.nan)
 
 
-# ------------------------------------------------------------------ values and intervals
 def value_of(statistic: Statistic, *tables: ArrayLike) -> float:
     """The value of a statistic on the tables themselves, without resampling."""
     whole = [np.atleast_2d(np.asarray(table, float)) for table in tables]

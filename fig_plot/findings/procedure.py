@@ -52,7 +52,6 @@ def outcomes(sweep: pd.DataFrame, cells: pd.DataFrame, probes: pd.DataFrame, mea
     return np.broadcast_to(values, sweep.shape)
 
 
-# ------------------------------------------------------------------ one model
 def find_steps(
     sweep: pd.DataFrame, cells: pd.DataFrame, probes: pd.DataFrame, measure: str, draws: Draws
 ) -> Iterator[Step]:
@@ -85,7 +84,6 @@ def find_steps(
         yield make_step(STEPS[3], mean, on_test, layer=layer)
 
 
-# ------------------------------------------------------------------ a study
 def like_for_like_rows(cells: pd.DataFrame, layers: pd.DataFrame, probes: pd.DataFrame, draws: Draws) -> Rows:
     """Rows of findings_like_for_like.csv: each model, and `mean` over them.
 

@@ -19,7 +19,6 @@ from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 CLOSED_FORM_SCORES = ("ridge_r2", "h_oas", "h_ledoit_wolf", "logme", "cka", "probe_r2_held_out", "probe_r2")
 
 
-# ------------------------------------------------------------------ H-score
 def ledoit_wolf(moments: LayerMoments, sigma: Tensor) -> float:
     """Ledoit and Wolf's shrinkage intensity, as in scikit-learn, from the means of |m|^4 and |m|^2 m."""
     q, v = moments.pooled_norm_fourth_power, moments.pooled_norm_squared_pooled
@@ -55,7 +54,6 @@ def h_score(moments: LayerMoments, sigma: Tensor, shrinkage: float) -> float:
     return ((1 - shrinkage) * n / (n - 1) * (root * torch.linalg.solve(shrunk, root)).sum()).item()
 
 
-# ------------------------------------------------------------------ LogME, CKA
 def log_evidence(eigenvalues: Tensor, projected: Tensor, square: Tensor, n: int, d: int) -> float:
     """LogME of one target: log evidence per text of Bayesian linear regression, at the best alpha and beta.
 
@@ -98,7 +96,6 @@ def cka(moments: LayerMoments, sigma: Tensor) -> float:
     return (moments.pooled_label_covariance.square().sum() / scale).item()
 
 
-# ------------------------------------------------------------------ all of them
 def feature_scores(
     moments: LayerMoments, held_out: LayerMoments | None = None, folds: list[PooledMoments] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[RidgeFit]]:

@@ -204,8 +204,11 @@ def is_complete(path: Path, identity: dict[str, Any], config: Any) -> bool:
         asked = numbers_of_layers(output.layers, num_layers)
         needed = {f"layer.{layer}.pooled_mean" for layer in asked}
         needed |= {f"layer.{layer}.fold_pooled_mean" for layer in choose(output.folds, asked)}
-        num_pooled = len(choose(output.save_pooled, range(num_layers)))
-        return needed.issubset(keys) and has_pooled(path, metadata["pooled_crc32"], num_pooled)
+        num_pooled, written = len(choose(output.save_pooled, range(num_layers))), metadata["pooled_crc32"]
+        if not needed.issubset(keys) or len(written) < num_pooled:
+            return False
+        is_beside = pooled_path(path).is_file()
+        return not num_pooled or (is_beside and checksums(open_pooled(path)[-1:]) == written[-1:])
     except UserError:
         if not config.run.overwrite:
             raise
@@ -272,13 +275,6 @@ def load_pooled(moments: Path, layer: int) -> Tensor:
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {results.REMEDY}")
     return torch.from_numpy(pooled)
-
-
-def has_pooled(moments: Path, written: list[int], num_layers: int) -> bool:
-    """True if the file beside the moments holds the last `num_layers` layers and fits the checksums `written`."""
-    if len(written) < num_layers or (num_layers and not pooled_path(moments).is_file()):
-        return False
-    return not num_layers or checksums(open_pooled(moments)[-1:]) == written[-1:]
 
 
 # ------------------------------------------------------------------ layers

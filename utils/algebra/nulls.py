@@ -23,7 +23,6 @@ def random_stream(purpose: str, seed: int, layer_index: int) -> np.random.Genera
     return np.random.default_rng([seed, layer_index, *STREAMS[purpose]])
 
 
-# ------------------------------------------------------------------ permuted labels
 def inverse_root(matrix: Tensor) -> Tensor:
     """Symmetric inverse square root of each symmetric matrix, (..., b, b); zero on its null space."""
     eigenvalues, vectors = torch.linalg.eigh(matrix)
@@ -92,7 +91,6 @@ def permuted_scores(
     }
 
 
-# ------------------------------------------------------------------ random V
 def euclidean_overlap(directions: Tensor, ks: list[int]) -> tuple[Tensor, float]:
     """Mean at each k of |P U|^2 / |U|^2, U (d, r), P a random projector of rank k; and the deviation of their average.
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils import results
 from utils.algebra.moments import pooled_path
-from utils.parallel import num_started, object_of_first, on_one_machine, rank, synchronize
+from utils.parallel import num_started, object_of_first, rank, synchronize
 from utils.script import UserError, termination_noted
 
 
@@ -51,7 +51,6 @@ def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_o
     raise UserError(f"The sums of the pass need {sizes}. Run cache.py {flags}.")
 
 
-# ------------------------------------------------------------------ an unfinished pass
 def partial_pooled_path(moments: Path) -> Path:
     """The path of the pooled states until the pass has filled in all of them."""
     return moments.with_suffix(".pooled.partial.npy")
@@ -119,10 +118,10 @@ def remaining_batches(
 ) -> Iterator[int]:
     """Yields the number of each batch that the caller must still add to `tensors`, and shows a progress bar.
 
-    Between blocks, when the sums are complete, it saves them every `minutes_per_state`, and on SIGTERM, before it ends
-    the process.
+    Between blocks, when the sums are complete, it saves them every `minutes_per_state` (or less often, so that writing
+    takes at most a twentieth of the time), and on SIGTERM, before it ends the process.
     """
-    done, saved = 0, time.monotonic()
+    done, saved, seconds_between = 0, time.monotonic(), 60 * partial.minutes_per_state if partial else 0.0
     if partial and partial.path.is_file():
         with results.open_tensors(partial.path) as (file, metadata):
             for name, tensor in tensors.items():
@@ -136,10 +135,12 @@ def remaining_batches(
             progress.update(num_tokens[number])
             if not ends_block[number]:
                 continue
-            is_due = partial and time.monotonic() - saved >= 60 * partial.minutes_per_state
-            if partial and (is_due or termination.is_set()):
+            if partial and (termination.is_set() or time.monotonic() - saved >= seconds_between):
+                begun = time.monotonic()
                 partial.save(tensors, number + 1)
                 saved = time.monotonic()
+                if seconds_between:  # 0: after each block
+                    seconds_between = max(seconds_between, 20 * (saved - begun))
             if termination.is_set():
                 sys.exit(128 + signal.SIGTERM)
 
@@ -148,7 +149,7 @@ def remaining_batches(
 def resumable_pass(partial: PartialPass, pooled_shape: tuple[int, int, int], overwrite: bool) -> Iterator[Any]:
     """Yields the array for the pooled states of a pass, (layers, n, d), mapped or empty; then renames its file."""
     moments, path, has_pooled = partial.moments, partial_pooled_path(partial.moments), pooled_shape[0] > 0
-    if has_pooled and not on_one_machine():
+    if has_pooled and int(os.environ.get("LOCAL_WORLD_SIZE", num_started())) < num_started():
         raise UserError("--save_pooled needs all processes on one machine. Start them on one, or start one process.")
     object_of_first(lambda: partial.discard_unusable(has_pooled, overwrite))
     try:

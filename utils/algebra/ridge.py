@@ -15,7 +15,6 @@ Pair = tuple[PooledMoments, PooledMoments]  # moments of the texts to fit, and o
 FIELDS = tuple(field.name for field in dataclasses.fields(PooledMoments))
 
 
-# ------------------------------------------------------------------ moments of some of the texts
 def load_folds(file: Any, layer: int, device: torch.device) -> list[PooledMoments]:
     """The moments of one layer over each fold that has texts; empty if the open file of cache.py lacks them."""
     names = [f"layer.{layer}.fold_{name}" if name.startswith("pooled_") else f"fold_{name}" for name in FIELDS]
@@ -52,7 +51,6 @@ def mean_square_error(weights: Tensor, about: tuple[Tensor, Tensor, Tensor]) -> 
     return label_square + (weights * (second @ weights - 2 * cross)).sum()
 
 
-# ------------------------------------------------------------------ least squares
 def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: Tensor) -> dict[str, float | None]:
     """MSE and R2 of the least-squares probe with intercept, on its own rows and on held-out ones (None if missing)."""
     scores: dict[str, float | None] = {}
@@ -65,7 +63,6 @@ def probe_scores(moments: LayerMoments, held_out: LayerMoments | None, weights: 
     return scores
 
 
-# ------------------------------------------------------------------ ridge
 class RidgeFit(NamedTuple):
     """Sums of squares of a ridge regression over held-out texts, and its shrinkage."""
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 TABLE = "Choose another --model_name; docs/architectures.md lists architectures that work."
 
 
-# ------------------------------------------------------------------ configuration and identity
 def read_config(model: Model, run: Run) -> "PreTrainedConfig":
     """The configuration of all parts of the model. Raises UserError: no such model, or an encoder-decoder."""
     from transformers import AutoConfig
@@ -74,7 +73,6 @@ def stored_as(model: Model) -> dict[str, str]:
     return {"quantisation": f"{gguf.quantisation(Path(source))}, de-quantised once a run to {model.dtype}"}
 
 
-# ------------------------------------------------------------------ tokenizer and weights
 def load_tokenizer(model: Model, run: Run, config: "PreTrainedConfig") -> "Tokenizer":
     """The tokenizer, set to pad and cut texts at their end even if its own settings differ. Raises UserError."""
     from transformers import AutoTokenizer

@@ -67,7 +67,6 @@ class FinetuningConfig:
             raise ValueError("--dtype float16 does not train: its gradients underflow. Set --dtype bfloat16 or float32")
 
 
-# ------------------------------------------------------------------ model
 class Classifier(nn.Module):
     """Decoder, pooling over the tokens of the last hidden state, head: right-padded ids (b, t) -> (b, c) float32."""
 
@@ -95,7 +94,6 @@ def predict(
     return accelerator.reduce(outputs, "sum").cpu()
 
 
-# ------------------------------------------------------------------ run
 Trainable = tuple[Any, Callable[[Path], None]]  # a base model; the function that writes its trained part into a folder
 
 
@@ -161,7 +159,6 @@ def finetune(config: Any, kind: str, build: Callable[[Any], Trainable], data: di
     return train_once(config, folder, data, lambda accelerator: build_run(config, build, data, accelerator, folder))
 
 
-# ------------------------------------------------------------------ before and after LoRA
 def compare(before: dict, after: dict, probe: dict, lora: dict) -> dict[str, Any]:
     """Each score before and after LoRA; last accuracy (R2 for regression) of probe and LoRA; the gain, LoRA - probe.
 
