@@ -284,7 +284,7 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
         of_model = {"model_fingerprint": models.model_fingerprint(config.model, config.run)}
     except UserError:  # the moments are enough, without a model on this machine
         return path, config
-    results.check_identity(results.read_identity(path), {"config": {}, **of_model}, path)
+    results.check_identity(results.read_stored(path), {"config": {}, **of_model}, path)
     return path, config
 
 

@@ -32,7 +32,7 @@ from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import LORA_TARGET_MODULES, MODELS
 from utils.parallel import object_of_first
-from utils.results import check_identity, read_identity, result_path, save_json, settings_from_moments, write_atomically
+from utils.results import check_identity, read_stored, result_path, save_json, settings_from_moments, write_atomically
 from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check, result_settings, with_values
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, compare, finetune, print_comparison
@@ -126,7 +126,7 @@ def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
     if not path.is_file():
         moments = settings_from_moments(moments, cache.config_path(moments), free)
         return moments, replace(sweep, model=moments.model)
-    stored = read_identity(path)
+    stored = read_stored(path)
     moments = with_values(moments, **{name: stored["moments"]["config"][name] for name in free})
     options = {name: stored["config"][name] for name in ("num_null_draws", "num_random_draws", "seed")}
     sweep = with_values(replace(sweep, model=moments.model), **options, fractions=tuple(stored["config"]["fractions"]))
@@ -138,13 +138,13 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     identity, path = cache.identity_of(moments, data["train"]), K_sweep.output_path(sweep)
 
     def run_at(path: Path) -> Run:
-        stored = read_identity(path) if moments.model.adapter_dir and path.is_file() else {}
+        stored = read_stored(path) if moments.model.adapter_dir and path.is_file() else {}
         fingerprint = stored.get("moments", stored).get("model_fingerprint", identity["model_fingerprint"])
         return replace(moments.run, overwrite=fingerprint != identity["model_fingerprint"])
 
     run = run_at(path)
     if path.is_file() and not run.overwrite and not cache.config_path(moments).is_file():
-        stored = read_identity(path)  # a study deletes moments that it no longer needs
+        stored = read_stored(path)  # a study deletes moments that it no longer needs
         check_identity(stored, {"config": result_settings(sweep)}, path)
         check_identity(stored["moments"], identity, path)
         if held_out := stored["held_out"]:  # without it, both passes run
@@ -163,7 +163,7 @@ def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) ->
     path = result_path("linear_training", run, model, config.data) / "metrics.json"
     if not path.is_file():
         return linear_training.run(probe, data)
-    metrics, identity = read_identity(path), make_identity(probe, data) | {"label_names": data["train"].label_names}
+    metrics, identity = read_stored(path), make_identity(probe, data) | {"label_names": data["train"].label_names}
     for name in {*vars(probe), "dtype"} - {"pooling"}:
         identity["config"].pop(name, None)
     check_identity(metrics, identity, path)

@@ -20,7 +20,7 @@ from benchmarks.harness import in_own_process, write_result
 from utils.data.load import load_splits
 from utils.models.load import load_causal_lm, load_tokenizer, read_config
 from utils.models.table import model_source
-from utils.results import load_json
+from utils.results import read_stored
 from utils.script import pick_device, run_script
 from utils.settings import Data, Model, Run
 
@@ -66,7 +66,7 @@ def run_ours(config: Config, folder: Path) -> list[dict[str, Any]]:
 
     run = replace(config.run, results_dir=folder, overwrite=True)
     prescreen.main(prescreen.Config(models=config.models, data=config.data, run=run))
-    return load_json(folder / "prescreen" / f"{config.data.path_name}.json")["models"]
+    return read_stored(folder / "prescreen" / f"{config.data.path_name}.json")["models"]
 
 
 def main(config: Config) -> None:

@@ -19,7 +19,7 @@ import torch
 import cache
 from benchmarks.harness import in_own_process, random_model, write_result
 from utils.models.table import model_source
-from utils.results import read_identity
+from utils.results import read_stored
 from utils.script import run_script
 from utils.settings import Run, with_values
 
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
             pd.DataFrame({"text": texts, "label": np.arange(num_texts) % 2}).to_csv(data, index=False)
             run = with_values(cache.Config(), dataset_name=str(data), max_length=length, **shared)
             _, cost = in_own_process(cache.main, run)
-            num_tokens = read_identity(cache.config_path(run))["num_tokens"]
+            num_tokens = read_stored(cache.config_path(run))["num_tokens"]
             assert num_tokens == num_texts * length, "a text has as many tokens as words"
             rows.append({"num_texts": num_texts, "length": length, "num_tokens": num_tokens, **cost})
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3g", na_rep=""))

@@ -29,7 +29,7 @@ import pandas as pd
 from fig_plot.tables import ADAPTED, COLLECTED, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
 from utils.models.table import MODELS
-from utils.results import load_json, save_json
+from utils.results import read_stored, save_json
 from utils.script import ROOT, UserError, run_script
 
 ROW_KEYS = (  # tell the rows of a table apart, and sort them
@@ -124,7 +124,7 @@ def model_row(name: str, model_name: str) -> Row:
     spec = MODELS.get(model_name)
     report_path = ROOT / (spec.path if spec else model_name) / "pretraining.json"
     if report_path.is_file():
-        report = load_json(report_path)
+        report = read_stored(report_path)
         fields = ("num_parameters", "held_out_loss", "unigram_loss", "tokens_seen", "seconds")
         return {"model": name, **{field: report[field] for field in fields}}
     size = spec and float(spec.parameters[:-1]) * {"M": 1e6, "B": 1e9}[spec.parameters[-1]]
@@ -155,7 +155,7 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[s
     environments, skipped, model_names = [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
         try:
-            result = load_json(path)
+            result = read_stored(path)
             added = list(READERS[kind](path, result))
             model_names[added[0][1]["model"]] = result["config"]["model_name"]
             environments.append(result["environment"])
@@ -207,7 +207,7 @@ def with_rows_of(name: str, data_dir: Path, table: pd.DataFrame) -> pd.DataFrame
 
 def save_sources(path: Path, environments: list[Row], config: Config) -> None:
     """Writes the sources of the numbers: the command, and each environment once, with its commit."""
-    sources: Row = load_json(path) if config.keep and path.is_file() else {"environments": []}
+    sources: Row = read_stored(path) if config.keep and path.is_file() else {"environments": []}
     sources["command"] = f"python -m fig_plot.collect --results_dir {config.results_dir}{' --keep' * config.keep}"
     for environment in environments:
         if environment not in sources["environments"]:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from utils.algebra.scores import NULL_SCORES, SCORES
-from utils.results import load_json, write_atomically
+from utils.results import read_stored, write_atomically
 from utils.script import UserError
 
 ADAPTED = "+lora"  # end of the name of a model with a merged adapter
@@ -93,7 +93,7 @@ def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
     titles = {}
     for folder in sorted(path.parent for path in tables_dir.rglob("scores.csv")):
         study = folder / "study.json"
-        titles[folder] = load_json(study)["title"] if study.is_file() else folder.resolve().name
+        titles[folder] = read_stored(study)["title"] if study.is_file() else folder.resolve().name
     if not titles:
         raise UserError(f"No scores.csv at or below {tables_dir}. Run: python -m fig_plot.collect")
     return titles

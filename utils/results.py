@@ -130,11 +130,6 @@ def parse_stored(path: Path, text: str | bytes) -> Stored:
     return content
 
 
-def load_json(path: Path) -> Stored:
-    """The content of one JSON result."""
-    return parse_stored(path, path.read_bytes())
-
-
 def save_json(path: Path, content: dict) -> None:
     """Writes strict JSON (no NaN) atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -195,10 +190,10 @@ def open_tensors(path: Path) -> Iterator[tuple[TensorFile, dict]]:
 
 
 # ------------------------------------------------------------------ reuse, refuse or make
-def read_identity(path: Path) -> dict[str, Any]:
+def read_stored(path: Path) -> dict[str, Any]:
     """The content of a JSON result, or the metadata of a file of tensors."""
     if path.suffix == ".json":
-        return load_json(path)
+        return parse_stored(path, path.read_bytes())
     with open_tensors(path) as (_, metadata):
         return metadata
 
@@ -240,7 +235,7 @@ def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any
     if run.overwrite or not path.is_file():
         check_writable(path)
         return None
-    stored = read_identity(path)
+    stored = read_stored(path)
     check_identity(stored, identity, path)
     return stored
 
@@ -266,7 +261,7 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
     """
     if not moments.is_file():
         return config
-    stored = read_identity(moments)["config"]
+    stored = read_stored(moments)["config"]
     asked, default = result_settings(config), result_settings(type(config)())
     omitted = {name for name in asked if asked[name] == default[name]}
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # short for a model and its adapter

@@ -20,7 +20,7 @@ import cache
 from tests.conftest import configure, flags, make_texts, only_result, run_command, write_rows
 from utils import separability
 from utils.pictures import plot_alignment
-from utils.results import read_identity
+from utils.results import read_stored
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -53,7 +53,7 @@ def dense_solutions(config, layer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     b, m = found["pooled_label_cross_moment"], found["pooled_second_moment"]
     c0, c1 = found["prefix_second_moment"], found["prefix_next_cross_moment"]
     if config.center:
-        metadata = read_identity(path)
+        metadata = read_stored(path)
         pairs = metadata["num_pairs"] / metadata["num_samples"]
         mean, prefix = found["pooled_mean"], found["prefix_mean"]
         b, m = b - np.outer(mean, found["label_mean"]), m - np.outer(mean, mean)

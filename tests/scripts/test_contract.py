@@ -18,7 +18,7 @@ import linear_training
 import lora_finetuning
 from tests.conftest import configure, flags, retrain, run_in_process, write_rows
 from utils.data.load import load_texts
-from utils.results import read_identity
+from utils.results import read_stored
 from utils.script import UserError
 from utils.settings import Data, Run
 
@@ -100,7 +100,7 @@ def forbid(monkeypatch, case: Case) -> None:
 
 def test_a_result_is_made_with_its_provenance_and_nothing_half_written(copied):
     _, settings, path = copied
-    content = read_identity(path)
+    content = read_stored(path)
     assert content["environment"]["packages"]["torch"] and content["config"]["seed"] == 0
     assert "results_dir" not in content["config"] and "device" not in content["config"]
     left = [file.name for file in settings["results_dir"].rglob("*") if file.suffix in (".tmp", ".lock", ".partial")]
@@ -123,7 +123,7 @@ def test_the_same_settings_reuse_it_also_from_a_copy_of_model_and_data(copied, m
 def test_another_setting_is_refused_by_its_name_and_made_with_overwrite(copied, monkeypatch):
     case, settings, path = copied
     [(name, value)] = case.change.items()
-    before, stored = path.read_bytes(), read_identity(path)["config"][name]
+    before, stored = path.read_bytes(), read_stored(path)["config"][name]
     with monkeypatch.context() as patch:
         forbid(patch, case)
         with pytest.raises(UserError) as refused:
@@ -132,7 +132,7 @@ def test_another_setting_is_refused_by_its_name_and_made_with_overwrite(copied, 
     assert str(path) in message and f"{name}: {stored!r} there, {value!r} now" in message and "--overwrite" in message
     assert path.read_bytes() == before and message.count(" there, ") == 1
     run(case, settings, **case.change, overwrite=True)
-    assert read_identity(path)["config"][name] == value
+    assert read_stored(path)["config"][name] == value
 
 
 def other_rows(path: Path, change: str) -> list[dict]:

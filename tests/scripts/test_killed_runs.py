@@ -17,7 +17,7 @@ import utils.results
 from tests.conftest import configure
 from tests.processes import exit_codes, start
 from utils.algebra.partial import PartialPass
-from utils.results import read_identity
+from utils.results import read_stored
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -120,7 +120,7 @@ def test_an_ended_run_goes_on(config, tmp_path, whole, capsys, ending, minutes_p
     config = with_values(config, minutes_per_state=minutes_per_state)
     end_after(config, *ending)
     [partial] = partials(tmp_path)
-    num_batches = read_identity(partial)["num_batches"]
+    num_batches = read_stored(partial)["num_batches"]
     cache.main(config)
     assert num_batches > 4 and f"going on from {partial}: {num_batches} batches are done" in capsys.readouterr().out
     assert results(tmp_path) == whole

@@ -21,7 +21,7 @@ from tests.conftest import configure, make_texts, run_command, write_rows
 from tests.method.test_K_sweep import make_data, moments_of
 from utils.algebra.moments import load_pooled
 from utils.data.load import load_splits
-from utils.results import read_identity
+from utils.results import read_stored
 from utils.script import UserError
 
 pytestmark = pytest.mark.slow
@@ -183,9 +183,9 @@ def test_moments_of_other_settings_stay(names, tmp_path):
     other = configure(cache, **names, max_samples=100, results_dir=tmp_path)
     cache.main(other)
     prescreen.main(config_for(names["dataset_name"], tmp_path, names["model_name"]))
-    assert read_identity(cache.config_path(other))["config"]["max_samples"] == 100
+    assert read_stored(cache.config_path(other))["config"]["max_samples"] == 100
     own = cache.config_path(configure(cache, **names, results_dir=tmp_path / "prescreen"))
-    assert read_identity(own)["config"]["max_samples"] == 2000
+    assert read_stored(own)["config"]["max_samples"] == 2000
 
 
 def test_texts_that_cannot_be_folded_are_refused_and_nothing_is_written(model_dirs, tmp_path):

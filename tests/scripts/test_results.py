@@ -107,9 +107,9 @@ def test_json_is_strict_and_a_failed_write_leaves_the_old_file(tmp_path):
     results.save_json(path, content)
     with pytest.raises(ValueError, match="JSON"):
         results.save_json(path, {"deep": [-math.inf]})
-    assert [*tmp_path.iterdir()] == [path] and results.load_json(path) == content
+    assert [*tmp_path.iterdir()] == [path] and results.read_stored(path) == content
     with pytest.raises(UserError, match=r"result\.json is incomplete: it has no 'seed'"):
-        results.load_json(path)["config"]["seed"]
+        results.read_stored(path)["config"]["seed"]
 
 
 # ------------------------------------------------------------------ reuse, refuse or make
@@ -232,7 +232,7 @@ def test_a_second_run_of_a_result_waits_and_then_finds_it(tmp_path):
 
     def run() -> None:
         with results.one_run_at_a_time(path):
-            found.append(results.load_json(path))
+            found.append(results.read_stored(path))
 
     second = threading.Thread(target=run)
     with results.one_run_at_a_time(path):

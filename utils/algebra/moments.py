@@ -231,11 +231,11 @@ def held_out_path(path: Path, split: str) -> Path | None:
     other = {"train": "test", "test": "train", "all": "none"}[split]
     if not (held_out := path.with_stem(other)).is_file():
         return None
-    stored = results.read_identity(path)
+    stored = results.read_stored(path)
     identity = {name: stored[name] for name in ("config", "model_fingerprint", "label_names")}
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
-    if how := results.difference(results.read_identity(held_out), identity):
+    if how := results.difference(results.read_stored(held_out), identity):
         print(f"No held-out numbers: {held_out} was made {how}. Run cache.py --split {other} --overwrite.")
     return None if how else held_out
 
@@ -271,7 +271,7 @@ def open_pooled(moments: Path) -> np.ndarray:
 
 def load_pooled(moments: Path, layer: int) -> Tensor:
     """The pooled states of one layer (-1: the last), (n, d) float32. Raises UserError for states of other moments."""
-    pooled, written = open_pooled(moments)[layer].copy(), results.read_identity(moments)["pooled_crc32"]
+    pooled, written = open_pooled(moments)[layer].copy(), results.read_stored(moments)["pooled_crc32"]
     if not written or checksums(pooled[None]) != [written[layer]]:
         raise UserError(f"{pooled_path(moments)} is damaged or belongs to other moments. {results.REMEDY}")
     return torch.from_numpy(pooled)

@@ -99,7 +99,7 @@ class PartialPass:
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
         paths = partial_paths(self.moments)  # without those that `check_state` removed
-        found = {results.read_identity(path)["run_settings"] for path in paths}
+        found = {results.read_stored(path)["run_settings"] for path in paths}
         if found == {self.run_settings} and (not has_pooled or partial_pooled_path(self.moments).is_file()):
             return
         if paths:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from utils.hub import shorten
 from utils.models.states import decoder_of
 from utils.models.table import local_fingerprint, model_source
-from utils.results import load_json
+from utils.results import read_stored
 from utils.script import UserError
 
 BASE_MODEL_FILE = "base_model.json"  # lora_finetuning.py writes in it the fingerprint of the adapter's model
@@ -33,7 +33,7 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 def is_base_model(folder: Path, named: str | None, model_name: str, fingerprint: str) -> bool:
     """True if this model is the adapter's base: by fingerprint or, for an adapter of another program, by name."""
     if (folder / BASE_MODEL_FILE).is_file():
-        return load_json(folder / BASE_MODEL_FILE)["fingerprint"] == fingerprint
+        return read_stored(folder / BASE_MODEL_FILE)["fingerprint"] == fingerprint
     source = model_source(model_name)
     if named and Path(named).is_dir() and Path(source).exists():
         return local_fingerprint(Path(named)) == local_fingerprint(Path(source))
