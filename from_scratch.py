@@ -68,7 +68,7 @@ def build(config: Config) -> Trainable:
 
     if config.init == "pretrained":
         in_float32 = with_values(config.model, dtype="float32")
-        model: Any = load_causal_lm(in_float32, config.run, torch.device("cpu"))
+        model: Any = load_causal_lm(in_float32, config.run)
     else:
         model_config, trust = load_config(config.model, config.run), config.run.trust_remote_code
         with hub_errors(repository(config.model.model_name, config.model.revision)):

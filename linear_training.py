@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cache
 from utils.algebra.moments import load_pooled
@@ -37,7 +37,7 @@ from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, make_head, save_head
+from utils.training.objective import BatchOrder, Objective, save_head
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -126,7 +126,8 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, 
         parts["validation"] = (states["train"][held_out], targets["train"][held_out])
     train_states, identity = states["train"][kept], make_identity(config, data)
     torch.manual_seed(config.data.seed)
-    head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
+    linear = nn.Linear(train_states.shape[1], objective.num_labels)
+    head = nn.Sequential(nn.Dropout(config.dropout), linear).to(device)
     order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 
     def has_stalled(history: list[dict]) -> bool:

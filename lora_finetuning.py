@@ -105,7 +105,7 @@ def add_adapter(model: torch.nn.Module, config: Config) -> "PeftModel":
 
 def build(config: Config) -> Trainable:
     """The decoder inside the PEFT model (training then computes no logits), and the function that saves the adapter."""
-    peft_model = add_adapter(load_causal_lm(config.model, config.run, torch.device("cpu")), config)
+    peft_model = add_adapter(load_causal_lm(config.model, config.run), config)
     causal_lm: Any = peft_model.get_base_model()
 
     def save(folder: Path) -> None:

@@ -21,7 +21,7 @@ from utils.data.load import load_splits
 from utils.models.load import load_causal_lm, load_tokenizer, read_config
 from utils.models.table import model_source
 from utils.results import read_stored
-from utils.script import pick_device, run_script
+from utils.script import run_script
 from utils.settings import Data, Model, Run
 
 PEER = ("transformer-ranker==0.2.0", "torchmetrics==1.8.2", "lightning-utilities==0.15.2")
@@ -44,7 +44,7 @@ def plain_folder(name: str, folder: Path) -> str:
     if not (target / "config.json").is_file():
         model, run = Model(name), Run()
         load_tokenizer(model, run, read_config(model, run)).save_pretrained(target)
-        load_causal_lm(model, run, pick_device("cpu")).save_pretrained(target)
+        load_causal_lm(model, run).save_pretrained(target)
     return str(target.resolve())
 
 

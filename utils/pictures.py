@@ -99,10 +99,7 @@ def plot_sweep(result: dict) -> "Figure":
 
 # ------------------------------------------------------------------ linear_sklearn.py
 def plot_probes(result: dict) -> "Figure":
-    """The picture of one run of linear_sklearn.py: probes and text-only baselines over layers, on train and on test.
-
-    Probes have accuracy (for regression Pearson's correlation) and R2.
-    """
+    """The picture of one run of linear_sklearn.py: accuracy (or Pearson's correlation) and R2 over layers."""
     main, layers, plt = "accuracy" if result["num_classes"] else "pearson", result["layers"], load_pyplot()
     with plt.style.context(PLAIN_TEXT):
         figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.6))
@@ -127,10 +124,7 @@ def plot_probes(result: dict) -> "Figure":
 
 # ------------------------------------------------------------------ alignment_vis.py
 def draw_words(axes: "Axes", words: "pd.DataFrame") -> list[tuple[Any, str]]:
-    """Draws words of one subspace, a colour and marker per category, a shade per word; returns the legend's entries.
-
-    The dashed line is between the first two categories.
-    """
+    """Draws words of one subspace and the line between the first two categories; returns the legend's entries."""
     plt, entries = load_pyplot(), []
     styles = zip(cycle(CATEGORY_COLOURS), cycle(CATEGORY_MARKERS), words.groupby("category", sort=False))
     for colours, marker, (category, in_category) in styles:
@@ -154,10 +148,7 @@ def draw_words(axes: "Axes", words: "pd.DataFrame") -> list[tuple[Any, str]]:
 
 
 def plot_alignment(words: "pd.DataFrame", notes: dict[str, str] | None = None) -> "Figure":
-    """The paper's Figure 1: words in the first two components of U, left, and of V, right.
-
-    The table is that of alignment_vis.py; `notes` are lines under the titles.
-    """
+    """The paper's Figure 1: words in the first two components of U and V; `notes` are lines under the titles."""
     plt = load_pyplot()
     with plt.style.context(PLAIN_TEXT):
         figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.9))
@@ -174,10 +165,7 @@ def plot_alignment(words: "pd.DataFrame", notes: dict[str, str] | None = None) -
 
 # ------------------------------------------------------------------ prescreen.py
 def plot_prescreen(result: dict[str, Any], lines: list[str]) -> "Figure":
-    """The page of prescreen.py: models ranked at their best layer, R2 over relative depth, and the lines below.
-
-    The dashed line is the bag of words.
-    """
+    """The page of prescreen.py: models ranked at their best layer, R2 over relative depth, `lines` below."""
     models, plt = result["models"], load_pyplot()
     words = float(np.mean(result["baselines"]["fold_r2"]))
     text = "\n".join(textwrap.fill(line, 105, subsequent_indent="    ") for line in lines)

@@ -177,10 +177,7 @@ class Session(Unrecorded):
 
 # ------------------------------------------------------------------ a Config as one flat dictionary
 def all_settings(config: Any, unrecorded: bool = True) -> dict[str, Any]:
-    """Every setting of a config by the name of its flag, in JSON types: paths as strings, tuples as lists.
-
-    The groups become one dictionary; `unrecorded=False` leaves out groups that cannot affect results.
-    """
+    """Every setting of a config by the name of its flag, in JSON types; `unrecorded` ones only if asked for."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

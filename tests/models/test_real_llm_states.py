@@ -40,7 +40,7 @@ def tokenizer(model):
 
 @pytest.fixture(scope="module")
 def causal_lm(model):
-    return load_causal_lm(model, RUN, CPU)
+    return load_causal_lm(model, RUN)
 
 
 def test_hidden_states_of_a_padded_batch_are_those_of_transformers(model, causal_lm, golden, tokenizer):

@@ -102,10 +102,7 @@ class LayerMoments(PooledMoments):
         )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:
-        """The scale of `coordinates`, (d,): 1 / deviation of each coordinate of pooled states, or 1 / root of diag C0.
-
-        It is 1 for a coordinate that is no more than rounding.
-        """
+        """The scale of `coordinates`, (d,): 1 / deviation of pooled states, or of C0; 1 if it is rounding alone."""
         squares, noise = self.prefix_second_moment.diagonal(), self.prefix_rounding.diagonal
         if coordinates == "standardized":
             squares, noise = self.pooled_covariance.diagonal(), self.covariance_rounding.diagonal
@@ -149,10 +146,7 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
 
 
 def load_layer(file: Any, metadata: dict, layer: int, device: torch.device) -> LayerMoments:
-    """The moments of one layer from an open file of cache.py; reads no other layer.
-
-    Raises UserError: the file does not hold the layer.
-    """
+    """The moments of one layer from an open file of cache.py. Raises UserError: the file does not hold the layer."""
     check_has_layer(metadata, layer)
     tensors = {name: file.get_tensor(f"layer.{layer}.{name}").to(device) for name in OF_LAYER}
     tensors |= {name: file.get_tensor(name).to(device) for name in ("label_mean", "label_second_moment")}
@@ -224,10 +218,7 @@ def require_embedded(config: Any, path: Path) -> None:
 
 
 def held_out_path(path: Path, split: str) -> Path | None:
-    """The path of the other split's moments, made like those of `split` at `path`; None if missing.
-
-    If their settings differ, it prints the difference and returns None.
-    """
+    """The path of the other split's moments; None if missing or, with a sentence, if made with other settings."""
     other = {"train": "test", "test": "train", "all": "none"}[split]
     if not (held_out := path.with_stem(other)).is_file():
         return None

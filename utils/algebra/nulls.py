@@ -33,14 +33,11 @@ def inverse_root(matrix: Tensor) -> Tensor:
 def draw_permuted_factors(
     rank: int, num_samples: int, label_covariance: Tensor, num_draws: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draws of W' S under permuted labels, W the whitener of Sigma, and an orthonormal basis of the span of each draw.
+    """Draws of W' S under permuted labels, (num_draws, rank, c), and orthonormal bases of them, (num_draws, rank, b).
 
-    W' S = G (G'G + R)^{-1/2} L': G (rank Sigma, b) standard normal, R Wishart with n - 1 - rank degrees of freedom, L
-    (c, b) a root of the label covariance. The law is rotation invariant, so that any orthonormal basis of the
-    whitened space serves.
-
-    Returns:
-        (num_draws, rank, c) and (num_draws, rank, b).
+    W whitens Sigma. W' S = G (G'G + R)^{-1/2} L', with G (rank Sigma, b) standard normal, R Wishart with n - 1 - rank
+    degrees of freedom, L (c, b) a root of the label covariance. The law is rotation invariant, so that any orthonormal
+    basis of the whitened space serves.
     """
     eigenvalues, vectors = torch.linalg.eigh(label_covariance)
     kept = eigenvalues > rounding(len(eigenvalues)) * eigenvalues[-1].clamp(min=0)

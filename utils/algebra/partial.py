@@ -35,10 +35,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_on_host(num_bytes: list[int], devices: list[torch.device], accumulate_on: str) -> bool:
-    """True if main memory keeps the sums of each layer: with "cpu", or with "auto" if they do not fit the GPU.
-
-    Raises UserError if they do not fit the memory that `accumulate_on` allows.
-    """
+    """True if main memory keeps the sums: with "cpu", or "auto" and a full GPU. Raises UserError: no room in either."""
     for on_host in {"auto": (False, True), "device": (False,), "cpu": (True,)}[accumulate_on]:
         needed = Counter[torch.device]()
         for device, size in zip(devices, num_bytes, strict=True):
@@ -92,10 +89,7 @@ class PartialPass:
         return self.moments.with_suffix(f".partial-{rank() + 1}-of-{num_started()}.safetensors")
 
     def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
-        """Removes a pass that this run cannot continue, and prints the reason; only the first process calls it.
-
-        Raises UserError: a file is damaged or of another identity, and `overwrite` is off.
-        """
+        """Removes a pass that this run cannot continue, and says why. Raises UserError: it is damaged, or another's."""
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
         paths = partial_paths(self.moments)  # without those that `check_state` removed

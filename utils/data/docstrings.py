@@ -199,10 +199,7 @@ def parse_libraries(libraries: Iterable[str]) -> list[Row]:
 
 @functools.cache
 def load_rows() -> tuple[tuple[Row, ...], str]:
-    """Every row in hash order, and the SHA-256 of them all, which is the first line of the cache.
-
-    Parsing, if the cache is absent or damaged, takes about half a minute on two cores.
-    """
+    """Every row in hash order, and the SHA-256 of them all; parses the packages if the cache is absent or damaged."""
     path = cache_path()
     stored = path.read_bytes() if path.exists() else b""
     if stored[:64] != hashlib.sha256(stored[65:]).hexdigest().encode():

@@ -1,11 +1,5 @@
 """Load labelled texts by name: known datasets, other datasets of the hub, your own files, docstring tasks.
 
-    python cache.py --dataset_name emotion                      # a key of utils/data/table.py, or its hub id
-    python cache.py --dataset_name user/dataset:config          # any other dataset of the hub
-    python cache.py --dataset_name reviews.csv --text_column review --label_column stars
-    python cache.py --dataset_name folder:subset                # a folder whose README.md names subsets
-    python cache.py --dataset_name docstrings/raises            # see utils/data/docstrings.py
-
 The loader splits data without a held-out split 70/30. Rows without a text or of an unknown class are errors in your own
 data; in a dataset of the hub it leaves them out, with a warning. It executes no code of a dataset.
 """

@@ -33,10 +33,7 @@ ASSUMED_BY = {"gemma3": {"attention.sliding_window_pattern": 6, "rope.freq_base_
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, reader.TensorInfo]]:
-    """Settings (of an array of strings only the length) and the table of weights, with offsets from the first byte.
-
-    Raises UserError: no GGUF file, cut off, or of another architecture.
-    """
+    """Settings and the table of weights. Raises UserError: no GGUF file, cut off, or of another architecture."""
     if not path.is_file():
         raise UserError(f"No file {path}. Correct --model_name, or fetch a model: python -m demo.real_llm smollm2")
     try:
@@ -117,10 +114,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM on the CPU, its weights de-quantised to `dtype`.
-
-    Raises UserError: a weight is missing, unknown or misshapen.
-    """
+    """The causal LM on the CPU, de-quantised to `dtype`. Raises UserError: a weight is missing or misshapen."""
     config, (metadata, left) = load_config(path), read_header(path)
     architecture = metadata["general.architecture"]
     with torch.device("meta"):  # names and shapes only

@@ -49,10 +49,7 @@ def load_config(model: Model, run: Run) -> "PreTrainedConfig":
 
 
 def model_fingerprint(model: Model, run: Run) -> str:
-    """SHA-256 of a local model, commit of a hub model; then `+` and the SHA-256 of a separate tokenizer or adapter.
-
-    Raises UserError: no such model or adapter.
-    """
+    """SHA-256 or hub commit of a model, `+` that of its own tokenizer or adapter. Raises UserError: no such model."""
     if model.adapter_dir is not None and not model.adapter_dir.is_dir():
         raise UserError(f"No adapter can be read from {model.adapter_dir}: it is no folder. Correct --adapter_dir.")
     source = model_source(model.model_name)
@@ -107,10 +104,7 @@ def auto_class_of(model: Model, config: "PreTrainedConfig") -> Any:
 
 
 def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreTrainedModel":
-    """The causal LM on the CPU, or spread by a device map; a multi-modal model with all its parts.
-
-    Raises UserError: it fails to load, or a weight of the decoder is missing or has another shape.
-    """
+    """The causal LM on the CPU, or spread by a device map. Raises UserError: it fails to load, or lacks a weight."""
     if is_gguf(source := model_source(model.model_name)):
         from utils.models import gguf
 
@@ -118,16 +112,10 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
             raise UserError(f"{model.model_name} is a GGUF file, which --device_map cannot spread. Leave it out.")
         return gguf.load_model(Path(source), getattr(torch, model.dtype))
     auto_class = auto_class_of(model, read_config(model, run))
+    options = {"revision": model.revision, "trust_remote_code": run.trust_remote_code, "device_map": device_map}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     with hub_errors(repository(model.model_name, model.revision)):
-        loaded, info = auto_class.from_pretrained(
-            source,
-            revision=model.revision,
-            dtype=getattr(torch, model.dtype),
-            trust_remote_code=run.trust_remote_code,
-            device_map=device_map,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+        loaded, info = auto_class.from_pretrained(source, dtype=getattr(torch, model.dtype), **options)
     for name, stored, wanted in sorted(info["mismatched_keys"], key=str):  # a set has no fixed order
         sizes = f"{tuple(stored)} in its files and {tuple(wanted)} by its config.json"
         raise UserError(f"{model.model_name}: {name} is {sizes}. Download the model again.")
@@ -138,21 +126,21 @@ def load_weights(model: Model, run: Run, device_map: str | None = None) -> "PreT
     return loaded
 
 
-def load_causal_lm(model: Model, run: Run, device: torch.device) -> "PreTrainedModel":
-    """The causal LM in evaluation mode, with its adapter, if any, merged. Raises UserError."""
+def load_causal_lm(model: Model, run: Run) -> "PreTrainedModel":
+    """The causal LM on the CPU, in evaluation mode, with its adapter, if any, merged. Raises UserError."""
     causal_lm: Any = load_weights(model, run)
     if model.adapter_dir is not None:
         from utils.models.adapters import merge_adapter
 
         base = dataclasses.replace(model, adapter_dir=None)
         causal_lm = merge_adapter(causal_lm, model.adapter_dir, base.model_name, model_fingerprint(base, run))
-    return causal_lm.to(device).eval()
+    return causal_lm.eval()
 
 
 def load_base_model(model: Model, run: Run, device: torch.device, device_map: str = "none") -> "PreTrainedModel":
     """The decoder without its lm_head, in evaluation mode; `device_map` "auto" spreads its layers. Raises UserError."""
     if device_map == "none":
-        return decoder_of(load_causal_lm(model, run, torch.device("cpu"))).to(device).eval()
+        return decoder_of(load_causal_lm(model, run)).to(device).eval()
     if model.adapter_dir is not None:
         raise UserError("--device_map auto takes no --adapter_dir: an adapter merges on one device. Leave out one.")
     return decoder_of(load_weights(model, run, device_map)).eval()

@@ -98,10 +98,8 @@ def tokenize(texts: list[str], tokenizer: Any, config: Any, max_length: int | No
         row = lengths.index(0)
         raise UserError(f"{lengths.count(0)} texts have no token; the first is row {row}: {texts[row]!r}. Remove them.")
     if token_ids.max() >= config.vocab_size:
-        raise UserError(
-            f"The tokenizer gives token {token_ids.max()}, but the model has {config.vocab_size} tokens: "
-            "they do not belong together. Name the right one with --tokenizer_name."
-        )
+        found = f"The tokenizer gives token {token_ids.max()}, but the model has {config.vocab_size} tokens"
+        raise UserError(f"{found}: they do not belong together. Name the right one with --tokenizer_name.")
     token_ids = token_ids.astype(np.min_scalar_type(config.vocab_size))
     if max_length and max(lengths) > max_length:
         raise UserError(f"The tokenizer adds more than {max_length} tokens to each text. Raise --max_length.")
