@@ -228,7 +228,7 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path)
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """The finished result at `path`; None if the caller must make it. Raises UserError: damaged, or not the same."""
+    """The result at `path`; None if the caller must make it. Raises UserError: damaged, or of another identity."""
     if run.overwrite or not path.is_file():
         check_writable(path)
         return None

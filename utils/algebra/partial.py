@@ -89,7 +89,7 @@ class PartialPass:
         return self.moments.with_suffix(f".partial-{rank() + 1}-of-{num_started()}.safetensors")
 
     def discard_unusable(self, has_pooled: bool, overwrite: bool) -> None:
-        """Removes a pass that this run cannot continue, and says why. Raises UserError: it is damaged, or another's."""
+        """Removes a pass that this run cannot continue, and says why. Raises UserError: damaged, or not its own."""
         for path in partial_paths(self.moments):
             results.check_state(path, self.identity, overwrite)
         paths = partial_paths(self.moments)  # without those that `check_state` removed

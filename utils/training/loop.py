@@ -128,7 +128,7 @@ def save_state(run: TrainingRun, progress: Progress) -> None:
 
 
 def load_progress(run: TrainingRun) -> Progress:
-    """Loads an interrupted run into model and optimiser; returns its progress. Raises UserError: not this run's."""
+    """Loads an interrupted run into model and optimiser; returns its progress. Raises UserError: a wrong state."""
     path, overwrite, progress = run.folder / STATE, run.config.run.overwrite, Progress()
     object_of_first(lambda: results.check_state(path, run.identity, overwrite) if path.is_file() else None)
     if path.is_file():
