@@ -15,7 +15,7 @@ from utils.algebra.linalg import rounding, whiten
 from utils.algebra.moments import LayerMoments, PooledMoments
 from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 
-# larger is better
+# a larger one is better, in each of them
 CLOSED_FORM_SCORES = ("ridge_r2", "h_oas", "h_ledoit_wolf", "logme", "cka", "probe_r2_held_out", "probe_r2")
 
 
