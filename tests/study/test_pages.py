@@ -118,9 +118,22 @@ QUOTES = [
     (FINDINGS, rf"On Gemma the signs are opposite to the claims: {INTERVAL} with accuracy and, outside 0, {INTERVAL}",
      lambda: [rule("gemma3-270m").loc[(name, "ntps"), end] for name in ("probe_accuracy", "probe_mse")
               for end in ("value", "low", "high")]),
-    (FINDINGS, rf"on Gemma V leads random V by (\.\d+) \[{SIGNED}, {SIGNED}\]",
+    (README, r"On Gemma it raises `retained` by (\.\d+)",
+     lambda: read("gemma3-270m", "after_lora", "score == 'retained'").change),
+    (FINDINGS, rf"does not rise on Gemma \({INTERVAL}\).*?of both \({INTERVAL} on Gemma\).*?\(Gemma {INTERVAL}\)"
+               rf".*?on Gemma too \({INTERVAL}",
+     lambda: (found := read("gemma3-270m", "after_lora", index="score"))[["change", "low", "high"]].loc["ntps"].tolist()
+     + found.loc["retained", ["change", "low", "high", "spearman_with_gain", "spearman_low", "spearman_high"]].tolist()
+     + found.loc["retained_lead", ["change", "low", "high"]].tolist()),
+    (FINDINGS, rf"correlation of Gemma with LoRA's gain is {SIGNED} over the paper's probe and {SIGNED} over a "
+               rf"converged one, and noise reaches {SIGNED} and {SIGNED}",
+     lambda: chosen("gemma3-270m", "_paper").loc[["lora_gain_paper", "lora_gain"], ["spearman", "noise"]]
+     .to_numpy().T.ravel()),
+    (FINDINGS, rf"On Gemma `retained` less that of a random V follows the gain \({INTERVAL}",
+     lambda: rule("gemma3-270m").loc[("lora_gain", "retained_lead"), ["value", "low", "high"]]),
+    (FINDINGS, rf"on Gemma V leads random V by {INTERVAL}",
      lambda: controls("gemma3-270m").loc[("gemma3-270m", "autoregression"), ["lead_over_random", "low", "high"]]),
-    (FINDINGS, r"ridge R2 leads the last by (\d\.\d) points, and the middle one by (\d\.\d)",
+    (FINDINGS, r"On Gemma the layer of ridge R2 leads the last by (\d\.\d) points, and the middle one by (\d\.\d)",
      lambda: [layers("gemma3-270m").lead["ridge_r2"],
               100 * read("gemma3-270m", "layer_choice", index="chosen_by").over_middle["ridge_r2"]]),
     (FINDINGS, rf"the leads order the datasets alike \(Spearman {INTERVAL}\)",
@@ -166,8 +179,9 @@ ANSWERS = [
         for of_v in (controls(study).lead_over_random.unstack() for study in STUDIES))),
     ("`retained` of a random V rises more still", lambda: (
         read("smollm2", "after_lora", "model == 'smollm2'", "score").high["retained_lead"] < 0)),
-    ("In neither study with LoRA does the interval of a line's lead over the mean lie above 0", lambda: not any(
-        (read(study, "calibration", "measure == 'lora_gain'").low > 0).any() for study in ("", "smollm2"))),
+    ("In none of the three studies with LoRA does the interval of a line's lead over the mean lie above 0",
+     lambda: not any((read(study, "calibration", "measure == 'lora_gain'").low > 0).any()
+                     for study in ("", "smollm2", "gemma3-270m"))),
     ("by less than a tenth of their spread", lambda: (
         read("smollm2", "seeds", index="name").share[["ntps", "ridge_r2", "probe_accuracy"]].max() < 0.1)),
     ("For the best layer's accuracy no score's lead has an interval above 0",
@@ -180,7 +194,7 @@ ANSWERS = [
         == [5, 0.4, 3.7])),
     ("ran on nineteen tasks made from docstrings of Python packages; twelve tasks have LoRA",
      lambda: [table("", name).dataset.nunique() for name in ("scores", "training")] == [19, 12]),
-    ("Eleven of the fourteen tasks gain more than two points", lambda: read("smollm2", "decision", (
+    ("Eleven of the fourteen tasks of SmolLM2 gain more than two points", lambda: read("smollm2", "decision", (
         "measure == 'lora_gain' and score == 'ntps'"))[["above", "tasks"]].eq([11, 14]).all(None)),
     ("The choice loses 0.57 points on average over these fourteen and 3.75 at most",
      lambda: first_choice(False).points_lost.agg(["mean", "size", "max"]).round(2).tolist() == [0.57, 14, 3.75]),
