@@ -120,7 +120,7 @@ QUOTES = [
               for end in ("value", "low", "high")]),
     (README, r"On Gemma it raises `retained` by (\.\d+)",
      lambda: read("gemma3-270m", "after_lora", "score == 'retained'").change),
-    (FINDINGS, rf"does not rise on Gemma \({INTERVAL}\).*?of both \({INTERVAL} on Gemma\).*?\(Gemma {INTERVAL}\)"
+    (FINDINGS, rf"falls on SmolLM2 and on Gemma \({INTERVAL}\).*?of both \({INTERVAL} on Gemma\).*?\(Gemma {INTERVAL}\)"
                rf".*?on Gemma too \({INTERVAL}",
      lambda: (found := read("gemma3-270m", "after_lora", index="score"))[["change", "low", "high"]].loc["ntps"].tolist()
      + found.loc["retained", ["change", "low", "high", "spearman_with_gain", "spearman_low", "spearman_high"]].tolist()
