@@ -106,8 +106,9 @@ def fit_logistic(config: Config, features: Tensor, labels: np.ndarray) -> tuple[
 
     max_iter, tolerance = {"lbfgs": (10_000, 1e-4), "saga": (1000, 0.01)}[config.solver]
     max_iter, tolerance, penalty = config.max_iter or max_iter, config.tolerance or tolerance, config.inverse_penalty
-    shared = {"max_iter": max_iter, "tol": tolerance, "random_state": config.data.seed}
-    model = LogisticRegression(solver=config.solver, C=penalty, **shared)
+    model = LogisticRegression(
+        solver=config.solver, C=penalty, max_iter=max_iter, tol=tolerance, random_state=config.data.seed
+    )
     if config.solver == "lbfgs":
         binary = labels.max() == 1  # scikit-learn then fits one logit: half the penalty of two opposite ones
         start = preconditioned_start(features, labels, penalty / (2 if binary else 1))

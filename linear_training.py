@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import cache
 from utils.algebra.moments import load_pooled
@@ -37,7 +37,7 @@ from utils.results import result_path, settings_from_moments
 from utils.script import UserError, run_script
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, save_head
+from utils.training.objective import BatchOrder, Objective, make_head, save_head
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -126,8 +126,7 @@ def build_run(config: Config, data: dict[str, LabelledTexts], accelerator: Any, 
         parts["validation"] = (states["train"][held_out], targets["train"][held_out])
     train_states, identity = states["train"][kept], make_identity(config, data)
     torch.manual_seed(config.data.seed)
-    linear = nn.Linear(train_states.shape[1], objective.num_labels)
-    head = nn.Sequential(nn.Dropout(config.dropout), linear).to(device)
+    head = make_head(train_states.shape[1], objective.num_labels, config.dropout).to(device)
     order = BatchOrder(len(kept), config.batch_size, config.data.seed)
 
     def has_stalled(history: list[dict]) -> bool:

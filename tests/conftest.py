@@ -4,7 +4,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["GOMP_SPINCOUNT"] = "10000"  # as utils/ sets it, before torch is loaded
 # One thread here and in every process the tests start: tiny models are fastest so, and a sum over two threads differs
 # from a sum over one in the last bit, which matters if a killed run must equal an uninterrupted one.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -8,8 +8,7 @@ for name in [*os.environ]:
     if name.startswith("ACCELERATE_") or name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"):
         del os.environ[name]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it reports each weight that a base model leaves out
-# An idle thread waits a tenth of a millisecond for more work, then sleeps: waiting longer, as by default, slows down a
-# busy machine, and sleeping at once takes half again as long for small matrices.
+# idle threads wait a tenth of a millisecond, then sleep: longer slows down a busy machine, shorter small matrices
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
 if os.environ.get("RANK", "0") != "0":

@@ -1,4 +1,4 @@
-"""Score pooled features for labels in closed form, from the moments of one layer: ridge, H-score, LogME, CKA, R2.
+"""Score pooled features for labels in closed form, from the moments of one layer; larger is better.
 
 Symbols: n texts, d features, c classes; Sigma the covariance of the features, S their covariance with the one-hot
 labels, p the class shares, D = diag(p) - p p' the covariance of the labels.
@@ -15,7 +15,6 @@ from utils.algebra.linalg import rounding, whiten
 from utils.algebra.moments import LayerMoments, PooledMoments
 from utils.algebra.ridge import Pair, RidgeFit, fold_pairs, probe_scores, ridge
 
-# a larger one is better, in each of them
 CLOSED_FORM_SCORES = ("ridge_r2", "h_oas", "h_ledoit_wolf", "logme", "cka", "probe_r2_held_out", "probe_r2")
 
 

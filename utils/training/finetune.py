@@ -22,7 +22,7 @@ from utils.models.tokens import TokenizedTexts, tokenize
 from utils.results import result_path
 from utils.settings import Data, Model, Run, Session, check
 from utils.training.loop import TrainingRun, make_identity, train_once
-from utils.training.objective import BatchOrder, Objective, save_head
+from utils.training.objective import BatchOrder, Objective, make_head, save_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,7 @@ def build_run(config: Any, build: Callable[[Any], Trainable], data: dict[str, La
     self_check(decoder.to(device), tokens["train"], config.model.model_name)
     objective = Objective.of(data["train"])
     targets = {split: objective.targets(part.labels) for split, part in data.items()}
-    linear = nn.Linear(decoder.config.hidden_size, objective.num_labels)
-    head = nn.Sequential(nn.Dropout(training.dropout), linear)
+    head = make_head(decoder.config.hidden_size, objective.num_labels, training.dropout)
     if config.session.gradient_checkpointing:
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     model = Classifier(decoder, head, training.pooling, config.model.dtype).to(device)

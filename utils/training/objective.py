@@ -19,6 +19,11 @@ from utils.training.metrics import classification_scores, regression_scores
 GROUP = 50  # batches sorted by length together: enough to save padding, few enough to stay random
 
 
+def make_head(hidden_size: int, num_labels: int, dropout: float) -> nn.Sequential:
+    """Dropout and a linear layer on the pooled state: (b, d) -> (b, c)."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_labels))
+
+
 @dataclass(frozen=True)
 class Objective:
     """Cross-entropy over c classes; for regression the squared error of targets in units of their spread in train."""
