@@ -129,18 +129,16 @@ def solve_generalized_eigenproblem(
     if factor_error is not None:
         row_variances = whitener.square().T @ factor_error.square().mean(1)
         kept &= values > 3 * (vectors.square().T @ row_variances).sqrt()
-    return Eigenspace(whitener, vectors[:, kept], values[kept].square())
+    return Eigenspace(whitener, vectors[:, kept], values[kept].square(), vectors[:, ~kept])
 
 
 def complete_by_variance(solved: Eigenspace) -> Tensor:
-    """All eigenvectors, (d, rank): those with lambda > 0, then those with lambda = 0, largest v' C v / |v|^2 first.
+    """The eigenvectors of a wide F, (d, rank): those with lambda > 0, then the tied ones, largest v' C v / |v|^2 first.
 
-    V has such ties only if the next tokens span fewer directions than the prefixes, as in a handful of short texts.
-    Any order of tied vectors is a solution; this one is the same on every machine.
+    V has tied ones only if the next tokens span fewer directions than the prefixes, as in a handful of short texts.
+    Any order of them is a solution; this one is the same on every machine.
     """
-    if len(solved.eigenvalues) == len(solved.coordinates):
-        return solved.vectors
-    rest = solved.whitener @ torch.linalg.qr(solved.coordinates, mode="complete").Q[:, len(solved.eigenvalues) :]
+    rest = solved.whitener @ solved.tied
     axes = torch.linalg.svd(rest, full_matrices=False).Vh
     return torch.cat([solved.vectors, rest @ axes.T.flip(1)], dim=1)
 
@@ -222,9 +220,9 @@ def excess_loss(sigma: Tensor, labels: Eigenspace, basis: NestedBasis, found: di
     The theorem's Euclidean bounds also replace Sigma by its extreme eigenvalues. `found` are scores of `retained`.
     """
     missing = labels.vectors.square().sum() - basis.projected_norms(labels.vectors).sum(1)
-    largest, smallest = torch.linalg.eigvalsh(sigma)[-1], sigma.new_zeros(())
-    if labels.whitener.shape[1] == len(sigma):  # full rank: 1 / the largest of the inverse is more exact
-        smallest = 1 / torch.linalg.eigvalsh(labels.whitener @ labels.whitener.T)[-1]
+    smallest, largest = torch.linalg.eigvalsh(sigma)[[0, -1]]
+    if labels.whitener.shape[1] < len(sigma) or smallest <= rounding(len(sigma)) * largest:
+        smallest = torch.zeros_like(smallest)  # it is no more than rounding
     squares, scores = labels.eigenvalues, {"excess_loss": labels.eigenvalues.sum() * (1 - found["retained"])}
     for name, square, of_sigma in (("lower", squares[-1], smallest), ("upper", squares[0], largest)):
         scores[f"excess_{name}"] = square * len(squares) * (1 - found["ntps_whitened"])

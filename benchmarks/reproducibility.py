@@ -103,7 +103,10 @@ def measure(task: str, config: Config) -> Iterator[tuple[str, str, float]]:
 
 def spread_over_tasks(config: Config) -> pd.Series:
     """Standard deviation of each score over the datasets of the study; nan if the study lacks the model."""
-    plain = "model == @config.model_name and split == 'train' and subspace == 'autoregression' and not center"
+    plain = (
+        "model == @config.model_name and split == 'train' and subspace == 'autoregression' and not center "
+        "and coordinates == 'as_is'"
+    )
     firsts = pd.read_csv(config.scores).query(plain).sort_values("seed").groupby(["eigenvectors", "dataset"]).first()
     spread = firsts.groupby("eigenvectors")[[*SCORES]].std().reindex(["largest", "smallest"])
     smallest = spread.loc["smallest", "ntps"]  # the released score differs only in the basis

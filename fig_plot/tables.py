@@ -70,6 +70,9 @@ COLLECTED = {
     **dict.fromkeys(("scores", "layers", "features", "probes", "training"), SEED_KEYS),
     **{"datasets": ["dataset"], "alignment": CELL_KEYS, "separability": CELL_KEYS, "models": ["model"]},
 }
+# the script whose results fill a table; K_sweep.py fills the others
+SCRIPTS = {"probes": "linear_sklearn.py", "datasets": "linear_sklearn.py", "training": "linear_training.py",
+           "alignment": "alignment_vis.py", "separability": "alignment_vis.py"}  # fmt: skip
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 # controls of V, by the suffix that they add to the name of a score
 VARIANTS = {
@@ -116,7 +119,8 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
     """
     path, module = table_path(name, data_dir), "findings" if name.startswith("findings_") else "collect"
     if not path.is_file():
-        raise UserError(f"No {path}. Run: python -m fig_plot.{module}")
+        script = f"python {SCRIPTS[name]}, then " if name in SCRIPTS else ""
+        raise UserError(f"No {path}. Run: {script}python -m fig_plot.{module}")
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")

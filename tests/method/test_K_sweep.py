@@ -89,7 +89,7 @@ def test_autoregression_is_the_reduced_rank_regression():
 def test_ties_of_the_autoregressive_problem_are_ordered_by_variance():
     random = np.random.default_rng(2)
     root = random.normal(size=(10, 10)) * np.logspace(0, -1, 10)
-    denominator, factor = tensor(root.T @ root), tensor(random.normal(size=(10, 3)))
+    denominator, factor = tensor(root.T @ root), tensor(random.normal(size=(10, 3)) @ random.normal(size=(3, 10)))
     complete = K_sweep.complete_by_variance(K_sweep.solve_generalized_eigenproblem(factor, denominator))
     np.testing.assert_allclose(complete.T @ denominator @ complete, np.eye(10), atol=1e-9)
     np.testing.assert_allclose(factor.T @ complete[:, 3:], 0, atol=1e-9)

@@ -60,6 +60,8 @@ def test_a_damaged_or_missing_table_names_the_command_that_makes_it(tmp_path, mo
         tables.read_table("findings_leads", tmp_path)
     message = run_in_process(monkeypatch, "fig_plot/findings/__main__.py", "--tables_dir", tmp_path)
     assert "python -m fig_plot.collect" in message
+    with pytest.raises(UserError, match=r"probes.csv. Run: python linear_sklearn.py, then python -m fig_plot.collect$"):
+        tables.read_table("probes", tmp_path)
 
 
 def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():

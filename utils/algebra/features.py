@@ -39,9 +39,6 @@ def oas(moments: LayerMoments, sigma: Tensor) -> float:
     return min(1.0, shrinkage.item()) if rest > 0 else 1.0
 
 
-SHRINKAGES = {"h_oas": oas, "h_ledoit_wolf": ledoit_wolf}
-
-
 def h_score(moments: LayerMoments, sigma: Tensor, shrinkage: float) -> float:
     """The H-score (1-a) n/(n-1) tr(Sigma_a^-1 S_b) with shrinkage a.
 
@@ -114,7 +111,8 @@ def feature_scores(
         values = probe_scores(moments, held_out, whitener @ (whitener.T @ moments.pooled_label_covariance))
         values |= {"cka": cka(moments, sigma), "logme": logme(moments)}
         if moments.class_counts is not None:
-            values |= {name: h_score(moments, sigma, of(moments, sigma)) for name, of in SHRINKAGES.items()}
+            values["h_oas"] = h_score(moments, sigma, oas(moments, sigma))
+            values["h_ledoit_wolf"] = h_score(moments, sigma, ledoit_wolf(moments, sigma))
         known = {name: value for name, value in values.items() if value is not None}
         found |= {name: {"value": value if math.isfinite(value) else None} for name, value in known.items()}
     for name, entry in found.items():  # once n <= d the probe fits any labels on its own rows

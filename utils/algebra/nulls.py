@@ -6,6 +6,8 @@ none, because whitening stretches V; `random_scores` draws them in the eigenbasi
 Gaussian rows, each times its deviation.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,16 +73,15 @@ def permuted_scores(
     with the whitener W of Sigma, (rank Sigma, d), and the nested bases of V before and after whitening by Sigma.
     """
     of_perception, to_whitened, basis, whitened = space
-    random = random_stream("permuted labels", *seed)
+    random, multiply = random_stream("permuted labels", *seed), partial(torch.einsum, "ij,njc->nic")
+    n, covariance = moments.num_samples, moments.label_covariance
     # coordinates: the nested basis of V within the space that Sigma whitens
-    factors, bases = draw_permuted_factors(
-        len(to_whitened), moments.num_samples, moments.label_covariance, num_draws, random
-    )
-    to_perception = of_perception.T @ to_whitened.T @ whitened.q
-    offset = torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
-    labels = torch.einsum("ij,njc->nic", to_perception, factors) + offset  # W_M' B; mu p' stays the same
+    factors, bases = draw_permuted_factors(len(to_whitened), n, covariance, num_draws, random)
+    offset = torch.outer(moments.pooled_mean, moments.label_mean)  # B = S + mu p', and mu p' stays the same
+    cross_moments = multiply(to_whitened.T, multiply(whitened.q, factors)) + offset
+    labels = multiply(of_perception.T, cross_moments)  # W_M' B
     labels = labels @ inverse_root(labels.mT @ labels)
-    directions = torch.einsum("ij,njc->nic", basis.q.T @ of_perception, labels)
+    directions = multiply(basis.q.T, multiply(of_perception, labels))
     return {
         "ntps_label": nested_shares(directions, basis.dims),
         "ntps_whitened": nested_shares(bases, whitened.dims),
