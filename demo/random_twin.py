@@ -1,11 +1,12 @@
 """Make the twin of a model: the same architecture and tokenizer with random weights, as a control.
 
     python -m demo.random_twin --model_name smollm2      # then --model_name demo/runs/smollm2-random in every script
-    python -m demo.random_twin --model_name Qwen/Qwen2-0.5B --seed 1 --output_dir demo/runs/qwen-random
+    python -m demo.random_twin --model_name Qwen/Qwen2-0.5B --seed 1
 
-Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/: model.safetensors
-in bfloat16, config.json and the tokenizer, all at once. transformers draws the weights as it does before
-training; the same seed gives the same weights. A score that the twin shares does not come from pretraining.
+Reads the model's configuration and tokenizer, none of its weights. Writes demo/runs/<model>-random/, or with another
+seed <model>-seed<k>-random/: model.safetensors in bfloat16, config.json and the tokenizer, all at once. transformers
+draws the weights as it does before training; the same seed gives the same weights. A score that the twin shares does
+not come from pretraining.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -29,7 +30,7 @@ class Config:
 
     model_name: str = "smollm2"  # model that gives architecture and tokenizer
     seed: int = 0  # seed of the weights
-    output_dir: Path | None = None  # by default demo/runs/<model>-random
+    output_dir: Path | None = None  # by default a folder in demo/runs, named after the model and the seed
     overwrite: bool = False  # replace a twin that exists
 
     def __post_init__(self) -> None:
@@ -40,7 +41,8 @@ def main(config: Config) -> None:
     """Writes the twin unless it exists; prints its folder. Raises UserError if the folder holds other files."""
     from transformers import AutoModelForCausalLM
 
-    folder = config.output_dir or Path("demo/runs") / f"{path_name(config.model_name)}-random"
+    of_seed = f"-seed{config.seed}" if config.seed else ""
+    folder = config.output_dir or Path("demo/runs") / f"{path_name(config.model_name)}{of_seed}-random"
     if (folder / "config.json").is_file() and not config.overwrite:
         print(f"already there, --overwrite makes it again\n{folder}")
         return

@@ -2,11 +2,8 @@
 
 Permuted labels turn the whitened label cross-covariance into a random matrix of known law. For a random V, of a
 rotation-invariant law, the mean and deviation of the Euclidean overlap have closed forms. The whitened overlaps have
-none, because whitening stretches V; `random_scores` draws them in the eigenbasis of Sigma, in which a random V has
-Gaussian rows, each times its deviation.
+none; `random_scores` draws them in the eigenbasis of Sigma: there a random V has Gaussian rows times deviations.
 """
-
-from functools import partial
 
 import numpy as np
 import torch
@@ -48,9 +45,8 @@ def draw_permuted_factors(
     gaussian = random.standard_normal((num_draws, rank, num_labels))
     if freedom > num_labels:  # Bartlett: the triangular root of a Wishart matrix instead of `freedom` Gaussian rows
         root = np.triu(random.standard_normal((num_draws, num_labels, num_labels)), 1)
-        diagonal = range(num_labels)
-        squares = random.chisquare(freedom - np.arange(num_labels), (num_draws, num_labels))
-        root[:, diagonal, diagonal] = np.sqrt(squares)
+        diagonal = np.arange(num_labels)
+        root[:, diagonal, diagonal] = np.sqrt(random.chisquare(freedom - diagonal, (num_draws, num_labels)))
     else:
         root = random.standard_normal((num_draws, freedom, num_labels))
     g, r = (torch.from_numpy(array).to(label_covariance.device) for array in (gaussian, root))
@@ -64,6 +60,12 @@ def nested_shares(columns: Tensor, dims: list[int]) -> Tensor:
     return inside[:, dims] / inside[:, -1:]
 
 
+def multiply(matrices: list[Tensor], draws: Tensor) -> Tensor:
+    """The product of the matrices and each draw, (num_draws, rows, c), in the cheapest order."""
+    product = torch.linalg.multi_dot([*matrices, draws.permute(1, 0, 2).flatten(1)])
+    return product.unflatten(1, (len(draws), -1)).permute(1, 0, 2)
+
+
 def permuted_scores(
     moments: LayerMoments, space: tuple[Tensor, Tensor, NestedBasis, NestedBasis], num_draws: int, seed: Seed
 ) -> dict[str, Tensor]:
@@ -73,15 +75,13 @@ def permuted_scores(
     with the whitener W of Sigma, (rank Sigma, d), and the nested bases of V before and after whitening by Sigma.
     """
     of_perception, to_whitened, basis, whitened = space
-    random, multiply = random_stream("permuted labels", *seed), partial(torch.einsum, "ij,njc->nic")
-    n, covariance = moments.num_samples, moments.label_covariance
+    random, n, covariance = random_stream("permuted labels", *seed), moments.num_samples, moments.label_covariance
     # coordinates: the nested basis of V within the space that Sigma whitens
     factors, bases = draw_permuted_factors(len(to_whitened), n, covariance, num_draws, random)
-    offset = torch.outer(moments.pooled_mean, moments.label_mean)  # B = S + mu p', and mu p' stays the same
-    cross_moments = multiply(to_whitened.T, multiply(whitened.q, factors)) + offset
-    labels = multiply(of_perception.T, cross_moments)  # W_M' B
+    offset = torch.outer(of_perception.T @ moments.pooled_mean, moments.label_mean)
+    labels = multiply([of_perception.T, to_whitened.T, whitened.q], factors) + offset  # W_M' B; mu p' stays the same
     labels = labels @ inverse_root(labels.mT @ labels)
-    directions = multiply(basis.q.T, multiply(of_perception, labels))
+    directions = multiply([basis.q.T, of_perception], labels)
     return {
         "ntps_label": nested_shares(directions, basis.dims),
         "ntps_whitened": nested_shares(bases, whitened.dims),
