@@ -29,7 +29,6 @@ from utils.script import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF |= dict.fromkeys(VALIDATION_NAMES, "validation")
