@@ -125,6 +125,15 @@ def test_a_single_token_that_rounds_badly_is_accepted_in_half_precision_only(dty
     assert fault == (None if dtype == torch.bfloat16 else "its states change with the padding (layer 1)")
 
 
+def test_an_overflow_is_left_to_the_pass_which_names_the_row_and_another_dtype():
+    decoder = decoder_of(small_model("llama")).to(torch.float16)
+    decoder.layers[0].register_forward_hook(
+        lambda layer, args, output: torch.where(torch.tensor(len(output) > 1), output * torch.inf, output)
+    )
+    assert not states_of(decoder, torch.ones(2, 3, dtype=torch.long))[1].isfinite().all()
+    assert find_fault(decoder, make_tokens()) is None
+
+
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2,), (1,), (64, 64)])
 def test_texts_of_any_number_and_length_will_do_and_the_mode_stays(lengths):
     decoder = decoder_of(small_model("qwen2")).train()
