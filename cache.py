@@ -20,6 +20,7 @@ It also has token_square (d,) and the errors of C0 Z and C1 Z for random signs Z
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ from utils.models.states import input_device, layer_devices, pool, visit_hidden_
 from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
+from utils.settings import Data, Model, Placement, Run, Unrecorded, check, resolve, result_settings, with_values
 
 TOKENS_PER_BLOCK = 4096  # tokens of a block: it adds up low-precision products, then joins the float64 sums
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
@@ -271,7 +272,7 @@ def config_path(config: Config) -> Path:
 def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], ...]) -> tuple[Path, Config]:
     """The path of a config's moments, and the config with the settings that you omitted read from that file.
 
-    Makes missing moments of the embedded model. Raises UserError: moments are missing, or of other settings or weights.
+    Makes missing moments of the embedded model. Raises UserError: missing, or of other settings, rows or weights.
     """
     path = config_path(config)
     if not path.is_file():
@@ -279,12 +280,13 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
-    config = results.settings_from_moments(config, path)
-    try:
-        of_model = {"model_fingerprint": models.model_fingerprint(config.model, config.run)}
-    except UserError:  # the moments are enough, without a model on this machine
-        return path, config
-    results.check_identity(results.read_stored(path), {"config": {}, **of_model}, path)
+    config, made = results.settings_from_moments(config, path), results.read_stored(path)
+    identity: dict[str, Any] = {"config": {}}
+    with contextlib.suppress(UserError):  # the moments are enough, without a model on this machine
+        identity["model_fingerprint"] = models.model_fingerprint(config.model, config.run)
+    if Path(name := config.data.dataset_name).exists() and resolve(name) != made["config"]["dataset_name"]:
+        identity["fingerprint"] = load_texts(config.data, config.run, config.split).fingerprint  # of a copy, or others
+    results.check_identity(made, identity, path)
     return path, config
 
 

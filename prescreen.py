@@ -37,7 +37,7 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.models.table import MODELS, model_source
 from utils.pictures import plot_prescreen, save_figure
 from utils.results import open_tensors, save_json, write_atomically
-from utils.script import UserError, environment, pick_device, run_script
+from utils.script import UserError, environment, message_of, pick_device, run_script
 from utils.settings import Data, Dtype, Model, Run, command_line, result_settings, with_values
 
 SMALLEST_Z = 2.0  # a layer with a smaller z is no better than under permuted labels
@@ -120,7 +120,7 @@ def recommendation(result: dict[str, Any]) -> str:
     """The recommendation printed under the table: the first model above the bag of words, or that bag itself."""
     informative = [model for model in result["models"] if model["verdict"] != "finds nothing"]
     if not informative:
-        return "No model beats permuted labels: the states do not tell the classes apart, or the texts are too few."
+        return "No model beats permuted labels: its states do not tell the labels, or the texts are too few."
     above_words = [model for model in informative if model["verdict"] != "no better than words"]
     chosen, *others = above_words or informative
     probe = f"a linear probe on layer {chosen['best_layer']} of {chosen['model']}"
@@ -194,7 +194,7 @@ def screen_all(config: Config, train: LabelledTexts) -> tuple[list[dict[str, Any
         try:
             screened.append(screen_model(name, config, train))
         except Exception as error:  # one odd model must not end the run
-            failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failed[name] = message_of(error) or f"{type(error).__name__}: {error}"
     return screened, failed
 
 

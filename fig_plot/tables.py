@@ -73,13 +73,11 @@ COLLECTED = {
 # the script whose results fill a table; K_sweep.py fills the others
 SCRIPTS = {"probes": "linear_sklearn.py", "datasets": "linear_sklearn.py", "training": "linear_training.py",
            "alignment": "alignment_vis.py", "separability": "alignment_vis.py"}  # fmt: skip
+# columns that a study of regressions alone lacks
+OF_CLASSES = {"probes": ["test_accuracy"], "datasets": ["majority_accuracy", "bag_of_words_accuracy"]}
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 # controls of V, by the suffix that they add to the name of a score
-VARIANTS = {
-    "_smallest": ("smallest", "autoregression"),
-    "_pca": ("largest", "pca"),
-    "_random": ("largest", "random"),
-}
+VARIANTS = {"_smallest": ("smallest", "autoregression"), "_pca": ("largest", "pca"), "_random": ("largest", "random")}
 HELD_OUT = "probe_r2_held_out"  # least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
@@ -98,7 +96,7 @@ def find_studies(tables_dir: Path = DATA_DIR) -> dict[Path, str]:
         study = folder / "study.json"
         titles[folder] = read_stored(study)["title"] if study.is_file() else folder.resolve().name
     if not titles:
-        raise UserError(f"No scores.csv at or below {tables_dir}. Run: python -m fig_plot.collect")
+        raise UserError(f"No scores.csv at or below {tables_dir}. Run: python K_sweep.py, python -m fig_plot.collect")
     return titles
 
 
@@ -136,6 +134,8 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
                              f"{', '.join(words) or 'a column of numbers'}")  # fmt: skip
     except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
         raise UserError(f"{path} is no complete table ({error}). Make it again: python -m fig_plot.{module}") from None
+    for column in OF_CLASSES.get(name, []):
+        table[column] = table.get(column, np.nan)
     return table
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -151,6 +152,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> N
     content = {"format_version": FORMAT_VERSION, **metadata, "crc32": checksums}
     with write_atomically(path) as temporary:
         save_file(own, temporary, {"json": json.dumps(content, allow_nan=False)})
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner read a file
 
 
 class TensorFile:
@@ -200,11 +202,8 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 def differing_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """The settings with a different or missing stored value, in words; empty if all agree."""
-    return "; ".join(
-        f"{name}: {stored.get(name)!r} there, {value!r} now"
-        for name, value in asked.items()
-        if name not in stored or not is_same_setting(name, stored[name], value)
-    )
+    names = [name for name in asked if name not in stored or not is_same_setting(name, stored[name], asked[name])]
+    return "; ".join(f"{name}: {stored.get(name)!r} there, {asked[name]!r} now" for name in names)
 
 
 def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
@@ -260,15 +259,14 @@ def settings_from_moments(config: AnyConfig, moments: Path, names: Collection[st
         return config
     stored = read_stored(moments)["config"]
     asked, default = result_settings(config), result_settings(type(config)())
-    omitted = {name for name in asked if asked[name] == default[name]}
+    given = {word.partition("=")[0].replace("-", "_").replace("__no_", "__") for word in sys.argv}  # flags
+    omitted = {name for name in asked if asked[name] == default[name] and f"__{name}" not in given}
     if stored["adapter_dir"] and asked["model_name"].endswith("+lora"):  # short for a model and its adapter
         omitted.add("model_name")
     shared = [name for name in asked if name in stored and (names is None or name in names)]
     if differing := differing_settings(stored, {name: asked[name] for name in shared if name not in omitted}):
-        raise UserError(
-            f"{moments} was made with other settings ({differing}). Omit these flags to use the settings "
-            "of the moments, run cache.py with them and --overwrite, or write elsewhere with --results_dir."
-        )
+        found = f"{moments} was made with other settings ({differing}). Omit these flags to use its settings"
+        raise UserError(f"{found}, run cache.py with them and --overwrite, or write elsewhere with --results_dir.")
     values = {name: stored[name] for name in shared if name in omitted}
     if values.get("adapter_dir"):
         values["adapter_dir"] = Path(values["adapter_dir"])

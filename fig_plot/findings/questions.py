@@ -305,7 +305,7 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
     beside = {"lead": "last layer", "over_middle": "middle layer", "over_others": "best on the others"}
     for model, rows in table.groupby("model"):
         accuracy = rows.pivot(index=["dataset", "seed"], columns="layer", values="test_accuracy")
-        if accuracy.shape[1] < 3:
+        if accuracy.shape[1] < 3 or rows["dataset"].nunique() < 2:
             continue
         middle = accuracy.columns[len(accuracy.columns) // 2]
         chosen = {"last layer": accuracy.iloc[:, -1], "middle layer": accuracy[middle],

@@ -122,6 +122,11 @@ def labelled(*labels: Any) -> Callable[[Path], Path]:
     return lambda folder: write_labels(folder / "rows.jsonl", list(labels))
 
 
+def unlabelled_test(folder: Path) -> Path:
+    (own := in_splits(train=[0, 1])(folder)).joinpath("test.csv").write_text("text\na\n")
+    return own
+
+
 def in_splits(**labels: list[Any]) -> Callable[[Path], Path]:
     """A folder with a file of these labels per split."""
 
@@ -160,10 +165,11 @@ OWN_ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "class -1 next to one other": (labelled(-1, 1, 1), {}, r"all '1'.*name a class -1 in words"),
     "class that train lacks": (in_splits(train=["no", "yes"], test=["no", "maybe"]), {},
         r"1 of 2 test rows .* classes that train lacks: maybe"),
-    "equal targets": (labelled(1.5, 1.5, 1.5), {}, r"The train targets .* all equal"),
+    "equal targets": (labelled(1.5, 1.5, 1.5), {}, r"The train targets .* all equal\. .* add rows"),
     "targets far from 0": (labelled(*FAR), {}, r"mean 1000000.*lose their digits.*subtract its mean"),
     "test targets far from 0": (in_splits(train=[0.5, 1.5, 2.0], test=FAR), {}, r"The test targets .* subtract its"),
     "targets near the largest": (labelled(-1.7e308, 1.7e308, 0.5), {}, r"lose their digits\. Rescale the column"),
+    "no test labels": (unlabelled_test, {}, r"The test rows of .* have no column 'label'\. Add it, or set --divide_tr"),
     "one row": (labelled("yes"), {}, r"a single row"),
     "train absent": (in_splits(test=[0, 1]), {}, r"no split 'train'; splits: test"),
     "misspelt key": (lambda _: Path("emotoin"), {}, r"'emotoin' .*Did you mean emotion\?.*docstrings/<task>"),

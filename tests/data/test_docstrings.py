@@ -57,7 +57,6 @@ class Thing:
 '''
 
 
-# ------------------------------------------------------------------ parser
 def test_rows_hold_the_facts_of_the_code(tmp_path, monkeypatch):
     """Reads a package that can be parsed but not imported, with a test folder and a file that is not Python."""
     for name, content in {
@@ -100,7 +99,6 @@ def test_missing_package_and_task_are_named(monkeypatch):
         docstrings.cache_path()
 
 
-# ------------------------------------------------------------------ cache
 def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monkeypatch):
     rows = [Row("numpy", "numpy.linalg", "function", "norm", "Norm of a vector.", "Norm of a vector.\n\x85\n\nMore.")]
     parse = Mock(return_value=rows)
@@ -116,7 +114,6 @@ def test_cache_is_read_again_unless_damaged_or_of_other_versions(tmp_path, monke
     assert read() == (first, digest) and parse.call_count == 3 and len(list(tmp_path.iterdir())) == 2
 
 
-# ------------------------------------------------------------------ tasks
 GOLDEN = {  # train and test, with the Python and the packages that requirements.txt pins
     "library": ("5d7ebeb44f8e5451", "4960bdc172cc7ea6"),
     "raises": ("08dd706fd2225f12", "748512c8c18d4277"),

@@ -116,7 +116,6 @@ def test_pooled_states_of_other_settings_are_made_again(names, tmp_path):
     assert path.stat().st_mtime_ns == written
 
 
-# ------------------------------------------------------------------ the script
 def test_result_says_how_it_was_made(names, tmp_path, capsys):
     config = configure(cache, **names, results_dir=tmp_path, split="all", max_length=8)
     cache.main(config)

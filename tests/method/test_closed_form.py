@@ -90,7 +90,6 @@ def test_alpha_is_that_of_generalised_cross_validation(monkeypatch):
     assert chosen == pytest.approx(found[best], rel=1e-12) and chosen != pytest.approx(found[1e5], rel=1e-3)
 
 
-# ------------------------------------------------------------------ under permuted labels
 @pytest.mark.slow
 @pytest.mark.parametrize("over_folds", [True, False])
 def test_null_of_ridge_at_one_alpha(over_folds, monkeypatch):

@@ -58,7 +58,6 @@ def test_nothing_in_float64_is_made_on_a_device_without_it(precision):
     assert all(torch.equal(plain.sums[name], value) for name, value in moved.sums.items())
 
 
-# ------------------------------------------------------------------ less, or elsewhere
 def test_some_layers_are_those_of_all(model_dirs, rows_path, tmp_path):
     whole, some = (settings(model_dirs, rows_path, tmp_path / name, folds="all") for name in ("whole", "some"))
     cache.main(whole)

@@ -16,7 +16,6 @@ from utils.algebra.scores import NULL_SCORES
 NUM_DRAWS = 400
 
 
-# ------------------------------------------------------------------ permuted labels
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "c"), [(400, 30, 5), (60, 40, 3), (25, 40, 3)])
 def test_closed_form_null_agrees_with_real_permutations(n, d, c):
@@ -60,7 +59,6 @@ def test_null_of_states_with_a_mean_is_that_of_real_permutations(center):
     assert np.all(np.abs(real.std(0) / drawn.std(0) - 1) < 0.3)
 
 
-# ------------------------------------------------------------------ random V
 def test_random_subspaces_equal_dense_projections():
     """Means and deviations of scores of random V by their definition, within four standard errors of the draws."""
     features, targets, states = make_data(80, 12, 3, decades=1.0)

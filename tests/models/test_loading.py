@@ -94,10 +94,7 @@ def test_what_a_loader_raises_becomes_a_sentence_with_the_cause(llama, damage):
 
 @pytest.mark.parametrize(
     ("config", "auto_class"),
-    [
-        (GPT2, AutoModel),
-        (BART, AutoModelForCausalLM),
-    ],
+    [(GPT2, AutoModel), (BART, AutoModelForCausalLM)],
     ids=["saved without its head", "bart decoder"],
 )
 def test_a_decoder_is_read_whatever_class_saved_it(tmp_path, config, auto_class):

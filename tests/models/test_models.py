@@ -28,7 +28,6 @@ CPU, RUN = torch.device("cpu"), Run()
 RESPONSE = Mock(headers={})
 
 
-# ------------------------------------------------------------------ identity
 def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp_path):
     original = model_fingerprint(Model(str(model_dirs["qwen2"])), RUN)
     copy = shutil.copytree(model_dirs["qwen2"], tmp_path / "copy", copy_function=shutil.copyfile)  # other file times
@@ -42,7 +41,6 @@ def test_a_copy_is_the_same_model_and_a_retrained_one_is_another(model_dirs, tmp
         assert model_fingerprint(Model(str(copy), **other), RUN) == f"{retrained}+{llama}"
 
 
-# ------------------------------------------------------------------ tokens
 @pytest.fixture(scope="module")
 def config(model_dirs):
     return load_config(Model(str(model_dirs["qwen2"])), RUN)
@@ -104,7 +102,6 @@ def test_the_own_limit_of_a_tokenizer_holds_and_the_texts_it_cuts_are_counted(co
     assert exact.num_cut == 0 and exact.lengths.tolist() == lengths and "cut" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------ LongRoPE
 def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_alone():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0]}
@@ -121,7 +118,6 @@ def test_texts_on_both_sides_of_the_limit_of_longrope_have_the_states_they_have_
     assert rope_limit(Qwen2Config()) is None
 
 
-# ------------------------------------------------------------------ answers of the hub
 @pytest.mark.parametrize(
     ("cause", "message"),
     [

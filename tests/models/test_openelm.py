@@ -55,7 +55,6 @@ def load(checkpoint: Path, auto_class=AutoModelForCausalLM, dtype=torch.float32)
     return model.eval()
 
 
-# ------------------------------------------------------------------ the published numbers
 def test_golden(case, checkpoint):
     model = load(checkpoint)
     valid = golden(case, "attention_mask").bool()
@@ -94,7 +93,6 @@ def test_rotary_tables_golden(head_dim):
         assert ((got[0] - expected).abs() <= tolerance).all()
 
 
-# ------------------------------------------------------------------ configuration and sizes
 @pytest.mark.parametrize("size", GOLDEN["sizes"])
 def test_published_sizes(size):
     expected = GOLDEN["sizes"][size]
@@ -118,7 +116,6 @@ def test_random_weights_are_smaller_where_a_residual_branch_ends(name, factor):
     assert [weight.std().item() for weight in weights] == pytest.approx([factor * 256**-0.5] * len(weights), rel=0.02)
 
 
-# ------------------------------------------------------------------ loading, saving, padding, precision
 def test_base_model_and_saved_copy_have_the_numbers_of_the_published_one(case, checkpoint, tmp_path):
     model, base = load(checkpoint), load(checkpoint, AutoModel)
     assert type(model) is OpenELMForCausalLM and type(base) is OpenELMModel and type(model.config) is OpenELMConfig

@@ -31,7 +31,6 @@ def test_only_options_other_than_the_default_stand_in_the_name():
     assert name(coordinates="prefix_standardized") == f"{folder}.prefix_standardized.json"
 
 
-# ------------------------------------------------------------------ a real model: however the moments are computed
 def shuffled_texts(settings, run, split):
     """The texts of `load_texts` in another order."""
     data = load_texts(settings, run, split)
@@ -82,7 +81,6 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, t
     assert_equal_scores(tiny[1], sweep_all(tmp_path, **options)[1], tolerance)
 
 
-# ------------------------------------------------------------------ the command line
 @pytest.fixture(scope="module")
 def cached(names, tmp_path_factory):
     """A results folder with the moments of both splits in bfloat16; and the settings K_sweep.py needs to find them."""
@@ -115,7 +113,6 @@ def test_from_texts_to_json_and_picture(names, tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".pdf").is_file()
 
 
-# ------------------------------------------------------------------ held-out numbers
 def held_out_of(result: dict) -> list:
     return [layer["probe_r2_held_out"] for layer in result["layers"]]
 
@@ -123,7 +120,6 @@ def held_out_of(result: dict) -> list:
 def test_held_out_numbers_come_and_go_with_their_moments(config, tmp_path, capsys):
     """A stored result is made again, and not stale, after held-out moments were added, removed or of other rows."""
     rows = Path(shutil.copy(config.data.dataset_name, tmp_path / "rows.jsonl"))
-    config = with_values(config, dataset_name=str(rows))
     [test] = config.run.results_dir.glob("moments/*/*/test.safetensors")
     away = test.rename(tmp_path / "away.safetensors")
     without = K_sweep.main(config)
@@ -135,7 +131,8 @@ def test_held_out_numbers_come_and_go_with_their_moments(config, tmp_path, capsy
     assert K_sweep.main(config) == found and "made again" not in capsys.readouterr().out
     changed = [json.loads(line) for line in rows.read_text().splitlines()]
     write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
-    moments = cache.Config("test", model=config.model, data=config.data, run=config.run)
+    of_rows = with_values(config, dataset_name=str(rows))
+    moments = cache.Config("test", model=config.model, data=of_rows.data, run=config.run)
     moments = with_values(moments, dtype="bfloat16", overwrite=True)
     cache.main(moments)
     assert None not in held_out_of(K_sweep.main(config)) and held_out_of(K_sweep.main(config)) != held_out_of(found)
@@ -143,6 +140,8 @@ def test_held_out_numbers_come_and_go_with_their_moments(config, tmp_path, capsy
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     cache.main(with_values(moments, split="train"))
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
+        K_sweep.main(of_rows)
+    with pytest.raises(UserError, match="made from other rows"):  # of another file of the same name
         K_sweep.main(config)
 
 
@@ -160,10 +159,9 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(names, 
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
-    assert "No held-out numbers: " in told and said in told and "Run cache.py --split test --overwrite." in told
+    assert "No held-out numbers: " in told and said in told and "--split test --overwrite." in told
 
 
-# ------------------------------------------------------------------ mistakes
 def test_missing_moments_name_the_script_that_makes_them(tmp_path):
     wanted = {"model_name": "tiny+lora", "dataset_name": "docstrings/kind", "results_dir": tmp_path}
     with pytest.raises(UserError, match=r"No moments at .*train\.safetensors. Run cache\.py .*--adapter_dir"):

@@ -213,3 +213,10 @@ def test_what_a_script_cannot_do_is_refused_in_one_sentence(moments, tmp_path, m
     with pytest.raises((UserError, ValueError), match=message):
         module.main(configure(module, **moments | {"results_dir": results} | change))
     assert not list(results.rglob("*.json"))
+
+
+def test_a_flag_is_compared_with_the_moments_even_if_it_gives_the_default(names, tmp_path, monkeypatch):
+    shared = names | {"results_dir": tmp_path}
+    cache.main(configure(cache, **shared, device="cpu", seed=1))
+    assert run_in_process(monkeypatch, "K_sweep.py", *flags(shared), "--no_picture") == 0
+    assert "(seed: 1 there, 0 now)" in str(run_in_process(monkeypatch, "K_sweep.py", *flags(shared), "--seed", "0"))

@@ -17,7 +17,6 @@ from utils.data.load import LabelledTexts, load_splits
 from utils.script import UserError
 from utils.settings import Data, Run
 
-# ------------------------------------------------------------------ datasets
 PLAIN_TEXTS = ["a red house", "the river", "stone", "music of a small engine"]
 ODD_TEXTS = [
     *("", "  \t\n ", "a", "x" * 100_000, "\u200b", "\ufeffa", "\x00", "a\x1b[31m\x07\x7f"),

@@ -38,7 +38,6 @@ def fit(features, labels, solver="lbfgs", max_iter=10_000, tolerance=1e-4, inver
     return linear_sklearn.fit_logistic(with_values(config, seed=3), features, labels)
 
 
-# ------------------------------------------------------------------ solvers
 @pytest.mark.parametrize(("num_classes", "inverse_penalty"), [(2, 1.0), (4, 100.0)])
 def test_lbfgs_finds_what_scikit_learn_finds_from_zero_in_fewer_iterations(num_classes, inverse_penalty):
     """On a GPU scikit-learn's array API does the same; here it gets CPU tensors."""
@@ -78,7 +77,6 @@ def test_least_squares_equals_scikit_learn(num, width):
         np.testing.assert_allclose(predictions, reference.predict(part.double().numpy()), atol=1e-6)
 
 
-# ------------------------------------------------------------------ the script
 @pytest.fixture(scope="module")
 def made(names, tmp_path_factory):
     """Settings of a folder with moments and features of both splits, and those of K_sweep.py; tests work on copies."""

@@ -59,7 +59,6 @@ def test_a_folder_of_other_files_is_never_replaced(script, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-# ------------------------------------------------------------------ the committed checkpoints
 @pytest.mark.parametrize(("size", "num_bytes"), [("tiny", 4_000_000), ("micro", 1_000_000)])
 def test_committed_checkpoint_is_small_and_says_how_it_was_made(size, num_bytes):
     folder = ROOT / "demo" / f"{size}-lm"

@@ -79,7 +79,6 @@ def test_a_process_without_texts_changes_nothing(names, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-# ------------------------------------------------------------------ mistakes
 def test_a_mistake_in_one_process_ends_all_with_one_sentence(names, tmp_path):
     def fail(*_):
         raise UserError("the states of this process are gone")
@@ -106,7 +105,6 @@ def test_a_script_for_one_process_refuses_several(tmp_path):
     assert said == "error: K_sweep.py runs in one process, not in 2. Start it with: python K_sweep.py\n"
 
 
-# ------------------------------------------------------------------ training
 def train(script, size: int, folder, *more, **options) -> list[int | None]:
     """A training script in so many processes; their output goes into `folder`."""
     options |= {"results_dir": folder / "results", "device": "cpu", "dtype": "float32", "dropout": 0.0}

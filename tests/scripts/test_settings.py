@@ -49,7 +49,6 @@ def test_impossible_values_are_refused(module, name, value, words, capsys):
     assert stopped.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
 
 
-# ------------------------------------------------------------------ names, paths and text
 @pytest.mark.parametrize("name", ["fold/", "./fold", "{here}/fold", "link"])
 def test_one_folder_is_one_name_and_one_setting(name, tmp_path, monkeypatch):
     (tmp_path / "fold").mkdir()

@@ -26,7 +26,6 @@ def regressed_partial(x, y, z):
     return np.corrcoef(left.T)[0, 1] if (left.std(0) > 1e-9).all() else math.nan  # not the rounding of nothing left
 
 
-# ------------------------------------------------------------------ resampled tasks
 def mean_of_each(statistic):
     """Mean over models of a function of the complete rows, for tables (models, tasks) with repeated tasks."""
 
@@ -84,7 +83,6 @@ def test_spearman_of_too_few_or_equal_values_is_undefined():
         assert math.isnan(correlations.spearman(a, b))
 
 
-# ------------------------------------------------------------------ choosing a configuration
 def test_selection_equals_a_loop_over_every_permutation():
     """5 tasks have 120 permutations, fewer than the draws asked for, so that the null is complete."""
     random = np.random.default_rng(10)
@@ -129,7 +127,6 @@ def test_selection_skips_what_is_missing_and_keeps_the_index():
     assert (found.configuration, found.best) == (2, pytest.approx(0.9))
 
 
-# ------------------------------------------------------------------ the figure, and the paper's numbers
 @pytest.mark.parametrize(("num_models", "grid"), [(1, (1, 1)), (5, (2, 4))])
 def test_rank_grid_is_not_reversed_and_names_are_no_formulas(num_models, grid):
     """y falls in x; the last model misses a dataset, and one that every model misses has neither rank nor name."""

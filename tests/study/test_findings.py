@@ -1,6 +1,7 @@
 """fig_plot/tables.py on damaged tables, and statistics of fig_plot/findings on made-up studies with known answers."""
 
 import gzip
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,16 @@ def test_a_damaged_or_missing_table_names_the_command_that_makes_it(tmp_path, mo
     assert "python -m fig_plot.collect" in message
     with pytest.raises(UserError, match=r"probes.csv. Run: python linear_sklearn.py, then python -m fig_plot.collect$"):
         tables.read_table("probes", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["emotion", "toxigen"])  # classes, a regression
+def test_findings_of_a_single_dataset(dataset, tmp_path, monkeypatch):
+    for name in ("scores", "layers", "features", "probes", "datasets"):
+        table = tables.read_table(name, tables.DATA_DIR / "smollm2").query("dataset == @dataset and seed == 0")
+        tables.save_csv(tables.table_path(name, tmp_path), table.dropna(axis=1, how="all"))
+    shutil.copy(tables.DATA_DIR / "smollm2" / "models.csv", tmp_path)
+    options = ("--tables_dir", tmp_path, "--num_draws", "20", "--num_permutations", "20")
+    assert run_in_process(monkeypatch, "fig_plot/findings/__main__.py", *options) == 0
 
 
 def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():

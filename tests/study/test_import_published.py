@@ -52,7 +52,6 @@ class Call:
         return self.call
 
 
-# ------------------------------------------------------------------ files that are read
 def of_numpy_1(content: dict) -> bytes:
     """The pickle with numpy's old name; protocol 4 states its length in the byte before it and in its frame."""
     raw = pickle.dumps(content, protocol=4)
@@ -79,7 +78,6 @@ def test_made_up_files_are_read_to_the_last_digit(tmp_path):
             assert values == [*contents[file][model][dataset].values()]
 
 
-# ------------------------------------------------------------------ files that are refused
 def evaluate(marker) -> Call:
     return Call(eval, f"open({str(marker)!r}, 'w')")
 

@@ -85,9 +85,10 @@ class LayerMoments(PooledMoments):
 
     def centred(self) -> "LayerMoments":
         """The moments about the means of pooled states, prefixes and next tokens: Sigma for M, S for B, and so on."""
+        zeros = torch.zeros_like(self.pooled_mean)
+        means: dict[str, Any] = dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), zeros)
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
         prefix_mean_of_pairs = self.prefix_mean * self.num_samples / max(self.num_pairs, 1)
-        zeros = torch.zeros_like(self.pooled_mean)
         return dataclasses.replace(
             self,
             pooled_second_moment=self.pooled_covariance,
@@ -96,9 +97,7 @@ class LayerMoments(PooledMoments):
             prefix_next_cross_moment=self.prefix_next_cross_moment - torch.outer(prefix_mean_of_pairs, self.next_mean),
             pooled_rounding=self.covariance_rounding,
             prefix_rounding=self.prefix_rounding.centred(self.prefix_second_moment.diagonal()),
-            pooled_mean=zeros,
-            prefix_mean=zeros,
-            next_mean=zeros,
+            **means,
         )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:
@@ -130,10 +129,8 @@ def load_rounding(file: Any, metadata: dict, layer: int, device: torch.device) -
     independent: a mean of T tokens has 1/T of that variance, a prefix sum of t tokens t times it. The function returns
     four times the variance, because real mantissas can be less evenly spread.
     """
-    square, second_error, next_error = (
-        file.get_tensor(f"layer.{layer}.{name}").to(device)
-        for name in ("token_square", "prefix_second_error", "prefix_next_error")
-    )
+    names = ("token_square", "prefix_second_error", "prefix_next_error")
+    square, second_error, next_error = (file.get_tensor(f"layer.{layer}.{name}").to(device) for name in names)
     config, found = metadata["config"], metadata["rounding"]
     relative = torch.finfo(getattr(torch, config["dtype"])).eps ** 2 / 12 * 3 / (8 * math.log(2))
     per_token = 4 * relative * square.clamp(min=0) * metadata["num_samples"] / metadata["num_tokens"]
@@ -227,7 +224,7 @@ def held_out_path(path: Path, split: str) -> Path | None:
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
     if how := results.difference(results.read_stored(held_out), identity):
-        print(f"No held-out numbers: {held_out} was made {how}. Run cache.py --split {other} --overwrite.")
+        print(f"No held-out numbers: {held_out} was made {how}. Run cache.py as now, with --split {other} --overwrite.")
     return None if how else held_out
 
 

@@ -83,7 +83,7 @@ def print_table(result: dict[str, Any]) -> None:
         reasons = "are the same for every text, or do not vary with the labels, or no text has two tokens"
         print(f"No score at layer {missing}: there the pooled states {reasons}.")
     if result["num_samples"] <= result["hidden_size"]:
-        print("n <= d: the least-squares probe interpolates its own rows; read the held-out column, not probe R2.")
+        print("n <= d: the least-squares probe interpolates its own rows, so that probe R2 means nothing.")
     print(f"\nscore: {result['score']['rule']}")
     for name in SCORES:
         score = result["score"][name]

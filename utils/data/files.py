@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_lines(path: Path, newline: str | None) -> Iterator[str]:
                 yield line
         except UnicodeDecodeError as error:
             found = f"{error.reason} at position {file.tell() - len(error.object) + error.start}"
-            remedy = f"convert it with: iconv -f latin1 -t utf-8 {path}"
+            remedy = f"convert it with: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > new{path.suffix}"
             raise ValueError(f"it is no {encoding!r} text: {found}; {remedy}") from None
 
 
@@ -125,6 +126,8 @@ def _read_delimited(path: Path) -> Table:
         header = [name.strip() for name in next(rows, [])]
         if len(set(header)) < len(header):
             raise ValueError(f"two columns have one name: {', '.join(header)}")
+        if len(header) == 1 and re.search(r"[;|\t,]", header[0]):
+            raise ValueError(f"its header {header[0]!r} is one cell. Separate cells by {reader.dialect.delimiter!r}")
         columns: dict[str, list[str]] = {name: [] for name in header}
         for cells in rows:
             if len(cells) != len(header):
@@ -296,6 +299,6 @@ def _hub_tables(spec: DatasetSpec, revision: str | None) -> dict[str, Table]:
     import datasets
 
     instead = "a local file or docstrings/<task>; known: docs/models_and_data.md"
-    with hub_errors(Repository(spec.hub_id, "Dataset", tuple(DATASETS), instead, revision)):
+    with hub_errors(Repository(spec.hub_id, "Dataset", () if spec.is_known else tuple(DATASETS), instead, revision)):
         loaded = datasets.load_dataset(spec.hub_id, spec.config, data_files=spec.data_files, revision=revision)
     return {str(split): arrow_table(rows.with_format("arrow")[:]) for split, rows in loaded.items()}

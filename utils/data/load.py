@@ -60,6 +60,8 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
     tables, spec, known = source.tables, source.spec, source.spec.is_known
     labelled = {name: rows for name, rows in tables.items() if _has_labels(rows, label)}
     if wanted == "all":
+        for name in tables.keys() - labelled if labelled else ():
+            warn(f"{source.name}: the {name} rows have no labels; left out")
         return labelled or tables
     names = [spec.test_split] if known else [name for name in ("test", *VALIDATION_NAMES) if name in tables]
     held_out = [name for name in names if name and not divide_train]
@@ -73,7 +75,10 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
         raise UserError(f"{found}. Add a split {missing!r}, or {instead}.")
     if test in VALIDATION_NAMES and not known:
         print(f"{source.name}: {test} serves as the test split")
-    return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
+    chosen = {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
+    if len(chosen) == 2 and label in chosen["train"].columns and label not in chosen["test"].columns:
+        raise UserError(f"The {test} rows of {source.name} have no column {label!r}. Add it, or set --divide_train.")
+    return chosen
 
 
 def _has_labels(rows: Table, label: str) -> bool:
@@ -159,7 +164,8 @@ def _leave_out(
 ) -> list[Row]:
     """The rows without faulty ones, with a warning. Raises UserError if no row remains; if `refuse`, for any fault."""
     kept = [row for row, is_faulty in zip(rows, faulty, strict=True) if not is_faulty]
-    found = f"{len(rows) - len(kept)} of {len(rows)} {part} rows of {source.name} {fault}"
+    named = "rows" if part == "all" else f"{part} rows"
+    found = f"{len(rows) - len(kept)} of {len(rows)} {named} of {source.name} {fault}"
     if not kept or (refuse and any(faulty)):
         raise UserError(f"{found}. {remedy}")
     if any(faulty):
@@ -178,8 +184,10 @@ def _encode(source: Source, parts: dict[str, list[Row]], label: str) -> tuple[di
     spelled = {row.label: known.get(row.label, str(row.label)) for rows in parts.values() for row in rows}
     if not 2 <= len(classes) <= MAX_CLASSES:
         found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
-        found = f"The {first} labels of {source.name} are {found}, not of 2 to {MAX_CLASSES:,} classes"
-        raise UserError(f"{found}. Change --label_column, name a class -1 in words, or set --task regression.")
+        named = "labels" if first == "all" else f"{first} labels"
+        found = f"The {named} of {source.name} are {found}, not of 2 to {MAX_CLASSES:,} classes"
+        remedy = "Change --label_column, add rows, name a class -1 in words, or set --task regression."
+        raise UserError(f"{found}. {remedy}")
     index = {value: number for number, value in enumerate(classes)}
     encoded = {}
     for part, rows in parts.items():
@@ -199,8 +207,10 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     with np.errstate(all="ignore"):  # sums of squares may overflow
         mean, std = float(targets.mean()), float(targets.std())
     if not (SPREADS[0] <= std <= SPREADS[1] and abs(mean) <= MAX_MEAN * std):
-        found = f"mean {mean:.9g} and standard deviation {std:.3g}, are all equal or lose their digits"
-        raise UserError(f"The {part} targets of {name}, {found}. Rescale the column, or subtract its mean.")
+        found = f"The {part} targets of {name}, mean {mean:.9g} and standard deviation {std:.3g},"
+        if targets.min() == targets.max():
+            raise UserError(f"{found} are all equal. Change --label_column, add rows, or raise --max_samples.")
+        raise UserError(f"{found} lose their digits. Rescale the column, or subtract its mean.")
 
 
 def _report(source: Source, parts: dict[str, list[Row]], label_names: list[str], rule: str) -> None:

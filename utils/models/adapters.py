@@ -24,10 +24,8 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
         return PeftConfig.from_pretrained(path), load_peft_weights(path, device="cpu")
     except Exception as error:  # a missing or damaged file makes the libraries raise anything
-        reason = f"{type(error).__name__}: {shorten(str(error))}"
-        raise UserError(
-            f"No adapter can be read from {folder} ({reason}). Make one: python lora_finetuning.py --model_name ..."
-        ) from error
+        found = f"No adapter can be read from {folder} ({type(error).__name__}: {shorten(str(error))})"
+        raise UserError(f"{found}. Make one: python lora_finetuning.py --model_name ...") from error
 
 
 def is_base_model(folder: Path, named: str | None, model_name: str, fingerprint: str) -> bool:
@@ -71,11 +69,9 @@ def merge_adapter(causal_lm: Any, folder: Path, model_name: str, fingerprint: st
     config, weights = read_adapter(folder)
     remedy = "Name the model it was made for with --model_name."
     if not is_base_model(folder, named := config.base_model_name_or_path, model_name, fingerprint):
-        raise UserError(
-            f"The adapter in {folder} was made for {named}, or for other weights of that name, not for {model_name}. "
-            f"{remedy} If the model is the same, change base_model_name_or_path in {folder}/adapter_config.json and "
-            f"delete {BASE_MODEL_FILE} beside it."
-        )
+        found = f"The adapter in {folder} was made for {named}, or other weights of that name, not for {model_name}"
+        change = f"change base_model_name_or_path in {folder}/adapter_config.json and delete {BASE_MODEL_FILE} there"
+        raise UserError(f"{found}. {remedy} If the model is the same, {change}.")
     misfit = f"The adapter in {folder} does not fit {model_name}"
     weights = without_head(causal_lm, config, weights, folder)
     keys = [key.removeprefix("base_model.model.") for key in weights]  # as PEFT saves all of them

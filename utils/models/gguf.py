@@ -52,10 +52,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, reader.TensorInfo
     if len(blob) < end:
         raise UserError(f"{path} is cut off: it has {len(blob):,} of {end:,} bytes. Fetch it again.")
     if (architecture := metadata.get("general.architecture")) not in ARCHITECTURES:
-        raise UserError(
-            f"{path} holds a model of architecture {architecture!r}; readable GGUF files are of "
-            f"{', '.join(ARCHITECTURES)}. Take the model's folder or hub id instead."
-        )
+        found = f"{path} holds a model of architecture {architecture!r}; readable are {', '.join(ARCHITECTURES)}"
+        raise UserError(f"{found}. Take the model's folder or hub id instead.")
     return metadata, tensors
 
 

@@ -205,10 +205,8 @@ def train_step(run: TrainingRun, progress: Progress, model: nn.Module) -> float:
     rows = run.order(progress.step)
     loss = accumulate_gradients(run, progress.step, model, rows)
     if not math.isfinite(loss):
-        raise UserError(
-            f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of the train split. "
-            "Try a smaller --learning_rate or --dtype float32; at step 1, check those texts and labels."
-        )
+        found = f"The loss became {loss} at step {progress.step + 1}, rows {', '.join(map(str, rows))} of train"
+        raise UserError(f"{found}. Lower --learning_rate or set --dtype float32; at step 1, check texts and labels.")
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(progress.step)
     run.optimizer.step()
