@@ -131,7 +131,7 @@ def main(config: Config) -> None:
     compared = compare(table, config)
     print(compared.to_string(index=False, float_format="%.3g", na_rep=""))
     summary = config.output.with_name(f"{config.output.stem}_summary.csv")
-    for written, path, digits in ((compared, summary, 3), (table, config.output, 9)):
+    for written, path, digits in ((compared, summary, 3), (table, config.output, 12)):
         with write_atomically(path) as temporary:
             written.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
         print(path)

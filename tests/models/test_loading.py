@@ -224,7 +224,7 @@ def test_an_adapter_is_for_its_model_in_any_copy_and_for_no_other(llama, tmp_pat
     save_model(tmp_path / "other", AutoConfig.from_pretrained(llama), seed=9)
     save_model(tmp_path / "gpt2", GPT2)
     for adapter, model in ((ours, "other"), (foreign, "other"), (foreign, "gpt2")):
-        message = rf"was made for .*llama, or for other weights of that name, not for .*{model}"
+        message = rf"was made for .*llama, or other weights of that name, not for .*{model}"
         with pytest.raises(UserError, match=message):
             adapted_states(tmp_path / model, adapter)
     change_config(base_model_name_or_path=None)(foreign, "adapter_config.json")

@@ -70,7 +70,6 @@ def states_by_transformers(folder, layer) -> np.ndarray:
     return np.stack([output.hidden_states[layer][0].double().mean(0).numpy() for output in outputs])
 
 
-# ------------------------------------------------------------------ coordinates
 @pytest.mark.parametrize(("layer", "center"), [(1, False), (2, True)])
 def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, center):
     config = with_values(config, layer=layer, center=center)
@@ -95,7 +94,6 @@ def test_coordinates_are_states_times_scipy_s_top_eigenvectors(config, layer, ce
             assert described["separability"][group]["silhouette"]["value"] == pytest.approx(value)
 
 
-# ------------------------------------------------------------------ separability
 def measured_by_scikit_learn(x, labels) -> dict[str, float]:
     """Silhouette and leave-one-out accuracy of a logistic regression, in standardised coordinates."""
     scaled = StandardScaler().fit_transform(x)
@@ -126,7 +124,6 @@ def test_line_is_that_of_logistic_regression():
     np.testing.assert_allclose(x @ weights + intercept, expected, rtol=1e-6)
 
 
-# ------------------------------------------------------------------ the picture
 def test_picture_shows_every_word_in_a_style_of_its_own_and_the_line():
     """Names are no mathematics and none is hidden: matplotlib hides labels that start with an underscore."""
     random, names = np.random.default_rng(0), ("_joy $x_$", *"abcdefg")
@@ -158,7 +155,6 @@ def test_picture_shows_every_word_in_a_style_of_its_own_and_the_line():
     assert legend.y0 >= frame.y0 and legend.y1 <= frame.y1 and legend.x1 <= frame.x1
 
 
-# ------------------------------------------------------------------ command line and mistakes
 def test_command_line_writes_table_and_picture(names, config):
     options = flags(names | {"results_dir": config.run.results_dir, "num_shuffles": 2, "layer": -1})
     run = run_command("alignment_vis.py", *options, "--words", *GROUPS)

@@ -42,7 +42,6 @@ def num_jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
     return {name: int(number) for name, number in found}
 
 
-# ------------------------------------------------------------------ the plans
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_name_of_a_study_is_known_and_every_cell_has_its_own_files(study):
     found = grid(study)
@@ -108,7 +107,6 @@ def test_another_attempt_has_twice_the_memory_and_the_time():
     assert found["gpu"] == 1 and grid("quick").resources("cache")["mem_mb"](None, 1) == 4000
 
 
-# ------------------------------------------------------------------ Snakemake
 @needs_snakemake
 @pytest.mark.slow
 def test_the_whole_paper_grid_can_be_planned_and_make_study_says_the_same():

@@ -46,7 +46,7 @@ def test_every_score_is_measured_in_every_way(model_dirs, rows_path, tmp_path, m
     assert output.with_name("reproducibility_summary.csv").is_file()
 
 
-@pytest.mark.parametrize(("study", "model_name"), [("", "tiny"), ("smollm2", "smollm2")])
+@pytest.mark.parametrize(("study", "model_name"), [("", "tiny"), *(2 * (name,) for name in ("smollm2", "gemma3-270m"))])
 def test_the_committed_comparison_follows_from_the_committed_values(study, model_name):
     folder = ROOT / "fig_plot" / "data" / study
     config = configure(reproducibility, model_name=model_name, scores=folder / "scores.csv")

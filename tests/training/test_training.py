@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(run, monkeypatch):
     weights = {name: parameter.detach().clone() for name, parameter in run.trained_parameters().items()}
     forward = run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda *inputs: forward(*inputs) * torch.inf)
-    with pytest.raises(UserError, match=f"step 2, rows {', '.join(map(str, run.order(1)))} of the train split"):
+    with pytest.raises(UserError, match=f"step 2, rows {', '.join(map(str, run.order(1)))} of train"):
         train_step(run, Progress(step=1), run.model)
     for name, parameter in run.trained_parameters().items():
         assert torch.equal(parameter, weights[name])  # not spoilt by that step
