@@ -285,7 +285,7 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     with contextlib.suppress(UserError):  # the moments are enough, without a model on this machine
         identity["model_fingerprint"] = models.model_fingerprint(config.model, config.run)
     if Path(name := config.data.dataset_name).exists() and resolve(name) != made["config"]["dataset_name"]:
-        identity["fingerprint"] = load_texts(config.data, config.run, config.split).fingerprint  # of a copy, or others
+        identity["fingerprint"] = load_texts(config.data, config.run, config.split).fingerprint  # a copy has these
     results.check_identity(made, identity, path)
     return path, config
 

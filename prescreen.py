@@ -120,7 +120,7 @@ def recommendation(result: dict[str, Any]) -> str:
     """The recommendation printed under the table: the first model above the bag of words, or that bag itself."""
     informative = [model for model in result["models"] if model["verdict"] != "finds nothing"]
     if not informative:
-        return "No model beats permuted labels: its states do not tell the labels, or the texts are too few."
+        return "No model beats permuted labels: the states tell nothing about the labels, or the texts are too few."
     above_words = [model for model in informative if model["verdict"] != "no better than words"]
     chosen, *others = above_words or informative
     probe = f"a linear probe on layer {chosen['best_layer']} of {chosen['model']}"

@@ -224,7 +224,7 @@ def held_out_path(path: Path, split: str) -> Path | None:
     not_compared = ("split", "num_folds", "product_dtype")
     identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
     if how := results.difference(results.read_stored(held_out), identity):
-        print(f"No held-out numbers: {held_out} was made {how}. Run cache.py as now, with --split {other} --overwrite.")
+        print(f"No held-out numbers: {held_out} was made {how}. Run cache.py anew with --split {other} --overwrite.")
     return None if how else held_out
 
 
