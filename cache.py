@@ -326,8 +326,7 @@ def compute(config: Config, data: LabelledTexts, tokens: TokenizedTexts, folds: 
         **models.stored_as(config.model),
         **stored.describe_texts(tokens.token_ids, tokens.offsets),
         **{"num_texts_cut": tokens.num_cut, "max_length": tokens.max_length},
-        **{"num_layers": num_layers, "hidden_size": d},
-        "layers": stored.numbers_of_layers(config.output.layers, num_layers),
+        **{"num_layers": num_layers, "hidden_size": d, "layers": stored.numbers_of_layers(output.layers, num_layers)},
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
         "environment": environment(),
     }

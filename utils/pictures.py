@@ -59,7 +59,6 @@ def save_figure(figure: "Figure", path: Path) -> None:
     plt.close(figure)
 
 
-# ------------------------------------------------------------------ K_sweep.py
 def draw_layers(axes: "Axes", result: dict, name: str) -> None:
     """Draws one score over fractions: every layer in grey, the last with chance and the band under permuted labels."""
     *others, layer = result["layers"]
@@ -97,7 +96,6 @@ def plot_sweep(result: dict) -> "Figure":
     return figure
 
 
-# ------------------------------------------------------------------ linear_sklearn.py
 def plot_probes(result: dict) -> "Figure":
     """The picture of one run of linear_sklearn.py: accuracy (or Pearson's correlation) and R2 over layers."""
     main, layers, plt = "accuracy" if result["num_classes"] else "pearson", result["layers"], load_pyplot()
@@ -122,7 +120,6 @@ def plot_probes(result: dict) -> "Figure":
     return figure
 
 
-# ------------------------------------------------------------------ alignment_vis.py
 def draw_words(axes: "Axes", words: "pd.DataFrame") -> list[tuple[Any, str]]:
     """Draws words of one subspace and the line between the first two categories; returns the legend's entries."""
     plt, entries = load_pyplot(), []
@@ -163,7 +160,6 @@ def plot_alignment(words: "pd.DataFrame", notes: dict[str, str] | None = None) -
     return figure
 
 
-# ------------------------------------------------------------------ prescreen.py
 def plot_prescreen(result: dict[str, Any], lines: list[str]) -> "Figure":
     """The page of prescreen.py: models ranked at their best layer, R2 over relative depth, `lines` below."""
     models, plt = result["models"], load_pyplot()

@@ -70,6 +70,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
     folder = temporary_folder(path)
     try:
         yield (temporary := folder / path.name)
+        for file in folder.rglob("*.safetensors"):  # safetensors lets only its owner read a file
+            file.chmod(path.parent.stat().st_mode & 0o666)
         if temporary.is_dir() and os.path.lexists(path):
             os.replace(path, folder / "before")
         os.replace(temporary, path)
@@ -152,7 +154,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict) -> N
     content = {"format_version": FORMAT_VERSION, **metadata, "crc32": checksums}
     with write_atomically(path) as temporary:
         save_file(own, temporary, {"json": json.dumps(content, allow_nan=False)})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner read a file
 
 
 class TensorFile:

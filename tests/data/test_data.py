@@ -127,6 +127,13 @@ def unlabelled_test(folder: Path) -> Path:
     return own
 
 
+def test_all_says_which_rows_have_no_label_and_its_errors_name_no_part(tmp_path, capsys):
+    assert load(unlabelled_test(tmp_path), "all").texts == ["text 0", "text 1"]
+    assert "own: the test rows have no labels; left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^The labels of .* are all '1'"):
+        load(write_labels(tmp_path / "rows.jsonl", [1, 1]), "all")
+
+
 def in_splits(**labels: list[Any]) -> Callable[[Path], Path]:
     """A folder with a file of these labels per split."""
 
@@ -169,7 +176,7 @@ OWN_ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "targets far from 0": (labelled(*FAR), {}, r"mean 1000000.*lose their digits.*subtract its mean"),
     "test targets far from 0": (in_splits(train=[0.5, 1.5, 2.0], test=FAR), {}, r"The test targets .* subtract its"),
     "targets near the largest": (labelled(-1.7e308, 1.7e308, 0.5), {}, r"lose their digits\. Rescale the column"),
-    "no test labels": (unlabelled_test, {}, r"The test rows of .* have no column 'label'\. Add it, or set --divide_tr"),
+    "no test labels": (unlabelled_test, {}, r"The test rows have no column 'label'; columns: text\..*--divide_train"),
     "one row": (labelled("yes"), {}, r"a single row"),
     "train absent": (in_splits(test=[0, 1]), {}, r"no split 'train'; splits: test"),
     "misspelt key": (lambda _: Path("emotoin"), {}, r"'emotoin' .*Did you mean emotion\?.*docstrings/<task>"),

@@ -51,7 +51,6 @@ def theirs(auto_class, path: Path, **options):
     return auto_class.from_pretrained(str(path.parent), gguf_file=path.name, **options)
 
 
-# ------------------------------------------------------------------ files that are read
 @pytest.mark.parametrize(("architecture", "more"), [*((name, {}) for name in CONFIGS), ("gemma3", NEUTRAL)])
 def test_an_unquantised_file_gives_the_model_it_was_made_from(architecture, more, tmp_path):
     model = random_model(architecture)
@@ -102,7 +101,6 @@ def test_smollm_splits_off_each_digit_before_it_looks_for_words(tmp_path):
     assert [piece for piece, _ in pieces] == ["see", "ĠĠ", "1", "2", "ĊĊ", "3", "Ġred"]
 
 
-# ------------------------------------------------------------------ files that cannot be read
 def test_a_file_cut_anywhere_is_one_sentence(tmp_path):
     cut = write_gguf(tmp_path / "cut.gguf", random_model("llama"), make_tokenizer())
     whole = cut.read_bytes()
@@ -151,7 +149,6 @@ def test_a_model_that_would_be_read_wrongly_is_refused(message, tmp_path):
         load_model(path, torch.float32)
 
 
-# ------------------------------------------------------------------ scripts
 def test_moments_and_scores_name_the_quantisation_and_other_weights_are_refused(rows_path, tmp_path):
     file = write_gguf(tmp_path / "tiny.Q8.gguf", random_model("llama"), make_tokenizer(), "Q8_0")
     names = {"model_name": str(file), "dataset_name": str(rows_path), "results_dir": tmp_path, "max_samples": 60}

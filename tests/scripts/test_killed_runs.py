@@ -126,7 +126,6 @@ def test_an_ended_run_goes_on(config, tmp_path, whole, capsys, ending, minutes_p
     assert results(tmp_path) == whole
 
 
-# ------------------------------------------------------------------ partial results that cannot be used
 @pytest.fixture
 def partial(config, tmp_path):
     """The sums of a run that was killed after some blocks."""
@@ -164,7 +163,6 @@ def test_sums_that_cannot_be_continued_are_left(config, partial, tmp_path, capsy
     assert found == results(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------ a full disk
 @pytest.mark.parametrize("word", ["train.safetensors", "pooled", ".partial-"])
 def test_without_space_both_old_results_stay_and_nothing_is_done_twice(
     config, tmp_path, monkeypatch, capsys, whole, word

@@ -37,7 +37,6 @@ def result(results_dir):
     return path.parent, metrics, list(csv.DictReader((path.parent / "history.csv").read_text().splitlines()))
 
 
-# ------------------------------------------------------------------ the method
 def train_through_the_model(config) -> list[float]:
     """Plain loop: every batch of every epoch goes through the frozen LM; mean training loss of each epoch.
 
@@ -129,7 +128,6 @@ def test_validation_rows_are_kept_out_of_training_and_of_the_standardisation(set
     assert np.bincount(data.labels[held_out]).tolist() == pytest.approx([len(held_out) / 3] * 3, abs=1)
 
 
-# ------------------------------------------------------------------ command line
 def test_standardised_probes_stand_beside_the_others(settings, tmp_path, capsys):
     linear_training.main(settings)
     folder, metrics, _ = result(tmp_path)
@@ -140,7 +138,6 @@ def test_standardised_probes_stand_beside_the_others(settings, tmp_path, capsys)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
-# ------------------------------------------------------------------ states
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
 def test_sigterm_at_one_process_ends_all_with_a_state(settings, tmp_path, capfd, size, rank):
     """SIGTERM does not reach all machines at once: a process that ended alone would leave the others waiting."""

@@ -118,6 +118,7 @@ def test_command_line_writes_adapter_head_history_and_metrics(settings, monkeypa
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(folder / "metrics.json")
     names = ["adapter", "head.safetensors", "history.csv", "metrics.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["bias"]) == (32, 32, "none")
     assert [line.split(",")[0] for line in (folder / "history.csv").read_text().splitlines()] == ["step", "6", "12"]

@@ -86,7 +86,6 @@ class LayerMoments(PooledMoments):
     def centred(self) -> "LayerMoments":
         """The moments about the means of pooled states, prefixes and next tokens: Sigma for M, S for B, and so on."""
         zeros = torch.zeros_like(self.pooled_mean)
-        means: dict[str, Any] = dict.fromkeys(("pooled_mean", "prefix_mean", "next_mean"), zeros)
         # the stored means are sums over pairs divided by texts: the mean over pairs is n / pairs times them
         prefix_mean_of_pairs = self.prefix_mean * self.num_samples / max(self.num_pairs, 1)
         return dataclasses.replace(
@@ -97,7 +96,9 @@ class LayerMoments(PooledMoments):
             prefix_next_cross_moment=self.prefix_next_cross_moment - torch.outer(prefix_mean_of_pairs, self.next_mean),
             pooled_rounding=self.covariance_rounding,
             prefix_rounding=self.prefix_rounding.centred(self.prefix_second_moment.diagonal()),
-            **means,
+            pooled_mean=zeros,
+            prefix_mean=zeros,
+            next_mean=zeros,
         )
 
     def unit_scale(self, coordinates: Coordinates) -> Tensor:

@@ -67,7 +67,6 @@ def _plain(cell: Any) -> str | int | float | None:
     raise ValueError(f"a {type(cell).__name__}: {str(cell)[:60]}")
 
 
-# ------------------------------------------------------------------ labels
 def is_missing(label: Any, regression: bool = False) -> bool:
     """True if a cell is a missing label, as defined at the top of this file; in a regression -1 is a target."""
     if isinstance(label, str):
@@ -157,7 +156,6 @@ def _classes(source: str, labels: list[Any]) -> list[Any]:
     return names
 
 
-# ------------------------------------------------------------------ texts
 def _as_text(cell: Any) -> str:
     cell = _plain(cell)
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):

@@ -45,11 +45,12 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
-    def read(self, name: str) -> list[Any]:
-        """The cells of a column as Python objects. Raises UserError if the column is missing or unreadable."""
+    def read(self, name: str, part: str = "data") -> list[Any]:
+        """The cells of a column of a part as Python objects. Raises UserError if the column is missing or unreadable."""
         if name not in self.columns:
-            found = f"no column {name!r}; columns: {', '.join(self.columns) or 'none'}"
-            raise UserError(f"The data have {found}. Name one: --text_column, --text_template, --label_column.")
+            found = f"The {part} rows have no column {name!r}; columns: {', '.join(self.columns) or 'none'}"
+            instead = " With --divide_train you need no test rows." if part == "test" else ""
+            raise UserError(f"{found}. Name one: --text_column, --text_template, --label_column.{instead}")
         cells = self.columns[name]
         try:
             return list(cells) if isinstance(cells, list) else cells.to_pylist()
