@@ -16,7 +16,6 @@ from utils.data.splits import paper_split, seeded_split, stratified_rows
 from utils.script import UserError
 
 
-# ------------------------------------------------------------------ texts
 def test_template_joins_columns_and_choices(tmp_path):
     rows = [{"question": f"Why {n}?", "choices": ["a", "b {x}"], "label": n % 2} for n in range(4)]
     path = write(tmp_path / "quiz.jsonl", "\n".join(map(json.dumps, rows)))
@@ -33,7 +32,6 @@ def test_fingerprint_is_that_of_texts_and_labels(tmp_path):
     assert load(write_labels(tmp_path / "other.jsonl", ["yes", "no"] * 10), "all").fingerprint != found.fingerprint
 
 
-# ------------------------------------------------------------------ splits and samples
 def test_splits_and_samples_stay_those_of_earlier_results():
     train, test = paper_split(5574)
     assert hashlib.md5(str(train.tolist()).encode()).hexdigest() == "43f518ff85b54fad3a48a373ef43b112"
@@ -78,7 +76,6 @@ def test_max_samples_is_stratified_shuffled_and_deterministic(tmp_path):
     assert fewer == {"train": 20, "test": 6}
 
 
-# ------------------------------------------------------------------ targets
 def test_regression_is_found_and_can_be_forced(tmp_path):
     scores = write_labels(tmp_path / "scores.csv", [n / 4 - 1 for n in range(20)])
     train, test = load(scores), load(scores, "test")
@@ -100,7 +97,6 @@ def test_targets_within_the_range_are_taken_as_they_are(tmp_path):
     assert load(tmp_path / "own", "test").labels.tolist() == [1e9 + 0.5] * 3, "test targets may be all equal"
 
 
-# ------------------------------------------------------------------ folders
 def test_folder_of_splits(tmp_path, capsys):
     data, labels = tmp_path / "data", ["no", "yes"] * 10
     write_labels(data / "train-00000-of-00002.jsonl", labels, "first")
@@ -117,7 +113,6 @@ def test_folder_of_splits(tmp_path, capsys):
     assert load(tmp_path, "test").texts[0] == "validation 0", "a test split without labels cannot be scored"
 
 
-# ------------------------------------------------------------------ errors
 def labelled(*labels: Any) -> Callable[[Path], Path]:
     return lambda folder: write_labels(folder / "rows.jsonl", list(labels))
 

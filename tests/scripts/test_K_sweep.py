@@ -159,7 +159,8 @@ def test_held_out_moments_of_other_settings_are_left_out_with_a_sentence(names, 
     config = configure(K_sweep, **names, picture=False, num_null_draws=2)
     assert held_out_of(K_sweep.main(config)) == [None] * 3
     told = capsys.readouterr().out
-    assert "No held-out numbers: " in told and said in told and "Run cache.py anew with --split test --overwrite." in told
+    assert "No held-out numbers: " in told and said in told
+    assert "Run cache.py anew with --split test --overwrite." in told
 
 
 def test_missing_moments_name_the_script_that_makes_them(tmp_path):

@@ -46,7 +46,7 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def read(self, name: str, part: str = "data") -> list[Any]:
-        """The cells of a column of a part as Python objects. Raises UserError if the column is missing or unreadable."""
+        """The cells of a column of a part as Python objects. Raises UserError if it is missing or unreadable."""
         if name not in self.columns:
             found = f"The {part} rows have no column {name!r}; columns: {', '.join(self.columns) or 'none'}"
             instead = " With --divide_train you need no test rows." if part == "test" else ""
