@@ -74,6 +74,7 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "latin-1": ("rows.jsonl", GOOD.encode() + "é".encode("latin1"),
         r"'utf-8' .* position 26.*iconv -f latin1 -t utf-8 .* > new\.jsonl"),
     "cut UTF-16": ("rows.csv", "text".encode("utf-16")[:-1], r"'utf-16.* truncated data"),
+    "compressed": ("rows.csv", b"\x1f\x8b\x08", "no 'utf-8' text: .* position 1; if it is text, convert"),
     "zero bytes": ("rows.csv", b"text,label\na\0b,yes\n", "holds zero bytes"),
     "cut parquet": ("rows.parquet", b"PAR1", r"rows\.parquet cannot be read: .*Write it again"),
 }

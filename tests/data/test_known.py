@@ -227,8 +227,9 @@ def test_split_absent_on_the_hub(key, missing, monkeypatch):
 def test_errors_of_copies(tmp_path):
     with pytest.raises(UserError, match=r"No copy .*emotion/train\.parquet is missing"):
         load("emotion", copies=tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="--dataset_revision main"):
-        load("emotion", copies=tmp_path, dataset_revision="main")
+    for name in ("emotion", "docstrings/library", str(tmp_path)):
+        with pytest.raises(UserError, match="--dataset_revision main needs the hub"):
+            load(name, copies=tmp_path, dataset_revision="main")
 
 
 def test_test_rows_are_taken_from_train_where_that_is_asked_for(tmp_path, capsys):

@@ -167,3 +167,5 @@ def test_tokenizer_of_another_repository(tmp_path):
         load_tokenizer(Model(str(tmp_path / "model")), RUN, config)
     with pytest.raises(UserError, match=r"folder or file \./nowhere does not exist\. Correct --tokenizer_name"):
         load_tokenizer(Model(str(tmp_path / "model"), tokenizer_name="./nowhere"), RUN, config)
+    with pytest.raises(UserError, match="--revision v9 needs the hub"):
+        load_config(Model("tiny", revision="v9"), RUN)

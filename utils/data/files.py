@@ -82,7 +82,7 @@ def read_lines(path: Path, newline: str | None) -> Iterator[str]:
                 yield line
         except UnicodeDecodeError as error:
             found = f"{error.reason} at position {file.tell() - len(error.object) + error.start}"
-            remedy = f"convert it with: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > new{path.suffix}"
+            remedy = f"if it is text, convert: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > new{path.suffix}"
             raise ValueError(f"it is no {encoding!r} text: {found}; {remedy}") from None
 
 
@@ -264,21 +264,22 @@ def find_files(path: Path, subset: str | None = None) -> dict[str, list[Path]]:
 def find_source(name: str, revision: str | None = None, datasets_dir: Path | None = None) -> Source:
     """All splits of the dataset called `name`; a key of the table wins over a folder of the same name."""
     spec = find_spec(name)
+    copy = datasets_dir / spec.key.replace("/", "__") if datasets_dir else None
+    has_copy = copy is not None and (spec.is_known or copy.is_dir())
+    folder, _, subset = name.rpartition(":")
+    own = not spec.is_known and (os.path.exists(name) or os.path.isdir(folder))
+    if revision is not None and (has_copy or own or name.startswith("docstrings/")):
+        raise UserError(f"--dataset_revision {revision} needs the hub; local data has no revisions. Leave it out.")
     if name.startswith("docstrings/"):
         from utils.data.docstrings import load_task  # it parses the installed packages: only when asked for
 
         parts = load_task(name.removeprefix("docstrings/")).items()
         return Source(name, {part: Table({"text": texts, "label": labels}) for part, (texts, labels) in parts}, spec)
-    copy = datasets_dir / spec.key.replace("/", "__") if datasets_dir else None
-    if copy and (spec.is_known or copy.is_dir()):
-        if revision is not None:
-            raise UserError(f"--dataset_revision {revision} needs the hub; a copy in --datasets_dir has no revisions.")
+    if copy and has_copy:
         return Source(name, read_files(_files_of_copy(copy)), spec)
-    folder, _, subset = name.rpartition(":")
-    if not spec.is_known and os.path.exists(name):
-        return Source(name, read_files(find_files(Path(name))), spec, own=True)
-    if not spec.is_known and os.path.isdir(folder):
-        return Source(name, read_files(find_files(Path(folder), subset)), spec, own=True)
+    if own:
+        files = find_files(Path(name)) if os.path.exists(name) else find_files(Path(folder), subset)
+        return Source(name, read_files(files), spec, own=True)
     is_path = Path(name).suffix.lower() in READERS or name.startswith((".", "/", "~"))
     if not spec.is_known and (is_path or name.count("/") != 1):
         known = [spec.key for spec in SPECS]

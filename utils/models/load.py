@@ -28,7 +28,9 @@ def read_config(model: Model, run: Run) -> "PreTrainedConfig":
 
     import utils.models.openelm  # noqa: F401, registers the `openelm` architecture with the Auto classes
 
-    if is_gguf(source := model_source(model.model_name)):
+    if Path(source := model_source(model.model_name)).exists() and model.revision is not None:
+        raise UserError(f"--revision {model.revision} needs the hub; {source} is local. Leave it out.")
+    if is_gguf(source):
         from utils.models import gguf
 
         return gguf.load_config(Path(source))
