@@ -202,15 +202,15 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
     """Test scores of the majority class and of the bag of words, and R2 of the latter on the models' folds.
 
     Raises:
-        UserError: all texts are in one fold.
+        UserError: all texts are in one fold, or a fold has labels without variance.
     """
     from utils.training.baselines import bag_of_words_folds, text_baselines
 
     train = rows["train"]
-    folds = cache.assign_folds(train.texts, num_folds)
-    if len(np.unique(folds)) < 2:
-        raise UserError("All texts fall into one fold, so prescreen.py cannot cross-validate. Give texts that differ.")
-    words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
+    folds, targets = cache.assign_folds(train.texts, num_folds), cache.one_hot_targets(train).numpy()
+    words = bag_of_words_folds(train, targets, folds) if len(np.unique(folds)) > 1 else np.array([math.nan])
+    if not np.isfinite(words).all():
+        raise UserError("Cannot cross-validate: all texts or all variance of labels are in one fold. Give more texts.")
     return text_baselines(train, rows["test"]) | {"fold_r2": words.tolist()}
 
 
@@ -243,8 +243,8 @@ def page_lines(result: dict[str, Any], ranks: dict[str, list[int]]) -> list[str]
 
 def print_table(result: dict[str, Any], lines: list[str]) -> None:
     """Prints a row per model, best first, at most 100 columns wide, and the lines of the page."""
-    config, num = result["config"], result["num_samples"]
-    print(f"\n{config['dataset_name']}: {num['train']:,} texts, {config['num_folds']} folds, 90 % intervals")
+    num_texts, num_folds = result["num_samples"]["train"], len(result["baselines"]["fold_r2"])  # folds that have texts
+    print(f"\n{result['config']['dataset_name']}: {num_texts:,} texts, {num_folds} folds, 90 % intervals")
     print(f"{'':<4}{'model':<26}{'best layer':<12}{'R2':<17}{'minus bag of words':<20}verdict")
     for model in result["models"]:
         layer = f"{model['best_layer']} of {model['num_layers'] - 1}"

@@ -189,9 +189,13 @@ def test_moments_of_other_settings_stay(names, tmp_path):
 
 
 def test_texts_that_cannot_be_folded_are_refused_and_nothing_is_written(model_dirs, tmp_path):
-    path = write_rows(tmp_path / "bad.jsonl", [{"text": "the red house", "label": "ab"[i % 2]} for i in range(40)])
-    with pytest.raises(UserError, match=r"prescreen\.py cannot cross-validate"):
-        prescreen.main(config_for(path, tmp_path / "results", model_dirs["qwen2"]))
+    """All texts in one fold; labels of a fold that equal the mean of the others, which leaves its R2 undefined."""
+    equal = [{"text": "the red house", "label": i % 2 / 2} for i in range(40)]
+    for rows in (equal, [*equal, {"text": "a river", "label": 0.25}]):
+        for part in ("train", "test"):
+            write_rows(tmp_path / f"{part}.jsonl", rows)
+        with pytest.raises(UserError, match="Cannot cross-validate"):
+            prescreen.main(config_for(tmp_path, tmp_path / "results", model_dirs["qwen2"]))
     assert not (tmp_path / "results").exists()
 
 
@@ -201,9 +205,10 @@ def test_regression(model_dirs, tmp_path, capsys):
     folder.mkdir()
     write_rows(folder / "train.jsonl", [{"text": text, "label": 1 + text.count("red") / 4} for text in texts])
     write_rows(folder / "test.jsonl", [{"text": text, "label": 1.25} for text in texts[:9]])
-    prescreen.main(config_for(folder, tmp_path, model_dirs["qwen2"]))
-    printed = capsys.readouterr().out
-    assert "Without a model, test r2: majority -, bag of words -." in printed and "Also installed" not in printed
+    prescreen.main(config_for(folder, tmp_path, model_dirs["qwen2"], num_folds=40))
+    printed, num_folds = capsys.readouterr().out, len(np.unique(cache.assign_folds(texts, 40)))
+    assert f"60 texts, {num_folds} folds" in printed and num_folds < 40 and "Also installed" not in printed
+    assert "Without a model, test r2: majority -, bag of words -." in printed
     result = result_at(tmp_path, "numbers")
     assert result["baselines"]["majority"]["r2"] is None and "h_oas" not in result["models"][0]["last_layer"]
 

@@ -135,7 +135,6 @@ def test_a_damaged_result_or_state_is_refused_and_made_again_with_overwrite(tmp_
 
 
 def test_every_setting_that_differs_or_is_lacking_is_named():
-    """Names a setting that is None now, too."""
     stored = {"config": {"dtype": "bfloat16", "seed": 0, "fractions": [0.5]}}
     assert difference(stored, IDENTITY) == (
         "with other settings (dtype: 'bfloat16' there, 'float32' now; fractions: [0.5] there, [0.5, 1.0] now; "
@@ -143,14 +142,11 @@ def test_every_setting_that_differs_or_is_lacking_is_named():
     )
 
 
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [
-        ("fingerprint", "from other rows"),
-        ("label_names", "with other classes"),
-        ("held_out", "from other moments of the held-out split"),
-    ],
-)
+PARTS = {"fingerprint": "from other rows", "label_names": "with other classes"}
+PARTS |= {"held_out": "from other moments of the held-out split"}
+
+
+@pytest.mark.parametrize(("part", "words"), PARTS.items())
 def test_each_part_of_an_identity_tells_results_apart_also_if_one_lacks_it(part, words):
     assert not difference(IDENTITY, IDENTITY) and difference(IDENTITY, IDENTITY | {part: "others"}) == words
     assert difference({name: value for name, value in IDENTITY.items() if name != part}, IDENTITY) == words

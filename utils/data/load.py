@@ -283,5 +283,5 @@ def one_hot_targets(data: LabelledTexts, rows: np.ndarray | slice = slice(None))
     """Labels y of some rows, (b, c) float64: one-hot for classes, the unchanged target for a regression."""
     labels = torch.from_numpy(np.asarray(data.labels)[rows])
     if data.is_regression:
-        return labels.double().reshape(len(labels), -1)
+        return labels.double()[:, None]
     return torch.nn.functional.one_hot(labels, data.num_labels).double()
