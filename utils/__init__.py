@@ -10,6 +10,7 @@ for name in [*os.environ]:
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it reports each weight that a base model leaves out
 # idle threads wait a tenth of a millisecond, then sleep: longer slows down a busy machine, shorter small matrices
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MiB and more on huge pages: fewer page faults
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # lets scikit-learn work on the GPU
 if os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # among several processes only the first shows progress

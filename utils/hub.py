@@ -78,12 +78,7 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         said = " ".join([*(base.__name__ for cause in chain for base in type(cause).__mro__), ":", str(error)])
         _, fault, remedy = next(row for row in CAUSES if re.search(row[0], said, re.IGNORECASE | re.DOTALL))
         folder, flag = ("datasets/", "--dataset_revision") if repository.kind == "Dataset" else ("", "--revision")
-        sentence = f"{{kind}} {{name}} {fault}. {remedy}".format(
-            **asdict(repository),
-            url=f"https://huggingface.co/{folder}{repository.name}",
-            revision_flag=flag,
-            message=shorten(str(error)),
-            error=type(error).__name__,
-            nearest=nearest(repository.name, repository.known),
-        )
-        raise UserError(sentence) from error
+        words = asdict(repository) | {"url": f"https://huggingface.co/{folder}{repository.name}", "revision_flag": flag}
+        words |= {"message": shorten(str(error)), "error": type(error).__name__}
+        words |= {"nearest": nearest(repository.name, repository.known)}
+        raise UserError(f"{{kind}} {{name}} {fault}. {remedy}".format(**words)) from error

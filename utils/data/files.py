@@ -264,8 +264,8 @@ def find_files(path: Path, subset: str | None = None) -> dict[str, list[Path]]:
 def find_source(name: str, revision: str | None = None, datasets_dir: Path | None = None) -> Source:
     """All splits of the dataset called `name`; a key of the table wins over a folder of the same name."""
     spec = find_spec(name)
-    copy = datasets_dir / spec.key.replace("/", "__") if datasets_dir else None
-    has_copy = copy is not None and (spec.is_known or copy.is_dir())
+    copy = (datasets_dir or Path()) / spec.key.replace("/", "__")
+    has_copy = datasets_dir is not None and (spec.is_known or copy.is_dir())
     folder, _, subset = name.rpartition(":")
     own = not spec.is_known and (os.path.exists(name) or os.path.isdir(folder))
     if revision is not None and (has_copy or own or name.startswith("docstrings/")):
@@ -275,7 +275,7 @@ def find_source(name: str, revision: str | None = None, datasets_dir: Path | Non
 
         parts = load_task(name.removeprefix("docstrings/")).items()
         return Source(name, {part: Table({"text": texts, "label": labels}) for part, (texts, labels) in parts}, spec)
-    if copy and has_copy:
+    if has_copy:
         return Source(name, read_files(_files_of_copy(copy)), spec)
     if own:
         files = find_files(Path(name)) if os.path.exists(name) else find_files(Path(folder), subset)
