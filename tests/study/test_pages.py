@@ -57,8 +57,8 @@ def separability() -> pd.DataFrame:
     return table("smollm2", "separability").query("group == 'first_two'").set_index(["layer", "space"])
 
 
-def twin(name: str, columns: list[str]) -> list[float]:
-    return [*read("smollm2", "random_weights", index="name").loc[name, columns]]
+def twin(name: str, columns: list[str], study: str = "smollm2") -> list[float]:
+    return [*read(study, "random_weights", index="name").loc[name, columns]]
 
 
 def of_pairs() -> pd.DataFrame:
@@ -87,10 +87,10 @@ QUOTES = [
      lambda: rule("smollm2-docstrings").loc["probe_mse"].value[["ntps", "num_classes"]]),
     (FINDINGS, r"from (\.\d+) less \(`sms_spam`\) to (\.\d+) more \(`medical`\)",
      lambda: [-lead_of("ucirvine/sms_spam"), lead_of("medical")]),
-    (FINDINGS, r"`ntps` of the real datasets from (\.\d+) to (\.\d+)",
-     lambda: twin("ntps", ["random_weights", "trained"])),
-    (FINDINGS, rf"nearly alike \(Spearman {INTERVAL}\)",
-     lambda: twin("ntps", ["spearman", "spearman_low", "spearman_high"])),
+    (FINDINGS, rf"`ntps` of the real datasets from (\.\d+) to (\.\d+),.*? nearly alike \(Spearman {INTERVAL}\).*?"
+               rf" training raises it from (\.\d+) to (\.\d+); .*?\(Spearman {INTERVAL}; ",
+     lambda: [value for study in ("smollm2", "gemma3-270m") for value in twin(
+         "ntps", ["random_weights", "trained", "spearman", "spearman_low", "spearman_high"], study)]),
     (FINDINGS, r"`retained` rises by (\.\d+), in the trained model by (\.\d+)",
      lambda: twin("retained_change", ["random_weights", "trained"])),
     (FINDINGS, rf"fitting the labels \(difference {INTERVAL}\)", lambda: twin("retained_change", LEADS)),
@@ -127,12 +127,12 @@ QUOTES = [
      lambda: [rule("gemma3-270m").loc[(name, "ntps"), end] for name in ("probe_accuracy", "probe_mse")
               for end in ("value", "low", "high")]),
     (README, r"On Gemma it raises `retained` by (\.\d+)",
-     lambda: read("gemma3-270m", "after_lora", "score == 'retained'").change),
+     lambda: read("gemma3-270m", "after_lora", "model == 'gemma3-270m'", "score").change[["retained"]]),
     (FINDINGS, rf"falls on SmolLM2 and on Gemma \({INTERVAL}\).*?of both \({INTERVAL} on Gemma\).*?\(Gemma {INTERVAL}\)"
                rf".*?on Gemma too \({INTERVAL}",
-     lambda: (found := read("gemma3-270m", "after_lora", index="score"))[["change", "low", "high"]].loc["ntps"].tolist()
-     + found.loc["retained", ["change", "low", "high", "spearman_with_gain", "spearman_low", "spearman_high"]].tolist()
-     + found.loc["retained_lead", ["change", "low", "high"]].tolist()),
+     lambda: [*(found := read("gemma3-270m", "after_lora", "model == 'gemma3-270m'", "score")[
+         ["change", "low", "high", "spearman_with_gain", "spearman_low", "spearman_high"]]).loc["ntps"].iloc[:3],
+              *found.loc["retained"], *found.loc["retained_lead"].iloc[:3]]),
     (FINDINGS, rf"correlation of Gemma with LoRA's gain is {SIGNED} over the paper's probe and {SIGNED} over a "
                rf"converged one, and noise reaches {SIGNED} and {SIGNED}",
      lambda: chosen("gemma3-270m", "_paper").loc[["lora_gain_paper", "lora_gain"], ["spearman", "noise"]]
@@ -212,8 +212,8 @@ ANSWERS = [
      lambda: first_choice(True).points_lost.agg(["mean", "size"]).round(1).tolist() == [2.6, 12]),
     ("beats the bag of words on twelve of the fourteen real datasets, and on one of the twelve docstring tasks",
      lambda: [(first_choice(docstrings).over_words > 0).sum() for docstrings in (False, True)] == [12, 1]),
-    ("six have full fine-tuning", lambda: table("smollm2", "training").query(
-        "model == 'smollm2' and method == 'full_finetuning'").dataset.nunique() == 6),
+    ("six have full fine-tuning", lambda: [table(study, "training").query("method == 'full_finetuning'").groupby(
+        "model").dataset.nunique()[study] for study in ("smollm2", "gemma3-270m")] == [6, 6]),
     ("SmolLM2 also ran on twelve of these tasks",
      lambda: table("smollm2-docstrings", "scores").dataset.nunique() == 12),
 ]  # fmt: skip
