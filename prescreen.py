@@ -202,15 +202,15 @@ def baselines(rows: dict[str, LabelledTexts], num_folds: int) -> dict[str, Any]:
     """Test scores of the majority class and of the bag of words, and R2 of the latter on the models' folds.
 
     Raises:
-        UserError: all texts are in one fold, or a fold has labels without variance.
+        UserError: all texts are in one fold, or the labels of a fold are the mean of the others.
     """
     from utils.training.baselines import bag_of_words_folds, text_baselines
 
     train = rows["train"]
-    folds, targets = cache.assign_folds(train.texts, num_folds), cache.one_hot_targets(train).numpy()
-    words = bag_of_words_folds(train, targets, folds) if len(np.unique(folds)) > 1 else np.array([math.nan])
-    if not np.isfinite(words).all():
-        raise UserError("Cannot cross-validate: all texts or all variance of labels are in one fold. Give more texts.")
+    folds = cache.assign_folds(train.texts, num_folds)
+    if len(np.unique(folds)) < 2:
+        raise UserError("All texts fall into one fold, so prescreen.py cannot cross-validate. Give texts that differ.")
+    words = bag_of_words_folds(train, cache.one_hot_targets(train).numpy(), folds)
     return text_baselines(train, rows["test"]) | {"fold_r2": words.tolist()}
 
 

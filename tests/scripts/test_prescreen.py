@@ -189,12 +189,12 @@ def test_moments_of_other_settings_stay(names, tmp_path):
 
 
 def test_texts_that_cannot_be_folded_are_refused_and_nothing_is_written(model_dirs, tmp_path):
-    """All texts in one fold; labels of a fold that equal the mean of the others, which leaves its R2 undefined."""
-    equal = [{"text": "the red house", "label": i % 2 / 2} for i in range(40)]
-    for rows in (equal, [*equal, {"text": "a river", "label": 0.25}]):
+    """All texts in one fold; labels of a fold that are the mean of the others up to rounding: its R2 is undefined."""
+    equal = [{"text": "the red house", "label": i % 2 * 0.4 + 0.1} for i in range(40)]
+    for why, more in ((r"prescreen\.py cannot cross-validate", []), ("no R2", [{"text": "fog", "label": 0.1 + 0.2}])):
         for part in ("train", "test"):
-            write_rows(tmp_path / f"{part}.jsonl", rows)
-        with pytest.raises(UserError, match="Cannot cross-validate"):
+            write_rows(tmp_path / f"{part}.jsonl", equal + more)
+        with pytest.raises(UserError, match=why):
             prescreen.main(config_for(tmp_path, tmp_path / "results", model_dirs["qwen2"]))
     assert not (tmp_path / "results").exists()
 

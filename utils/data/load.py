@@ -158,6 +158,7 @@ def _divide(settings: Data, source: Source, rows: list[Row], regression: bool) -
 
 
 def _of(part: str, things: str) -> str:
+    """`test rows`, or only `rows` for data that stay in one part."""
     return things if part == "all" else f"{part} {things}"
 
 

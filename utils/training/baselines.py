@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from utils.data.load import LabelledTexts
+from utils.script import UserError
 from utils.training.metrics import classification_scores, regression_scores
 
 # scripts that do not divide words by blanks: Thai, Lao and Tibetan; Burmese; Khmer; kana; Han
@@ -59,6 +60,8 @@ def bag_of_words_folds(train: LabelledTexts, targets: np.ndarray, folds: np.ndar
         outside, inside = folds != fold, folds == fold
         fitted = Ridge().fit(words[outside], targets[outside]).predict(words[inside]).reshape(targets[inside].shape)
         baseline = np.square(targets[inside] - targets[outside].mean(0)).sum()
+        if baseline < 1e-12 * np.square(targets - targets.mean(0)).sum():  # zero up to rounding
+            raise UserError("The labels of a fold are the mean of the others: it has no R2. Change --num_folds.")
         r2.append(1 - np.square(targets[inside] - fitted).sum() / baseline)
     return np.array(r2)
 
