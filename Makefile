@@ -38,7 +38,7 @@ lint: $(READY)  ## ruff, mypy, codespell
 	.venv/bin/codespell
 
 # docstrings: hours on two cores; quick: two models, six tasks, one seed; smollm2: a real LLM, a day;
-# smollm2-docstrings: an hour; paper: GPUs.
+# smollm2-docstrings: an hour and a half; paper: GPUs.
 # Each goes on where it was interrupted, and has one seed of everything before the next
 STUDY ?= docstrings
 JOBS ?= 2
@@ -57,9 +57,9 @@ TABLES ?= fig_plot/data
 FIGURES ?= fig_plot/figures
 
 figures: $(READY)  ## every study at or below TABLES, drawn into FIGURES
-	$(PYTHON) -m fig_plot.findings --tables_dir $(TABLES)
+	$(PYTHON) -m fig_plot.findings --tables_dir "$(TABLES)"
 	$(if $(filter fig_plot/data,$(TABLES)),$(PYTHON) -m fig_plot.findings.page)
-	TABLES=$(TABLES) FIGURES=$(FIGURES) .venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
+	TABLES="$(TABLES)" FIGURES="$(FIGURES)" .venv/bin/jupyter execute fig_plot/Fig1.ipynb fig_plot/Fig2.ipynb fig_plot/Fig3.ipynb fig_plot/Fig4.ipynb \
 	    fig_plot/Findings.ipynb
 
 bench: $(READY)  ## speed of the pass, the solves, the probes and training, with random and docstring models

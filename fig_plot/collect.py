@@ -8,7 +8,7 @@ Reads the JSON results of the scripts at any depth; those below results/study/ a
 --results_dir names such a folder. Names and skips unfinished, damaged and foreign files, and deletes nothing. Writes:
 
     scores.csv      model, dataset, seed, subspace and order of V, coordinates: the run's score, its null, its probe
-    layers.csv.gz   the same, layer and fraction: scores of that pair (before LoRA; random V: the middle layer only)
+    layers.csv.gz   the same, layer and fraction: the scores (none after LoRA; of random V at the middle layer only)
     features.csv    model, dataset, seed, layer: scores of pooled training states, without U and V, if meaningful
     probes.csv      model, dataset, seed, layer: scikit-learn's probes on both splits
     training.csv    model, dataset, seed, method: scores on test at the last step
@@ -18,6 +18,7 @@ Reads the JSON results of the scripts at any depth; those below results/study/ a
     sources.json    the command, library versions, commits
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import pandas as pd
 
 from fig_plot.tables import ADAPTED, COLLECTED, read_table, save_csv, table_path
 from utils.algebra.scores import SCORES, option_suffix
-from utils.models.table import MODELS
+from utils.models.table import MODELS, local_fingerprint
 from utils.results import read_stored, save_json
 from utils.script import ROOT, UserError, run_script
 
@@ -60,8 +61,12 @@ def shown_name(name: str) -> str:
 def ntps_rows(path: Path, result: Row) -> NamedRows:
     """Yields rows of scores.csv, layers.csv.gz and features.csv from a result of K_sweep.py."""
     config, layers = result["config"], result["layers"]
-    dataset = shown_name(path.stem.removesuffix(option_suffix(config)))
-    keys = {"model": shown_name(path.parent.name), "dataset": dataset, "seed": config["seed"]}
+    folder = path.stem.removesuffix(option_suffix(config))
+    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(folder), "seed": config["seed"]}
+    adapter = path.parents[2] / "lora" / path.parent.name.removesuffix(ADAPTED) / folder / "adapter"
+    has_adapter = config["adapter_dir"] and adapter.is_dir()
+    if has_adapter and not result["moments"]["model_fingerprint"].endswith(local_fingerprint(adapter)):
+        raise UserError(f"{path} scores an earlier adapter than {adapter}. Run: lora_finetuning.py --ntps_after")
     options = {name: config[name] for name in ("split", "eigenvectors", "coordinates", "subspace", "center")}
     row = {**keys, **options, **{name: result[name] for name in ("num_samples", "num_classes", "hidden_size")}}
     row |= {name: layers[-1][name] for name in ("layer", "rank_u", "rank_v", "rank_label")}
@@ -110,7 +115,7 @@ def training_rows(path: Path, result: Row) -> NamedRows:
 def alignment_rows(path: Path, result: Row) -> NamedRows:
     """Yields rows of alignment.csv and of separability.csv from a result of alignment_vis.py."""
     config = result["config"]
-    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.split(".layer")[0])}
+    keys = {"model": shown_name(path.parent.name), "dataset": shown_name(path.name.rpartition(".layer")[0])}
     keys |= {name: config[name] for name in ("split", "center", "num_components", "layer")}
     yield from (("alignment", {**keys, **word}) for word in result["words"])
     for space, described in result["subspaces"].items():
@@ -129,6 +134,13 @@ def model_row(name: str, model_name: str) -> Row:
         return {"model": name, **{field: report[field] for field in fields}}
     size = spec and float(spec.parameters[:-1]) * {"M": 1e6, "B": 1e9}[spec.parameters[-1]]
     return {"model": name, "num_parameters": size}
+
+
+def used_rows(result: Row) -> dict[str, str]:
+    """The fingerprint of the rows that a result used, by split."""
+    if "moments" in result:
+        return {result["config"]["split"]: result["moments"]["fingerprint"]}
+    return result.get("fingerprints") or {split: result[f"{split}_fingerprint"] for split in ("train", "test")}
 
 
 # ------------------------------------------------------------------ all results -> tables
@@ -152,11 +164,13 @@ def result_files(results_dir: Path) -> Iterator[tuple[str, Path]]:
 def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
     """The rows of each table, with their file as `path`; each result's environment; and a sentence per skipped file."""
     tables: dict[str, list[Row]] = {name: [] for name in COLLECTED}
-    environments, skipped, model_names = [], [], dict[str, str]()
+    used, environments, skipped, model_names = [], [], [], dict[str, str]()
     for kind, path in result_files(results_dir):
         try:
             result = read_stored(path)
             added = list(READERS[kind](path, result))
+            keys = {"dataset": added[0][1]["dataset"], "seed": result["config"]["seed"], "path": path}
+            used += [{**keys, "split": split, "rows": rows} for split, rows in used_rows(result).items()]
             model_names[added[0][1]["model"]] = result["config"]["model_name"]
             environments.append(result["environment"])
         except UserError as error:
@@ -166,6 +180,8 @@ def read_all(results_dir: Path) -> tuple[dict[str, list[Row]], list[Row], list[s
         else:
             for table, row in added:
                 tables[table].append({**row, "path": path})
+    if used:
+        to_table("training or test rows", used)  # raises UserError: scripts used different rows of one dataset
     known = sorted(names for names in model_names.items() if not names[0].endswith(ADAPTED))
     tables["models"] = [{**model_row(*names), "path": results_dir} for names in known]
     return tables, environments, skipped
@@ -185,8 +201,8 @@ def to_table(name: str, rows: list[Row]) -> pd.DataFrame:
         first = twice.iloc[0]
         second = twice[(twice[keys] == first[keys]).all(axis=1)].iloc[1]
         which = ", ".join(f"{key} {value}" for key, value in first[keys].items())
-        raise UserError(f"{name}: two different results of {which}: {first['path']} and {second['path']}. Name one of "
-                        "their folders with --results_dir.")  # fmt: skip
+        raise UserError(f"{name}: two different results of {which}: {first['path']} and {second['path']}. Make one "
+                        "of them again with --overwrite, or name one of their folders with --results_dir.")  # fmt: skip
     return in_order(table.drop(columns="path"))
 
 
@@ -236,7 +252,8 @@ def main(config: Config) -> None:
     for line in skipped:
         print(line, file=sys.stderr)
     print(f"{len(environments)} results, {len(skipped)} skipped")
-    print(f"Draw them: make figures TABLES={output_dir} FIGURES={output_dir.parent / 'figures'}")
+    places = shlex.quote(f"TABLES={output_dir}"), shlex.quote(f"FIGURES={output_dir.parent / 'figures'}")
+    print("Draw them: make figures", *places)
     print(output_dir)
 
 

@@ -20,12 +20,7 @@ DATA_DIR = Path(__file__).resolve().parent / "data"
 CELL_KEYS = ["model", "dataset"]
 SEED_KEYS = [*CELL_KEYS, "seed"]
 RANDOM = "-random"  # end of the name of a twin with random weights
-# scores of the run, all at the last layer
-RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained",
-              "ntps_label_z", "ntps_whitened_z", "retained_z")  # fmt: skip
 FEATURE_SCORES = ("ridge_r2", "logme", "h_oas")  # use the pooled states of the last layer
-CONTROLS = ("ntps_pca", "retained_pca", "retained_random", "retained_z_pca", "retained_z_random",
-            "retained_random_z", "retained_lead")  # fmt: skip
 # the outcomes that NTPS should predict; all on test, in shares of 1
 MEASURES = ("probe_accuracy", "probe_skill", "probe_mse", "lora_gain", "lora_gain_paper", "full_gain", "full_accuracy")
 # name -> label in tables and figures, in the order of the tables
@@ -61,7 +56,6 @@ LABELS = {
     "best_layer_lead": "R2 of the best layer - that of the last",
     "probe_r2_held_out": "R2 of a linear probe on held-out rows",
 }
-FEW_TASKS = 8  # with fewer tasks a bootstrap interval says nothing
 # the sign that the paper claims for the correlation of NTPS with each measure, on test and on training rows
 CLAIMED = {name: -1 if name.endswith("_mse") or "gain" in name else 1 for name in MEASURES}
 CLAIMED |= {"train_accuracy": 1, "train_mse": -1}
@@ -73,12 +67,13 @@ COLLECTED = {
 # the script whose results fill a table; K_sweep.py fills the others
 SCRIPTS = {"probes": "linear_sklearn.py", "datasets": "linear_sklearn.py", "training": "linear_training.py",
            "alignment": "alignment_vis.py", "separability": "alignment_vis.py"}  # fmt: skip
-# columns that a study of regressions alone lacks
-OF_CLASSES = {"probes": ["test_accuracy"], "datasets": ["majority_accuracy", "bag_of_words_accuracy"]}
+HELD_OUT = "probe_r2_held_out"  # least-squares probe of the last layer
+# columns that a study may lack: of regressions alone, or of moments without folds or test rows
+OPTIONAL = {"probes": ["test_accuracy"], "datasets": ["majority_accuracy", "bag_of_words_accuracy"],
+            "features": [*FEATURE_SCORES, HELD_OUT], "training": ["test_accuracy"]}  # fmt: skip
 TEXTS = {*CELL_KEYS, "split", "eigenvectors", "subspace", "coordinates", "method", "word", "category", "space", "group"}
 # controls of V, by the suffix that they add to the name of a score
 VARIANTS = {"_smallest": ("smallest", "autoregression"), "_pca": ("largest", "pca"), "_random": ("largest", "random")}
-HELD_OUT = "probe_r2_held_out"  # least-squares probe of the last layer
 METHOD_COLUMNS = {
     "linear_training": "paper_probe_accuracy",
     "linear_training_converged": "converged_probe_accuracy",
@@ -134,7 +129,7 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
                              f"{', '.join(words) or 'a column of numbers'}")  # fmt: skip
     except (ValueError, csv.Error, OSError, EOFError) as error:  # includes errors of pandas, gzip and the decoder
         raise UserError(f"{path} is no complete table ({error}). Make it again: python -m fig_plot.{module}") from None
-    for column in OF_CLASSES.get(name, []):
+    for column in OPTIONAL.get(name, []):
         table[column] = table.get(column, np.nan)
     return table
 
@@ -253,20 +248,9 @@ def load_after_lora(data_dir: Path = DATA_DIR) -> pd.DataFrame:
     return after.merge(scores[~adapted], on=SEED_KEYS, suffixes=("", "_before"))
 
 
-def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One column as a table of models x datasets; missing cells are NaN."""
-    return cells.pivot(index="model", columns="dataset", values=column)
-
-
 def without_random_weights(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of models that have no random weights."""
     return rows[~rows["model"].str.endswith(RANDOM)]
-
-
-def models_with_twins(rows: pd.DataFrame) -> list[str]:
-    """The models that have a twin with random weights."""
-    models = set(rows["model"])
-    return sorted(model for model in models if model + RANDOM in models)
 
 
 def trained_models(cells: pd.DataFrame) -> pd.DataFrame:

@@ -40,11 +40,9 @@ from fig_plot.findings import comparisons, procedure, questions
 from fig_plot.findings.correlations import Draws
 from fig_plot.tables import (
     CELL_KEYS,
-    CONTROLS,
     DATA_DIR,
     FEATURE_SCORES,
     MEASURES,
-    RUN_SCORES,
     average_seeds,
     find_studies,
     load_after_lora,
@@ -72,6 +70,7 @@ class Config:
     seed: int = 0  # seed of both
 
     def __post_init__(self) -> None:
+        check(self, "at least 1", "num_draws", "num_permutations")
         check(self, "from 0 to 4294967295", "seed")
 
 
@@ -113,7 +112,7 @@ def study_tables(data_dir: Path, draws: Draws) -> Tables:
         "like_for_like": procedure.like_for_like_rows(of_cells, of_layers, of_probes, draws),
         "correlations": questions.correlation_rows(cells, draws),
         "leads": questions.lead_rows(cells, draws),
-        "partial": questions.partial_rows(cells, draws, (*RUN_SCORES, *CONTROLS, *FEATURE_SCORES)),
+        "partial": questions.partial_rows(cells, draws, (*questions.RUN_SCORES, *questions.CONTROLS, *FEATURE_SCORES)),
         "controls": questions.control_rows(every, draws),
         "random_weights": questions.random_weights_rows(every, after, draws),
         "twin": procedure.twin_rows(of_cells, of_layers, of_probes, draws),

@@ -12,14 +12,11 @@ import numpy as np
 import pandas as pd
 
 from fig_plot.findings.correlations import Draws, bootstrap_interval, mean_cell, mean_spearman
-from fig_plot.findings.questions import Rows, known, mean_of_others
+from fig_plot.findings.questions import CONTROLS, RUN_SCORES, Rows, known, matrix, mean_of_others
 from fig_plot.tables import (
     CELL_KEYS,
-    CONTROLS,
     FEATURE_SCORES,
     MEASURES,
-    RUN_SCORES,
-    matrix,
     read_table,
     table_path,
     without_random_weights,

@@ -17,9 +17,9 @@ from fig_plot.findings.correlations import (
     spearman,
     value_of,
 )
-from fig_plot.findings.questions import Rows, known
+from fig_plot.findings.questions import Rows, known, models_with_twins
 from fig_plot.findings.selection import joint_p_value, selection_null
-from fig_plot.tables import CLAIMED, RANDOM, models_with_twins
+from fig_plot.tables import CLAIMED, RANDOM
 
 # measures in probes.csv of the layer of the score -> the same on test rows
 SAME_ON_TEST = {"train_accuracy": "test_accuracy", "train_mse": "test_mse"}

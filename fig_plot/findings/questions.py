@@ -25,19 +25,20 @@ from fig_plot.findings.correlations import (
 )
 from fig_plot.tables import (
     CELL_KEYS,
-    CONTROLS,
     FEATURE_SCORES,
     HELD_OUT,
     MEASURES,
     RANDOM,
-    RUN_SCORES,
     SEED_KEYS,
-    matrix,
-    models_with_twins,
     without_random_weights,
 )
 from utils.algebra.scores import SCORES
 
+# scores of the run, all at the last layer, and those of its controls
+RUN_SCORES = ("ntps", "ntps_smallest", "ntps_label", "ntps_whitened", "retained",
+              "ntps_label_z", "ntps_whitened_z", "retained_z")  # fmt: skip
+CONTROLS = ("ntps_pca", "retained_pca", "retained_random", "retained_z_pca", "retained_z_random",
+            "retained_random_z", "retained_lead")  # fmt: skip
 GAINS = ("lora_gain", "lora_gain_paper", "full_gain")
 WORTHWHILE_GAIN = 0.02  # question 5 asks for gains above it
 TASK_BASELINES = ("majority_accuracy", "num_classes", "headroom", "bag_of_words_accuracy", "best_layer_accuracy")
@@ -54,6 +55,17 @@ Rows = Iterator[dict[str, Any]]
 def known(cells: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
     """The names of columns that exist and have any value, each once."""
     return [name for name in dict.fromkeys(names) if name in cells and cells[name].notna().any()]
+
+
+def matrix(cells: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One column as a table of models x datasets; missing cells are NaN."""
+    return cells.pivot(index="model", columns="dataset", values=column)
+
+
+def models_with_twins(rows: pd.DataFrame) -> list[str]:
+    """The models that have a twin with random weights."""
+    models = set(rows["model"])
+    return sorted(model for model in models if model + RANDOM in models)
 
 
 def tables_of(cells: pd.DataFrame, *names: str) -> list[np.ndarray]:

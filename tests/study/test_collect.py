@@ -19,6 +19,7 @@ from fig_plot.plotting import plot_rank_grid
 from fig_plot.tables import find_studies, load_cells, read_table, save_csv, trained_models
 from tests.conftest import ROOT, configure, make_texts, run_in_process, write_rows
 from utils.algebra.scores import SCORES
+from utils.results import save_json
 from utils.script import UserError
 from utils.settings import result_settings
 
@@ -188,6 +189,9 @@ def test_two_models_by_three_tasks_become_two_panels_and_the_repository_stays_as
     shutil.rmtree(results_dir / "seed0" / "lora")
     own_tables, figures = collected(results_dir), results_dir.parent / "figures"
     assert list(find_studies(own_tables)) == [own_tables]
+    for name, lacking in (("features", ["ridge_r2", "probe_r2_held_out"]), ("training", ["test_accuracy"])):
+        path = own_tables / f"{name}.csv"  # as of moments without folds and test rows, and of regressions
+        save_csv(path, pd.read_csv(path).drop(columns=lacking))
     options = ("--tables_dir", own_tables, "--num_draws", "20", "--num_permutations", "20")
     assert run_in_process(monkeypatch, "fig_plot/findings/__main__.py", *options) == 0
     monkeypatch.setenv("TABLES", str(own_tables))
@@ -281,6 +285,13 @@ def test_each_problem_is_named_skipped_and_counted(monkeypatch, results_dir, mod
     for path, (_, fault) in problems.items():
         assert printed.err.count(f"skipped: {path} {fault}") == 1
     assert len(pd.read_csv(results_dir / "tables" / "scores.csv")) == 22
+
+
+def test_scripts_that_used_different_rows_of_a_dataset_are_refused(results_dir):
+    [path] = (results_dir / "seed0" / "lora").rglob("metrics.json")
+    save_json(path, json.loads(path.read_text()) | {"test_fingerprint": "of others"})
+    with pytest.raises(UserError, match=r"rows: two different results of dataset task0, seed 0, split test.*lora"):
+        collected(results_dir)
 
 
 def test_no_results_is_a_users_mistake(tmp_path):
