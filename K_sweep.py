@@ -325,12 +325,8 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     }
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Writes the scores and a picture of them, prints their table, and returns the result."""
-    pick_device(config.run.device)  # before a pass through the model, not after it
-    wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
-    path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
-    config = with_values(config, model=found.model, data=found.data)
+def score(config: Config, path: Path) -> dict[str, Any]:
+    """Writes the scores of the moments at `path` and a picture of them, prints their table, and returns the result."""
     target = output_path(config)
     with one_run_at_a_time(target):
         result = sweep(config, path, held_out_path(path, config.split))
@@ -340,6 +336,14 @@ def main(config: Config) -> dict[str, Any]:
             save_figure(plot_sweep(result), target)
     print(target)
     return result
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Scores the moments of a config, as `score` does; makes missing moments of the embedded model."""
+    pick_device(config.run.device)  # before a pass through the model, not after it
+    wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
+    path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
+    return score(with_values(config, model=found.model, data=found.data), path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ comes after the final norm. Each layer k has, averaged over texts, in float64, u
     layer.<k>.prefix_second_moment       C0  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t s_t'
     layer.<k>.prefix_next_cross_moment   C1  (d, d)   mean over texts of the sum over t = 1..T-1 of s_t x_{t+1}'
 
-It also has token_square (d,) and the errors of C0 Z and C1 Z for random signs Z: K_sweep.py finds the ranks with them.
+Each layer also has token_square (d,) and the errors of C0 Z and C1 Z for random signs Z: K_sweep.py finds ranks so.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from utils import results
-from utils.algebra import moments as stored
+from utils.algebra import moments
 from utils.algebra.partial import PartialPass, keep_on_host, remaining_batches, remove_partial, resumable_pass
-from utils.algebra.products import NUM_PROBES, CentredProducts, Precision, ProductDtype, choose_precision
+from utils.algebra.products import NUM_SIGNS, CentredProducts, Precision, ProductDtype, choose_precision
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models import load as models
 from utils.models.batches import assign_folds, share_of, token_batches
@@ -42,7 +42,7 @@ from utils.models.states import input_device, layer_devices, pool, visit_hidden_
 from utils.models.tokens import TokenizedTexts, load_tokens
 from utils.parallel import num_started, object_of_first, rank, sum_at_first
 from utils.script import UserError, environment, pick_device, run_script
-from utils.settings import Data, Model, Placement, Run, Unrecorded, check, resolve, result_settings, with_values
+from utils.settings import Data, Model, Placement, Run, Unrecorded, check, result_settings, with_values
 
 TOKENS_PER_BLOCK = 4096  # tokens of a block: it adds up low-precision products, then joins the float64 sums
 FOLD_MOMENTS = ("pooled_second_moment", "pooled_label_cross_moment", "pooled_mean")
@@ -135,7 +135,7 @@ class LayerSums:
         no_texts = pooled_moments(zeros(0, d), zeros(0, c))  # zeros of the right shapes
         self.sums = {name: zeros(self.num_folds, *zero.shape) for name, zero in no_texts.items()}
         self.sums |= prefix_moments(zeros(0, 1, d), zeros(0)) | {"total_square": zeros(d)}
-        self.sums |= {f"prefix_{name}_error": zeros(d, NUM_PROBES) for name in ("second", "next")}
+        self.sums |= {f"prefix_{name}_error": zeros(d, NUM_SIGNS) for name in ("second", "next")}
 
     def add(self, x: Tensor, lengths: Tensor, y: Tensor, folds: Tensor, flush: bool = True) -> tuple[Tensor, Tensor]:
         """Adds right-padded hidden states x (b, T, d) of texts with labels y (b, c) float64, in folds (b,).
@@ -191,8 +191,8 @@ class LayerSums:
 def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
     """Zero sums by number of each kept layer; `devices[k]` holds the states of layer k. Raises UserError: no memory."""
     precision = choose_precision(config.product_dtype, num_tokens, d)
-    kept = stored.numbers_of_layers(config.output.layers, len(devices))
-    with_folds = stored.choose(config.output.folds, kept)
+    kept = moments.numbers_of_layers(config.output.layers, len(devices))
+    with_folds = moments.choose(config.output.folds, kept)
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
     on_meta = [LayerSums(shape, torch.device("meta"), precision, config.pooling, False) for shape in shapes.values()]
     of_block = 0 if precision == "float64" else 12 * d * d  # a block has at most three float32 matrices
@@ -255,7 +255,7 @@ def accumulate(
     for number in remaining_batches(partial, tensors, num_tokens, [ends_block for _, ends_block in steps]):
         add_batch(*steps[number])
     sum_at_first(list(tensors.values()))
-    averages = stored.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
+    averages = moments.label_averages(one_hot_targets(data, folds == fold) for fold in range(config.num_folds))
     tensors.clear()
     for k in list(sums):  # frees the sums of a layer before it makes the next averages
         found = sums.pop(k).averages(len(folds), averages["fold_num_samples"])
@@ -276,7 +276,7 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     """
     path = config_path(config)
     if not path.is_file():
-        stored.require_embedded(config, path)
+        moments.require_embedded(config, path)
         data = load_splits(config.data, config.run, "all" if "all" in splits else "both")
         for split in splits:
             ensure(with_values(config, split=split), data[split])
@@ -284,8 +284,8 @@ def find_moments(config: Config, splits: tuple[Literal["train", "test", "all"], 
     identity: dict[str, Any] = {"config": {}}
     with contextlib.suppress(UserError):  # the moments are enough, without a model on this machine
         identity["model_fingerprint"] = models.model_fingerprint(config.model, config.run)
-    if Path(name := config.data.dataset_name).exists() and resolve(name) != made["config"]["dataset_name"]:
-        identity["fingerprint"] = load_texts(config.data, config.run, config.split).fingerprint  # a copy has these
+    if Path(config.data.dataset_name).exists():  # not on the hub: its rows may have changed, or be a copy
+        identity["fingerprint"] = load_texts(config.data, config.run, config.split).fingerprint
     results.check_identity(made, identity, path)
     return path, config
 
@@ -301,7 +301,7 @@ def ensure(config: Config, data: LabelledTexts, anew: bool = False) -> Path:
     """Makes the moments of `data` (and pooled states) unless they are complete or `anew` is set; returns their path."""
     path, identity = config_path(config), identity_of(config, data)
     with results.one_run_at_a_time(path):
-        if object_of_first(lambda: not anew and stored.is_complete(path, identity, config)):
+        if object_of_first(lambda: not anew and moments.is_complete(path, identity, config)):
             remove_partial(path)  # from a run that died after it wrote the result
             print("reused, already complete with these settings:")
         else:
@@ -324,20 +324,20 @@ def compute(config: Config, data: LabelledTexts, tokens: TokenizedTexts, folds: 
     metadata = {
         **identity,
         **models.stored_as(config.model),
-        **stored.describe_texts(tokens.token_ids, tokens.offsets),
+        **moments.describe_texts(tokens.token_ids, tokens.offsets),
         **{"num_texts_cut": tokens.num_cut, "max_length": tokens.max_length},
-        **{"num_layers": num_layers, "hidden_size": d, "layers": stored.numbers_of_layers(output.layers, num_layers)},
+        **{"num_layers": num_layers, "hidden_size": d, "layers": moments.numbers_of_layers(output.layers, num_layers)},
         "class_counts": None if data.is_regression else np.bincount(data.labels, minlength=data.num_labels).tolist(),
         "environment": environment(),
     }
     run_settings = (output, config.placement, batch_tokens, device.type, num_started(), metadata["environment"])
     partial = PartialPass(path, identity, repr(run_settings), config.output.minutes_per_state)
-    num_saved = len(stored.choose(config.output.save_pooled, range(num_layers)))
+    num_saved = len(moments.choose(config.output.save_pooled, range(num_layers)))
     with resumable_pass(partial, (num_saved, len(folds), d), config.run.overwrite) as pooled:
         tensors = accumulate(model, tokens, data, folds, config, pooled, partial)
         tensors |= {"labels": torch.as_tensor(data.labels), "folds": torch.from_numpy(folds)}
         if rank() == 0:
-            results.save_tensors(path, tensors, metadata | {"pooled_crc32": stored.checksums(pooled)})
+            results.save_tensors(path, tensors, metadata | {"pooled_crc32": moments.checksums(pooled)})
 
 
 def main(config: Config) -> None:

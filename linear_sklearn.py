@@ -202,9 +202,9 @@ def print_table(result: dict) -> None:
 def main(config: Config) -> None:
     """Writes the scores and a picture of them, and prints their table."""
     pick_device(config.run.device)  # refuses a wrong device before the passes
-    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     moments = cache.Config(model=config.model, data=config.data, run=config.run)
     config = results.settings_from_moments(config, cache.config_path(moments))
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     data = load_splits(config.data, config.run)
     train = data["train"]  # every class needs a text
     if absent := [name for label, name in enumerate(train.label_names) if label not in train.labels]:

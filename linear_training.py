@@ -12,6 +12,8 @@ to <dataset>.standardized/, beside the paper's probe.
 The LM runs once. Dropout acts on the pooled state m (d,), which a frozen LM never changes. Epochs over the stored
 states therefore compute the same as epochs through the LM: head(dropout(m)) -> (c,), cross-entropy, AdamW.
 
+Differs from the paper: head and pooled states are in float32; the paper trains under bfloat16 autocast.
+
 The defaults are the paper's settings, which stop before the probe converges. On the embedded model and data, test loss
 and accuracy are 1.258 and .585 after these 50 epochs; with --standardize, 1.289 and .590 after 50 and 1.213 and .599
 after 300; with --standardize --learning_rate 1e-3, 1.215 and .594 after 50. So part of LoRA's gain is convergence.
@@ -62,10 +64,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "batch_size", "num_epochs", "patience")
+        check(self, "at least 0", "weight_decay")
         check(self, "positive", "learning_rate")
         check(self, "in [0, 1)", "dropout", "validation_share")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"--weight_decay must be at least 0, not {self.weight_decay}")
         if self.patience is not None and not self.validation_share:
             raise ValueError("--patience needs a --validation_share above 0, such as 0.1")
 
@@ -165,9 +166,9 @@ def run(config: Config, data: dict[str, LabelledTexts]) -> dict:
 
 def main(config: Config) -> None:
     """Trains the probe and writes its result, unless it exists already."""
-    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     moments = cache.Config(model=config.model, data=config.data, run=config.run)
     config = settings_from_moments(config, cache.config_path(moments))
+    load_config(config.model, config.run)  # refuses a wrong name before it reads the data
     run(config, load_splits(config.data, config.run))
 
 

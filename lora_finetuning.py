@@ -12,7 +12,10 @@ format, for PeftModel.from_pretrained or cache.py --adapter_dir. With --ntps_aft
 moments and scores of <model> and of <model>+lora, at the paths that cache.py and K_sweep.py use.
 
 A projection W (out, in) becomes W + (alpha / r) B A with A (r, in), B (out, r), B = 0 at the start. The script
-trains A, B and the head, in float32, and freezes all other weights.
+trains A, B and the head, and freezes all other weights.
+
+Differs from the paper: A, B and the head are in float32, not bfloat16; with --batch_size above 1, which the paper does
+not use, the texts of a batch are of similar length.
 """
 
 import utils  # isort: skip  # noqa: F401, before the libraries that read the environment
@@ -32,7 +35,7 @@ from utils.models.load import load_causal_lm, load_config, model_fingerprint
 from utils.models.states import decoder_layers, decoder_of
 from utils.models.table import LORA_TARGET_MODULES, MODELS
 from utils.parallel import object_of_first
-from utils.results import check_identity, read_stored, result_path, save_json, settings_from_moments, write_atomically
+from utils.results import check_identity, read_stored, result_path, save_json, write_atomically
 from utils.script import UserError, run_script
 from utils.settings import Run, Unrecorded, check, result_settings, with_values
 from utils.training.finetune import FinetuningConfig, Hyperparameters, Trainable, compare, finetune, print_comparison
@@ -40,6 +43,8 @@ from utils.training.loop import find_finished, make_identity
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+COMPARISON = "before_after.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ class Config(FinetuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model.adapter_dir:
+            raise ValueError("--adapter_dir has no use here: LoRA trains on a plain model. Name a merged model instead")
         check(self, "at least 1", "rank")
+        check(self, "positive", "alpha")
         check(self, "in [0, 1)", "lora_dropout")
 
 
@@ -109,6 +117,7 @@ def build(config: Config) -> Trainable:
     causal_lm: Any = peft_model.get_base_model()
 
     def save(folder: Path) -> None:
+        (folder / COMPARISON).unlink(missing_ok=True)  # of an earlier adapter
         with write_atomically(folder / "adapter") as temporary:
             # the embeddings are not trained: PEFT need not ask the hub for a changed vocabulary
             peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
@@ -122,15 +131,17 @@ def stored_settings(config: Config) -> tuple[cache.Config, K_sweep.Config]:
     run, model = replace(config.run, overwrite=False), with_values(config.model, dtype="float32")
     moments = cache.Config(pooling=config.training.pooling, model=model, data=config.data, run=run)
     sweep = K_sweep.Config(model=model, data=config.data, run=replace(run, device="cpu"))
-    free, path = ("num_folds", "product_dtype", "dtype"), K_sweep.output_path(sweep)
-    if not path.is_file():
-        moments = settings_from_moments(moments, cache.config_path(moments), free)
-        return moments, replace(sweep, model=moments.model)
-    stored = read_stored(path)
-    moments = with_values(moments, **{name: stored["moments"]["config"][name] for name in free})
-    options = {name: stored["config"][name] for name in ("num_null_draws", "num_random_draws", "seed")}
-    sweep = with_values(replace(sweep, model=moments.model), **options, fractions=tuple(stored["config"]["fractions"]))
-    return moments, sweep
+    scores_path, moments_path, made = K_sweep.output_path(sweep), cache.config_path(moments), None
+    if scores_path.is_file():
+        stored = read_stored(scores_path)
+        options = {name: stored["config"][name] for name in ("num_null_draws", "num_random_draws", "seed")}
+        sweep, made = with_values(sweep, **options, fractions=tuple(stored["config"]["fractions"])), stored["moments"]
+    elif moments_path.is_file():
+        made = read_stored(moments_path)
+    if made:
+        free = {name: made["config"][name] for name in ("num_folds", "product_dtype", "dtype")}
+        moments = with_values(moments, **free)  # --dtype is that of the training
+    return moments, replace(sweep, model=moments.model)
 
 
 def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, LabelledTexts]) -> dict:
@@ -153,7 +164,8 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
-    return object_of_first(lambda: K_sweep.main(replace(sweep, run=replace(run, device="cpu"))))
+    scored, train = replace(sweep, run=replace(run, device="cpu")), cache.config_path(moments)
+    return object_of_first(lambda: K_sweep.score(scored, train))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:
@@ -186,9 +198,9 @@ def main(config: Config) -> None:
     adapted = {"adapter_dir": folder / "adapter"}
     after = sweep_model(with_values(moments, **adapted), with_values(sweep, **adapted), data)
     result = compare(before, after, probe, metrics)
-    object_of_first(lambda: save_json(folder / "before_after.json", result))
+    object_of_first(lambda: save_json(folder / COMPARISON, result))
     print_comparison(result)
-    print(folder / "before_after.json")
+    print(folder / COMPARISON)
 
 
 if __name__ == "__main__":

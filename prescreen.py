@@ -4,9 +4,9 @@
     python prescreen.py --dataset_name my.jsonl --models smollm2 tiny
     python prescreen.py --dataset_name emotion --models Qwen/Qwen2-0.5B Qwen/Qwen2-1.5B --dtype bfloat16
 
-Reads the dataset and the models; runs cache.py's pass over the training rows unless their moments exist.
-Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a page, .png and .pdf; moments that
-cache.py has not made with these settings go to results/prescreen/moments/. docs/scores.md explains every number.
+Reads the dataset and the models; runs cache.py's pass over the training rows unless an earlier run has done so.
+Writes results/prescreen/<dataset>.json, .csv (every score of every layer) and a page, .png and .pdf, and the moments
+below results/prescreen/moments/. docs/scores.md explains every number.
 
 Ranking: each layer has the R2 of ridge regression on the pooled states, cross-validated over the folds
 that cache.py keeps: the share of the label variance that a linear probe explains on unseen texts. The ranking
@@ -52,13 +52,15 @@ class Config:
     max_length: int | None = None  # tokens per text; None: each model's context
     pooling: Literal["mean", "last"] = "mean"  # pooled state of a text
     num_folds: int = 5  # folds of the cross-validation
-    num_random: int = 5  # random subspaces, for a z of the NTPS scores
+    num_random_draws: int = 5  # random subspaces, for a z of the NTPS scores
     data: Data = Data(max_samples=2000)
     run: Run = Run()
 
     def __post_init__(self) -> None:
-        if min(self.num_folds, self.num_random) < 2:
-            raise ValueError("--num_folds and --num_random must be at least 2: intervals and z come from their spread")
+        if not self.models:
+            raise ValueError("--models needs the name of a model")
+        if min(self.num_folds, self.num_random_draws) < 2:
+            raise ValueError("--num_folds and --num_random_draws need at least 2: intervals and z come from a spread")
 
 
 # ------------------------------------------------------------------ the ranking
@@ -133,24 +135,17 @@ def recommendation(result: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------ one model
-def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> cache.Config:
-    """The config of the moments of these rows: those in results_dir if they fit, else new ones in its prescreen/."""
+def find_or_make_moments(model: Model, config: Config, train: LabelledTexts) -> Path:
+    """The path of the moments of these rows, apart from those of cache.py, which lack folds at most layers."""
     shared = {name: getattr(config, name) for name in ("pooling", "num_folds", "data", "run")}
-    wanted = with_values(cache.Config(model=model, **shared), folds="all")
-    existing = with_values(wanted, overwrite=False)
-    if cache.config_path(existing).is_file():
-        with contextlib.suppress(UserError):  # moments of other settings or rows stay untouched
-            cache.ensure(existing, train)
-            return existing
-    own = with_values(wanted, results_dir=config.run.results_dir / "prescreen")
-    cache.ensure(own, train)
-    return own
+    own = {"folds": "all", "results_dir": config.run.results_dir / "prescreen"}
+    return cache.ensure(with_values(cache.Config(model=model, **shared), **own), train)
 
 
 def ntps_scores(moments: LayerMoments, config: Config, layer: int) -> dict[str, dict[str, float | None]]:
     """The scores of K_sweep.py at one layer: value, null, and mean and z of random V; empty if the layer has none."""
     sweep = K_sweep.Config(data=config.data, num_null_draws=30)
-    found = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random)
+    found = K_sweep.sweep_layer(moments, None, sweep, layer, config.num_random_draws)
     score = summarize(found, len(sweep.fractions)) if found.scores else {}
     return {name: score[name] for name in SCORES if name in score}
 
@@ -163,7 +158,7 @@ def screen_model(name: str, config: Config, train: LabelledTexts) -> dict[str, A
     """
     start, device = time.perf_counter(), pick_device(config.run.device)
     model = Model(name, dtype=config.dtype, max_length=config.max_length)
-    path = cache.config_path(find_or_make_moments(model, config, train))
+    path = find_or_make_moments(model, config, train)
     seconds_of_pass = time.perf_counter() - start
     layers, fits = [], []
     with open_tensors(path) as (file, metadata):

@@ -90,7 +90,8 @@ class Config:
     output: Output = Output()
 
     def __post_init__(self) -> None:
-        check(self, "positive", "learning_rate")
+        check(self, "at least 1", "batch_size", "window", "max_documents", "max_steps")
+        check(self, "positive", "learning_rate", "epochs")
         check(self, "from 0 to 4294967295", "seed")
 
 

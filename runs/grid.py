@@ -1,16 +1,19 @@
 """List the files that a study must produce, and the flags of the commands that make them.
 
-runs/Snakefile imports this file. Snakemake runs in an environment without torch, so this file imports no script.
+runs/Snakefile imports this file. Snakemake runs in an environment without torch, so this file imports no script, and
+of utils/ only what needs no library.
 """
 
 import functools
 import itertools
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from utils.settings import path_name
 
 # keys of a model's `seeds`, which gives the number of seeds of each kind of result
 KINDS = ("closed_form", "probe", "lora", "ntps_after", "full_finetuning", "from_scratch")
@@ -21,14 +24,8 @@ POOLED_SUFFIX = ".pooled.npy"  # suffix of the pooled states beside the moments
 
 
 def folder_name(name: str) -> str:
-    """The folder name of a model or dataset under results, the same as `path_name` of utils/settings.py."""
-    path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf"):
-        found = path.stem
-    else:
-        is_local = path.is_dir() or name.count("/") > 1
-        found = path.resolve().name if is_local else name.strip("/").replace("/", "__")
-    return found.translate(str.maketrans("{}", "()"))
+    """The folder name of a model or dataset under results; a path of several folders may be made by the study."""
+    return path_name(os.path.abspath(name) if name.count("/") > 1 else name)
 
 
 def to_flags(settings: dict[str, Any]) -> str:

@@ -33,9 +33,7 @@ from utils.settings import with_values
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(os.environ.get("NTPS_PUBLISHED", ""))
-needs_published = pytest.mark.skipif(
-    "NTPS_PUBLISHED" not in os.environ, reason="NTPS_PUBLISHED does not name the folder of the authors' figure files"
-)
+needs_published = pytest.mark.skipif("NTPS_PUBLISHED" not in os.environ, reason="NTPS_PUBLISHED names no folder")
 WORDS = ["the", "of", "red", "green", "small", "large", "house", "river", "music", "engine", "stone", "quickly"]
 
 

@@ -33,7 +33,6 @@ DIFFERENCES = {  # part of an identity -> words for a difference in it; any othe
     "label_names": "with other classes",
     "model_fingerprint": "with other weights of the model",
     "moments": "from other moments",
-    "held_out": "from other moments of the held-out split",
 }
 MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40]  # as part of a file name
 REMEDY = "Delete it, or run the script that writes it with --overwrite."
@@ -224,7 +223,7 @@ def difference(stored: dict[str, Any], identity: dict[str, Any]) -> str:
 def check_identity(stored: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
     """Raises UserError if the result stored at `path` has another identity; names the difference."""
     if how := difference(stored, identity):
-        raise UserError(f"{path} was made {how}. Recompute it with --overwrite, or write elsewhere with --results_dir.")
+        raise UserError(f"{path} was made {how}. {REMEDY} Or write elsewhere with --results_dir.")
 
 
 def find_result(path: Path, identity: dict[str, Any], run: Run) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 
-def standardize(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_scale(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and scale, (k,) each, that give the columns of (n, k) mean 0 and variance 1.
 
     A column that spreads by less than 1e-6 of its mean has scale inf: its spread is rounding of float32 states.
@@ -21,7 +21,7 @@ def separating_line(coordinates: np.ndarray, is_first: np.ndarray) -> tuple[np.n
     """
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = standardize(coordinates)
+    mean, scale = mean_and_scale(coordinates)
     model = LogisticRegression().fit((coordinates - mean) / scale, is_first)
     weights = model.coef_[0] / scale
     return weights, float(model.intercept_[0] - weights @ mean)
@@ -43,7 +43,7 @@ def separability(coordinates: np.ndarray, labels: np.ndarray, num_shuffles: int,
     Coordinates are (n, k), labels (n,); the same seed gives the same shuffles in both subspaces.
     """
     random = np.random.default_rng(seed)
-    mean, scale = standardize(coordinates)  # computed from all words: it uses no label
+    mean, scale = mean_and_scale(coordinates)  # computed from all words: it uses no label
     coordinates = (coordinates - mean) / scale
     draws = [measure(coordinates, random.permutation(labels)) for _ in range(num_shuffles)]
     result = {}

@@ -6,6 +6,7 @@ A script's `Config` holds its own fields and these groups. Flags do not name the
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -75,7 +76,8 @@ def path_name(name: str) -> str:
 # ------------------------------------------------------------------ checks
 RULES: dict[str, Callable[[float], bool]] = {  # nan breaks every rule
     "at least 1": lambda value: value >= 1,
-    "positive": lambda value: value > 0,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "positive": lambda value: 0 < value < math.inf,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "from 0 to 4294967295": lambda value: 0 <= value < 2**32,  # the seeds of numpy and scikit-learn
 }

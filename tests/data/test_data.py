@@ -108,7 +108,7 @@ def test_folder_of_splits(tmp_path, capsys):
     assert len(load(tmp_path, "all").texts) == 80
     (data / "test.jsonl").unlink()
     assert load(tmp_path, "test").texts[0] == "validation 0", "what is held out need not be split off"
-    assert "validation serves as the test split" in capsys.readouterr().out
+    assert "validation as test" in capsys.readouterr().out
     write_labels(data / "test.jsonl", [-1] * 20, "hidden")
     assert load(tmp_path, "test").texts[0] == "validation 0", "a test split without labels cannot be scored"
 

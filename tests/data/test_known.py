@@ -173,13 +173,6 @@ def test_hub_rows_that_cannot_serve_are_left_out(monkeypatch, capsys):
     assert "1 of 2 test rows of user/some have classes that train lacks: z; left out" in err
 
 
-def test_class_names_of_the_hub(monkeypatch):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
-    rows = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", Mock(return_value={"train": rows}))
-    assert load("user/named", "all").label_names == ["z", "a"]
-
-
 # ------------------------------------------------------------------ errors of the hub
 HUB_CASES: dict[str, tuple[Exception, str]] = {  # tests/models/test_models.py has those of models
     "gated": (DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), r"gated.*hf auth login"),

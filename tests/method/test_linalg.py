@@ -7,7 +7,7 @@ import torch
 
 from tests.method.toy import tensor
 from utils.algebra.linalg import NestedBasis, Noise, whiten, without_constants
-from utils.algebra.products import noise_probes
+from utils.algebra.products import random_signs
 
 
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 2, 9), np.logspace(0, -12, 9), np.r_[np.ones(5), np.zeros(4)]])
@@ -86,5 +86,5 @@ def test_measured_errors_explain_a_null_space_and_not_one_direction_that_stands_
     error = 2e-9 * random.normal(size=(60, 60))
     error = (error + error.T) / np.sqrt(2) * np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
     matrix, error = exact * np.outer(units, units) + error * np.outer(units, units), error * np.outer(units, units)
-    noise = Noise(torch.zeros(60, dtype=torch.float64), tensor(error) @ noise_probes(60))
+    noise = Noise(torch.zeros(60, dtype=torch.float64), tensor(error) @ random_signs(60))
     assert whiten(tensor(matrix), noise=noise).shape[1] == rank

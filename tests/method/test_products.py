@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import cache
-from utils.algebra.products import CentredProducts, Precision, choose_precision, noise_probes, split
+from utils.algebra.products import CentredProducts, Precision, choose_precision, random_signs, split
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
 RELATIVE = {"float32": 3e-7, "bfloat16x2": 2e-5}  # largest error of an element over the largest element
@@ -56,7 +56,7 @@ def assert_close(found: dict, expected: dict, relative: float, names=None) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", RELATIVE)
 def test_products_equal_the_plain_formula_and_know_their_error(precision, dtype):
-    made, z = batches(dtype), noise_probes(30)
+    made, z = batches(dtype), random_signs(30)
     found, expected = products_of(made, precision), plain(made)
     assert_close(found, expected, RELATIVE[precision])
     assert_close(found, expected, 1e-13, ["prefix_mean", "next_mean"])  # no product of lower precision in them

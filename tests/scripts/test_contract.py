@@ -154,8 +154,8 @@ def test_other_weights_or_rows_under_the_same_name_are_refused(copied, monkeypat
         model = shutil.copytree(settings["model_name"], tmp_path / "other" / Path(settings["model_name"]).name)
         retrain(model)
         settings["model_name"] = str(model)
-    elif case.module in (K_sweep, alignment_vis):
-        pytest.skip("the moments stand for the rows")
+    elif case.module in (K_sweep, alignment_vis) and change == "one test text":
+        pytest.skip("the moments of the train split do not depend on it")
     else:
         rows = other_rows(Path(settings["dataset_name"]), change)
         settings["dataset_name"] = str(write_rows(tmp_path / "rows.jsonl", rows))

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> the rooms that its files may import 
     "fig_plot": UTILS,
     "fig_plot.findings": {*UTILS, "fig_plot"},
     "demo": {*UTILS, "scripts"},
-    "runs": set(),  # Snakemake runs it without torch
+    "runs": {"core"},  # of it only what needs no library: Snakemake runs without torch
     "benchmarks": {*UTILS, "scripts", "demo"},
 }
 

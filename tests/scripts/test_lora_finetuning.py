@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import cache
 import K_sweep
 import lora_finetuning
+from fig_plot import collect
 from tests.conftest import configure, flags, only_result, run_in_process
 from tests.processes import exit_codes, start
 from tests.training.test_training import ARCHITECTURES, make_run, model_folder, take_steps, tokens_of_test
@@ -161,6 +162,7 @@ def compared(names, tmp_path_factory) -> dict:
     reads, find_source, printed = [], data_module.find_source, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(data_module, "find_source", lambda *given: reads.append(given) or find_source(*given))
+        patch.setattr("sys.argv", ["lora_finetuning.py", *flags(settings)])  # its --pooling and --dtype are LoRA's own
         lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
     printed = printed.getvalue()
     assert printed.strip().splitlines()[-1].endswith("before_after.json") and "difference" in printed
@@ -186,8 +188,8 @@ def test_ntps_before_and_after_equals_the_results_of_the_scripts_with_the_settin
     assert table["gain"] == pytest.approx(metrics["last"]["test_accuracy"] - table["linear_probe"])
 
 
-def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
-    """The scores before stay, also without their moments, which a study deletes."""
+def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path, capsys):
+    """The scores before stay, also without their moments, which a study deletes; stale scores enter no table."""
     results = tmp_path / "results"
     shutil.copytree(compared["results_dir"], results)
     folder, _ = result(results)
@@ -196,7 +198,11 @@ def test_a_retrained_adapter_renews_its_moments_and_scores(compared, tmp_path):
     shutil.rmtree(results / "moments" / model)
     [moments] = results.glob(f"moments/{model}+lora/*/train.safetensors")
     stale, settings = moments.read_bytes(), compared | {"results_dir": results, "learning_rate": 3e-2}
-    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True, overwrite=True))
+    lora_finetuning.main(configure(lora_finetuning, **settings, overwrite=True))
+    assert not (folder / "before_after.json").exists() and scores_of(results, f"{model}+lora") == after
+    collect.main(collect.Config(results_dir=results))
+    assert f"{model}+lora/rows.json scores an earlier adapter" in capsys.readouterr().err
+    lora_finetuning.main(configure(lora_finetuning, **settings, ntps_after=True))
     renewed = scores_of(results, f"{model}+lora")["score"]["ntps"]
     assert moments.read_bytes() != stale and renewed["value"] != after["score"]["ntps"]["value"]
     assert scores_of(results, model) == before

@@ -43,7 +43,7 @@ def without_picture_and_with_an_installed_model(monkeypatch):
 
 
 def test_the_page_is_complete_and_a_second_run_reuses_the_pass(tmp_path, model_dirs, rows_path):
-    config = config_for(rows_path, tmp_path, *(model_dirs[name] for name in ("qwen2", "llama")), num_random=2)
+    config = config_for(rows_path, tmp_path, *(model_dirs[name] for name in ("qwen2", "llama")), num_random_draws=2)
     prescreen.main(config)
     result = result_at(tmp_path)
     for model in result["models"]:
@@ -53,7 +53,7 @@ def test_the_page_is_complete_and_a_second_run_reuses_the_pass(tmp_path, model_d
     table = pd.read_csv(tmp_path / "prescreen" / "rows.csv")
     assert set(table["model"]) == set(config.models)
     assert {"ridge_r2", "h_oas", "logme", "cka", "ntps"} <= set(table["score"])
-    options = ["--dataset_name", config.data.dataset_name, "--results_dir", tmp_path, "--num_random", "2"]
+    options = ["--dataset_name", config.data.dataset_name, "--results_dir", tmp_path, "--num_random_draws", "2"]
     run = run_command("prescreen.py", "--models", *config.models, *options)
     lines = run.stdout.splitlines()
     assert run.returncode == 0 and lines[-1] == str(tmp_path / "prescreen" / "rows.json"), run.stderr
@@ -69,9 +69,11 @@ def test_r2_is_that_of_scikit_learn_on_the_pooled_states(names, tmp_path, monkey
     """Compares them at one alpha, on every layer, over the folds of the texts."""
     monkeypatch.setattr(utils.algebra.ridge, "ALPHAS", (10.0,))
     config = config_for(names["dataset_name"], tmp_path, names["model_name"])
-    prescreen.main(config)
-    pass_config = configure(cache, **names, results_dir=tmp_path / "direct", save_pooled="all")
+    pass_config = configure(cache, **names, results_dir=tmp_path, save_pooled="all", max_samples=2000)
     cache.main(pass_config)
+    before = cache.config_path(pass_config).read_bytes()
+    prescreen.main(config)
+    assert cache.config_path(pass_config).read_bytes() == before  # with the pooled states that belong to it
     train = load_splits(config.data, config.run)["train"]
     folds, targets = cache.assign_folds(train.texts, 5), cache.one_hot_targets(train).numpy()
     for layer, scores in enumerate(result_at(tmp_path)["models"][0]["layers"]):
@@ -153,7 +155,7 @@ def test_random_v_has_the_rank_of_the_next_token_subspace():
     """C0 of rank 4 in 12 dimensions: a random V of the share f of it holds about floor(4 f) / 12 of any direction."""
     features, targets, states = make_data(400, 12, 3, decades=0.5)
     states[:, 4:] = 0
-    scores = prescreen.ntps_scores(moments_of(features, targets, states), configure(prescreen, num_random=40), 0)
+    scores = prescreen.ntps_scores(moments_of(features, targets, states), configure(prescreen, num_random_draws=40), 0)
     expected = np.mean([max(1, int(4 * fraction + 1e-9)) for fraction in K_sweep.Config().fractions]) / 12
     assert scores["ntps_label"]["random_mean"] == pytest.approx(expected, abs=0.02)
     assert scores["retained"]["random_z"] != scores["retained"]["z"]

@@ -9,7 +9,9 @@ import alignment_vis
 import cache
 import from_scratch
 import K_sweep
+import linear_sklearn
 import linear_training
+import lora_finetuning
 import prescreen
 from demo import pretrain, random_twin
 from fig_plot.findings import __main__ as findings
@@ -31,19 +33,21 @@ def test_the_command_of_a_config_gives_that_config_and_names_only_what_differs_o
     assert command_line("cache.py", short, {"max_samples"}) == "python cache.py --max_samples 5"
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "value", "words"),
-    [
-        (cache, "layers", None, "--layers needs the number of a layer"),
-        (cache, "num_folds", "0", "--num_folds must be at least 1, not 0"),
-        *((module, "learning_rate", "nan", "--learning_rate must be positive, not nan")
-          for module in (linear_training, from_scratch, pretrain)),
-        *((module, "seed", "4294967296", "--seed must be from 0 to 4294967295, not 4294967296")
-          for module in (prescreen, pretrain, random_twin, findings)),
-    ],
-)  # fmt: skip
+BROKEN = {  # rule -> settings that break it; the contract tests the seed of the other scripts
+    "at least 1": [(cache, "num_folds", "0"), (pretrain, "batch_size", "0"), (findings, "num_draws", "-1")],
+    "at least 0": [(module, "weight_decay", "-5") for module in (linear_training, from_scratch, lora_finetuning)],
+    "positive": [(linear_sklearn, "inverse_penalty", "inf"), (lora_finetuning, "alpha", "nan"),
+                 *((module, "learning_rate", "nan") for module in (linear_training, from_scratch, pretrain))],
+    "from 0 to 4294967295": [(module, "seed", "4294967296") for module in (prescreen, pretrain, random_twin, findings)],
+}  # fmt: skip
+REFUSED = [(*case, f"--{case[1]} must be {rule}, not {case[2]}") for rule, cases in BROKEN.items() for case in cases]
+REFUSED += [(cache, "layers", None, "--layers needs the number of a layer"),
+            (prescreen, "models", None, "--models needs the name of a model"),
+            (lora_finetuning, "adapter_dir", "old", "--adapter_dir has no use here")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "value", "words"), REFUSED)
 def test_impossible_values_are_refused(module, name, value, words, capsys):
-    """The contract tests the seed of the other scripts."""
     with pytest.raises(SystemExit) as stopped:
         parse(module.Config, [f"--{name}", *([value] if value else [])])
     assert stopped.value.code == 2 and words in " ".join(capsys.readouterr().err.split())

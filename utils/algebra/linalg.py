@@ -95,7 +95,7 @@ class Eigenspace:
     whitener: Tensor  # W, (d, rank): W' C W = I; its columns span all eigenvectors
     coordinates: Tensor  # (rank, r), orthonormal: the eigenvectors are W times these, largest eigenvalue first
     eigenvalues: Tensor  # (r,)
-    tied: Tensor  # (rank, t), orthonormal: coordinates of computed eigenvectors with lambda = 0; of all if F is wide
+    tied: Tensor  # (rank, t), orthonormal: those of the solver's eigenvectors with lambda = 0, of all if F is wide
 
     @property
     def vectors(self) -> Tensor:

@@ -217,13 +217,12 @@ def require_embedded(config: Any, path: Path) -> None:
 
 def held_out_path(path: Path, split: str) -> Path | None:
     """The path of the other split's moments; None if missing or, with a sentence, if made with other settings."""
-    other = {"train": "test", "test": "train", "all": "none"}[split]
-    if not (held_out := path.with_stem(other)).is_file():
+    other = {"train": "test", "test": "train"}.get(split)
+    if other is None or not (held_out := path.with_stem(other)).is_file():
         return None
     stored = results.read_stored(path)
     identity = {name: stored[name] for name in ("config", "model_fingerprint", "label_names")}
-    not_compared = ("split", "num_folds", "product_dtype")
-    identity["config"] = {name: value for name, value in identity["config"].items() if name not in not_compared}
+    identity["config"] = {k: v for k, v in stored["config"].items() if k not in ("split", "num_folds", "product_dtype")}
     if how := results.difference(results.read_stored(held_out), identity):
         print(f"No held-out numbers: {held_out} was made {how}. Run cache.py anew with --split {other} --overwrite.")
     return None if how else held_out

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # a setting of `Config`; auto: by the number of tokens
-NUM_PROBES = 4
+NUM_SIGNS = 4
 NUM_STRIPES = 4  # C0 is symmetric: `add_square` computes each stripe of its rows from the diagonal block on
 
 
@@ -41,9 +41,9 @@ def choose_precision(product_dtype: ProductDtype, num_tokens: int, hidden_size: 
     return "float64" if num_tokens <= max(2**14, 32 * hidden_size) else "float32"
 
 
-def noise_probes(size: int) -> Tensor:
+def random_signs(size: int) -> Tensor:
     """Fixed random signs Z, (d, p), to measure the error of C Z: measuring that of C would cost another C."""
-    return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_PROBES)))
+    return torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (size, NUM_SIGNS)))
 
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,9 +73,9 @@ class CentredProducts:
     """The prefix moments of one layer over a block of batches, around the mean state of its first batch."""
 
     def __init__(self, hidden_size: int, precision: Precision, device: torch.device) -> None:
-        d, p = hidden_size, NUM_PROBES
+        d, p = hidden_size, NUM_SIGNS
         self.precision = precision
-        self.probes = noise_probes(d).T.contiguous().to(device)  # Z', (p, d)
+        self.signs = random_signs(d).T.contiguous().to(device)  # Z', (p, d)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -118,8 +118,8 @@ class CentredProducts:
         x_{t+1}'z needs no product: it is the step from q_t'z to q_{t+1}'z, plus c'z.
         """
         rows = q.flatten(0, 1)
-        along = (self.probes @ rows.T).unflatten(1, t.shape)  # z'q_t, (p, b, T)
-        next_along = pad(along.diff(dim=2), (0, 1)) + (self.probes @ c)[:, None, None]
+        along = (self.signs @ rows.T).unflatten(1, t.shape)  # z'q_t, (p, b, T)
+        next_along = pad(along.diff(dim=2), (0, 1)) + (self.signs @ c)[:, None, None]
         weights = torch.cat([along, next_along, torch.ones_like(along[:1])]) * (t > 0)
         thin = torch.cat([weights, t[None].double()]).flatten(1) @ rows
         self.exact += thin[:-2]
@@ -153,7 +153,7 @@ class CentredProducts:
         second = upper.triu() + upper.triu(1).T
         if len(self.mixed):
             second += self.mixed.double() + self.mixed.double().T
-        following, z, c = self.following.double(), self.probes.T, self.centre
+        following, z, c = self.following.double(), self.signs.T, self.centre
         exact_second, exact_next = self.exact.chunk(2)
         errors = second @ z - exact_second.T, following @ z - exact_next.T
         second.addr_(self.position_prefix, c).addr_(c, self.position_prefix + self.position_square * c)

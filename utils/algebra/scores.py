@@ -46,7 +46,7 @@ def option_suffix(config: Mapping[str, Any]) -> str:
     center = "centered" if config["center"] else ""
     options = (config["split"], config["eigenvectors"], config["subspace"], center, config["coordinates"])
     defaults = ("train", "largest", "autoregression", "", "as_is")
-    return "".join(f".{option}" for option in options if option not in defaults)
+    return "".join(f".{option}" for option, default in zip(options, defaults, strict=True) if option != default)
 
 
 def z_score(value: float, mean: float, spread: float) -> float | None:
@@ -75,7 +75,7 @@ def print_table(result: dict[str, Any]) -> None:
     rows = [
         {name: layer[name] for name in ("layer", "rank_u", "rank_v")}
         | {name: sum(layer[name]) / len(layer[name]) if layer[name] else float("nan") for name in SCORES}
-        | {"probe R2": layer["probe_r2"], "held out": layer["probe_r2_held_out"] or float("nan")}
+        | {"probe R2": layer["probe_r2"], "held out": layer["probe_r2_held_out"]}
         for layer in result["layers"]
     ]
     print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-", col_space=8))

@@ -74,8 +74,6 @@ def choose_parts(source: Source, label: str, wanted: str, divide_train: bool) ->
         instead = "run cache.py with --split all" if missing == "train" else "set --divide_train"
         found = f"{source.name} has no split {missing!r}; splits: {', '.join(tables)}"
         raise UserError(f"{found}. Add a split {missing!r}, or {instead}.")
-    if test in VALIDATION_NAMES and not known:
-        print(f"{source.name}: {test} serves as the test split")
     return {part: tables[name] for part, name in (("train", train), ("test", test)) if name in tables}
 
 
@@ -157,7 +155,7 @@ def _divide(settings: Data, source: Source, rows: list[Row], regression: bool) -
     return {"train": [rows[row] for row in train], "test": [rows[row] for row in test]}, rule
 
 
-def _of(part: str, things: str) -> str:
+def _in_part(part: str, things: str) -> str:
     """`test rows`, or only `rows` for data that stay in one part."""
     return things if part == "all" else f"{part} {things}"
 
@@ -167,7 +165,7 @@ def _leave_out(
 ) -> list[Row]:
     """The rows without faulty ones, with a warning. Raises UserError if no row remains; if `refuse`, for any fault."""
     kept = [row for row, is_faulty in zip(rows, faulty, strict=True) if not is_faulty]
-    found = f"{len(rows) - len(kept)} of {len(rows)} {_of(part, 'rows')} of {source.name} {fault}"
+    found = f"{len(rows) - len(kept)} of {len(rows)} {_in_part(part, 'rows')} of {source.name} {fault}"
     if not kept or (refuse and any(faulty)):
         raise UserError(f"{found}. {remedy}")
     if any(faulty):
@@ -186,7 +184,7 @@ def _encode(source: Source, parts: dict[str, list[Row]], label: str) -> tuple[di
     spelled = {row.label: known.get(row.label, str(row.label)) for rows in parts.values() for row in rows}
     if not 2 <= len(classes) <= MAX_CLASSES:
         found = f"all {spelled[classes[0]]!r}" if len(classes) == 1 else f"of {len(classes):,} classes"
-        found = f"The {_of(first, 'labels')} of {source.name} are {found}, not of 2 to {MAX_CLASSES:,} classes"
+        found = f"The {_in_part(first, 'labels')} of {source.name} are {found}, not of 2 to {MAX_CLASSES:,} classes"
         remedy = "Change --label_column, add rows, name a class -1 in words, or set --task regression."
         raise UserError(f"{found}. {remedy}")
     index = {value: number for number, value in enumerate(classes)}
@@ -208,7 +206,7 @@ def _check_targets(name: str, part: str, targets: np.ndarray) -> None:
     with np.errstate(all="ignore"):  # sums of squares may overflow
         mean, std = float(targets.mean()), float(targets.std())
     if not (SPREADS[0] <= std <= SPREADS[1] and abs(mean) <= MAX_MEAN * std):
-        found = f"The {_of(part, 'targets')} of {name}, mean {mean:.9g} and standard deviation {std:.3g},"
+        found = f"The {_in_part(part, 'targets')} of {name}, mean {mean:.9g} and standard deviation {std:.3g},"
         if targets.min() == targets.max():
             raise UserError(f"{found} are all equal. Change --label_column, add rows, or raise --max_samples.")
         raise UserError(f"{found} lose their digits. Rescale the column, or subtract its mean.")
@@ -259,7 +257,8 @@ def load_splits(settings: Data, run: Run, wanted: str = "both") -> dict[str, Lab
     label = settings.label_column or source.spec.label_column
     tables = choose_parts(source, label, wanted, settings.divide_train)
     parts, regression = _labelled_rows(settings, source, tables, label)
-    rule = "own test" if source.spec.test_split == "test" else f"{source.spec.test_split} as test"
+    chosen = next((name for name, rows in source.tables.items() if rows is tables.get("test")), "test")
+    rule = "own test" if chosen == "test" else f"{chosen} as test"
     if wanted == "all":
         parts = {"all": list(itertools.chain(*parts.values()))}
     elif list(parts) == ["train"]:

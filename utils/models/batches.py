@@ -14,9 +14,9 @@ MAX_PADDED = 1.05  # padded tokens over tokens
 def token_batches(lengths: np.ndarray, tokens_per_batch: int, rope_limit: int | None = None) -> list[np.ndarray]:
     """Indices of the texts of each batch, sorted by length, longest first: a batch that is too large fails at once.
 
-    A batch ends before a text that would take it above `tokens_per_batch`, or the padding of all batches so far above
-    a twentieth; a longer text is a batch of its own. `lengths` (n,) are tokens of each text; texts longer than
-    `rope_limit` and others never share a batch.
+    A new batch begins where one more text would exceed `tokens_per_batch`, or would raise the padding of all batches so
+    far above a twentieth of their tokens; a longer text is a batch of its own. `lengths` (n,) are tokens of each text;
+    texts longer than `rope_limit` and others never share a batch.
     """
     if rope_limit is not None:
         sides = (np.flatnonzero(lengths > rope_limit), np.flatnonzero(lengths <= rope_limit))
