@@ -164,8 +164,8 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
     for split in ("train", "test"):
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
-    scored, train = replace(sweep, run=replace(run, device="cpu")), cache.config_path(moments)
-    return object_of_first(lambda: K_sweep.score(scored, train))
+    on_cpu = replace(sweep, run=replace(run, device="cpu"))
+    return object_of_first(lambda: K_sweep.score(on_cpu, cache.config_path(moments)))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:

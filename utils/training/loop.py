@@ -40,7 +40,7 @@ STATE, METRICS = "state.safetensors", "metrics.json"  # in the folder of a resul
 class TrainingRun:
     """One training run; n training rows, b rows of a batch, c outputs."""
 
-    model: Any  # a module, from the results of `inputs` to (b, c); the run trains those that require a gradient
+    model: Any  # a module, from the results of `inputs` to (b, c); the run trains parameters that require a gradient
     inputs: Callable[[np.ndarray], tuple[Tensor, ...]]  # training rows (b,) -> inputs of the model, on its device
     targets: Tensor  # (n,), on the device
     objective: Objective
