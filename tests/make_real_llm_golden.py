@@ -26,7 +26,6 @@ DATA = Path(__file__).parent / "data"
 
 @torch.inference_mode()
 def main(name: str) -> None:
-    """Writes the file."""
     path = Path(model_source(name))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
