@@ -51,7 +51,7 @@ class Output(Unrecorded):
     picture: bool = True  # also draw the picture
 
     def __post_init__(self) -> None:
-        check(self, "positive", "num_workers")
+        check(self, "positive, below 3e38", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Config:
     run: Run = Run()  # Device, folders and speed; a GPU works through scikit-learn's array API.
 
     def __post_init__(self) -> None:
-        check(self, "positive", "inverse_penalty", "max_iter", "tolerance")
+        check(self, "positive, below 3e38", "inverse_penalty", "max_iter", "tolerance")
 
 
 # ------------------------------------------------------------------ one layer

@@ -64,8 +64,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "batch_size", "num_epochs", "patience")
-        check(self, "at least 0", "weight_decay")
-        check(self, "positive", "learning_rate")
+        check(self, "at least 0, below 3e38", "weight_decay")
+        check(self, "positive, below 3e38", "learning_rate")
         check(self, "in [0, 1)", "dropout", "validation_share")
         if self.patience is not None and not self.validation_share:
             raise ValueError("--patience needs a --validation_share above 0, such as 0.1")

@@ -74,7 +74,7 @@ class Config(FinetuningConfig):
         if self.model.adapter_dir:
             raise ValueError("--adapter_dir has no use here: LoRA trains on a plain model. Name a merged model instead")
         check(self, "at least 1", "rank")
-        check(self, "positive", "alpha")
+        check(self, "positive, below 3e38", "alpha")
         check(self, "in [0, 1)", "lora_dropout")
 
 

@@ -91,7 +91,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "batch_size", "window", "max_documents", "max_steps")
-        check(self, "positive", "learning_rate", "epochs")
+        check(self, "positive, below 3e38", "learning_rate", "epochs")
         check(self, "from 0 to 4294967295", "seed")
 
 

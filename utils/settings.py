@@ -6,7 +6,6 @@ A script's `Config` holds its own fields and these groups. Flags do not name the
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shlex
@@ -76,8 +75,8 @@ def path_name(name: str) -> str:
 # ------------------------------------------------------------------ checks
 RULES: dict[str, Callable[[float], bool]] = {  # nan breaks every rule
     "at least 1": lambda value: value >= 1,
-    "at least 0": lambda value: 0 <= value < math.inf,
-    "positive": lambda value: 0 < value < math.inf,
+    "at least 0, below 3e38": lambda value: 0 <= value < 3e38,
+    "positive, below 3e38": lambda value: 0 < value < 3e38,  # float32 ends there
     "in [0, 1)": lambda value: 0 <= value < 1,
     "from 0 to 4294967295": lambda value: 0 <= value < 2**32,  # the seeds of numpy and scikit-learn
 }

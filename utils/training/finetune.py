@@ -41,8 +41,8 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         check(self, "at least 1", "num_steps", "batch_size", "gradient_accumulation", "steps_per_evaluation")
-        check(self, "at least 0", "weight_decay")
-        check(self, "positive", "learning_rate")
+        check(self, "at least 0, below 3e38", "weight_decay")
+        check(self, "positive, below 3e38", "learning_rate")
         check(self, "in [0, 1)", "dropout", "warmup")
 
 
