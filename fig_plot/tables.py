@@ -137,7 +137,7 @@ def read_table(name: str, data_dir: Path = DATA_DIR) -> pd.DataFrame:
 def save_csv(path: Path, table: pd.DataFrame) -> None:
     """Writes a table atomically: floats with six significant digits, whole numbers with all digits."""
     # pandas reads a column of counts with an empty cell as floats
-    floats = table.select_dtypes("float")
+    floats = table.infer_objects().select_dtypes("float")
     counts = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
     whole = table.astype(dict.fromkeys(counts, "Int64"))
     text = whole.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()

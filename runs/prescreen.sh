@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs prescreen.py on the datasets of the studies, for its test in docs/scores.md; an hour on two cores.
+# Runs prescreen.py on the datasets of the studies, for its test in docs/scores.md; 1.5 hours on two cores.
 #     NTPS_DATASETS_DIR=FOLDER bash runs/prescreen.sh            # all datasets
 #     NTPS_DATASETS_DIR=FOLDER bash runs/prescreen.sh emotion    # these
 # Needs python -m demo.real_llm smollm2, and gemma3-270m with --accept_gemma_terms. Copies each result to

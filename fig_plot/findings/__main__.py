@@ -14,7 +14,7 @@ Reads the CSV files of collect.py. Writes beside them, for each study, findings_
     calibration         question 5: error of the LoRA gain predicted from a score, in points of accuracy
     decision            question 5: AUC of "LoRA gains more than two points"
     seeds               question 6: spread between seeds beside that over tasks
-    layer_choice        question 8: the layer that each score chooses
+    layer_choice        question 8: the layer that each score chooses; ridge R2 if prescreen/ has results
     random_weights      asked later: random weights on the same tasks, before and after LoRA
     twin                asked later: the paper's procedure with the scores of random weights
     like_for_like_paper, correlations_paper    asked later: questions 1 and 2 on the paper's own datasets
@@ -24,7 +24,7 @@ and over the models of all studies, in --tables_dir itself:
     which_model         question 7: share of datasets on which a score orders two models as the outcome does
     special             question 9: `retained` minus random V per model, and its sign in two models
     coordinates         question 10: each score in every scaling of the coordinates, at the last two layers
-    first_choice        test of prescreen.py: the model and layer that it chooses, and the points that it loses
+    first_choice        test of prescreen.py, by its results in prescreen/: its choices, and the points that they lose
 
 A correlation across models is the mean of those within each task. Models with random weights have tables
 of their own, and rows among the controls and the changes by LoRA; all other tables leave them out.
@@ -33,6 +33,7 @@ of their own, and rows among the controls and the changes by LoRA; all other tab
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -43,10 +44,10 @@ from fig_plot.tables import (
     DATA_DIR,
     FEATURE_SCORES,
     MEASURES,
+    SEED_KEYS,
     average_seeds,
     find_studies,
     load_after_lora,
-    load_cells,
     load_seeds,
     read_table,
     save_csv,
@@ -54,6 +55,7 @@ from fig_plot.tables import (
     trained_models,
 )
 from utils.data.table import PAPER_KEYS
+from utils.results import read_stored
 from utils.script import run_script
 from utils.settings import check
 
@@ -80,26 +82,33 @@ def train_layers(data_dir: Path) -> pd.DataFrame:
     return layers[(layers["split"] == "train") & ~layers["center"]]
 
 
-def comparison_tables(studies: Collection[Path], draws: Draws) -> Tables:
-    """The tables over the models of all studies; if two studies share a model and dataset, the first counts."""
-    cells, layers, layer_keys = [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
+def comparison_tables(studies: Collection[Path], screened: Collection[dict[str, Any]], draws: Draws) -> Tables:
+    """The tables over the models of all studies; if two studies share a model and dataset, the first counts.
+
+    `screened` are results of prescreen.py. Models are compared on the rows of the first seed, which all have.
+    """
+    cells, first, layers, layer_keys = [], [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
+    probes, datasets = (pd.concat([read_table(name, path) for path in studies]) for name in ("probes", "datasets"))
     for data_dir in studies:
-        best = comparisons.best_test_accuracy(read_table("probes", data_dir))
-        cells.append(trained_models(load_cells(data_dir)).merge(best, on=CELL_KEYS, how="left"))
+        seeds = load_seeds(data_dir)
+        cells.append(trained_models(average_seeds(seeds)))
+        of_first = seeds[seeds["seed"] == seeds["seed"].min()]
+        best = read_table("probes", data_dir).groupby(SEED_KEYS)["test_accuracy"].max().rename("best_test_accuracy")
+        first.append(trained_models(of_first.merge(best, on=SEED_KEYS, how="left")))
         of_largest = train_layers(data_dir).query("eigenvectors == 'largest'")
         layers.append(of_largest.groupby(layer_keys, as_index=False).mean(numeric_only=True))
-    every = pd.concat(cells, ignore_index=True).drop_duplicates(CELL_KEYS)
+    every, compared = (pd.concat(tables, ignore_index=True).drop_duplicates(CELL_KEYS) for tables in (cells, first))
     every_layer = pd.concat(layers, ignore_index=True).drop_duplicates(layer_keys)
     return {
-        "which_model": comparisons.which_model_rows(every, draws),
+        "which_model": comparisons.which_model_rows(compared, draws),
         "special": comparisons.special_rows(comparisons.lead_of_layers(every, every_layer), draws),
         "coordinates": comparisons.coordinate_rows(every_layer, every, draws),
-        "first_choice": comparisons.first_choices(studies),
+        "first_choice": comparisons.first_choice_rows(screened, probes, datasets),
     }
 
 
-def study_tables(data_dir: Path, draws: Draws) -> Tables:
-    """Every table of a study."""
+def study_tables(data_dir: Path, screened_layers: pd.DataFrame, draws: Draws) -> Tables:
+    """Every table of a study; `screened_layers` has ridge R2 of each layer by prescreen.py."""
     seeds, layers = load_seeds(data_dir), train_layers(data_dir)
     layers = layers[(layers["coordinates"] == "as_is") & (layers["subspace"] == "autoregression")]
     probes, after, every = read_table("probes", data_dir), load_after_lora(data_dir), average_seeds(seeds)
@@ -129,7 +138,7 @@ def study_tables(data_dir: Path, draws: Draws) -> Tables:
         its_cells = cells.loc[cells["dataset"].isin(PAPER_KEYS), columns]
         rows["correlations_paper"] = questions.correlation_rows(its_cells, draws)
     if table_path("features", data_dir).is_file():
-        by_layer = questions.scores_by_layer(layers, read_table("features", data_dir), probes)
+        by_layer = questions.scores_by_layer(layers, read_table("features", data_dir), probes, screened_layers)
         rows["layer_choice"] = questions.layer_choice_rows(by_layer, draws)
     return rows
 
@@ -150,9 +159,10 @@ def main(config: Config) -> None:
     """Writes the tables of every study, and the tables over all studies."""
     draws = Draws(config.num_draws, config.seed, config.num_permutations)
     studies = find_studies(config.tables_dir)
+    screened = [read_stored(path) for path in sorted((config.tables_dir / "prescreen").glob("*.json"))]
     for data_dir in studies:
-        write_tables(data_dir, study_tables(data_dir, draws))
-    write_tables(config.tables_dir, comparison_tables(studies, draws))
+        write_tables(data_dir, study_tables(data_dir, comparisons.screened_layers(screened), draws))
+    write_tables(config.tables_dir, comparison_tables(studies, screened, draws))
 
 
 if __name__ == "__main__":

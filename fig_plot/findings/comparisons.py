@@ -6,7 +6,7 @@ the intervals over datasets.
 
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,7 @@ from fig_plot.tables import (
     CELL_KEYS,
     FEATURE_SCORES,
     MEASURES,
-    read_table,
-    table_path,
+    SEED_KEYS,
     without_random_weights,
 )
 from utils.algebra.scores import SCORES
@@ -27,44 +26,37 @@ ORDERED = ("best_test_accuracy", "lora_accuracy")  # the outcomes of question 7
 LARGER, BETTER_ELSEWHERE = "num_parameters", "better on the others"
 
 
-def best_test_accuracy(probes: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy of the best layer's probe, a row per model and dataset, after a mean over seeds at each layer."""
-    accuracy = probes.groupby([*CELL_KEYS, "layer"])["test_accuracy"].mean()
-    return accuracy.groupby(CELL_KEYS).max().rename("best_test_accuracy").reset_index()
+def screened_layers(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Ridge R2 of every layer, cross-validated over training rows, from results of prescreen.py."""
+    rows = [(model["model"], result["config"]["dataset_name"], result["config"]["seed"], layer,
+             scores["ridge_r2"]["value"])
+            for result in results for model in result["models"]
+            for layer, scores in enumerate(model["layers"])]  # fmt: skip
+    return pd.DataFrame(rows, columns=[*SEED_KEYS, "layer", "ridge_r2"])
 
 
-def first_choice_rows(probes: pd.DataFrame, features: pd.DataFrame, datasets: pd.DataFrame) -> pd.DataFrame:
-    """The rows of findings_first_choice.csv: the model and layer that prescreen.py chooses on each dataset.
+def first_choice_rows(results: Iterable[dict[str, Any]], probes: pd.DataFrame, datasets: pd.DataFrame) -> Rows:
+    """Rows of findings_first_choice.csv: what prescreen.py recommends on each dataset, and what that costs.
 
-    The rule chooses the largest ridge R2. K_sweep.py cross-validates R2 at the last layer but takes it from test rows
-    at earlier layers, which gives other values; so R2 of last layers chooses the model, and R2 of earlier layers the
-    layer, if a study has them. Points lost are test accuracy of the most accurate probe of any model and layer, which
-    nobody knows beforehand, minus that of the chosen probe.
+    Points lost are test accuracy of the most accurate probe of any screened model and layer, which nobody knows
+    beforehand, minus that of the chosen probe. `recommended` is a bag of words if no model is shown to beat it.
     """
-    keys = [*CELL_KEYS, "layer"]
-    accuracy = without_random_weights(probes).dropna(subset="test_accuracy").groupby(keys)["test_accuracy"].mean()
-    r2 = features.dropna(subset="ridge_r2").groupby(keys)["ridge_r2"].mean()
-    judged = pd.concat([accuracy, r2], axis=1, join="inner").reset_index()
-    is_last = judged["layer"] == judged.groupby(CELL_KEYS)["layer"].transform("max")
-    last = judged[is_last]
-    models = last.loc[last.groupby("dataset")["ridge_r2"].idxmax(), CELL_KEYS]
-    of_model = judged.assign(is_last=is_last).merge(models)
-    candidates = of_model.sort_values(["is_last", "ridge_r2"], ascending=[True, False], kind="stable")
-    chosen = candidates.groupby("dataset").first().drop(columns="is_last")
-    probed = accuracy.reset_index()
-    best = probed.loc[probed.groupby("dataset")["test_accuracy"].idxmax()].set_index("dataset").add_prefix("best_")
-    words = datasets.groupby("dataset")["bag_of_words_accuracy"].mean()
-    table = chosen.join(best).assign(bag_of_words=words)
-    table["points_lost"] = 100 * (table["best_test_accuracy"] - table["test_accuracy"])
-    table["over_words"] = 100 * (table["test_accuracy"] - table["bag_of_words"])
-    return table.reset_index()
-
-
-def first_choices(studies: Iterable[Path]) -> pd.DataFrame:
-    """The rows of `first_choice_rows` for these studies; empty if none has scores of pooled states."""
-    names = ("probes", "features", "datasets")
-    found = [[read_table(name, study) for study in studies if table_path(name, study).is_file()] for name in names]
-    return first_choice_rows(*map(pd.concat, found)) if all(found) else pd.DataFrame()
+    accuracy = probes.groupby(["dataset", "seed", "model", "layer"])["test_accuracy"].first().dropna()
+    words_of = datasets.groupby(["dataset", "seed"])["bag_of_words_accuracy"].first()
+    for result in results:
+        rows, models = (result["config"]["dataset_name"], result["config"]["seed"]), result["models"]
+        above_words = [model for model in models if model["above_words"]]
+        first = (above_words or models)[0]
+        key = (*rows, first["model"], first["best_layer"])
+        if key not in accuracy.index:
+            continue  # a regression, or no probe of this model
+        candidates = accuracy[rows].loc[[model["model"] for model in models]]
+        (best_model, best_layer), best, chosen = candidates.idxmax(), candidates.max(), accuracy[key]
+        yield {"dataset": rows[0], "model": first["model"], "layer": first["best_layer"], "r2": first["r2"],
+               "test_accuracy": chosen, "best_model": best_model, "best_layer": best_layer, "best_test_accuracy": best,
+               "bag_of_words": words_of[rows], "points_lost": 100 * (best - chosen),
+               "over_words": 100 * (chosen - words_of[rows]),
+               "recommended": "probe" if above_words else "bag of words"}  # fmt: skip
 
 
 def agreement(score: pd.Series, outcome: pd.Series) -> pd.Series:

@@ -278,9 +278,9 @@ def first_choice(data_dir: Path) -> Table:
     """The choices of prescreen.py on every dataset, beside the best one."""
     return Table(
         read_table("findings_first_choice", data_dir),
-        {"dataset": "`{dataset}`", "first choice, layer": "`{model}`, {layer}", "its probe": "{test_accuracy:.3f}",
+        {"dataset": "`{dataset}`", "chosen model, layer": "`{model}`, {layer}", "its probe": "{test_accuracy:.3f}",
          "best model, layer": "`{best_model}`, {best_layer}", "points lost": "{points_lost:.1f}",
-         "bag of words": "{bag_of_words:.3f}"},
+         "bag of words": "{bag_of_words:.3f}", "recommended": "{recommended}"},
     )  # fmt: skip
 
 

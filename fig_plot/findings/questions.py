@@ -295,16 +295,20 @@ def seed_rows(seeds: pd.DataFrame) -> Rows:
 
 
 # ------------------------------------------------------------------ question 8: the layer that a score chooses
-def scores_by_layer(layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
+def scores_by_layer(
+    layers: pd.DataFrame, features: pd.DataFrame, probes: pd.DataFrame, screened: pd.DataFrame
+) -> pd.DataFrame:
     """Every score of training rows and the probe's test accuracy, a row per model, dataset, seed and layer.
 
-    The arguments are tables of collect.py; scores of `layers` become means over K.
+    The first three arguments are tables of collect.py; scores of `layers` become means over K. Ridge R2 is that of
+    `screened_layers`, because K_sweep.py takes it from test rows at all layers but the last.
     """
     keys = [*SEED_KEYS, "layer"]
     swept = layers[layers["eigenvectors"] == "largest"].groupby(keys, as_index=False)[list(SCORES)].mean()
-    scores = [name for name in FEATURE_SCORES if name in features]
+    scores = [name for name in FEATURE_SCORES if name in features and name != "ridge_r2"]
     accuracy = without_random_weights(probes)[[*keys, "test_accuracy"]].dropna()
-    return accuracy.merge(swept, on=keys).merge(features[[*keys, *scores]], on=keys)
+    table = accuracy.merge(swept, on=keys).merge(features[[*keys, *scores]], on=keys)
+    return table.merge(screened, on=keys, how="left")
 
 
 def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
@@ -325,12 +329,15 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
         for name in known(rows, LAYER_CHOOSERS):
             at = rows.loc[rows.dropna(subset=name).groupby(["dataset", "seed"])[name].idxmax()]
             chosen[name] = at.set_index(["dataset", "seed"])["test_accuracy"]
-        of_task, of_layer = (values.groupby("dataset").mean() for values in (pd.DataFrame(chosen), accuracy))
-        best_elsewhere = [(task, of_layer.drop(index=task).mean().idxmax()) for task in of_layer.index]
-        of_task["best on the others"] = [of_layer.loc[task, layer] for task, layer in best_elsewhere]
-        for name, values in of_task.items():
-            row = {"model": model, "chosen_by": name, "accuracy": values.mean()}
-            for lead, other in beside.items():
-                interval = bootstrap_interval(mean_cell, values - of_task[other], draws=draws)
+        of_layer = accuracy.groupby("dataset").mean()
+        elsewhere = {task: of_layer.drop(index=task).mean().idxmax() for task in of_layer.index}
+        best_elsewhere = [accuracy.loc[key, elsewhere[key[0]]] for key in accuracy.index]
+        by_seed = pd.DataFrame({**chosen, "best on the others": best_elsewhere})
+        for name in by_seed:
+            of_task = by_seed[name].groupby("dataset").mean()
+            row = {"model": model, "chosen_by": name, "accuracy": of_task.mean()}
+            for lead, other in beside.items():  # at the same seeds
+                values = (by_seed[name] - by_seed[other]).groupby("dataset").mean()
+                interval = bootstrap_interval(mean_cell, values, draws=draws)
                 row |= interval.columns(lead, "" if lead == "lead" else f"{lead}_")
-            yield row | {"tasks": int(values.notna().sum())}
+            yield row | {"tasks": int(of_task.notna().sum())}

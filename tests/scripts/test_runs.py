@@ -1,8 +1,10 @@
 """runs/: each study follows its yaml file, and Snakemake runs it to the end despite failures."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import yaml
 
 import cache
 import linear_training
+import prescreen
 from runs.grid import Grid, folder_name, to_flags
 from tests.conftest import ROOT, only_result
 from utils.data.docstrings import TASKS
@@ -106,6 +109,21 @@ def test_another_attempt_has_twice_the_memory_and_the_time():
     first, second = ({name: found[name](None, n) for name in ("mem_mb", "runtime")} for n in (1, 2))
     assert first == {"mem_mb": 98000, "runtime": 240} and second == {"mem_mb": 196000, "runtime": 480}
     assert found["gpu"] == 1 and grid("quick").resources("cache")["mem_mb"](None, 1) == 4000
+
+
+def test_the_test_of_prescreen_screens_every_dataset_of_the_studies_once(tmp_path):
+    """A stand-in for python records its arguments and writes an empty result; a second run finds all results."""
+    stand_in, script = tmp_path / "python", shutil.copytree(ROOT / "runs", tmp_path / "runs") / "prescreen.sh"
+    stand_in.write_text('#!/bin/bash\necho "${*:2}" >> calls\nmkdir -p "${*: -1}/prescreen/moments"\n'
+                        'touch "${*: -1}/prescreen/$(basename "${*: -1}").json"\n')  # fmt: skip
+    stand_in.chmod(0o755)
+    for _ in range(2):
+        subprocess.run(["bash", script], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
+    calls = [parse(prescreen.Config, line.split()) for line in (tmp_path / "calls").read_text().splitlines()]
+    names = sorted(call.data.dataset_name for call in calls)
+    assert names == sorted([*grid("smollm2").datasets.values(), *grid("docstrings").config["only"]["lora"]])
+    found = {path.stem for path in (tmp_path / "fig_plot" / "data" / "prescreen").iterdir()}
+    assert found == set(map(path_name, names)) and not list(tmp_path.rglob("moments"))
 
 
 @needs_snakemake

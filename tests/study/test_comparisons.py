@@ -53,31 +53,26 @@ def test_the_mean_of_the_others_leaves_the_value_itself_out():
     assert np.isnan(mean_of_others(pd.Series([1.0, np.nan]))[0])
 
 
-def test_the_best_layer_is_the_best_of_the_mean_over_seeds():
-    probes = pd.DataFrame([{"model": "m", "dataset": "a", "seed": seed, "layer": layer, "test_accuracy": accuracy}
-                           for seed, of_seed in enumerate([(0.1, 0.9, 0.5), (0.3, 0.1, 0.7)])
-                           for layer, accuracy in enumerate(of_seed)])  # fmt: skip
-    assert comparisons.best_test_accuracy(probes).best_test_accuracy.tolist() == pytest.approx([0.6])
-
-
-def test_the_largest_r2_is_chosen_and_its_points_are_lost_against_the_best_probe():
-    """Last layers decide the model, earlier ones the layer; the best probe may be of a layer without R2."""
-    columns = ["model", "dataset", "seed", "layer", "test_accuracy", "ridge_r2"]
+def test_a_recommendation_of_prescreen_loses_points_against_the_best_probe():
+    """The first model above the bag of words is chosen, else the first; the best probe may be of another."""
+    columns = ["model", "dataset", "seed", "layer", "test_accuracy"]
     rows = [
-        *[("a", "x", seed, 0, 0.80, r2) for seed, r2 in ((0, 0.9), (1, 0.1))],  # seeds are averaged first
-        *[("a", "x", seed, 1, accuracy, 0.6) for seed, accuracy in ((0, 0.70), (1, 0.74))],
-        ("a", "x", 0, 2, 0.60, 0.7),
-        ("b", "x", 0, 3, 0.50, 0.65),
-        ("b", "x", 0, 2, 0.92, None),
-        ("b", "x", 0, 1, 0.70, 0.95),
-        ("smollm2-random", "x", 0, 1, 0.99, 0.99),
+        *[("a", "x", seed, 1, accuracy) for seed, accuracy in ((0, 0.70), (1, 0.72))],  # prescreen.py ran with seed 1
+        *[("a", "x", 1, 0, 0.80), ("b", "x", 1, 2, 0.92), ("c", "x", 1, 1, 0.99)],  # c is not screened
+        *[("a", "y", 1, 1, 0.50), ("b", "y", 1, 1, 0.40), ("a", "z", 1, 1, None)],
     ]
-    table = pd.DataFrame(rows, columns=columns)
-    words = pd.DataFrame({"dataset": ["x", "x"], "bag_of_words_accuracy": [0.6, 0.8]})
-    [row] = comparisons.first_choice_rows(table, table, words).itertuples()
-    assert (row.model, row.layer, row.best_model, row.best_layer) == ("a", 1, "b", 2)
-    assert row.test_accuracy == pytest.approx(0.72) and row.points_lost == pytest.approx(20)
-    assert row.over_words == pytest.approx(2)
+    words = pd.DataFrame({"dataset": ["x", "x", "y"], "seed": [0, 1, 1], "bag_of_words_accuracy": [0.6, 0.7, 0.7]})
+    layers = [{"ridge_r2": {"value": value}} for value in (0.1, 0.2)]
+    models = [{"model": name, "best_layer": 1, "r2": 0.5, "layers": layers} for name in ("b", "a")]
+    results = [{"config": {"dataset_name": dataset, "seed": 1},
+                "models": [model | {"above_words": (model["model"], dataset) == ("a", "x")} for model in models]}
+               for dataset in ("x", "y", "z")]  # fmt: skip
+    found = comparisons.first_choice_rows(results, pd.DataFrame(rows, columns=columns), words)
+    x, y = pd.DataFrame(found).round(6).itertuples()  # z is a regression
+    assert (x.model, x.layer, x.best_model, x.best_layer, x.recommended) == ("a", 1, "b", 2, "probe")
+    assert (x.test_accuracy, x.points_lost, x.over_words) == (0.72, 20, 2)
+    assert (y.model, y.recommended, y.points_lost, y.over_words) == ("b", "bag of words", 10, -30)
+    assert comparisons.screened_layers(results).ridge_r2.tolist() == [0.1, 0.2] * 6
 
 
 def test_leads_over_random_subspaces_and_their_sign_in_two_models():

@@ -76,12 +76,13 @@ def test_findings_of_a_single_dataset(dataset, tmp_path, monkeypatch):
 
 
 def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
-    """`retained` finds the best layer of every task, `ntps` the worst; seeds of a task count once."""
+    """`retained` finds the best layer of every task, `ntps` the worst; ridge R2 has the first of two seeds alone."""
     random = np.random.default_rng(2)
     accuracy = random.random((4, 5))  # tasks, layers
     rows = [
-        {"model": "one", "dataset": f"task{task}", "seed": seed, "layer": layer, "test_accuracy": accuracy[task, layer],
-         "retained": accuracy[task, layer], "ntps": -accuracy[task, layer], "ridge_r2": float(layer)}
+        {"model": "one", "dataset": f"task{task}", "seed": seed, "layer": layer,
+         "test_accuracy": accuracy[task, layer] + 0.1 * (2 * seed - 1) * (task == 0),
+         "retained": accuracy[task, layer], "ntps": -accuracy[task, layer], "ridge_r2": None if seed else float(layer)}
         for task in range(4) for layer in range(5) for seed in range(1 + (task == 0))
     ]  # fmt: skip
     found = pd.DataFrame(layer_choice_rows(pd.DataFrame(rows), Draws(100))).set_index("chosen_by")
@@ -89,7 +90,7 @@ def test_layer_that_a_score_chooses_is_judged_by_its_probe_on_test_rows():
                 "ridge_r2": accuracy[:, -1], "last layer": accuracy[:, -1], "middle layer": accuracy[:, 2],
                 "any layer": accuracy.mean(1)}  # fmt: skip
     for name, values in expected.items():
-        assert found.accuracy[name] == pytest.approx(values.mean())
+        assert found.accuracy[name] == pytest.approx(values.mean() - 0.1 / 4 * (name == "ridge_r2"))
         assert found.lead[name] == pytest.approx((values - accuracy[:, -1]).mean())
     assert found.low["retained"] >= 0 >= found.high["ntps"] and set(found.tasks) == {4}
     on_others = [accuracy[i, np.delete(accuracy, i, 0).mean(0).argmax()] for i in range(4)]

@@ -38,7 +38,7 @@ def data(tmp_path_factory):
             if path.name in ("probes.csv", "training.csv"):  # and a little better than SmolLM2
                 table["test_accuracy"] += 0.01
             save_csv(path, table)
-    findings.write_tables(data, findings.comparison_tables((data / "smollm2", data / "second"), Draws(50, 0, 50)))
+    findings.write_tables(data, findings.comparison_tables((data / "smollm2", data / "second"), (), Draws(50, 0, 50)))
     return data
 
 
