@@ -12,19 +12,21 @@ real=(trec toxigen snli rotten_tomatoes emotion sst2 legacy-datasets/banking77 u
       imdb)
 [ $# -gt 0 ] || set -- "${real[@]}" "${docstrings[@]/#/docstrings/}"
 
+mkdir -p fig_plot/data/prescreen
 for dataset in "$@"; do
-    file=${dataset//\//__}.json
-    results=results/study/prescreen/${dataset//\//__}
+    name=${dataset//\//__}
+    results=results/study/prescreen/$name kept=fig_plot/data/prescreen/$name.json
     models=(smollm2 gemma3-270m) options=()
     case $dataset in
         docstrings/*) models=(smollm2 tiny micro) ;;
         trec) options=(--label_column coarse_label) ;;
         toxigen) options=(--divide_train) ;;
     esac
-    [ ! -f "fig_plot/data/prescreen/$file" ] || continue
-    python prescreen.py --dataset_name "$dataset" --models "${models[@]}" "${options[@]}" --dtype bfloat16 \
-        --max_samples 2000 --max_test_samples 1000 --max_length 160 --results_dir "$results"
-    mkdir -p fig_plot/data/prescreen
-    cp "$results/prescreen/$file" fig_plot/data/prescreen/
-    rm -r "$results/prescreen/moments"
+    if [ ! -f "$kept" ]; then
+        python prescreen.py --dataset_name "$dataset" --models "${models[@]}" "${options[@]}" --dtype bfloat16 \
+            --max_samples 2000 --max_test_samples 1000 --max_length 160 --results_dir "$results"
+        cp "$results/prescreen/$name.json" "$kept"
+        rm -r "$results/prescreen/moments"
+    fi
+    echo "$kept"
 done
