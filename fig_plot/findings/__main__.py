@@ -88,12 +88,12 @@ def comparison_tables(studies: Collection[Path], screened: Collection[dict[str, 
     `screened` are results of prescreen.py. Models are compared on the rows of the first seed, which all have.
     """
     cells, first, layers, layer_keys = [], [], [], [*CELL_KEYS, "coordinates", "subspace", "layer"]
-    probes, datasets = (pd.concat([read_table(name, path) for path in studies]) for name in ("probes", "datasets"))
-    for data_dir in studies:
+    probes, datasets = ([read_table(name, path) for path in studies] for name in ("probes", "datasets"))
+    for data_dir, probes_of_study in zip(studies, probes, strict=True):
         seeds = load_seeds(data_dir)
         cells.append(trained_models(average_seeds(seeds)))
         of_first = seeds[seeds["seed"] == seeds["seed"].min()]
-        best = read_table("probes", data_dir).groupby(SEED_KEYS)["test_accuracy"].max().rename("best_test_accuracy")
+        best = probes_of_study.groupby(SEED_KEYS)["test_accuracy"].max().rename("best_test_accuracy")
         first.append(trained_models(of_first.merge(best, on=SEED_KEYS, how="left")))
         of_largest = train_layers(data_dir).query("eigenvectors == 'largest'")
         layers.append(of_largest.groupby(layer_keys, as_index=False).mean(numeric_only=True))
@@ -103,7 +103,7 @@ def comparison_tables(studies: Collection[Path], screened: Collection[dict[str, 
         "which_model": comparisons.which_model_rows(compared, draws),
         "special": comparisons.special_rows(comparisons.lead_of_layers(every, every_layer), draws),
         "coordinates": comparisons.coordinate_rows(every_layer, every, draws),
-        "first_choice": comparisons.first_choice_rows(screened, probes, datasets),
+        "first_choice": comparisons.first_choice_rows(screened, pd.concat(probes), pd.concat(datasets)),
     }
 
 
@@ -160,8 +160,9 @@ def main(config: Config) -> None:
     draws = Draws(config.num_draws, config.seed, config.num_permutations)
     studies = find_studies(config.tables_dir)
     screened = [read_stored(path) for path in sorted((config.tables_dir / "prescreen").glob("*.json"))]
+    screened_layers = comparisons.screened_layers(screened)
     for data_dir in studies:
-        write_tables(data_dir, study_tables(data_dir, comparisons.screened_layers(screened), draws))
+        write_tables(data_dir, study_tables(data_dir, screened_layers, draws))
     write_tables(config.tables_dir, comparison_tables(studies, screened, draws))
 
 

@@ -44,18 +44,18 @@ def first_choice_rows(results: Iterable[dict[str, Any]], probes: pd.DataFrame, d
     accuracy = probes.groupby(["dataset", "seed", "model", "layer"])["test_accuracy"].first().dropna()
     words_of = datasets.groupby(["dataset", "seed"])["bag_of_words_accuracy"].first()
     for result in results:
-        rows, models = (result["config"]["dataset_name"], result["config"]["seed"]), result["models"]
+        dataset, seed, models = result["config"]["dataset_name"], result["config"]["seed"], result["models"]
         above_words = [model for model in models if model["above_words"]]
         first = (above_words or models)[0]
-        key = (*rows, first["model"], first["best_layer"])
+        key = dataset, seed, first["model"], first["best_layer"]
         if key not in accuracy.index:
             continue  # a regression, or no probe of this model
-        candidates = accuracy[rows].loc[[model["model"] for model in models]]
+        candidates = accuracy[dataset, seed].loc[[model["model"] for model in models]]
         (best_model, best_layer), best, chosen = candidates.idxmax(), candidates.max(), accuracy[key]
-        yield {"dataset": rows[0], "model": first["model"], "layer": first["best_layer"], "r2": first["r2"],
+        yield {"dataset": dataset, "model": first["model"], "layer": first["best_layer"], "r2": first["r2"],
                "test_accuracy": chosen, "best_model": best_model, "best_layer": best_layer, "best_test_accuracy": best,
-               "bag_of_words": words_of[rows], "points_lost": 100 * (best - chosen),
-               "over_words": 100 * (chosen - words_of[rows]),
+               "bag_of_words": words_of[dataset, seed], "points_lost": 100 * (best - chosen),
+               "over_words": 100 * (chosen - words_of[dataset, seed]),
                "recommended": "probe" if above_words else "bag of words"}  # fmt: skip
 
 

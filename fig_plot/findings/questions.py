@@ -323,15 +323,14 @@ def layer_choice_rows(table: pd.DataFrame, draws: Draws) -> Rows:
         accuracy = rows.pivot(index=["dataset", "seed"], columns="layer", values="test_accuracy")
         if accuracy.shape[1] < 3 or rows["dataset"].nunique() < 2:
             continue
-        middle = accuracy.columns[len(accuracy.columns) // 2]
-        chosen = {"last layer": accuracy.iloc[:, -1], "middle layer": accuracy[middle],
+        chosen = {"last layer": accuracy.iloc[:, -1], "middle layer": accuracy.iloc[:, accuracy.shape[1] // 2],
                   "any layer": accuracy.mean(axis=1), "best on test rows": accuracy.max(axis=1)}  # fmt: skip
         for name in known(rows, LAYER_CHOOSERS):
             at = rows.loc[rows.dropna(subset=name).groupby(["dataset", "seed"])[name].idxmax()]
             chosen[name] = at.set_index(["dataset", "seed"])["test_accuracy"]
         of_layer = accuracy.groupby("dataset").mean()
         elsewhere = {task: of_layer.drop(index=task).mean().idxmax() for task in of_layer.index}
-        best_elsewhere = [accuracy.loc[key, elsewhere[key[0]]] for key in accuracy.index]
+        best_elsewhere = [accuracy.loc[(task, seed), elsewhere[task]] for task, seed in accuracy.index]
         by_seed = pd.DataFrame({**chosen, "best on the others": best_elsewhere})
         for name in by_seed:
             of_task = by_seed[name].groupby("dataset").mean()
