@@ -24,12 +24,12 @@ from fig_plot.findings.correlations import (
     spearman_lead,
 )
 from fig_plot.tables import (
-    CELL_KEYS,
     FEATURE_SCORES,
     HELD_OUT,
     MEASURES,
     RANDOM,
     SEED_KEYS,
+    average_seeds,
     without_random_weights,
 )
 from utils.algebra.scores import SCORES
@@ -162,45 +162,45 @@ def control_rows(cells: pd.DataFrame, draws: Draws) -> Rows:
             yield row
 
 
-def random_weights_rows(cells: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
-    """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, over the tasks of both.
+def random_weights_rows(seeds: pd.DataFrame, after: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_random_weights.csv: a trained model beside its twin of random weights, at the seeds of both.
 
     A row has means over tasks, the mean difference, and Spearman's correlation of the two over tasks, for a score, an
     outcome or, as `<score>_change`, the change by LoRA (`after` comes from `tables.load_after_lora`).
     """
     changes = changes_by_lora(after)
     changed = [name for name in changes if name.endswith("_change")]
-    cells = cells.merge(changes[[*CELL_KEYS, *changed]], on=CELL_KEYS, how="left")
+    seeds = seeds.merge(changes[[*SEED_KEYS, *changed]], on=SEED_KEYS, how="left")
     names = (*SCORES, *FEATURE_SCORES, *MEASURES, "lora_accuracy", *changed)
-    for model in models_with_twins(cells):
-        both = (cells[cells["model"] == name].set_index("dataset") for name in (model, model + RANDOM))
+    for model in models_with_twins(seeds):
+        both = (seeds[seeds["model"] == name].set_index(["dataset", "seed"]) for name in (model, model + RANDOM))
         trained, random = (table.dropna(axis=1, how="all") for table in both)
         for name in [name for name in names if name in trained and name in random]:
-            pairs = pd.concat([trained[name], random[name]], axis=1, join="inner").dropna().to_numpy(float)
-            if len(pairs) < 3:
+            pairs = pd.concat({"trained": trained[name], "random": random[name]}, axis=1, join="inner").dropna()
+            x, y = pairs.groupby("dataset").mean().to_numpy(float).T
+            if len(x) < 3:
                 continue
-            x, y = pairs.T
             lead = bootstrap_interval(mean_cell, x - y, draws=draws)
             order = bootstrap_interval(mean_spearman, x, y, draws=draws)
             yield {"model": model, "name": name, "trained": x.mean(), "random_weights": y.mean(),
-                   **lead.columns("lead"), **order.columns("spearman", "spearman_"), "tasks": len(pairs)}  # fmt: skip
+                   **lead.columns("lead"), **order.columns("spearman", "spearman_"), "tasks": len(x)}  # fmt: skip
 
 
 # ------------------------------------------------------------------ question 4: after LoRA
 def changes_by_lora(after: pd.DataFrame) -> pd.DataFrame:
-    """`after` averaged over seeds, with the change of each known score by LoRA as `<score>_change`."""
-    means = after.groupby(CELL_KEYS, as_index=False).mean(numeric_only=True)
-    return means.assign(
-        **{f"{name}_change": means[name] - means[f"{name}_before"] for name in known(means, AFTER_LORA)}
+    """`after` with the change of each known score by LoRA as `<score>_change`."""
+    return after.assign(
+        **{f"{name}_change": after[name] - after[f"{name}_before"] for name in known(after, AFTER_LORA)}
     )
 
 
-def after_lora_rows(after: pd.DataFrame, cells: pd.DataFrame, draws: Draws) -> Rows:
-    """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain.
+def after_lora_rows(after: pd.DataFrame, seeds: pd.DataFrame, draws: Draws) -> Rows:
+    """Rows of findings_after_lora.csv: the change of each score, and whether it follows LoRA's gain at the same seeds.
 
     The row `all` averages several trained models: each over its tasks, then over models.
     """
-    after = changes_by_lora(after).merge(cells[[*CELL_KEYS, "lora_gain"]], on=CELL_KEYS, how="left")
+    after = changes_by_lora(after).merge(seeds[[*SEED_KEYS, "lora_gain"]], on=SEED_KEYS, how="left")
+    after = average_seeds(after)
     trained = without_random_weights(after)
     together = [("all", trained)] if trained["model"].nunique() != 1 else []
     for model, rows in (*after.groupby("model"), *together):

@@ -53,7 +53,7 @@ def assert_close(found: dict, expected: dict, relative: float, names=None) -> No
         assert error <= relative * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", RELATIVE)
 def test_products_equal_the_plain_formula_and_know_their_error(precision, dtype):
     made, z = batches(dtype), random_signs(30)

@@ -54,21 +54,19 @@ def found_or_refused(path: Path, **options) -> dict[str, LabelledTexts] | None:
 def check(found: LabelledTexts, given: list[dict]) -> None:
     """Every loaded text has the label of a row with that text; no row comes twice, and no label is made up."""
     assert len(found.texts) == len(found.labels) and all(found.texts)
-    written = Counter(str(row["text"]["text"] if isinstance(row["text"], dict) else row["text"]) for row in given)
-    assert not Counter(found.texts) - written
+    texts = [str(row["text"]["text"] if isinstance(row["text"], dict) else row["text"]) for row in given]
+    assert not Counter(found.texts) - Counter(texts)
     if found.is_regression:
         numbers = {as_number(row["label"]) for row in given}
         assert np.isfinite(found.labels).all() and set(found.labels.tolist()) <= numbers
         return
     assert found.labels.min() >= 0 and found.labels.max() < found.num_labels == len(set(found.labels.tolist()))
     by_text: dict[str, set[str]] = {}
-    for row in given:
-        label = row["label"]
+    for text, label in zip(texts, (row["label"] for row in given), strict=True):
         spellings = {str(label).strip()}
         if (number := as_number(label)) is not None and math.isfinite(number) and number.is_integer():
             spellings |= {str(int(number)), str(label)}
-        text = row["text"]["text"] if isinstance(row["text"], dict) else row["text"]
-        by_text.setdefault(str(text), set()).update(spellings)
+        by_text.setdefault(text, set()).update(spellings)
     for text, label in zip(found.texts, found.labels, strict=True):
         assert found.label_names[label] in by_text[text]
 

@@ -117,7 +117,6 @@ IDENTITY = {
     "config": {"dtype": "float32", "seed": 0, "fractions": [0.5, 1.0], "revision": None},
     "fingerprint": "rows",
     "label_names": ["no", "yes"],
-    "held_out": None,
 }
 
 

@@ -30,12 +30,9 @@ def mean_of_each(statistic):
     """Mean over models of a function of the complete rows, for tables (models, tasks) with repeated tasks."""
 
     def of_tables(*tables):
-        values = []
-        for model in zip(*tables, strict=True):
-            rows = np.array(model)
-            with np.errstate(all="ignore"):
-                values.append(statistic(*rows[:, np.isfinite(rows).all(0)]))
-        return np.nanmean(values)
+        of_models = [np.array(rows) for rows in zip(*tables, strict=True)]
+        with np.errstate(all="ignore"):
+            return np.nanmean([statistic(*rows[:, np.isfinite(rows).all(0)]) for rows in of_models])
 
     return of_tables
 

@@ -53,10 +53,6 @@ def controls(study: str) -> pd.DataFrame:
 
 
 # ------------------------------------------------------------------ numbers in the words around the tables
-def separability() -> pd.DataFrame:
-    return table("smollm2", "separability").query("group == 'first_two'").set_index(["layer", "space"])
-
-
 def twin(name: str, columns: list[str], study: str) -> list[float]:
     return [*read(study, "random_weights", index="name").loc[name, columns]]
 
@@ -156,8 +152,9 @@ QUOTES = [
           ("smollm2", "standardized")],
          ["probe_accuracy", "probe_accuracy_low", "probe_accuracy_high"]].to_numpy().ravel()),
     (FINDINGS, r"in U \((\.\d+) of them.*?not in V \((\.\d+)\).*? p (\.\d+)\..*?gone \((\.\d+) in both",
-     lambda: [*separability().leave_one_out_value[[(0, "U"), (0, "V")]], separability().leave_one_out_p[(0, "U")],
-              separability().leave_one_out_value[(30, "U")]]),
+     lambda: [*(found := table("smollm2", "separability").query("group == 'first_two'").set_index(["layer", "space"]))
+              .leave_one_out_value[[(0, "U"), (0, "V")]], found.leave_one_out_p[(0, "U")],
+              found.leave_one_out_value[(30, "U")]]),
 ]  # fmt: skip
 
 

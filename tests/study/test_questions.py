@@ -8,9 +8,9 @@ import pytest
 
 from fig_plot import tables
 from fig_plot.findings import __main__ as findings
+from fig_plot.findings import questions
 from fig_plot.findings.correlations import Draws, mean_partial_spearman, spearman, value_of
 from fig_plot.findings.procedure import STEPS, like_for_like_rows
-from fig_plot.findings.questions import calibration_rows, lead_rows, partial_rows, without_each_task
 from tests.study.test_correlations import regressed_partial
 from utils.algebra.scores import SCORES
 
@@ -100,7 +100,7 @@ def test_partial_holds_the_named_column_fixed_and_no_other():
     headroom, score = random.random((2, 10))
     gain = headroom + score + random.random(10)
     cells = made_up_cells(lora_gain=gain, ntps=score, headroom=headroom)
-    [row] = partial_rows(cells, DRAWS, ("ntps",))
+    [row] = questions.partial_rows(cells, DRAWS, ("ntps",))
     assert row["given"] == "headroom" and row["value"] == pytest.approx(regressed_partial(score, gain, headroom))
     for wrong in (regressed_partial(score, headroom, gain), regressed_partial(headroom, gain, score)):
         assert abs(row["value"] - wrong) > 0.05
@@ -113,14 +113,26 @@ def test_a_score_is_set_beside_the_best_baseline_on_the_cells_of_both():
     bag = np.array([0, 1, 2, 3, 4, 5, 6, 8, 7, -50])  # without the last task nearly perfect
     classes = np.array([3, 2, 5, 4, np.nan, 2, 3, 5, 4, 2])
     cells = made_up_cells(probe_accuracy=place, ntps=score, bag_of_words_accuracy=bag, num_classes=classes)
-    [row] = lead_rows(cells, DRAWS)
+    [row] = questions.lead_rows(cells, DRAWS)
     known = np.isfinite(score)
     sizes = [spearman(side[known], place[known]) for side in (score, bag)]
     assert row["best_baseline"] == "bag_of_words_accuracy" and row["tasks"] == 9
     assert [row["baseline_size"], row["lead"]] == pytest.approx([sizes[1], sizes[0] - sizes[1]])
 
 
-# ------------------------------------------------------------------ question 5: a task left out
+# ------------------------------------------------------------------ questions 3 to 5: a twin, LoRA, a task left out
+def test_a_twin_and_a_change_by_lora_are_set_beside_the_seeds_that_they_have():
+    """Seed 1 has neither a twin nor scores after LoRA; its scores and gains have the opposite order."""
+    place = np.arange(10.0)
+    first, second = (made_up_cells(seed=i, ntps=sign * place, lora_gain=sign * place) for i, sign in ((0, 1), (1, -9)))
+    twin = first.assign(model="one-random", ntps=place - 1)
+    after = made_up_cells(seed=0, ntps=1 + place, ntps_before=1 + place / 2)
+    row, *_ = questions.random_weights_rows(pd.concat([first, second, twin]), after, DRAWS)
+    assert row["name"] == "ntps" and [row["lead"], row["spearman"]] == pytest.approx([1, 1]) and row["tasks"] == 10
+    [row] = questions.after_lora_rows(after, pd.concat([first, second]), DRAWS)
+    assert [row["change"], row["spearman_with_gain"]] == pytest.approx([2.25, 1])
+
+
 def test_a_gain_is_predicted_without_the_task_itself():
     """Equals a fit written out for every task, with an intercept per model."""
     random = np.random.default_rng(6)
@@ -131,7 +143,7 @@ def test_a_gain_is_predicted_without_the_task_itself():
     for i, task in enumerate(rows.dataset):
         weights = np.linalg.lstsq(design[rows.dataset != task], gain[rows.dataset != task])[0]
         expected.append(design[i] @ weights - gain[i])
-    np.testing.assert_allclose(without_each_task(rows, ["x"], "gain"), expected, atol=1e-12)
+    np.testing.assert_allclose(questions.without_each_task(rows, ["x"], "gain"), expected, atol=1e-12)
 
 
 def test_headroom_predicts_the_gain_it_makes_and_a_partial_of_nothing_left_is_undefined():
@@ -140,7 +152,7 @@ def test_headroom_predicts_the_gain_it_makes_and_a_partial_of_nothing_left_is_un
     headroom, score = random.random((2, 10))
     gain = 0.3 * headroom + 0.02 * score
     cells = made_up_cells(lora_gain=gain, headroom=headroom, ntps=score)
-    errors = pd.DataFrame(calibration_rows(cells, DRAWS)).set_index("predictors")
+    errors = pd.DataFrame(questions.calibration_rows(cells, DRAWS)).set_index("predictors")
     assert 0 < errors.error_points["headroom"] < 1 < 5 < errors.error_points["nothing"]
     assert errors.low["headroom"] > 0 and errors.lead["ntps"] < errors.lead["headroom"]
     # x follows the covariate exactly and y does not: nothing of x is left, although both other correlations exist

@@ -18,8 +18,7 @@ def labelled(texts, labels, names=("no", "yes")) -> LabelledTexts:
 
 def divided(texts, labels, num_train, names=("no", "yes")) -> tuple[LabelledTexts, LabelledTexts]:
     """The first texts to train on, the others to test on."""
-    train, test = slice(num_train), slice(num_train, None)
-    return labelled(texts[train], labels[train], names), labelled(texts[test], labels[test], names)
+    return tuple(labelled(texts[part], labels[part], names) for part in (slice(num_train), slice(num_train, None)))
 
 
 def test_scores_equal_their_formulas():

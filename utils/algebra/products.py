@@ -104,7 +104,7 @@ class CentredProducts:
             weights = (position <= lengths[:, None]) / (len(texts) * lengths[:, None])
             self.centre = (weights.to(x.dtype).flatten() @ x.flatten(0, 1)).double()
         t = position * (position < lengths[:, None])  # (b, T), 0 for the last token and for padding
-        q = (x - self.centre).cumsum_(1)
+        q = x.to(torch.float64, copy=True).sub_(self.centre).cumsum_(1)  # a subtraction of mixed dtypes is slower
         totals = q[texts - 1, lengths - 1] + lengths[:, None] * self.centre
         self.add_vectors(q, x, t, totals, self.centre)
         q = q.float().mul_((t > 0)[..., None])
