@@ -96,6 +96,5 @@ def test_make_demo_ends_with_the_readme_numbers(tmp_path, monkeypatch, capsys):
     assert len(readme_scores) == 4
     for name, value in readme_scores:
         shown = re.search(rf"^  {name} +(0\.\d{{4}})", printed, flags=re.MULTILINE)
-        same_rows = sys.version_info[:3] == (3, 11, 7)  # the standard library's docstrings are rows
-        # the numbers are the same on any machine with these rows, and near with another Python's docstrings
+        same_rows = sys.version_info[:3] == (3, 11, 7)  # another Python has other docstrings, and near numbers
         assert shown and abs(float(shown[1]) - float(value)) < (1e-3 if same_rows else 0.03), name
