@@ -255,7 +255,6 @@ def sweep_layer(
     layer = LayerScores(layer_index, rank_u, v.shape[1], rank_label, probe)
     if not v.shape[1] or not len(labels.eigenvalues):
         return layer
-
     ks = num_directions(config.fractions, v.shape[1])
     v = v[:, : max(ks)]
     basis = NestedBasis.of(v, ks)
@@ -282,8 +281,7 @@ def output_path(config: Config) -> Path:
 def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
     """The result: scores of all layers, one layer in memory at a time; or the stored result of the same moments.
 
-    Raises:
-        UserError: all labels are equal.
+    Raises UserError: all labels are equal.
     """
     device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
@@ -325,11 +323,11 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     }
 
 
-def score(config: Config, path: Path) -> dict[str, Any]:
+def score(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
     """Writes the scores of the moments at `path` and a picture of them, prints their table, and returns the result."""
     target = output_path(config)
     with one_run_at_a_time(target):
-        result = sweep(config, path, held_out_path(path, config.split))
+        result = sweep(config, path, held_out_path)
         print_table(result)
         save_json(target, result)  # before the picture: its failure loses no score
         if config.output.picture:
@@ -343,7 +341,9 @@ def main(config: Config) -> dict[str, Any]:
     pick_device(config.run.device)  # before a pass through the model, not after it
     wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
     path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
-    return score(with_values(config, model=found.model, data=found.data), path)
+    if held_out := held_out_path(path, config.split):
+        cache.find_moments(with_values(wanted, split=held_out.stem), ())  # refuses moments of other rows
+    return score(with_values(config, model=found.model, data=found.data), path, held_out)
 
 
 if __name__ == "__main__":

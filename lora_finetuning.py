@@ -29,6 +29,7 @@ import torch
 import cache
 import K_sweep
 import linear_training
+from utils.algebra.moments import held_out_path
 from utils.data.load import LabelledTexts, load_splits
 from utils.models.adapters import BASE_MODEL_FILE
 from utils.models.load import load_causal_lm, load_config, model_fingerprint
@@ -165,7 +166,8 @@ def sweep_model(moments: cache.Config, sweep: K_sweep.Config, data: dict[str, La
         wanted = with_values(moments, split=split)
         cache.ensure(replace(wanted, run=run_at(cache.config_path(wanted))), data[split])
     on_cpu = replace(sweep, run=replace(run, device="cpu"))
-    return object_of_first(lambda: K_sweep.score(on_cpu, cache.config_path(moments)))
+    moments_path = cache.config_path(moments)
+    return object_of_first(lambda: K_sweep.score(on_cpu, moments_path, held_out_path(moments_path, "train")))
 
 
 def probe_metrics(config: Config, dtype: str, data: dict[str, LabelledTexts]) -> dict:

@@ -1,7 +1,6 @@
 """K_sweep.py through its command line: results, their identity, held-out numbers, and mistakes in one sentence."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
 from utils.results import open_tensors
 from utils.script import UserError
-from utils.settings import with_values
 
 
 def test_only_options_other_than_the_default_stand_in_the_name():
@@ -81,22 +79,6 @@ def test_score_does_not_depend_on_how_it_is_computed(tiny, options, tolerance, t
     assert_equal_scores(tiny[1], sweep_all(tmp_path, **options)[1], tolerance)
 
 
-@pytest.fixture(scope="module")
-def cached(names, tmp_path_factory):
-    """A results folder with the moments of both splits in bfloat16; and the settings K_sweep.py needs to find them."""
-    found = names | {"results_dir": tmp_path_factory.mktemp("cached")}
-    for split in ("train", "test"):
-        cache.main(configure(cache, **found, split=split, dtype="bfloat16"))
-    return found
-
-
-@pytest.fixture
-def config(cached, tmp_path):
-    """The settings of a copy of `cached`."""
-    results_dir = shutil.copytree(cached["results_dir"], tmp_path / "results")
-    return configure(K_sweep, **cached | {"results_dir": results_dir}, picture=False, num_null_draws=2)
-
-
 def test_from_texts_to_json_and_picture(names, tmp_path, monkeypatch, capsys):
     """Runs the commands that a user types."""
     for script in (["cache.py", "--split", "test"], ["cache.py"], ["K_sweep.py"]):
@@ -117,31 +99,41 @@ def held_out_of(result: dict) -> list:
     return [layer["probe_r2_held_out"] for layer in result["layers"]]
 
 
-def test_held_out_numbers_come_and_go_with_their_moments(config, tmp_path, capsys):
+def test_held_out_numbers_come_and_go_with_their_moments(names, tmp_path, capsys):
     """A stored result is made again, and not stale, after held-out moments were added, removed or of other rows."""
-    rows = Path(shutil.copy(config.data.dataset_name, tmp_path / "rows.jsonl"))
-    [test] = config.run.results_dir.glob("moments/*/*/test.safetensors")
-    away = test.rename(tmp_path / "away.safetensors")
+    (folder := tmp_path / "rows").mkdir()
+    shared = names | {"dataset_name": str(folder), "results_dir": tmp_path / "results"}
+
+    def write(split, seed):
+        write_rows(folder / f"{split}.jsonl", [{"text": t, "label": i % 3} for i, t in enumerate(make_texts(60, seed))])
+
+    def make(split, **options):
+        cache.main(configure(cache, **shared, split=split, dtype="bfloat16", **options))
+
+    write("train", 0)
+    write("test", 1)
+    make("train")
+    config = configure(K_sweep, **shared, picture=False, num_null_draws=2)
     without = K_sweep.main(config)
     assert held_out_of(without) == [None] * 3 and without["held_out"] is None
-    away.rename(test)
+    make("test")
     found = K_sweep.main(config)
     assert found["config"]["dtype"] == "bfloat16"  # that of the moments
     assert None not in held_out_of(found) and "made again" in capsys.readouterr().out
     assert K_sweep.main(config) == found and "made again" not in capsys.readouterr().out
-    changed = [json.loads(line) for line in rows.read_text().splitlines()]
-    write_rows(rows, [row | {"text": row["text"] + " again"} for row in changed])
-    of_rows = with_values(config, dataset_name=str(rows))
-    moments = cache.Config("test", model=config.model, data=of_rows.data, run=config.run)
-    moments = with_values(moments, dtype="bfloat16", overwrite=True)
-    cache.main(moments)
+    write("test", 2)
+    with pytest.raises(UserError, match=r"test\.safetensors was made from other rows.*--overwrite"):
+        K_sweep.main(config)
+    make("test", overwrite=True)
     assert None not in held_out_of(K_sweep.main(config)) and held_out_of(K_sweep.main(config)) != held_out_of(found)
+    [test] = config.run.results_dir.glob("moments/*/*/test.safetensors")
     test.unlink()
     assert held_out_of(K_sweep.main(config)) == [None] * 3
-    cache.main(with_values(moments, split="train"))
+    write("train", 3)
+    with pytest.raises(UserError, match=r"train\.safetensors was made from other rows"):
+        K_sweep.main(config)
+    make("train", overwrite=True)
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
-        K_sweep.main(of_rows)
-    with pytest.raises(UserError, match="made from other rows"):  # of another file of the same name
         K_sweep.main(config)
 
 
