@@ -73,6 +73,7 @@ def test_r2_is_that_of_scikit_learn_on_the_pooled_states(names, tmp_path, monkey
     before = cache.config_path(pass_config).read_bytes()
     prescreen.main(config)
     assert cache.config_path(pass_config).read_bytes() == before  # with the pooled states that belong to it
+    [_] = tmp_path.glob("prescreen/moments/*/rows/train.safetensors")  # its own moments lie apart
     train = load_splits(config.data, config.run)["train"]
     folds, targets = cache.assign_folds(train.texts, 5), cache.one_hot_targets(train).numpy()
     for layer, scores in enumerate(result_at(tmp_path)["models"][0]["layers"]):
