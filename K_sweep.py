@@ -278,7 +278,7 @@ def output_path(config: Config) -> Path:
     return result_path("ntps", config.run, config.model, config.data, f"{option_suffix(result_settings(config))}.json")
 
 
-def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
+def sweep(config: Config, path: Path, other_path: Path | None) -> dict[str, Any]:
     """The result: scores of all layers, one layer in memory at a time; or the stored result of the same moments.
 
     Raises UserError: all labels are equal.
@@ -286,7 +286,7 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     device, is_default = pick_device(config.run.device), not option_suffix(result_settings(config) | {"split": "train"})
     with contextlib.ExitStack() as stack:
         file, metadata = stack.enter_context(open_tensors(path))
-        other, other_metadata = stack.enter_context(open_tensors(held_out_path)) if held_out_path else (None, None)
+        other, other_metadata = stack.enter_context(open_tensors(other_path)) if other_path else (None, None)
         # the same rows and settings give the same moments on any machine, and with or without pooled states beside them
         identity = {
             "config": result_settings(config),
@@ -323,11 +323,11 @@ def sweep(config: Config, path: Path, held_out_path: Path | None) -> dict[str, A
     }
 
 
-def score(config: Config, path: Path, held_out_path: Path | None) -> dict[str, Any]:
+def score(config: Config, path: Path, other_path: Path | None) -> dict[str, Any]:
     """Writes the scores of the moments at `path` and a picture of them, prints their table, and returns the result."""
     target = output_path(config)
     with one_run_at_a_time(target):
-        result = sweep(config, path, held_out_path)
+        result = sweep(config, path, other_path)
         print_table(result)
         save_json(target, result)  # before the picture: its failure loses no score
         if config.output.picture:
@@ -341,9 +341,9 @@ def main(config: Config) -> dict[str, Any]:
     pick_device(config.run.device)  # before a pass through the model, not after it
     wanted = cache.Config(split=config.split, model=config.model, data=config.data, run=config.run)
     path, found = cache.find_moments(wanted, splits=("train", "test") if config.split != "all" else ("all",))
-    if held_out := held_out_path(path, config.split):
-        cache.find_moments(with_values(wanted, split=held_out.stem), ())  # refuses moments of other rows
-    return score(with_values(config, model=found.model, data=found.data), path, held_out)
+    if other_path := held_out_path(path, config.split):
+        cache.find_moments(with_values(wanted, split=other_path.stem), ())  # refuses moments of other rows
+    return score(with_values(config, model=found.model, data=found.data), path, other_path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from utils.algebra.scores import SCORES
 from utils.data.load import load_texts
 from utils.results import open_tensors
 from utils.script import UserError
+from utils.settings import with_values
 
 
 def test_only_options_other_than_the_default_stand_in_the_name():
@@ -129,12 +130,15 @@ def test_held_out_numbers_come_and_go_with_their_moments(names, tmp_path, capsys
     [test] = config.run.results_dir.glob("moments/*/*/test.safetensors")
     test.unlink()
     assert held_out_of(K_sweep.main(config)) == [None] * 3
+    of_copy = with_values(config, dataset_name=str(shutil.copytree(folder, tmp_path / "copy" / "rows")))
     write("train", 3)
     with pytest.raises(UserError, match=r"train\.safetensors was made from other rows"):
         K_sweep.main(config)
     make("train", overwrite=True)
     with pytest.raises(UserError, match=r"other moments.*--overwrite"):
         K_sweep.main(config)
+    with pytest.raises(UserError, match="made from other rows"):  # of another folder of the same name
+        K_sweep.main(of_copy)
 
 
 @pytest.mark.parametrize(
