@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from utils import results
-from utils.algebra import moments
+from utils.algebra import moments, products
 from utils.algebra.partial import PartialPass, keep_on_host, remaining_batches, remove_partial, resumable_pass
-from utils.algebra.products import NUM_SIGNS, CentredProducts, Precision, ProductDtype, choose_precision
+from utils.algebra.products import NUM_SIGNS, CentredProducts, Precision, ProductDtype
 from utils.data.load import LabelledTexts, load_splits, load_texts, one_hot_targets
 from utils.models import load as models
 from utils.models.batches import assign_folds, share_of, token_batches
@@ -127,7 +127,7 @@ class LayerSums:
         (d, c, self.num_folds), self.precision, self.pooling, self.on_host = shape, precision, pooling, on_host
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         self.products: CentredProducts | None = None  # products of the current block
-        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # its m, y and fold numbers
+        self.batches: list[tuple[Tensor, ...]] = []  # its s_T, m, y and fold numbers
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device="cpu" if on_host else self.device)
@@ -137,27 +137,23 @@ class LayerSums:
         self.sums |= prefix_moments(zeros(0, 1, d), zeros(0)) | {"total_square": zeros(d)}
         self.sums |= {f"prefix_{name}_error": zeros(d, NUM_SIGNS) for name in ("second", "next")}
 
-    def add(self, x: Tensor, lengths: Tensor, y: Tensor, folds: Tensor, flush: bool = True) -> tuple[Tensor, Tensor]:
-        """Adds right-padded hidden states x (b, T, d) of texts with labels y (b, c) float64, in folds (b,).
-
-        Returns:
-            The mean and the pooled state of each text, (b, d) float64.
-        """
-        x, lengths, y, folds = (tensor.to(self.device) for tensor in (x, lengths, y, folds))
+    def add(
+        self, x: Tensor, lengths: Tensor, weights: Tensor, y: Tensor, folds: Tensor, *, flush: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Adds right-padded states x (b, T, d), labels y (b, c) and folds (b,); returns s_T and m, (b, d) float64."""
+        x, lengths, weights, y, folds = (tensor.to(self.device) for tensor in (x, lengths, weights, y, folds))
         if self.precision == "float64":
             x = x.double()
             totals = pool(x, lengths, "mean") * lengths[:, None]  # s_T
             self.add_up(prefix_moments(x, lengths))
         else:
             self.products = self.products or CentredProducts(x.shape[2], self.precision, self.device)
-            totals = self.products.add(x, lengths)
-        self.add_up({"total_square": totals.square().sum(0)})
-        mean = totals / lengths[:, None]
-        m = mean if self.pooling == "mean" else pool(x, lengths, "last").double()
-        self.batches.append((m, y, folds))
+            totals = self.products.add(x, lengths, weights)
+        m = totals / lengths[:, None] if self.pooling == "mean" else pool(x, lengths, "last").double()
+        self.batches.append((totals, m, y, folds))
         if flush or self.on_host:
             self.flush()
-        return mean, m
+        return totals, m
 
     def add_up(self, values: dict[str, Tensor], *fold: int) -> None:
         """Adds values to the sums of the same names; with a fold, to the sums of that fold."""
@@ -168,7 +164,8 @@ class LayerSums:
         """Adds the low-precision products and the pooled moments of the current block to the sums; ends the block."""
         if self.products:
             self.add_up(self.products.sums())
-        m, y, folds = map(torch.cat, zip(*self.batches, strict=True))
+        totals, m, y, folds = map(torch.cat, zip(*self.batches, strict=True))
+        self.add_up({"total_square": totals.square().sum(0)})
         for fold in range(self.num_folds):
             rows = folds == fold if self.num_folds > 1 else slice(None)
             self.add_up(pooled_moments(m[rows], y[rows]), fold)
@@ -190,7 +187,7 @@ class LayerSums:
 # ------------------------------------------------------------------ the pass
 def make_sums(config: Config, devices: list[torch.device], num_tokens: int, d: int, c: int) -> dict[int, LayerSums]:
     """Zero sums by number of each kept layer; `devices[k]` holds the states of layer k. Raises UserError: no memory."""
-    precision = choose_precision(config.product_dtype, num_tokens, d)
+    precision = products.choose_precision(config.product_dtype, num_tokens, d)
     kept = moments.numbers_of_layers(config.output.layers, len(devices))
     with_folds = moments.choose(config.output.folds, kept)
     shapes = {k: (d, c, config.num_folds if k in with_folds else 1) for k in kept}
@@ -238,14 +235,15 @@ def accumulate(
 
     def add_batch(rows: np.ndarray, ends_block: bool) -> None:
         """Adds the texts `rows` to the sums of each layer, and their pooled states to `pooled`."""
-        of_batch = (*tokens.pad(rows), one_hot_targets(data, rows), torch.from_numpy(folds[rows]))
-        input_ids, lengths, y, fold_numbers = (tensor.to(sums[min(sums)].device) for tensor in of_batch)
+        input_ids, lengths = tokens.pad(rows)
+        weights, y = products.position_weights(lengths, input_ids.shape[1]), one_hot_targets(data, rows)
+        shared = [tensor.to(sums[min(sums)].device) for tensor in (lengths, weights, y, torch.from_numpy(folds[rows]))]
         finite: dict[int, Tensor] = {}
 
         def add_layer(k: int, x: Tensor) -> None:
             if k in sums:
-                mean, m = sums[k].add(x, lengths, y, fold_numbers, ends_block)
-                finite[k] = mean.isfinite().all(1).to(device)  # one bad token shows in the mean over all
+                totals, m = sums[k].add(x, *shared, flush=ends_block)
+                finite[k] = totals.isfinite().all(1).to(device)  # one bad token shows in the sum over all
                 if pooled is not None and k >= len(devices) - len(pooled):
                     pooled[k - len(devices), rows] = m.float().cpu().numpy()
 

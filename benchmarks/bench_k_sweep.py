@@ -18,6 +18,7 @@ import cache
 import K_sweep
 from benchmarks.harness import NUM_CLASSES, alternate, write_result
 from utils.algebra.moments import OF_LAYER, LayerMoments
+from utils.algebra.products import position_weights
 from utils.script import pick_device, run_script
 from utils.settings import Run
 
@@ -39,7 +40,8 @@ def make_moments(d: int, c: int, device: torch.device) -> LayerMoments:
     states *= torch.logspace(0, -2, d, dtype=torch.float64)
     states[..., : c - 1] += targets[:, None, 1:]
     sums = cache.LayerSums((d, c, 1), device, "float64", "mean", on_host=False)
-    sums.add(states, torch.full((n,), length), targets, torch.zeros(n))
+    lengths = torch.full((n,), length)
+    sums.add(states, lengths, position_weights(lengths, length), targets, torch.zeros(n))
     found, targets = sums.averages(n, torch.tensor([n])), targets.to(device)
     tensors: dict[str, Any] = {name: found[name] for name in OF_LAYER}
     tensors |= {"label_mean": targets.mean(0), "label_second_moment": targets.T @ targets / n}

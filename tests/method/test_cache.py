@@ -150,7 +150,7 @@ def test_non_finite_states_name_layer_and_row(model_dirs, rows_path, tmp_path):
 def test_a_pass_that_breaks_off_leaves_no_file(names, tmp_path, monkeypatch):
     seen = []
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         seen.extend(tmp_path.rglob("*.partial.npy"))
         raise KeyboardInterrupt
 

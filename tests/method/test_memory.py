@@ -9,6 +9,7 @@ import alignment_vis
 import cache
 import K_sweep
 from tests.conftest import configure, load_moments
+from utils.algebra.products import position_weights
 from utils.script import UserError
 from utils.settings import with_values
 
@@ -51,7 +52,7 @@ def test_nothing_in_float64_is_made_on_a_device_without_it(precision):
     plain, moved = (
         cache.LayerSums((8, 3, 2), torch.device(name), precision, "mean", on_host=False) for name in ("cpu", "mps")
     )
-    batch = (x, lengths, y, torch.tensor([0, 1, 1]))
+    batch = (x, lengths, position_weights(lengths, 5), y, torch.tensor([0, 1, 1]))
     plain.add(*batch)
     moved.add(*map(on_mps, batch))
     assert moved.device.type == "cpu"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import cache
-from utils.algebra.products import CentredProducts, Precision, choose_precision, random_signs, split
+from utils.algebra.products import CentredProducts, Precision, choose_precision, position_weights, random_signs, split
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
 RELATIVE = {"float32": 3e-7, "bfloat16x2": 2e-5}  # largest error of an element over the largest element
@@ -43,7 +43,8 @@ def products_of(made: list[tuple[torch.Tensor, torch.Tensor]], precision: Precis
     products = CentredProducts(30, precision, torch.device("cpu"))
     for x, lengths in made:
         totals = [text[:length].sum(0) for text, length in zip(x.double(), lengths.tolist(), strict=True)]
-        torch.testing.assert_close(products.add(x, lengths), torch.stack(totals), rtol=1e-12, atol=1e-12)
+        found = products.add(x, lengths, position_weights(lengths, x.shape[1]))
+        torch.testing.assert_close(found, torch.stack(totals), rtol=1e-12, atol=1e-12)
     return products.sums()
 
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from utils.models.states import pool
+
 Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # a setting of `Config`; auto: by the number of tokens
 NUM_SIGNS = 4
@@ -69,6 +71,13 @@ def add_square(total: Tensor, rows: Tensor) -> None:
         add_product(total[stripe, start:], rows[:, stripe], rows[:, start:])
 
 
+def position_weights(lengths: Tensor, num_positions: int) -> Tensor:
+    """1 and t at positions t = 1..T-1 of each text, 0 at its last token and at padding, (2, b, positions) float64."""
+    t = torch.arange(1, num_positions + 1, device=lengths.device)
+    has_next = t < lengths[:, None]
+    return torch.stack([has_next, t * has_next]).double()
+
+
 class CentredProducts:
     """The prefix moments of one layer over a block of batches, around the mean state of its first batch."""
 
@@ -77,58 +86,38 @@ class CentredProducts:
         self.precision = precision
         self.signs = random_signs(d).T.contiguous().to(device)  # Z', (p, d)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.second = zeros(d, d, dtype=torch.float32)  # sum of q q', its upper triangle
-        self.mixed = zeros(d if precision == "bfloat16x2" else 0, d, dtype=torch.float32)  # sum of q2 q1'
-        self.following = zeros(d, d, dtype=torch.float32)  # sum of q_t x_{t+1}'
+        self.second = zeros(d, d)  # sum of q q', its upper triangle
+        self.mixed = zeros(d if precision == "bfloat16x2" else 0, d)  # sum of q2 q1'
+        self.following = zeros(d, d)  # sum of q_t x_{t+1}'
         self.centre: Tensor | None = None
-        self.exact = zeros(2 * p, d)  # Z' times the sum of q q'; Z' times the sum of x_{t+1} q_t'
-        self.prefix_sum, self.next_sum = zeros(d), zeros(d)  # sums of s_t and of x_{t+1}
-        self.position_prefix, self.position_next = zeros(d), zeros(d)  # sums of t q_t, of t x_{t+1}
-        self.position_square = zeros()  # sum of t^2
+        self.thin = zeros(2 * p + 2, d, dtype=torch.float64)  # sums of q_t' times Z'q_t, Z'q_{t+1}, 1 and t
+        self.texts: list[tuple[Tensor, Tensor, Tensor]] = []  # number of tokens, x_1 and s_T of each text
 
-    def add(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def add(self, x: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
         """Adds the states of a batch.
 
         Args:
             x: (b, T, d), right-padded, in the dtype of the model.
             lengths: tokens per text, (b,).
+            weights: `position_weights` of the batch, which all layers share.
 
         Returns:
             The sum of all states of each text, s_T, (b, d) float64.
         """
-        texts, position = (torch.arange(1, size + 1, device=x.device) for size in x.shape[:2])
         if self.centre is None:
-            weights = (position <= lengths[:, None]) / (len(texts) * lengths[:, None])
-            self.centre = (weights.to(x.dtype).flatten() @ x.flatten(0, 1)).double()
-        t = position * (position < lengths[:, None])  # (b, T), 0 for the last token and for padding
+            self.centre = pool(x, lengths, "mean").mean(0).double()
         q = x.to(torch.float64, copy=True).sub_(self.centre).cumsum_(1)  # a subtraction of mixed dtypes is slower
-        totals = q[texts - 1, lengths - 1] + lengths[:, None] * self.centre
-        self.add_vectors(q, x, t, totals, self.centre)
-        q = q.float().mul_((t > 0)[..., None])
-        # rows t of q and t + 1 of x; the last row of a text is 0 in q, so that no text meets its neighbour
-        self.multiply(q.flatten(0, 1)[:-1], x.flatten(0, 1)[1:])
-        return totals
-
-    def add_vectors(self, q: Tensor, x: Tensor, t: Tensor, totals: Tensor, c: Tensor) -> None:
-        """Adds a batch to all sums except the large products, in float64.
-
-        x_{t+1}'z needs no product: it is the step from q_t'z to q_{t+1}'z, plus c'z.
-        """
+        totals = q[torch.arange(len(x), device=x.device), lengths - 1] + lengths[:, None] * self.centre
+        self.texts.append((lengths, x[:, 0].double(), totals))
         rows = q.flatten(0, 1)
-        along = (self.signs @ rows.T).unflatten(1, t.shape)  # z'q_t, (p, b, T)
-        next_along = pad(along.diff(dim=2), (0, 1)) + (self.signs @ c)[:, None, None]
-        weights = torch.cat([along, next_along, torch.ones_like(along[:1])]) * (t > 0)
-        thin = torch.cat([weights, t[None].double()]).flatten(1) @ rows
-        self.exact += thin[:-2]
-        prefix_sum = thin[-2] + t.sum() * c
-        self.prefix_sum += prefix_sum
-        self.position_prefix += thin[-1]
-        self.next_sum += totals.sum(0) - x[:, 0].double().sum(0)
-        self.position_next += t.amax(1).double() @ totals - prefix_sum  # summation by parts
-        self.position_square += t.square().sum()
+        along = (self.signs @ rows.T).unflatten(1, (*lengths.shape, -1))  # Z'q_t, (p, b, T)
+        rows *= weights[0].view(-1, 1)  # from here on 0 without a next token, so that no text meets its neighbour
+        self.thin += torch.cat([along, pad(along[..., 1:], (0, 1)), weights]).flatten(1) @ rows
+        self.multiply(rows[:-1].float(), x.flatten(0, 1)[1:])
+        return totals
 
     def multiply(self, q: Tensor, x: Tensor) -> None:
         """Adds the large products of rows q_t and x_{t+1}, (pairs, d)."""
@@ -154,15 +143,21 @@ class CentredProducts:
         if len(self.mixed):
             second += self.mixed.double() + self.mixed.double().T
         following, z, c = self.following.double(), self.signs.T, self.centre
-        exact_second, exact_next = self.exact.chunk(2)
+        exact_second, exact_shifted, (q_sum, position_q) = self.thin.split([NUM_SIGNS, NUM_SIGNS, 2])
+        exact_next = exact_shifted - exact_second + torch.outer(self.signs @ c, q_sum)  # x_{t+1} = q_{t+1} - q_t + c
         errors = second @ z - exact_second.T, following @ z - exact_next.T
-        second.addr_(self.position_prefix, c).addr_(c, self.position_prefix + self.position_square * c)
-        following.addr_(c, self.position_next)
+        lengths, first, totals = map(torch.cat, zip(*self.texts, strict=True))
+        num_before = lengths - 1
+        prefix_sum = q_sum + (num_before * lengths).sum() / 2 * c  # 1 + ... + (T-1) = (T-1) T / 2
+        position_next = num_before.double() @ totals - prefix_sum  # sum of t x_{t+1}, by parts
+        position_square = (num_before * lengths * (2 * lengths - 1)).sum() / 6  # sum of t^2
+        second.addr_(position_q, c).addr_(c, position_q + position_square * c)
+        following.addr_(c, position_next)
         return {
             "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
-            "prefix_mean": self.prefix_sum,
-            "next_mean": self.next_sum,
+            "prefix_mean": prefix_sum,
+            "next_mean": totals.sum(0) - first.sum(0),
             "prefix_second_error": errors[0],
             "prefix_next_error": errors[1],
         }
