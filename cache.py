@@ -147,7 +147,8 @@ class LayerSums:
             totals = pool(x, lengths, "mean") * lengths[:, None]  # s_T
             self.add_up(prefix_moments(x, lengths))
         else:
-            self.products = self.products or CentredProducts(x.shape[2], self.precision, self.device)
+            if not self.products:  # the centre is the mean state of the first batch of a block
+                self.products = CentredProducts(pool(x, lengths, "mean").mean(0), self.precision)
             totals = self.products.add(x, lengths, weights)
         m = totals / lengths[:, None] if self.pooling == "mean" else pool(x, lengths, "last").double()
         self.batches.append((totals, m, y, folds))

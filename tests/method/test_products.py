@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 import cache
 from utils.algebra.products import CentredProducts, Precision, choose_precision, position_weights, random_signs, split
+from utils.models.states import pool
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
 RELATIVE = {"float32": 3e-7, "bfloat16x2": 2e-5}  # largest error of an element over the largest element
@@ -40,7 +41,7 @@ def plain(made: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tens
 
 def products_of(made: list[tuple[torch.Tensor, torch.Tensor]], precision: Precision) -> dict[str, torch.Tensor]:
     """The sums of a block; each batch returns the sums of its texts."""
-    products = CentredProducts(30, precision, torch.device("cpu"))
+    products = CentredProducts(pool(*made[0], "mean").mean(0), precision)
     for x, lengths in made:
         totals = [text[:length].sum(0) for text, length in zip(x.double(), lengths.tolist(), strict=True)]
         found = products.add(x, lengths, position_weights(lengths, x.shape[1]))

@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.models.states import pool
-
 Precision = Literal["float32", "float64", "bfloat16x2"]
 ProductDtype = Literal["auto", Precision]  # a setting of `Config`; auto: by the number of tokens
 NUM_SIGNS = 4
@@ -79,20 +77,19 @@ def position_weights(lengths: Tensor, num_positions: int) -> Tensor:
 
 
 class CentredProducts:
-    """The prefix moments of one layer over a block of batches, around the mean state of its first batch."""
+    """The prefix moments of one layer over a block of batches, around a centre (d,) near the mean state."""
 
-    def __init__(self, hidden_size: int, precision: Precision, device: torch.device) -> None:
-        d, p = hidden_size, NUM_SIGNS
-        self.precision = precision
-        self.signs = random_signs(d).T.contiguous().to(device)  # Z', (p, d)
+    def __init__(self, centre: Tensor, precision: Precision) -> None:
+        d, p = len(centre), NUM_SIGNS
+        self.centre, self.precision = centre.double(), precision
+        self.signs = random_signs(d).T.contiguous().to(centre.device)  # Z', (p, d)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype, device=centre.device)
 
         self.second = zeros(d, d)  # sum of q q', its upper triangle
         self.mixed = zeros(d if precision == "bfloat16x2" else 0, d)  # sum of q2 q1'
         self.following = zeros(d, d)  # sum of q_t x_{t+1}'
-        self.centre: Tensor | None = None
         self.thin = zeros(2 * p + 2, d, dtype=torch.float64)  # sums of q_t' times Z'q_t, Z'q_{t+1}, 1 and t
         self.texts: list[tuple[Tensor, Tensor, Tensor]] = []  # number of tokens, x_1 and s_T of each text
 
@@ -107,8 +104,6 @@ class CentredProducts:
         Returns:
             The sum of all states of each text, s_T, (b, d) float64.
         """
-        if self.centre is None:
-            self.centre = pool(x, lengths, "mean").mean(0).double()
         q = x.to(torch.float64, copy=True).sub_(self.centre).cumsum_(1)  # a subtraction of mixed dtypes is slower
         totals = q[torch.arange(len(x), device=x.device), lengths - 1] + lengths[:, None] * self.centre
         self.texts.append((lengths, x[:, 0].double(), totals))
@@ -137,7 +132,6 @@ class CentredProducts:
 
     def sums(self) -> dict[str, Tensor]:
         """The sums of `prefix_moments` over the block, and the errors of C0 Z and C1 Z, (d, p)."""
-        assert self.centre is not None
         upper = self.second.double()
         second = upper.triu() + upper.triu(1).T
         if len(self.mixed):
