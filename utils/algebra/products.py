@@ -91,7 +91,8 @@ class CentredProducts:
         self.mixed = zeros(d if precision == "bfloat16x2" else 0, d)  # sum of q2 q1'
         self.following = zeros(d, d)  # sum of q_t x_{t+1}'
         self.thin = zeros(2 * p + 2, d, dtype=torch.float64)  # sums of q_t' times Z'q_t, Z'q_{t+1}, 1 and t
-        self.texts: list[tuple[Tensor, Tensor, Tensor]] = []  # number of tokens, x_1 and s_T of each text
+        self.first_sum = zeros(d, dtype=torch.float64)  # sum of x_1
+        self.texts: list[tuple[Tensor, Tensor]] = []  # number of tokens and s_T of each text
 
     def add(self, x: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
         """Adds the states of a batch.
@@ -106,7 +107,8 @@ class CentredProducts:
         """
         q = x.to(torch.float64, copy=True).sub_(self.centre).cumsum_(1)  # a subtraction of mixed dtypes is slower
         totals = q[torch.arange(len(x), device=x.device), lengths - 1] + lengths[:, None] * self.centre
-        self.texts.append((lengths, x[:, 0].double(), totals))
+        self.texts.append((lengths, totals))
+        self.first_sum += x[:, 0].sum(0, dtype=torch.float64)
         rows = q.flatten(0, 1)
         along = (self.signs @ rows.T).unflatten(1, (*lengths.shape, -1))  # Z'q_t, (p, b, T)
         rows *= weights[0].view(-1, 1)  # from here on 0 without a next token, so that no text meets its neighbour
@@ -140,7 +142,7 @@ class CentredProducts:
         exact_second, exact_shifted, (q_sum, position_q) = self.thin.split([NUM_SIGNS, NUM_SIGNS, 2])
         exact_next = exact_shifted - exact_second + torch.outer(self.signs @ c, q_sum)  # x_{t+1} = q_{t+1} - q_t + c
         errors = second @ z - exact_second.T, following @ z - exact_next.T
-        lengths, first, totals = map(torch.cat, zip(*self.texts, strict=True))
+        lengths, totals = map(torch.cat, zip(*self.texts, strict=True))
         num_before = lengths - 1
         prefix_sum = q_sum + (num_before * lengths).sum() / 2 * c  # 1 + ... + (T-1) = (T-1) T / 2
         position_next = num_before.double() @ totals - prefix_sum  # sum of t x_{t+1}, by parts
@@ -151,7 +153,7 @@ class CentredProducts:
             "prefix_second_moment": second,
             "prefix_next_cross_moment": following,
             "prefix_mean": prefix_sum,
-            "next_mean": totals.sum(0) - first.sum(0),
+            "next_mean": totals.sum(0) - self.first_sum,
             "prefix_second_error": errors[0],
             "prefix_next_error": errors[1],
         }
